@@ -1,0 +1,124 @@
+"""Where batches come from: `create_loaders` makes the two that a run needs.
+
+    base.py       the protocol, and the rule that splits an epoch over processes
+    scan.py       the images of a folder, and what is wrong with them
+    folder.py     a folder of images, decoded by torchvision in worker processes
+    dali.py       the same folder, decoded by NVIDIA DALI: faster, and on the GPU where there is one
+    digits.py     1,797 real images inside the package
+    synthetic.py  random images that are already on the device, to measure everything else
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+
+from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD, Loader
+from fastkd.errors import UserError, nearest
+
+LoaderName = Literal["auto", "dali", "folder"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images, and how they are read."""
+
+    data: str = "digits"
+    """A folder with train/<class>/* and val/<class>/*, or "digits" (embedded), or "synthetic" (random, to measure)."""
+    loader: LoaderName = "auto"
+    """What decodes a folder: NVIDIA DALI, or torchvision ("folder"); "auto" takes DALI where it is installed."""
+    batch_size: int = 128
+    """Images per step and process."""
+    image_size: int = 224
+    """Side of the square crop, in pixels; the digits are always 32."""
+    workers: int = 4
+    """Decoding threads (DALI, at least 1) or processes (torchvision; 0: the training process itself), per process."""
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs that the GPU's hardware decoder takes, 0 to 1; DALI on CUDA only."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from each channel of an image in [0, 1]; the digits have their own."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Divides each channel after that."""
+    synthetic_classes: int = 1000
+    """Classes of the synthetic data."""
+    synthetic_samples: int = 51200
+    """Images per epoch of the synthetic data, over all processes; a few batches are held and handed out in turn."""
+
+    def __post_init__(self) -> None:
+        if self.loader not in get_args(LoaderName):
+            names = get_args(LoaderName)
+            raise UserError(f"loader={self.loader!r}: choose one of {', '.join(names)}{nearest(self.loader, names)}")
+        least = {"batch_size": 2, "image_size": 8, "workers": 0, "synthetic_classes": 2, "synthetic_samples": 2}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name}={getattr(self, name)}: give at least {low}")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise UserError(f"hw_decoder_load={self.hw_decoder_load}: give a share from 0 to 1")
+        self._check_normalisation()
+
+    def _check_normalisation(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not all(math.isfinite(value) for value in values):
+                raise UserError(f"{name}={values}: give three finite numbers, one for each of red, green, blue")
+        if min(self.std) <= 0:
+            raise UserError(f"std={self.std}: give three numbers above 0")
+
+
+def create_loaders(
+    options: DataOptions,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    say: Callable[[str], None] = print,
+) -> tuple[Loader, Loader]:
+    """The training and the evaluation loader: batches of `dtype` on `device`, this process's share of each epoch.
+
+    `say` gets one line for each choice made here. Raises UserError for data that cannot be trained on.
+    """
+    shard = {"seed": seed, "rank": rank, "world_size": world_size, "dtype": dtype}
+    if options.data in ("digits", "synthetic"):
+        _reject_dali(options)
+    if options.data == "digits":
+        from fastkd.data.digits import create_digits
+
+        return create_digits(options, device, **shard)
+    if options.data == "synthetic":
+        from fastkd.data.synthetic import create_synthetic
+
+        return create_synthetic(options, device, **shard)
+    from fastkd.data.folder import FolderLoader
+    from fastkd.data.scan import scan_pair
+
+    train, val = scan_pair(options.data)
+    loader = FolderLoader
+    if _choose(options, say) == "dali":
+        from fastkd.data.dali import DaliLoader as loader
+    return tuple(loader(split, options, device, train=split is train, **shard) for split in (train, val))
+
+
+def _reject_dali(options: DataOptions) -> None:
+    if options.loader != "auto":
+        raise UserError(
+            f"loader={options.loader!r} decodes a folder of images and data={options.data!r} needs none: "
+            "leave loader at 'auto', or set data to a folder"
+        )
+
+
+def _choose(options: DataOptions, say: Callable[[str], None]) -> str:
+    """The decoder of a folder, said aloud where the program chose it."""
+    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+    if options.loader == "dali" and not installed:
+        raise UserError("loader='dali' needs NVIDIA DALI: pip install 'fastkd[dali]', or take loader='folder'")
+    if options.loader != "auto":
+        return options.loader
+    if installed:
+        say("data: decoding with NVIDIA DALI (it is installed; loader='folder' takes torchvision)")
+        return "dali"
+    say("data: decoding with torchvision (NVIDIA DALI, which is faster, is not installed: pip install 'fastkd[dali]')")
+    return "folder"

@@ -1,0 +1,93 @@
+"""What the trainer needs from a source of batches, and how an epoch is split over processes."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastkd.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Loader(Protocol):
+    """Batches that are ready to use: on the device, channels-last, normalised.
+
+    Iterating gives one epoch of (images [B, 3, H, W] floating, target [B] int64). `len()` is the number of batches this
+    process sees in an epoch. A training loader counts the epochs it has given; `load_state_dict(state_dict())`, called
+    between epochs, makes another loader continue with exactly the batches that this one would have given next.
+
+    An epoch counts as given once its last batch is handed out: one that was left in the middle is given again, by this
+    loader and by one that loads its state. An evaluation loader gives the same batches each time; its state is empty.
+    """
+
+    classes: tuple[str, ...]  # names, in label order
+    samples: int  # images per epoch over all processes
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+def shard_bounds(samples: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First and one-past-last position of this process's share of an epoch; shares differ by at most one sample."""
+    return samples * rank // world_size, samples * (rank + 1) // world_size
+
+
+def training_steps(samples: int, batch_size: int, world_size: int) -> int:
+    """Batches per epoch, the same on every process.
+
+    Every sample is used once. Each batch but the last has `batch_size` images; the last takes the rest of this
+    process's share. A rest of fewer than two images joins the batch before it (batch normalisation cannot train on one
+    image), so the last batch has 2 to `batch_size` + 2 images.
+    """
+    full, rest = divmod(samples // world_size, batch_size)
+    return max(1, full + (rest >= 2))
+
+
+def training_slices(samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:
+    """Where each training batch of this process begins and ends in the epoch's order: the rule of `training_steps`."""
+    if samples < 2 * world_size:
+        raise UserError(
+            f"{samples} training images for {world_size} processes: each process needs at least 2; "
+            "add images or start fewer processes"
+        )
+    first, last = shard_bounds(samples, rank, world_size)
+    starts = [first + i * batch_size for i in range(training_steps(samples, batch_size, world_size))]
+    return list(zip(starts, [*starts[1:], last], strict=True))
+
+
+def evaluation_slices(samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:
+    """Where each evaluation batch of this process begins and ends; together the processes cover each sample once."""
+    first, last = shard_bounds(samples, rank, world_size)
+    return [(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
+
+
+def resize_side(image_size: int) -> int:
+    """Length of the shorter side, in pixels, before the centre crop of evaluation."""
+    return round(image_size * 256 / 224)
+
+
+def derived_seed(*numbers: int) -> int:
+    """One seed in [0, 2**31) from several numbers; 31 bits because DALI takes signed integers and mt19937 uses 32."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of an epoch, [samples] int64 on the CPU, the same on every process."""
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(derived_seed(seed, epoch)))
+
+
+def epoch_of(state: dict, loader: str) -> int:
+    """The epoch in a state that a `loader` wrote. Raises UserError where another kind of loader wrote it."""
+    if state.get("loader") != loader:
+        raise UserError(
+            f"the checkpoint's data state was written by the {state.get('loader')!r} loader and this run uses "
+            f"{loader!r}, whose batches differ: resume with the loader of the checkpoint"
+        )
+    return state["epoch"]

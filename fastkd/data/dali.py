@@ -1,0 +1,229 @@
+"""A folder of images, decoded, cropped and normalised by NVIDIA DALI: on the GPU where the device is one.
+
+The crops have the same definition as in folder.py; evaluation agrees with it to rounding. DALI writes float16 (for a
+half-precision `dtype`; bfloat16 is cast from it) or float32 in HWC layout, so that `permute(0, 3, 1, 2)` is
+channels-last with no copy. EXIF orientation is ignored, as there.
+
+DALI's reader shuffles the whole list after each epoch, the same way on every process; for the first epoch this file
+does. The crops and flips depend on the seed and the rank, so a state belongs to one rank: a run on several processes
+keeps one for each.
+"""
+
+import re
+from collections.abc import Iterator
+
+import nvidia.dali.fn as fn
+import torch
+from nvidia.dali import Pipeline, pipeline_def, types
+from torch import Tensor
+
+from fastkd.data.base import (
+    derived_seed,
+    epoch_of,
+    epoch_order,
+    evaluation_slices,
+    resize_side,
+    shard_bounds,
+    training_slices,
+)
+from fastkd.data.scan import Split
+from fastkd.errors import UserError
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class DaliLoader:
+    """A Loader (see base.py) over one split of a folder."""
+
+    def __init__(self, split: Split, options, device, *, train, seed=0, rank=0, world_size=1, dtype=torch.float32):
+        if options.workers < 1:
+            raise UserError("workers=0: DALI decodes in at least one thread; give workers=1, or loader='folder'")
+        self.classes, self.samples, self.train = split.classes, len(split.files), train
+        self.split, self.options, self.device, self.dtype = split, options, device, dtype
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.slices = (training_slices if train else evaluation_slices)(
+            self.samples, options.batch_size, rank, world_size
+        )
+        self.epoch = 0
+        self._boundary: bytes | None = None  # the pipeline's state where this epoch begins; None: as built
+        self._pipeline: Pipeline | None = None  # built when needed; None again where an epoch is left in its middle
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.slices:
+            return
+        pipeline, self._pipeline = self._pipeline or self._build(), None
+        runs, batch_size = 0, self.options.batch_size
+        for step, (start, stop) in enumerate(self.slices):
+            batch = self._run(pipeline, step)
+            runs += 1
+            if stop - start > batch_size:  # the rest of one or two images that joins this batch is DALI's next one
+                batch = [torch.cat(pair) for pair in zip(batch, self._run(pipeline, step), strict=True)]
+                runs += 1
+            if step == len(self) - 1:
+                self._finish(pipeline, runs)
+            yield batch[0][: stop - start], batch[1][: stop - start]
+
+    def _finish(self, pipeline: Pipeline, runs: int) -> None:
+        """End the epoch: run what is only padding on this rank, so that DALI too stands between two epochs."""
+        for _ in range(runs, self._runs()):
+            self._run(pipeline, len(self))
+        self._pipeline = pipeline
+        if self.train:
+            self._boundary = pipeline.checkpoint()
+            self.epoch += 1
+
+    def _runs(self) -> int:
+        """Batches of DALI's epoch: it pads every rank's share to the greatest one."""
+        share = -(-self.samples // self.world_size) if self.train else self.slices[-1][1] - self.slices[0][0]
+        return -(-share // self.options.batch_size)
+
+    def _run(self, pipeline: Pipeline, step: int) -> list[Tensor]:
+        """[images channels-last [B, 3, H, W], target [B] int64], padded to the batch size."""
+        cuda = self.device.type == "cuda"
+        try:
+            outputs = pipeline.run(torch.cuda.current_stream(self.device)) if cuda else pipeline.run()
+        except RuntimeError as error:
+            raise UserError(self._explain(str(error), step)) from None
+        images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        # On the CPU the tensor owns DALI's buffer; on CUDA a copy, since that buffer knows nothing of torch's streams.
+        return [images.permute(0, 3, 1, 2).to(self.dtype, copy=cuda), labels.squeeze(1).long()]
+
+    def _explain(self, message: str, step: int) -> str:
+        files = re.findall(r"Failed to decode sample #\d+ *: *(.+)", message)
+        where = f"epoch {self.epoch}, batch {step}, rank {self.rank}"
+        if files:
+            return f"{files[0].strip()!r} cannot be decoded ({where}): repair or remove it"
+        reason = " ".join(message.partition("encountered:")[2].split() or message.split())[:300]
+        return f"DALI stopped ({where}): {reason}; if a file is to blame, loader='folder' names it"
+
+    def _build(self) -> Pipeline:
+        pipeline = (_train_pipeline if self.train else _eval_pipeline)(
+            self._source(),
+            self.options,
+            cuda=self.device.type == "cuda",
+            dtype=types.FLOAT16 if self.dtype in HALF else types.FLOAT,
+            batch_size=self.options.batch_size,
+            num_threads=self.options.workers,
+            device_id=self._device_id(),
+            seed=derived_seed(self.seed, self.rank),
+            exec_dynamic=True,  # its outputs belong to who holds them; the older executors write over them
+            enable_checkpointing=self.train,
+            checkpoint=self._boundary,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _device_id(self) -> int | None:
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
+
+    def _source(self) -> dict:
+        """What the reader reads: all files and this rank's shard to train, this rank's files in order to evaluate."""
+        files, labels = self.split.files, self.split.labels
+        if not self.train:
+            first, last = shard_bounds(self.samples, self.rank, self.world_size)
+            return {"files": files[first:last], "labels": labels[first:last]}
+        order = epoch_order(self.samples, self.seed, 0).tolist()
+        return {
+            "files": [files[i] for i in order],
+            "labels": [labels[i] for i in order],
+            "shard_id": self.rank,
+            "num_shards": self.world_size,
+            "shuffle_after_epoch": True,
+            "shuffle_after_epoch_seed": derived_seed(self.seed),
+        }
+
+    def state_dict(self) -> dict:
+        """Between epochs; `pipeline` is None before the first one."""
+        if not self.train:
+            return {}
+        return {"loader": "dali", "epoch": self.epoch, "pipeline": self._boundary, **self._shape()}
+
+    def load_state_dict(self, state: dict) -> None:
+        if not self.train:
+            return
+        epoch = epoch_of(state, "dali")
+        for name, value in self._shape().items():
+            if state[name] != value:
+                raise UserError(
+                    f"the checkpoint's data state is of {name}={state[name]} and this run has {name}={value}: "
+                    "DALI goes on exactly only with the same; loader='folder' does not mind the number of processes"
+                )
+        self.epoch, self._boundary, self._pipeline = epoch, state["pipeline"], None
+
+    def _shape(self) -> dict[str, int]:
+        return {
+            "samples": self.samples,
+            "batch_size": self.options.batch_size,
+            "seed": self.seed,
+            "rank": self.rank,
+            "world_size": self.world_size,
+        }
+
+
+@pipeline_def
+def _train_pipeline(source: dict, options, *, cuda: bool, dtype):
+    encoded, labels = fn.readers.file(**source, pad_last_batch=True)
+    images = fn.decoders.image_random_crop(
+        encoded,
+        random_area=(0.08, 1.0),
+        random_aspect_ratio=(3 / 4, 4 / 3),
+        num_attempts=10,
+        adjust_orientation=False,
+        **_decoder(options, cuda),
+    )
+    images = fn.resize(
+        images, size=(options.image_size,) * 2, interp_type=types.INTERP_LINEAR, antialias=True, subpixel_scale=False
+    )
+    return _normalised(images, options, dtype, mirror=fn.random.coin_flip()), labels.gpu() if cuda else labels
+
+
+@pipeline_def
+def _eval_pipeline(source: dict, options, *, cuda: bool, dtype):
+    encoded, labels = fn.readers.file(**source, pad_last_batch=True)
+    # chroma as libjpeg, hence torchvision, upsamples it: slower than nvJPEG's way, but what published scores rest on
+    exact = {"jpeg_fancy_upsampling": True} if cuda else {}
+    images = fn.decoders.image(encoded, adjust_orientation=False, **_decoder(options, cuda), **exact)
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+    sides = _resized(shape[0], shape[1], resize_side(options.image_size))
+    images = fn.resize(
+        images,
+        size=fn.cast(fn.stack(*sides), dtype=types.FLOAT),
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+        subpixel_scale=False,
+    )
+    start = fn.cast(fn.stack(*(_centred(side - options.image_size) for side in sides)), dtype=types.INT32)
+    images = fn.slice(images, start=start, shape=(options.image_size,) * 2, axes=(0, 1))
+    return _normalised(images, options, dtype, mirror=0), labels.gpu() if cuda else labels
+
+
+def _decoder(options, cuda: bool) -> dict:
+    return {"device": "mixed", "hw_decoder_load": options.hw_decoder_load} if cuda else {"device": "cpu"}
+
+
+def _resized(height, width, side: int):
+    """torchvision's Resize(side): the shorter side exactly, the longer one rounded down."""
+    shorter = fn.reductions.min(fn.stack(height, width))
+    return height * side // shorter, width * side // shorter
+
+
+def _centred(spare):
+    """torchvision's CenterCrop: int(round(spare / 2)), and Python rounds a half to the even number."""
+    half = spare // 2
+    return half + (spare - 2 * half) * (half - 2 * (half // 2))
+
+
+def _normalised(images, options, dtype, mirror):
+    return fn.crop_mirror_normalize(
+        images,
+        mirror=mirror,
+        mean=[value * 255 for value in options.mean],
+        std=[value * 255 for value in options.std],
+        dtype=dtype,
+        output_layout="HWC",
+    )

@@ -1,0 +1,99 @@
+"""The UCI handwritten digits: 1,797 real 8x8 images, inside the package, so that a run needs no download.
+
+E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998,
+https://doi.org/10.24432/C50P49, licence CC BY 4.0. digits.npz holds its test part (13 of the 43 writers) as
+scikit-learn's `load_digits` gives it: images uint8 [1797, 8, 8] with values 0 to 16, target uint8 [1797]. Changed here:
+enlarged to 32x32, three equal channels, normalised.
+
+Every fifth image of each class is for evaluation: 1,442 to train, 355 to evaluate. Both stay on the device. Training
+shifts each image by up to 4 pixels; the shifts of an epoch depend on (seed, epoch) and the image.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from fastkd.data.base import derived_seed, epoch_of, epoch_order, evaluation_slices, training_slices
+
+SIDE = 32  # pixels
+SHIFT = 4  # pixels
+
+
+def read_digits() -> tuple[Tensor, Tensor]:
+    """Images [1797, 32, 32] float32 in [0, 1] and target [1797] int64, on the CPU."""
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        images = torch.from_numpy(file["images"]).float().div(16)
+        target = torch.from_numpy(file["target"]).long()
+    return interpolate(images[:, None], (SIDE, SIDE), mode="bilinear", align_corners=False).squeeze(1), target
+
+
+def is_for_evaluation(target: Tensor) -> Tensor:
+    """bool [N]: every fifth image of each class, in the file's order."""
+    ones = torch.nn.functional.one_hot(target)
+    position = ones.cumsum(0).gather(1, target[:, None]).squeeze(1)  # 1, 2, 3, ... within the class
+    return position % 5 == 0
+
+
+def create_digits(options, device, *, seed, rank, world_size, dtype) -> tuple["DigitsLoader", "DigitsLoader"]:
+    """The training and the evaluation loader."""
+    images, target = read_digits()
+    held_out = is_for_evaluation(target)
+    std, mean = torch.std_mean(images[~held_out])
+    parts = []
+    for chosen, train in ((~held_out, True), (held_out, False)):
+        # padded before normalising: what a shift brings in is background
+        part = pad(images[chosen], (SHIFT,) * 4).sub(mean).div(std).to(device, dtype)
+        slices = (training_slices if train else evaluation_slices)(len(part), options.batch_size, rank, world_size)
+        parts.append(DigitsLoader(part, target[chosen].to(device), slices, train=train, seed=seed))
+    return tuple(parts)
+
+
+class DigitsLoader:
+    """A Loader (see base.py) over images [N, 40, 40] and target [N] that are on the device."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, images_NHW: Tensor, target: Tensor, slices: list[tuple[int, int]], *, train: bool, seed: int):
+        self.images, self.target, self.slices, self.train, self.seed = images_NHW, target, slices, train, seed
+        self.samples = len(images_NHW)
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = self.epoch
+        order, shifts = (plan.to(self.images.device) for plan in self._plan(epoch))
+        for step, (start, stop) in enumerate(self.slices):
+            if step == len(self) - 1:
+                self.epoch = epoch + 1
+            chosen = order[start:stop]
+            yield shifted(self.images, chosen, shifts[chosen]), self.target[chosen]
+
+    def _plan(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Order [N] and the top left corner [N, 2] of each image's crop, both int64 on the CPU."""
+        if not self.train:
+            return torch.arange(self.samples), torch.full((self.samples, 2), SHIFT)
+        random = torch.Generator().manual_seed(derived_seed(self.seed, epoch, SHIFT))
+        return epoch_order(self.samples, self.seed, epoch), torch.randint(
+            2 * SHIFT + 1, (self.samples, 2), generator=random
+        )
+
+    def state_dict(self) -> dict:
+        return {"loader": "digits", "epoch": self.epoch} if self.train else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.train:
+            self.epoch = epoch_of(state, "digits")
+
+
+def shifted(images_NHW: Tensor, chosen: Tensor, corner_B2: Tensor) -> Tensor:
+    """Crops of SIDE at `corner_B2` of the `chosen` [B] images, as channels-last [B, 3, SIDE, SIDE]. One gather."""
+    side = torch.arange(SIDE, device=images_NHW.device)
+    rows, columns = (corner_B2[:, axis, None] + side for axis in (0, 1))
+    crops_BHW = images_NHW[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return crops_BHW[..., None].expand(-1, -1, -1, 3).contiguous().permute(0, 3, 1, 2)

@@ -1,0 +1,125 @@
+"""Find the images of a folder, and what is wrong with it, before a run begins.
+
+Order and labels are those of torchvision's ImageFolder: classes sorted by name, then files sorted by path.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from fastkd.errors import UserError, nearest
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of train/ or val/. `labels[i]` is the position in `classes` of the class of `files[i]`."""
+
+    classes: tuple[str, ...]
+    files: list[str]
+    labels: list[int]
+
+
+def scan_pair(root: str) -> tuple[Split, Split]:
+    """`root`/train and `root`/val, every file's header checked. Raises UserError for anything that cannot be used."""
+    if not os.path.isdir(root):
+        raise UserError(
+            f"data={root!r}: no such folder; give one with train/<class>/* and val/<class>/*, or 'digits', or "
+            "'synthetic'" + nearest(root, ["digits", "synthetic"])
+        )
+    missing = [name for name in ("train", "val") if not os.path.isdir(os.path.join(root, name))]
+    if missing:
+        found = _some(sorted(_listed(root))) or "nothing"
+        raise UserError(
+            f"data={root!r} has no {' and no '.join(name + '/' for name in missing)} inside (it holds {found}): "
+            "arrange the images as train/<class>/* and val/<class>/*"
+        )
+    train, val = (scan(os.path.join(root, name)) for name in ("train", "val"))
+    _same_classes(train, val, root)
+    return train, val
+
+
+def scan(root: str) -> Split:
+    """The images of one split, whose folders are its classes; hidden folders and other kinds of files are skipped."""
+    classes = sorted(name for name in _listed(root) if os.path.isdir(os.path.join(root, name)) and name[0] != ".")
+    if not classes:
+        raise UserError(f"{root!r} holds no class folders: put the images of each class into a folder of their own")
+    by_class = [_images(os.path.join(root, name)) for name in classes]
+    empty = [name for name, files in zip(classes, by_class, strict=True) if not files]
+    if empty:
+        raise UserError(
+            f"no images in {len(empty)} of the {len(classes)} classes of {root!r} ({_some(empty)}): "
+            f"add files ending in {' '.join(EXTENSIONS)}, or remove the folders from train/ and val/"
+        )
+    files = [file for group in by_class for file in group]
+    check_headers(files)
+    return Split(tuple(classes), files, [label for label, group in enumerate(by_class) for _ in group])
+
+
+def check_headers(files: list[str]) -> None:
+    """Raise UserError for files that do not begin like an image, or cannot be opened. Reads 16 bytes of each.
+
+    The threads are for network storage, where opening waits; on a local disk the cost is about 10 us a file either way.
+    """
+    with ThreadPoolExecutor(16) as pool:
+        wrong = [problem for group in pool.map(_problems, _chunks(files, 256)) for problem in group]
+    if wrong:
+        more = f" and {len(wrong) - 1} more: {_some([repr(file) for file, _ in wrong[1:]])};" if wrong[1:] else ";"
+        raise UserError(f"{wrong[0][0]!r} {wrong[0][1]}{more} repair or remove what is wrong")
+
+
+def image_kind(head: bytes) -> str | None:
+    """The format that these first 16 bytes of a file announce, or None."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    starts = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"BM": "bmp"}
+    return next((kind for start, kind in starts.items() if head.startswith(start)), None)
+
+
+def _problems(files: list[str]) -> list[tuple[str, str]]:
+    found = []
+    for file in files:
+        try:
+            with open(file, "rb", buffering=0) as stream:
+                head = stream.read(16)
+        except OSError as error:
+            found.append((file, f"cannot be opened ({error.strerror})"))
+            continue
+        if image_kind(head) is None:
+            is_what = f"begins with {head[:8]!r}, which is no JPEG, PNG, BMP or WebP" if head else "is empty (0 bytes)"
+            found.append((file, is_what))
+    return found
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"{folder!r} cannot be read ({error.strerror}): check its permissions") from None
+
+
+def _images(folder: str) -> list[str]:
+    def stop(error: OSError) -> None:
+        raise UserError(f"{error.filename!r} cannot be read ({error.strerror}): check its permissions")
+
+    walk = sorted(os.walk(folder, onerror=stop, followlinks=True))
+    paths = (os.path.join(where, name) for where, _, names in walk for name in sorted(names))
+    return [path for path in paths if path.lower().endswith(EXTENSIONS)]
+
+
+def _same_classes(train: Split, val: Split, root: str) -> None:
+    only_train, only_val = sorted({*train.classes} - {*val.classes}), sorted({*val.classes} - {*train.classes})
+    if only_train or only_val:
+        raise UserError(
+            f"train/ and val/ of {root!r} hold different classes (only in train: {_some(only_train) or 'none'}; "
+            f"only in val: {_some(only_val) or 'none'}): make the class folders the same"
+        )
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
+def _chunks(items: list[str], size: int) -> list[list[str]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,0 +1,89 @@
+"""Several processes under torchrun; everything here is the identity when there is only one."""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+def device_for(name: str) -> torch.device:
+    """The device of this process; starts the process group when torchrun started us."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is no device; use auto, cuda or cpu") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(counts: Tensor) -> Tensor:
+    """The sum over all processes."""
+    counts = counts.clone()
+    if world_size() > 1:
+        dist.all_reduce(counts)
+    return counts
+
+
+def gather(thing: object) -> list:
+    """Every process's `thing`, in rank order."""
+    things = [thing]
+    if world_size() > 1:
+        things = [None] * world_size()
+        dist.all_gather_object(things, thing)
+    return things
+
+
+@torch.no_grad()
+def average_buffers(net: nn.Module) -> None:
+    """Give every process the mean of the BatchNorm statistics, which each has collected from its own images."""
+    if world_size() > 1:
+        for buffer in net.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= world_size()
+
+
+def parallel(method: nn.Module, device: torch.device) -> nn.Module:
+    """DDP around the method. The teacher is outside of its module tree, so it is neither wrapped nor sent around."""
+    if world_size() == 1:
+        return method
+    ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+@contextmanager
+def rank_zero_first():
+    """Rank 0 does the block, then the others: what it writes is there for them."""
+    if rank() == 0:
+        yield
+    if world_size() > 1:
+        dist.barrier()
+    if rank() != 0:
+        yield

@@ -1,0 +1,57 @@
+"""`fastkd doctor`: what this machine has, and which path each part of a run will take on it."""
+
+import importlib
+import os
+import platform
+
+import torch
+
+from .environment import has, version
+
+
+def findings() -> list[list[str]]:
+    """Rows of: part, what is here, what follows."""
+    return [*_devices(), *_packages(), *_paths()]
+
+
+def _devices() -> list[list[str]]:
+    rows = [
+        ["python", platform.python_version(), ""],
+        ["cpu", f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads for the networks"],
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+        rows.append([f"cuda:{index}", properties.name, memory])
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        rows.append(["cuda", "no device", f"{built}; everything runs on the CPU"])
+    return rows
+
+
+def _packages() -> list[list[str]]:
+    needed = [[name, version(name) or "missing", "needed"] for name in ("torch", "torchvision", "timm", "safetensors")]
+    dali = importlib.import_module("nvidia.dali").__version__ if has("nvidia.dali") else None
+    return [
+        *needed,
+        ["triton", version("triton") or "missing", "compiles the kernels on CUDA devices"],
+        ["DALI", dali or "not installed", "" if dali else "pip install 'fastkd[dali]' for the faster loader"],
+        ["apex", _apex(), "only for --opt fusedsgd, fusedlamb, fusedadam"],
+        ["tensorboard", version("tensorboard") or "not installed", "only for --tensorboard"],
+    ]
+
+
+def _apex() -> str:
+    return "installed" if has("apex.optimizers") else "not installed"
+
+
+def _paths() -> list[list[str]]:
+    cuda = torch.cuda.is_available()
+    loader = "dali" if has("nvidia.dali") else "folder (torchvision)"
+    decode = "JPEGs decoded on the GPU" if cuda and loader == "dali" else "JPEGs decoded on the CPU"
+    return [
+        ["--device auto", "cuda" if cuda else "cpu", ""],
+        ["--amp-dtype auto", "bfloat16" if cuda else "float32", "no gradient scaler"],
+        ["--loader auto", loader, decode],
+        ["several processes", "nccl" if cuda else "gloo", "torchrun --nproc-per-node N -m fastkd train ..."],
+    ]

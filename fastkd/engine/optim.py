@@ -1,0 +1,48 @@
+"""Optimizers whose learning rate is a device tensor and whose step can be skipped on the device.
+
+torch's fused SGD and AdamW, or apex's FusedSGD, FusedLAMB and FusedAdam where apex is installed.
+"""
+
+import importlib
+
+import torch
+from torch.optim import Optimizer
+
+from ..errors import UserError
+
+OPTIMIZERS = ("sgd", "nesterov", "adamw", "fusedsgd", "fusedlamb", "fusedadam")
+APEX = {"fusedsgd": "FusedSGD", "fusedlamb": "FusedLAMB", "fusedadam": "FusedAdam"}
+
+
+def create_optimizer(groups: list[dict], options, device: torch.device) -> Optimizer:
+    """`groups`: from Method.param_groups. `options`: opt, momentum, weight_decay. `base_lr` stays in each group."""
+    groups = [{**group, "base_lr": group["lr"]} for group in groups]
+    if options.opt in APEX:
+        return _apex_optimizer(groups, options)
+    groups = [{**group, "lr": torch.tensor(float(group["lr"]), device=device)} for group in groups]
+    if options.opt == "adamw":
+        return torch.optim.AdamW(groups, lr=groups[0]["lr"], weight_decay=options.weight_decay, fused=True)
+    nesterov = options.opt == "nesterov"
+    settings = {"momentum": options.momentum, "weight_decay": options.weight_decay, "nesterov": nesterov}
+    return torch.optim.SGD(groups, lr=groups[0]["lr"], **settings, fused=True)
+
+
+def _apex_optimizer(groups: list[dict], options) -> Optimizer:
+    """apex reads a Python float as the rate and cannot skip a step on the device; its rates are written by the host."""
+    name = APEX[options.opt]
+    try:
+        optimizers = importlib.import_module("apex.optimizers")
+    except ImportError as error:
+        raise UserError(
+            f"--opt {options.opt} needs NVIDIA apex ({error}); build it from its source repository (the package called "
+            "apex on PyPI is another project) or use --opt sgd, nesterov or adamw"
+        ) from None
+    if name == "FusedSGD":
+        settings = {"momentum": options.momentum, "weight_decay": options.weight_decay}
+        return optimizers.FusedSGD(groups, lr=options.lr, **settings)
+    return getattr(optimizers, name)(groups, lr=options.lr, weight_decay=options.weight_decay)
+
+
+def can_skip(optimizer: Optimizer) -> bool:
+    """Whether the optimizer obeys `found_inf` on the device, as torch's fused ones do."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)

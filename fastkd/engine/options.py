@@ -1,0 +1,96 @@
+"""The options of training: what to do with the batches, whatever the method."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Training."""
+
+    epochs: int = 100
+    """Passes over the training images."""
+    lr: float = 0.1
+    """Learning rate after the warm-up. It is used as given: scale it with batch size times processes yourself."""
+    opt: Literal["sgd", "nesterov", "adamw", "fusedsgd", "fusedlamb", "fusedadam"] = "sgd"
+    """Optimizer; the last three come from NVIDIA apex and need it installed."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 1e-4
+    """On all weights (decoupled in adamw)."""
+    sched: Literal["cosine", "step", "multistep", "constant"] = "cosine"
+    """How the learning rate falls."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear rise from warmup-lr to lr."""
+    warmup_lr: float = 0.0
+    """Learning rate at the first step of the warm-up."""
+    min_lr: float = 0.0
+    """Where the cosine ends."""
+    decay_epochs: float = 30.0
+    """Epochs between the drops of --sched step."""
+    decay_milestones: tuple[int, ...] = ()
+    """Epochs of the drops of --sched multistep."""
+    decay_rate: float = 0.1
+    """Factor of a drop."""
+    clip_grad: float = 0.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+    grad_accum: int = 1
+    """Parts in which a batch is processed, to save memory; the update is that of the whole batch."""
+    smoothing: float = 0.0
+    """Label smoothing."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 is off. The teacher sees the mixed image too."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 is off. With mixup as well, each batch draws one of the two."""
+    ema_decay: float = 0.0
+    """Decay per step of the average of the weights; 0 is off. The average is what is evaluated and saved as the student."""
+    amp_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the forward passes: auto is bfloat16 on CUDA, float32 on the CPU."""
+    channels_last: bool = True
+    """Memory layout of the networks and images; the fast one for convolutions on GPUs."""
+    device: str = "auto"
+    """cuda, cpu, or auto: CUDA when there is one."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    out: str = ""
+    """Folder of the run; by default a new one below runs/."""
+    resume: bool = False
+    """Go on with the run in --out after its last finished epoch, to the same result as if it had not stopped."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder."""
+
+    def __post_init__(self):
+        _require(self.epochs >= 1, f"--epochs must be 1 or more, got {self.epochs}")
+        _require(self.lr > 0, f"--lr must be above 0, got {self.lr}")
+        _require(self.grad_accum >= 1, f"--grad-accum must be 1 or more, got {self.grad_accum}")
+        _require(0 <= self.smoothing < 1, f"--smoothing must be in [0, 1), got {self.smoothing}")
+        _require(0 <= self.ema_decay < 1, f"--ema-decay must be in [0, 1), got {self.ema_decay}")
+        _require(0 <= self.momentum < 1, f"--momentum must be in [0, 1), got {self.momentum}")
+        _require(
+            0 <= self.warmup_epochs < self.epochs,
+            f"--warmup-epochs must be from 0 to below --epochs {self.epochs}, got {self.warmup_epochs}",
+        )
+        _require(self.decay_epochs > 0, f"--decay-epochs must be above 0, got {self.decay_epochs}")
+        _require(
+            self.sched != "multistep" or self.decay_milestones,
+            "--sched multistep needs --decay-milestones, such as --decay-milestones 150 180 210",
+        )
+        for name in ("weight_decay", "warmup_lr", "min_lr", "decay_rate", "clip_grad", "mixup", "cutmix"):
+            value = getattr(self, name)
+            _require(0 <= value < float("inf"), f"--{name.replace('_', '-')} must not be negative, got {value}")
+        _require(
+            self.opt != "nesterov" or self.momentum > 0, f"--opt nesterov needs --momentum above 0, got {self.momentum}"
+        )
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)

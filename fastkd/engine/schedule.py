@@ -1,0 +1,52 @@
+"""The learning rate as a function of time, written into device tensors between steps.
+
+The optimizer reads a tensor, so a captured or compiled step follows the schedule; a Python float would be frozen in it.
+"""
+
+import math
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+SCHEDULES = ("cosine", "step", "multistep", "constant")
+
+
+class Schedule:
+    """`at(epoch)`: the factor on each group's own rate at a fractional epoch; `write(epoch)`: puts the rates in place.
+
+    Linear warm-up from `warmup_lr` over the first epochs, then cosine to `min_lr`, or a drop by `decay_rate` every
+    `decay_epochs` ("step") or at the `decay_milestones` ("multistep").
+    """
+
+    def __init__(self, options, optimizer: Optimizer):
+        self.options, self.optimizer = options, optimizer
+        self.base = [group["base_lr"] for group in optimizer.param_groups]
+
+    def write(self, epoch: float) -> float:
+        """Set every group's rate for this moment; gives the first group's, for the log."""
+        factor = self.at(epoch)
+        for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(base * factor)
+            else:  # apex
+                group["lr"] = base * factor
+        return self.base[0] * factor
+
+    def at(self, epoch: float) -> float:
+        o = self.options
+        if epoch < o.warmup_epochs:
+            start = o.warmup_lr / o.lr
+            return start + (self._decayed(0.0) - start) * epoch / o.warmup_epochs
+        return self._decayed(epoch)
+
+    def _decayed(self, epoch: float) -> float:
+        o = self.options
+        if o.sched == "cosine":
+            floor, span = o.min_lr / o.lr, max(o.epochs - o.warmup_epochs, 1e-9)
+            done = min(max(epoch - o.warmup_epochs, 0.0) / span, 1.0)
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        if o.sched == "step":
+            return o.decay_rate ** (epoch // o.decay_epochs)
+        if o.sched == "multistep":
+            return o.decay_rate ** sum(epoch >= milestone for milestone in o.decay_milestones)
+        return 1.0

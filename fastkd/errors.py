@@ -1,0 +1,13 @@
+"""The one exception for bad input."""
+
+
+class UserError(ValueError):
+    """The input is wrong. The message says what, with the values, and what to do; the command prints it as one line."""
+
+
+def nearest(word: str, choices) -> str:
+    """`" (did you mean 'x'?)"` for the closest of `choices`, or the empty string."""
+    from difflib import get_close_matches
+
+    match = get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""

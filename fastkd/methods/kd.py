@@ -1,0 +1,46 @@
+"""KD: the student learns from the labels and from the teacher's softened logits (arXiv:1503.02531).
+
+    L = ce_weight * CE(z_s, y) + kd_weight * T^2 * KL(p_t^T || p_s^T)
+
+Defaults: T = 4, 0.1 / 0.9, usual for CIFAR since the CRD comparison; for ImageNet T = 1, 0.5 / 0.5.
+Departures: none. `standardize` is arXiv:2403.01427's logit standardisation (its own defaults: T = 2, kd_weight = 9).
+"""
+
+from dataclasses import dataclass
+
+from ..losses import KDLoss
+from .base import Method
+
+
+@dataclass(frozen=True)
+class KDOptions:
+    """Knowledge distillation."""
+
+    temperature: float = 4.0
+    """Softens both networks' logits before they are compared; above 0."""
+    ce_weight: float = 0.1
+    """Weight of the cross-entropy with the labels."""
+    kd_weight: float = 0.9
+    """Weight of T^2 * KL(teacher || student)."""
+    standardize: bool = False
+    """Z-score each row of logits before the softmax (logit standardisation)."""
+
+    def __post_init__(self):
+        self.loss()  # the loss checks the values
+
+    def loss(self) -> KDLoss:
+        return KDLoss(self.temperature, self.ce_weight, self.kd_weight, standardize=self.standardize)
+
+
+class KD(Method):
+    """Softened logits of a trained teacher (Hinton et al. 2015)."""
+
+    Options = KDOptions
+    paper = "arXiv:1503.02531"
+
+    def __init__(self, student, teacher, options=None):
+        super().__init__(student, teacher, options)
+        self.loss = self.options.loss()
+
+    def losses(self, out, target, plan):
+        return self.loss.terms(out(self.student), out(self.teacher), target)

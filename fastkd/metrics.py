@@ -1,0 +1,40 @@
+"""Counters that stay on the device: adding to them asks the GPU nothing, reading them is one sync for the report."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import distributed
+
+
+class Meter:
+    """Weighted means of named scalars. A set of values with one that is not finite is left out of the means."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.sums: Tensor | None = None  # weighted sum of each name, then the weight
+
+    def add(self, values: dict[str, Tensor], weight: float) -> None:
+        row = torch.stack([*(value.detach().double() for value in values.values())])
+        if self.sums is None:
+            self.names, self.sums = tuple(values), row.new_zeros(len(row) + 1)
+        row = torch.cat([row, row.new_ones(1)])
+        self.sums += torch.where(row.isfinite().all(), row * weight, 0.0)
+
+    def read(self, everywhere: bool = True) -> dict[str, float]:
+        """The means, over all processes (which must all call it) or over this one's own; one host sync."""
+        if self.sums is None:
+            return {}
+        *sums, weight = (distributed.total(self.sums) if everywhere else self.sums).tolist()
+        return {name: value / weight if weight else float("nan") for name, value in zip(self.names, sums, strict=True)}
+
+
+def hits(logits: Tensor, target: Tensor) -> Tensor:
+    """[cross-entropy sum, top-1 hits, top-5 hits, images] of a batch, float64 on its device."""
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
+    loss = F.cross_entropy(logits.float(), target, reduction="sum")
+    images = loss.new_full((), len(target))
+    return torch.stack([loss, top[:, 0].sum().float(), top.sum().float(), images]).double()

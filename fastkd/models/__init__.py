@@ -1,0 +1,99 @@
+"""Networks by name, their weights, and their division into stages."""
+
+import os
+import re
+from pathlib import Path
+
+from torch import nn
+
+from fastkd.errors import UserError, nearest
+from fastkd.models.mobilenet import CifarMobileNet
+from fastkd.models.mobilenetv2 import CifarMobileNetV2
+from fastkd.models.resnet import DEPTHS, WIDTHS_X4, CifarResNet
+from fastkd.models.staged import Staged, staged
+from fastkd.models.vgg import CONVOLUTIONS, CifarVGG
+from fastkd.models.weights import SUFFIXES, load_weights, read_state_dict
+from fastkd.models.wrn import WideResNet
+from fastkd.models.zoo import timm_model, torchvision_model
+
+__all__ = ["Staged", "create_model", "load_weights", "model_names", "read_state_dict", "staged"]
+
+X4_DEPTHS = {"resnet8x4": 8, "resnet32x4": 32}
+WIDE = ("wrn_16_1", "wrn_16_2", "wrn_28_2", "wrn_28_10", "wrn_40_1", "wrn_40_2")  # listed; any wrn_D_K can be built
+
+
+def create_model(name: str, num_classes: int, weights: str | os.PathLike | None = None) -> nn.Module:
+    """A network for images [N, 3, H, W] and `num_classes` classes, fp32, on the CPU, in train mode.
+
+    `name`: one of `model_names()`, any `wrn_D_K`, `timm/<name>` or `torchvision/<name>`. `weights`: a file (see
+    `read_state_dict`), "pretrained" for the library's default weights, or the name of one of its sets: timm's tag,
+    which may also stand in the name (`timm/resnet50.a1_in1k`), torchvision's `IMAGENET1K_V2`. A file goes before a
+    tag in the name. UserError for unknown names and weights, for a pre-trained net of another number of classes, and
+    when a download fails.
+    """
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise UserError(f"num_classes is {num_classes!r}: a net needs at least one class")
+    file = weights if weights is not None and _is_file(weights) else None
+    tag = None if file is not None or weights is None else str(weights)
+    model = _build(name, num_classes, tag, plain=file is not None)
+    if file is not None:
+        load_weights(model, file)
+    return model
+
+
+def model_names() -> list[str]:
+    """The names of our own networks."""
+    resnets = [f"resnet{depth}" for depth in DEPTHS]
+    return [*resnets, *X4_DEPTHS, *WIDE, *CONVOLUTIONS, "mobilenet", "mobilenetv2"]
+
+
+def _is_file(weights: str | os.PathLike) -> bool:
+    """Whether a path is meant: a path object, a separator or a known ending in it, or a file of that name."""
+    text = os.fspath(weights)
+    return not isinstance(weights, str) or os.sep in text or text.endswith(SUFFIXES) or Path(text).is_file()
+
+
+def _build(name: str, num_classes: int, tag: str | None, plain: bool) -> nn.Module:
+    """`plain`: weights come from a file, so a tag in the name only says which architecture."""
+    library, slash, rest = name.partition("/")
+    if library == "timm" and slash:
+        return timm_model(rest.partition(".")[0] if plain else rest, num_classes, tag)
+    if library == "torchvision" and slash:
+        return torchvision_model(rest, num_classes, tag)
+    if slash:
+        raise UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision'])}")
+    model = _own(name, num_classes)
+    if tag is not None:
+        raise UserError(f"{tag!r} is no file, and {name!r} has no pre-trained weights to name: pass a weights file")
+    return model
+
+
+def _own(name: str, num_classes: int) -> nn.Module:
+    if name in X4_DEPTHS:
+        return CifarResNet(X4_DEPTHS[name], num_classes, WIDTHS_X4)
+    if name in CONVOLUTIONS:
+        return CifarVGG(CONVOLUTIONS[name], num_classes)
+    if name in ("mobilenet", "mobilenetv2"):
+        return CifarMobileNet(num_classes) if name == "mobilenet" else CifarMobileNetV2(num_classes)
+    if name in model_names() and name.startswith("resnet"):
+        return CifarResNet(int(name.removeprefix("resnet")), num_classes)
+    if wide := re.fullmatch(r"wrn_(\d+)_([1-9]\d*)", name):
+        return _wide(name, int(wide[1]), int(wide[2]), num_classes)
+    ours = ", ".join(model_names())
+    raise UserError(f"unknown model {name!r}{_hint(name)}: ours are {ours}; else 'timm/NAME' or 'torchvision/NAME'")
+
+
+def _wide(name: str, depth: int, width: int, num_classes: int) -> nn.Module:
+    if depth < 10 or (depth - 4) % 6:
+        near = max(10, 4 + 6 * round((depth - 4) / 6))
+        raise UserError(f"unknown model {name!r} (did you mean 'wrn_{near}_{width}'?): the depth in wrn_D_K is 6n + 4")
+    return WideResNet(depth, width, num_classes)
+
+
+def _hint(name: str) -> str:
+    """A net of torchvision, if that is what it is: by spelling alone resnet50 would be close to resnet56."""
+    from torchvision import models
+
+    if name in models.list_models(module=models):
+        return f" (did you mean 'torchvision/{name}'?)"
+    return nearest(name, model_names())

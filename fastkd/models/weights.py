@@ -1,0 +1,147 @@
+"""Weights from a file: safetensors, or a torch checkpoint read without running any code that it may carry."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastkd.errors import UserError
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# Where trainers put the state dict, in the order in which they are tried. Averaged weights come last: next to plain
+# ones they are a second net, and taking them would be a choice that nobody made.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "student", "state_dict_ema")
+SHOWN = 5  # keys named per complaint
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The name -> tensor table of a file, on the CPU, in the file's dtypes.
+
+    Wrapping dicts are opened (`WRAPPERS`, nested too); the prefixes that DistributedDataParallel (`module.`) and
+    torch.compile (`_orig_mod.`) put before names are taken off. `.pth`, `.pt` and `.bin` go through torch's
+    weights-only reader: a file that carries code or objects (`argparse.Namespace`, a plain record of options, is let
+    through) is refused and nothing in it runs. UserError for anything that is not a readable state dict.
+    """
+    path = _checked(Path(path))
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    table = _unwrap(content, path)
+    renamed = {plain_name(key): tensor for key, tensor in table.items()}
+    if len(renamed) < len(table):
+        raise UserError(f"{path}: several entries have the same name once 'module.' and '_orig_mod.' are taken off")
+    return renamed
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
+    """Copy a file's weights into `model`, all of them or none.
+
+    Names (prefixes taken off on both sides), shapes and the kind of number (floating or not) must match, else
+    UserError and the model is as before. The one thing that may be missing is `num_batches_tracked`, which files
+    older than torch 0.4.1 lack: batch normalisation with a fixed momentum never reads it.
+    """
+    table = read_state_dict(path)
+    own = {plain_name(key): (key, tensor) for key, tensor in model.state_dict().items()}
+    missing = [name for name in own if name not in table and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in table if name not in own]
+    both = [name for name in table if name in own]
+    misfits = [_misfit(name, table[name], own[name][1]) for name in both if not _fits(table[name], own[name][1])]
+    complaints = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("different", misfits)]
+    if any(complaints):
+        raise UserError(f"{path} does not fit this {type(model).__name__}: {'; '.join(filter(None, complaints))}")
+    model.load_state_dict({own[name][0]: table[name] for name in both}, strict=False)
+
+
+def plain_name(key: str) -> str:
+    """A name without the prefixes of torch.compile (which wraps at any depth) and DistributedDataParallel."""
+    key = key.replace("_orig_mod.", "")
+    while key.startswith("module."):
+        key = key.removeprefix("module.")
+    return key
+
+
+def _checked(path: Path) -> Path:
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name a weights file ({', '.join(SUFFIXES)})")
+    if not path.is_file():
+        raise UserError(f"there is no weights file {path}")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: weights files end in {', '.join(SUFFIXES)}, this one in {path.suffix!r}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty: the file was not written to its end")
+    return path
+
+
+def _read_safetensors(path: Path) -> object:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no safetensors file, or it is cut short ({_first_line(error)})") from error
+
+
+def _read_torch(path: Path) -> object:
+    from pickle import UnpicklingError
+
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(
+            f"{path} is damaged or holds more than tensors ({_refused(error)}) and was refused, no code of it was run: "
+            "save model.state_dict(), or a .safetensors file"
+        ) from error
+    except (
+        Exception
+    ) as error:  # KeyError, EOFError, UnicodeDecodeError, ...: torch's readers trust the bytes they are given
+        raise UserError(f"{path} is no torch file, or it is cut short ({_first_line(error)})") from error
+
+
+def _refused(error: Exception) -> str:
+    """The line of torch's long message that says what it met."""
+    marks = ("GLOBAL", "Unsupported", "Can only")
+    lines = [line.strip() for line in str(error).splitlines() if any(mark in line for mark in marks)]
+    return lines[0][:160] if lines else "no detail"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
+def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
+    while isinstance(content, Mapping):
+        if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+            return dict(content)
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    places = ", ".join(WRAPPERS)
+    raise UserError(
+        f"{path} holds no state dict: {_described(content)}; looked for names and tensors, also under {places}"
+    )
+
+
+def _described(content: object) -> str:
+    if not isinstance(content, Mapping):
+        return f"its content is a {type(content).__name__}"
+    return _listed("entries", [f"{k!r} ({type(v).__name__})" for k, v in content.items()]) or "it has no entries"
+
+
+def _fits(new: Tensor, old: Tensor) -> bool:
+    return new.shape == old.shape and new.is_floating_point() == old.is_floating_point()
+
+
+def _misfit(name: str, new: Tensor, old: Tensor) -> str:
+    def form(tensor: Tensor) -> str:
+        return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+    return f"{name} (file {form(new)}, model {form(old)})"
+
+
+def _listed(title: str, items: list[str]) -> str:
+    """`"missing 7: a, b, c, d, e, +2 more"`, or the empty string."""
+    more = [f"+{len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return f"{title} {len(items)}: {', '.join(items[:SHOWN] + more)}" if items else ""

@@ -1,0 +1,84 @@
+"""Networks of timm and torchvision by name, whole or not at all."""
+
+from types import ModuleType
+
+from torch import nn
+
+from fastkd.errors import UserError, nearest
+
+
+def timm_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
+    """`resnet50`, or `resnet50.a1_in1k`: a tag, in the name or `tag`, asks for those weights ("pretrained": the default)."""
+    timm = _library("timm")
+    architecture, _, name_tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UserError(f"timm has no model {architecture!r}{nearest(architecture, timm.list_models())}")
+    if name_tag and tag not in (None, "pretrained", name_tag):
+        raise UserError(f"timm/{name} names the weights {name_tag!r}, and {tag!r} was asked for: leave one of them out")
+    if not (name_tag or tag):
+        return timm.create_model(architecture, num_classes=num_classes)
+    full = f"{architecture}.{_timm_tag(architecture, name_tag or tag)}".removesuffix(".")
+    _check_classes(f"timm/{full}", timm.get_pretrained_cfg(full).num_classes, num_classes)
+    return _download(f"timm/{full}", lambda: timm.create_model(full, pretrained=True, num_classes=num_classes))
+
+
+def torchvision_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
+    """`resnet18`; `tag` names one of its weights (`IMAGENET1K_V1`), or "pretrained" takes torchvision's default."""
+    models = _library("torchvision").models
+    names = models.list_models(module=models)
+    if name not in names:
+        raise UserError(f"torchvision has no classification model {name!r}{nearest(name, names)}")
+    if tag is None:
+        return models.get_model(name, weights=None, num_classes=num_classes)
+    choices = models.get_model_weights(name).__members__
+    member = "DEFAULT" if tag == "pretrained" else tag
+    if member not in choices:
+        raise UserError(_no_weights(f"torchvision/{name}", tag, list(choices)))
+    weights = choices[member]
+    _check_classes(f"torchvision/{name} with {weights.name}", len(weights.meta["categories"]), num_classes)
+    return _download(f"torchvision/{name}", lambda: models.get_model(name, weights=weights))
+
+
+def _library(name: str) -> ModuleType:
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"models '{name}/...' need {name}, which cannot be imported ({error}): pip install {name}"
+        ) from error
+
+
+def _timm_tag(architecture: str, tag: str) -> str:
+    """The tag in full; empty for an architecture whose only weights have no tag."""
+    timm = _library("timm")
+    names = [name.partition(".") for name in timm.list_pretrained(f"{architecture}*")]
+    tags = [tag for name, _, tag in names if name == architecture]
+    default = timm.get_pretrained_cfg(architecture)
+    if tag == "pretrained" and default is not None and default.has_weights:
+        return default.tag or ""
+    if tag not in tags:
+        raise UserError(_no_weights(f"timm/{architecture}", tag, tags))
+    return tag
+
+
+def _no_weights(model: str, tag: str, choices: list[str]) -> str:
+    known = f"its weights are {', '.join(choices[:10])}" if choices else "it has no pre-trained weights"
+    return f"{tag!r} is neither a file nor weights of {model}{nearest(tag, choices)}: {known}"
+
+
+def _check_classes(model: str, have: int, wanted: int) -> None:
+    if have != wanted:
+        raise UserError(
+            f"{model} was trained for {have} classes and {wanted} are wanted: its classifier cannot be used, and a net "
+            "is never half loaded; fine-tune it first and pass the weights as a file"
+        )
+
+
+def _download(model: str, build) -> nn.Module:
+    try:
+        return build()
+    except Exception as error:  # both hubs let the exceptions of their HTTP libraries through
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise UserError(f"the weights of {model} could not be fetched ({reason}): pass them as a file") from error

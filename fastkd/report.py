@@ -1,0 +1,141 @@
+"""What people see of a run: the progress bar, a line per epoch, and the files of the run folder."""
+
+import csv
+import io
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
+
+from . import checkpoint, distributed
+from .environment import environment
+
+FILES = """\
+A run of fastkd.
+
+    config.yaml           the effective options; `fastkd train --config config.yaml --out ELSEWHERE` repeats the run
+    environment.json      versions, devices and the command
+    history.csv, .jsonl   one row per epoch: learning rate, loss terms, accuracy in %, images/s
+    curves.png            the same as a picture
+    last.pt, best.pt      everything `fastkd train --out HERE --resume` needs, after the last epoch and the best one
+    student.safetensors   the trained student after the last epoch; `fastkd eval --weights student.safetensors`
+    teacher/, alone/      runs of their own, where a teacher or the student alone was trained for this one
+"""
+
+
+class Report:
+    """One run's screen and folder. Only rank 0 prints and writes."""
+
+    def __init__(self, config, about: dict, num_classes: int):
+        self.config, self.out = config, Path(config.out)
+        self.about = {"model": str(about.get("student", "")), "num_classes": str(num_classes)}
+        self.main = distributed.rank() == 0
+        self.board = self._open_board() if config.tensorboard and self.main else None
+        if self.main:
+            checkpoint.claim_folder(self.out, plain(asdict(config) | about), config.resume)
+            checkpoint.write_atomic(self.out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            checkpoint.write_atomic(self.out / "README.txt", FILES)
+
+    def epoch(self, history: list[dict]) -> None:
+        """The line of the epoch, the history files, TensorBoard."""
+        row = history[-1]
+        say(
+            f"epoch {row['epoch']:>3}/{self.config.epochs}  {terms_of(row)}  top-1 {row['top1']:.2f} %  "
+            f"val loss {row['val_loss']:.4f}  lr {row['lr']:.4g}  {row['img_per_s']:,.0f} img/s"
+        )
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        checkpoint.write_atomic(self.out / "history.csv", table.getvalue())
+        checkpoint.write_atomic(self.out / "history.jsonl", "".join(json.dumps(past) + "\n" for past in history))
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["epoch"])
+
+    def finish(self, history: list[dict], network: nn.Module) -> None:
+        if not self.main:
+            return
+        from .curves import plot
+
+        checkpoint.write_atomic(self.out / "curves.png", plot(history))
+        checkpoint.save_network(self.out / "student.safetensors", network, self.about)
+        if self.board:
+            self.board.close()
+
+    def _open_board(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise checkpoint.UserError(f"--tensorboard: {error}; pip install 'fastkd[tensorboard]'") from None
+        return SummaryWriter(self.out / "tensorboard")
+
+
+class Bar:
+    """The bar of a whole run: images/s of this epoch, loss terms, time left."""
+
+    def __init__(self, epochs: int, epoch: int, steps: int):
+        columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[shown]}")]
+        columns += [TimeRemainingColumn(), TextColumn("left")]
+        screen = console()
+        self.progress = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+        self.task = self.progress.add_task("", total=epochs * steps, completed=epoch * steps, shown="")
+        self.epochs = epochs
+
+    def start_epoch(self, epoch: int) -> None:
+        self.progress.update(self.task, description=f"epoch {epoch + 1}/{self.epochs}")
+        self.images, self.started, self.shown_at = 0, time.perf_counter(), time.perf_counter()
+
+    def advance(self, images: int, meter) -> None:
+        """Count a step; once a second read the device's counters for the display (the only sync between epochs)."""
+        self.images += images * distributed.world_size()
+        self.progress.advance(self.task)
+        if self.progress.disable or time.perf_counter() < self.shown_at + 1:
+            return
+        self.shown_at = time.perf_counter()
+        shown = f"{self.rates()['img_per_s']:,.0f} img/s  {terms_of(meter.read(everywhere=False))}"
+        self.progress.update(self.task, shown=shown)
+
+    def rates(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.started
+        return {"img_per_s": round(self.images / seconds, 1), "train_s": round(seconds, 2)}
+
+
+NOT_TERMS = ("epoch", "lr", "img_per_s", "train_s", "top1", "top5", "val_loss")
+
+
+def loss_terms(row: dict) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name not in NOT_TERMS}
+
+
+def terms_of(row: dict) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in loss_terms(row).items())
+
+
+def plain(config: dict) -> dict:
+    """Tuples as lists: YAML's safe form."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def console() -> Console:
+    """Where rank 0 prints; the other processes are silent."""
+    return Console(quiet=distributed.rank() != 0)
+
+
+def say(message: str) -> None:
+    console().print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0) -> None:
+    """A table on the screen; the last `numbers` columns are numbers and stand to the right."""
+    table = Table()
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place < len(columns) - numbers else "right")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)

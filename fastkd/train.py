@@ -1,0 +1,137 @@
+"""The loop: loader -> mixer -> step, then evaluation, checkpoint and report. Everything else is one call away.
+
+result = Trainer(KD(student, teacher), train_loader, val_loader, TrainOptions(epochs=10)).fit()
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, distributed
+from .engine import Schedule, Step, TrainOptions
+from .engine.mix import Mixer
+from .errors import UserError
+from .evaluate import evaluate
+from .methods.base import Method
+from .report import Bar, Report, say
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: one row per epoch, and where its files are."""
+
+    history: list[dict]
+    out: Path
+
+    @property
+    def top1(self) -> float:
+        """Accuracy of the saved student (the last epoch's), in per cent."""
+        return self.history[-1]["top1"]
+
+    @property
+    def student(self) -> Path:
+        """Its weights, safetensors."""
+        return self.out / "student.safetensors"
+
+
+class Trainer:
+    """Trains `method.student` on `train_loader`, evaluates it on `val_loader` after each epoch.
+
+    The loaders follow `fastkd.data.Loader`. `about` is recorded in config.yaml beside the training options; its "student"
+    names the network for `create_model`. Raises UserError when `config.out` holds another run or training diverges.
+    """
+
+    def __init__(self, method: Method, train_loader, val_loader, config: TrainOptions, about: dict | None = None):
+        self.device = distributed.device_for(config.device)
+        self.config = replace(config, out=distributed.gather(config.out or str(checkpoint.free_folder("runs/run")))[0])
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.method = method.to(self.device, memory_format=config.memory_format)
+        self.step = Step(method, config, self.device)
+        self.schedule = Schedule(config, self.step.optimizer)
+        alphas = (config.mixup, config.cutmix, config.smoothing)
+        self.mixer = Mixer(*alphas, len(train_loader.classes), config.seed, distributed.rank())
+        self.report = Report(self.config, about or {}, len(train_loader.classes))
+        self.epoch, self.history = 0, []
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """What is evaluated and saved: the student, or the average of its weights."""
+        return self.step.ema.net if self.step.ema else self.method.student
+
+    def fit(self) -> Result:
+        if not self._resume():
+            self.method.prepare(self.train_loader)
+        bar = Bar(self.config.epochs, self.epoch, len(self.train_loader))
+        with bar.progress:
+            while self.epoch < self.config.epochs:
+                torch.manual_seed(self.config.seed + 1_000_003 * self.epoch + 10_007 * distributed.rank())
+                row = {"epoch": self.epoch + 1, **self._train_epoch(bar), **self._evaluate()}
+                self._finish_epoch(row)
+        self.report.finish(self.history, self.network)
+        return Result(self.history, Path(self.config.out))
+
+    def _train_epoch(self, bar: Bar) -> dict[str, float]:
+        self.method.train()
+        bar.start_epoch(self.epoch)
+        for number, (images, target) in enumerate(self.train_loader):
+            done = self.epoch * len(self.train_loader) + number  # steps before this one, over the whole run
+            lr = self.schedule.write(done / len(self.train_loader))
+            images, target = self.mixer(images, target, done)
+            self.step(images, target, self.method.plan(done))
+            bar.advance(len(images), self.step.meter)
+        row = {"lr": lr, **self.step.meter.read(), **bar.rates()}
+        self.step.meter.reset()
+        self._stop_if_diverged()
+        return row
+
+    def _evaluate(self) -> dict[str, float]:
+        distributed.average_buffers(self.method)
+        if self.step.ema:
+            distributed.average_buffers(self.step.ema.net)
+        scores = evaluate(self.network, self.val_loader, self.step.precision)
+        return {"top1": scores["top1"], "top5": scores["top5"], "val_loss": scores["loss"]}
+
+    def _finish_epoch(self, row: dict) -> None:
+        self.epoch += 1
+        self.history.append(row)
+        loaders = distributed.gather(self.train_loader.state_dict())
+        if distributed.rank() == 0:
+            progress = {"epoch": self.epoch, "history": self.history, "data": self._data(), "loaders": loaders}
+            state = progress | self.step.state_dict()
+            best = row["top1"] >= max(past["top1"] for past in self.history)
+            checkpoint.save([self.report.out / name for name in ("last.pt", *(["best.pt"] if best else []))], state)
+            self.report.epoch(self.history)
+
+    def _resume(self) -> bool:
+        last = Path(self.config.out) / "last.pt"
+        if not (self.config.resume and last.exists()):
+            return False
+        state = checkpoint.load(last)
+        self.epoch, self.history = state["epoch"], state["history"]
+        if len(state["loaders"]) != distributed.world_size():
+            raise UserError(
+                f"{last} was written by {len(state['loaders'])} processes, now there are {distributed.world_size()}; "
+                "an exact continuation needs the same number"
+            )
+        if state["data"] != self._data():
+            raise UserError(f"{last} was written on other data: {state['data']}, now {self._data()}")
+        self.train_loader.load_state_dict(state["loaders"][distributed.rank()])
+        self.step.load_state_dict(state)
+        say(f"resuming {self.config.out} after epoch {self.epoch} of {self.config.epochs}")
+        return True
+
+    def _data(self) -> dict:
+        return {"images": self.train_loader.samples, "classes": list(self.train_loader.classes)}
+
+    def _stop_if_diverged(self) -> None:
+        bad, steps = int(self.step.nonfinite.item()), len(self.train_loader)
+        self.step.nonfinite.zero_()
+        if bad > steps / 2:
+            raise UserError(
+                f"training diverged: the gradient was not finite in {bad} of {steps} steps of epoch {self.epoch + 1}; "
+                f"lower --lr {self.config.lr:g}, or set --clip-grad or --warmup-epochs; "
+                f"the last good state is in {self.config.out}"
+            )
+        if bad:
+            say(f"warning: the gradient was not finite in {bad} of {steps} steps of epoch {self.epoch + 1}")

@@ -1,0 +1,51 @@
+"""fastkd. The folder kernels/ is installed as fastkd.kernels, so that no top-level package `kernels` appears."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+DALI = ["nvidia-dali-cuda130>=1.50"]
+TENSORBOARD = ["tensorboard"]
+BENCH = ["pytest", "pytest-benchmark"]
+
+setup(
+    name="fastkd",
+    version=re.search(r'__version__ = "(.+)"', (here / "fastkd/__init__.py").read_text()).group(1),
+    description="Knowledge distillation of image classifiers, fast and exact",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        "fastkd",
+        "fastkd.data",
+        "fastkd.engine",
+        "fastkd.kernels",
+        "fastkd.methods",
+        "fastkd.models",
+        "fastkd.recipes",
+    ],
+    package_dir={"fastkd": "fastkd", "fastkd.kernels": "kernels"},
+    package_data={"fastkd.data": ["*.npz"], "fastkd.recipes": ["*.yaml"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision",
+        "triton>=3.6",
+        "timm>=1.0",
+        "safetensors",
+        "numpy",
+        "pyyaml",
+        "rich",
+        "tyro>=0.9",
+        "matplotlib",
+    ],
+    extras_require={
+        "dali": DALI,
+        "tensorboard": TENSORBOARD,
+        "bench": BENCH,
+        "test": [*DALI, *TENSORBOARD, *BENCH, "hypothesis", "ruff", "scikit-learn"],
+    },
+    entry_points={"console_scripts": ["fastkd = fastkd.cli:main"]},
+)

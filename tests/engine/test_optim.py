@@ -1,0 +1,77 @@
+"""Optimizers against their formulas, and apex's where a stand-in for apex is installed."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from fastkd.engine import Schedule, TrainOptions
+from fastkd.engine.optim import can_skip, create_optimizer
+from fastkd.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def make(opt, weight, **options):
+    options = TrainOptions(opt=opt, **options)
+    return create_optimizer([{"params": [weight], "lr": options.lr}], options, CPU)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "nesterov"])
+def test_sgd_steps_are_the_formula(opt):
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    optimizer = make(opt, weight, lr=0.1, momentum=0.9, weight_decay=0.01)
+    w, buffer = weight.detach().clone(), torch.zeros(2, dtype=torch.float64)
+    for step in range(4):
+        gradient = torch.tensor([0.3, 0.1 * step], dtype=torch.float64)
+        weight.grad = gradient.clone()
+        optimizer.step()
+        decayed = gradient + 0.01 * w
+        buffer = 0.9 * buffer + decayed
+        w = w - 0.1 * (decayed + 0.9 * buffer if opt == "nesterov" else buffer)
+    torch.testing.assert_close(weight.detach(), w, rtol=1e-6, atol=1e-8)
+
+
+def test_adamw_decouples_the_decay():
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = make("adamw", weight, lr=0.1, weight_decay=0.5)
+    weight.grad = torch.tensor([2.0])
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([1 - 0.1 * 0.5 - 0.1]))
+
+
+@pytest.mark.parametrize("opt", ["sgd", "nesterov", "adamw"])
+def test_a_step_can_be_skipped_on_the_device(opt):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = make(opt, weight)
+    weight.grad = torch.full((2,), float("nan"))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert can_skip(optimizer) and torch.equal(weight.detach(), torch.ones(2))
+
+
+def test_apex_missing_explains_itself():
+    with pytest.raises(UserError, match="fusedlamb needs NVIDIA apex.*--opt sgd"):
+        make("fusedlamb", torch.nn.Parameter(torch.ones(1)))
+
+
+@pytest.mark.parametrize(
+    "opt, name", [("fusedsgd", "FusedSGD"), ("fusedlamb", "FusedLAMB"), ("fusedadam", "FusedAdam")]
+)
+def test_apex_present_is_used(opt, name, monkeypatch):
+    """A stand-in with apex's names: the rate arrives as the Python float that apex needs, and follows the schedule."""
+
+    class StandIn(torch.optim.SGD):
+        def __init__(self, groups, lr, momentum=0.0, weight_decay=0.0):
+            super().__init__(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+    optimizers = types.ModuleType("apex.optimizers")
+    setattr(optimizers, name, StandIn)
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    options = TrainOptions(opt=opt, epochs=2, lr=0.1)
+    optimizer = create_optimizer([{"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.1}], options, CPU)
+    assert isinstance(optimizer, StandIn) and not can_skip(optimizer)
+    Schedule(options, optimizer).write(1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)

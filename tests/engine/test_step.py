@@ -1,0 +1,162 @@
+"""One step: its arithmetic, what it refuses to do, and that it never asks the device anything."""
+
+import ast
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastkd.engine import Step, TrainOptions
+from fastkd.engine.mix import Mixer
+from fastkd.methods import CE, KD
+
+CPU = torch.device("cpu")
+IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)).contiguous(
+    memory_format=torch.channels_last
+)
+TARGET = torch.arange(8) % 4
+
+
+def weights_after(method, steps=3, images=IMAGES, target=TARGET, **options):
+    step = Step(method.train(), TrainOptions(**{"lr": 0.1, "amp_dtype": "float32"} | options), CPU)
+    for _ in range(steps):
+        step(images, target)
+    return copy.deepcopy(method.state_dict()), step
+
+
+def test_step_is_plain_sgd(tiny_net):
+    got, _ = weights_after(CE(tiny_net()), momentum=0.9, weight_decay=0.01)
+    net = tiny_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(net(IMAGES), TARGET).backward()
+        optimizer.step()
+    want = {f"student.{name}": value for name, value in net.state_dict().items()}
+    torch.testing.assert_close(dict(got), want)
+
+
+def test_parts_of_a_batch_add_up(tiny_net):
+    """In eval mode BatchNorm does not couple the images: the update is that of the whole batch, uneven parts included."""
+
+    def run(parts):
+        method = CE(tiny_net())
+        method.train = lambda mode=True: method.eval()
+        return weights_after(method.eval(), images=IMAGES[:7], target=TARGET[:7], grad_accum=parts)[0]
+
+    torch.testing.assert_close(dict(run(3)), dict(run(1)))
+
+
+def test_clipping_bounds_the_whole_gradient(tiny_net):
+    clipped, _ = weights_after(CE(tiny_net()), steps=1, momentum=0.0, weight_decay=0.0, clip_grad=1e-3)
+    start = CE(tiny_net()).state_dict()
+    names = [name for name, _ in CE(tiny_net()).named_parameters()]
+    moved = torch.cat([(clipped[name] - start[name]).flatten() for name in names]).norm()
+    assert moved == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("amp_dtype", ["float32", "bfloat16", "float16"])
+def test_a_step_that_is_not_finite_changes_no_weight(tiny_net, amp_dtype):
+    method = KD(tiny_net(0), tiny_net(1))
+    _, step = weights_after(method, momentum=0.9, weight_decay=0.1, ema_decay=0.5, amp_dtype=amp_dtype)
+    before = {name: value.clone() for name, value in method.named_parameters()}
+    momentum = copy.deepcopy(step.optimizer.state_dict()["state"])
+    step(torch.full_like(IMAGES, float("nan")), TARGET)
+    assert step.nonfinite.item() == 1
+    assert all(torch.equal(before[name], value) for name, value in method.named_parameters())
+    torch.testing.assert_close(step.optimizer.state_dict()["state"], momentum, rtol=0, atol=0)
+    assert torch.tensor(list(step.meter.read().values())).isfinite().all()
+
+
+@pytest.mark.parametrize("amp_dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_and_keeps_fp32_weights(tiny_net, amp_dtype):
+    method = KD(tiny_net(0), tiny_net(1))
+    step = Step(method.train(), TrainOptions(lr=0.1, amp_dtype=amp_dtype), CPU)
+    losses = []
+    for _ in range(12):
+        step.meter.reset()
+        step(IMAGES, TARGET)
+        losses.append(sum(step.meter.read().values()))
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(p.dtype == torch.float32 for p in method.parameters())
+    assert step.precision.scaler.is_enabled() == (amp_dtype == "float16")
+
+
+def test_teacher_bytes_do_not_change(tiny_net):
+    teacher = tiny_net(1)
+    before = copy.deepcopy(teacher.state_dict())
+    weights_after(KD(tiny_net(0), teacher), weight_decay=0.1, ema_decay=0.9)
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_state_continues_bit_for_bit(tiny_net):
+    options = {"ema_decay": 0.9, "amp_dtype": "float16", "opt": "adamw"}
+    whole, reference = weights_after(KD(tiny_net(0), tiny_net(1)), steps=5, **options)
+    _, first = weights_after(KD(tiny_net(0), tiny_net(1)), steps=3, **options)
+    method = KD(tiny_net(7), tiny_net(1)).train()
+    second = Step(method, TrainOptions(lr=0.1, **options), CPU)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for _ in range(2):
+        second(IMAGES, TARGET)
+    assert all(torch.equal(whole[name], value) for name, value in method.state_dict().items())
+    average = reference.ema.net.state_dict()
+    assert all(torch.equal(average[name], value) for name, value in second.ema.net.state_dict().items())
+
+
+class NoSync(TorchDispatchMode):
+    """Raises at every call that makes the host wait for the device or takes a shape from its values."""
+
+    FORBIDDEN = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "unique", "masked_select", "allclose")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.FORBIDDEN:
+            raise AssertionError(f"host sync: {func}")
+        if name in ("index", "index_put") and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            raise AssertionError(f"host sync: {func} with a mask")
+        return func(*args, **(kwargs or {}))
+
+
+SETTINGS = [
+    {},
+    {"amp_dtype": "bfloat16", "ema_decay": 0.9},
+    {"amp_dtype": "float16", "clip_grad": 1.0},
+    {"opt": "adamw", "grad_accum": 2},
+]
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_no_host_sync_in_a_step(tiny_net, options, mixed):
+    method = KD(tiny_net(0), tiny_net(1)).train()
+    step = Step(method, TrainOptions(lr=0.1, **options), CPU)
+    mixer = Mixer(0.8, 1.0, 0.1, 4) if mixed else Mixer(0, 0, 0, 4)
+    with NoSync():
+        for number in range(3):
+            step(*mixer(IMAGES, TARGET, number), method.plan(number))
+
+
+@pytest.mark.parametrize(
+    "sync",
+    [lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x[x > 0], lambda x: x.nonzero()],
+)
+def test_the_mode_notices_a_sync(sync):
+    with pytest.raises(AssertionError, match="host sync"), NoSync():
+        sync(torch.randn(4))
+
+
+def test_no_line_of_a_step_moves_values_to_the_host():
+    """What a CPU cannot show: .cpu(), .numpy(), .tolist() are no calls of their own there."""
+    import fastkd
+
+    root = Path(fastkd.__file__).parent
+    files = [*(root / "methods").glob("*.py"), *(root / "engine").glob("*.py"), root / "losses.py"]
+    files += list((root.parent / "kernels").glob("*.py"))
+    assert len(files) > 8
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in ("item", "cpu", "numpy", "tolist", "synchronize"), f"{file.name}:{node.lineno}"

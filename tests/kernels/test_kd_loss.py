@@ -1,0 +1,149 @@
+"""The fused loss against a formulation of our own in float64: written from the formulas, with numpy-style softmaxes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastkd.kernels import kd_loss, kd_loss_reference
+
+
+def log_softmax(z):
+    shifted = z - z.amax(1, keepdim=True)
+    return shifted - shifted.exp().sum(1, keepdim=True).log()
+
+
+def expectation(p, values):
+    """sum p * values, where a class of probability 0 adds nothing."""
+    return torch.where(p > 0, p * values, 0.0).sum()
+
+
+def independent(z_s, z_t, y, T=4.0, a=0.1, b=0.9, smoothing=0.0):
+    """Value and gradient from the closed forms of the docstring, in float64."""
+    z_s, z_t = z_s.double(), z_t.double()
+    n, c = z_s.shape
+    y = y.double() if y.is_floating_point() else F.one_hot(y, c).double()
+    y = (1 - smoothing) * y + smoothing / c
+    p, q, t = (log_softmax(z) for z in (z_s, z_s / T, z_t / T))
+    ce = -expectation(y, p) / n
+    kl = expectation(t.exp(), t - q) / n
+    return a * ce, b * T * T * kl, (a * (p.exp() - y) + b * T * (q.exp() - t.exp())) / n
+
+
+def batch(n, c, dtype=torch.float32, scale=3.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    z_s, z_t = (torch.randn(n, c, generator=g, dtype=torch.float64) * scale for _ in range(2))
+    return z_s.to(dtype), z_t.to(dtype), torch.randint(c, (n,), generator=g)
+
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 2), (3, 10), (5, 1000), (2, 1001)])
+@pytest.mark.parametrize("temperature", [0.5, 4.0, 20.0])
+def test_value_and_gradient(dtype, shape, temperature):
+    z_s, z_t, y = batch(*shape, dtype)
+    z_s.requires_grad_()
+    ce, kd = kd_loss(z_s, z_t, y, temperature=temperature)
+    want_ce, want_kd, want_grad = independent(z_s.detach(), z_t, y, T=temperature)
+    tolerance = TOLERANCE[dtype]
+    assert ce.dtype == kd.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(ce.double(), want_ce, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(kd.double(), want_kd, rtol=tolerance, atol=tolerance)
+    (ce + kd).backward()
+    own_rounding = torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else tolerance
+    torch.testing.assert_close(z_s.grad.double(), want_grad, rtol=2 * own_rounding, atol=max(tolerance / 10, 1e-7))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("soft", [False, True])
+def test_targets(smoothing, soft):
+    z_s, z_t, y = batch(6, 7, torch.float64)
+    target = torch.randn(6, 7, dtype=torch.float64).softmax(1) if soft else y
+    z_s.requires_grad_()
+    ce, kd = kd_loss(z_s, z_t, target, label_smoothing=smoothing, ce_weight=0.3, kd_weight=0.5, temperature=2.0)
+    want = independent(z_s.detach(), z_t, target, T=2.0, a=0.3, b=0.5, smoothing=smoothing)
+    (3 * (ce + kd)).backward()  # an upstream gradient that is not 1
+    for got, wanted in zip((ce, kd, z_s.grad / 3), want, strict=True):
+        torch.testing.assert_close(got.detach(), wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_strides_and_expanded_rows():
+    z_s, z_t, y = batch(6, 10)
+    want = kd_loss(z_s, z_t, y)
+    padded = torch.randn(6, 16)
+    padded[:, :10] = z_s
+    for student, teacher in [(padded[:, :10], z_t.t().contiguous().t()), (z_s.t().contiguous().t(), z_t)]:
+        torch.testing.assert_close(kd_loss(student, teacher, y), want)
+    row = z_t[:1].expand(6, 10)
+    torch.testing.assert_close(kd_loss(z_s, row, y), kd_loss(z_s, row.contiguous(), y))
+
+
+@pytest.mark.parametrize("z_s, z_t", [(1e4, -1e4), (0.0, 0.0), (1e4, 1e4)])
+def test_extreme_logits_stay_finite(z_s, z_t):
+    student = (torch.eye(4, 10) * z_s).requires_grad_()
+    ce, kd = kd_loss(student, torch.eye(4, 10).flip(1) * z_t, torch.arange(4))
+    (ce + kd).backward()
+    assert ce.isfinite() and kd.isfinite() and student.grad.isfinite().all()
+    want = independent(student.detach(), torch.eye(4, 10).flip(1) * z_t, torch.arange(4))
+    torch.testing.assert_close(kd.double(), want[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_class_the_teacher_rules_out():
+    z_s, z_t, y = batch(3, 5, torch.float64)
+    z_t[:, 2] = float("-inf")
+    y = y.clamp(max=1)
+    z_s.requires_grad_()
+    ce, kd = kd_loss(z_s, z_t, y)
+    (ce + kd).backward()
+    want = independent(z_s.detach(), z_t, y)
+    torch.testing.assert_close((ce.detach(), kd.detach(), z_s.grad), want, rtol=1e-11, atol=1e-12)
+
+
+def test_standardize_ignores_scale_and_shift():
+    z_s, z_t, y = batch(4, 9, torch.float64)
+    settings = {"standardize": True, "temperature": 2.0, "kd_weight": 9.0}
+    _, kd = kd_loss(z_s, z_t, y, **settings)
+    z_score = lambda z: (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True)  # noqa: E731
+    torch.testing.assert_close(kd, independent(z_score(z_s), z_score(z_t), y, T=2.0, b=9.0)[1], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(kd, kd_loss(z_s, 5 * z_t + 3, y, **settings)[1], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(kd_loss(z_s, 5 * z_s + 3, y, **settings)[1], torch.zeros((), dtype=torch.float64))
+
+
+def test_only_the_student_gets_a_gradient():
+    z_s, z_t, y = batch(4, 6)
+    z_s.requires_grad_()
+    z_t.requires_grad_()
+    sum(kd_loss(z_s, z_t, y)).backward()
+    assert z_t.grad is None
+    torch.testing.assert_close(z_s.grad.sum(1), torch.zeros(4), atol=1e-6, rtol=0)
+
+
+def test_gradcheck():
+    z_s, z_t, y = batch(3, 5, torch.float64)
+    z_s.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: sum(kd_loss(z, z_t, y)), (z_s,))
+
+
+def test_public_function_is_its_reference():
+    z_s, z_t, y = batch(3, 5)
+    settings = {"temperature": 3.0, "ce_weight": 0.2, "kd_weight": 0.7, "label_smoothing": 0.1, "standardize": True}
+    got, want = kd_loss(z_s, z_t, y, **settings), kd_loss_reference(z_s, z_t, y, **settings)
+    assert torch.equal(torch.stack(got), torch.stack(want))
+
+
+@pytest.mark.parametrize(
+    "student, teacher, target, words",
+    [
+        (torch.ones(2, 3), torch.ones(2, 4), torch.zeros(2).long(), r"\[2, 3\] and \[2, 4\]"),
+        (torch.ones(3), torch.ones(3), torch.zeros(3).long(), r"\[3\]"),
+        (torch.ones(2, 3).long(), torch.ones(2, 3), torch.zeros(2).long(), "int64"),
+        (torch.ones(0, 3), torch.ones(0, 3), torch.zeros(0).long(), "empty"),
+        (torch.ones(2, 3), torch.ones(2, 3), torch.zeros(3).long(), r"int64 \[3\]"),
+        (torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2), r"float32 \[2\]"),
+        (torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2).int(), "int32"),
+    ],
+)
+def test_bad_input_names_shapes(student, teacher, target, words):
+    with pytest.raises(ValueError, match=words):
+        kd_loss(student, teacher, target)

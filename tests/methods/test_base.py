@@ -1,0 +1,76 @@
+"""The protocol: a frozen teacher, one forward per network and step, taps."""
+
+import copy
+
+import pytest
+import torch
+
+from fastkd import create_model
+from fastkd.methods import CE, KD, Forwards, Frozen, Method
+
+
+def test_frozen_stays_out_of_its_holder(tiny_net):
+    method = KD(tiny_net(0), tiny_net(1)).train()
+    teacher = method.teacher.net
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert all(name.startswith("student.") for name in method.state_dict())
+    theirs = {id(p) for p in teacher.parameters()}
+    assert not theirs & {id(p) for p in method.parameters()}
+    assert not theirs & {id(p) for group in method.param_groups(0.1) for p in group["params"]}
+
+
+def test_frozen_follows_to(tiny_net):
+    method = KD(tiny_net(0), tiny_net(1)).to(torch.float64, memory_format=torch.channels_last)
+    assert method.teacher.net.fc.weight.dtype == torch.float64
+    assert method.teacher.net.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_frozen_gives_no_gradient_and_keeps_its_bytes(tiny_net):
+    frozen = Frozen(tiny_net())
+    before = copy.deepcopy(frozen.net.state_dict())
+    frozen.train()
+    assert not frozen(torch.randn(2, 3, 8, 8, requires_grad=True)).requires_grad
+    assert all(torch.equal(before[key], value) for key, value in frozen.net.state_dict().items())
+
+
+def test_a_network_runs_once_a_step(tiny_net):
+    net = tiny_net()
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    out = Forwards(torch.randn(2, 3, 8, 8), {})
+    assert out(net) is out(net) and len(calls) == 1
+
+
+def test_taps_come_with_the_same_forward():
+    student, teacher = create_model("resnet8", 4), create_model("resnet14", 4)
+
+    class Hint(Method):
+        def __init__(self, student, teacher):
+            super().__init__(student, teacher)
+            self.tap(student)
+            self.tap(self.teacher)
+
+        def losses(self, out, target, plan):
+            ours, theirs = out.features(self.student), out.features(self.teacher)
+            return {"hint": (ours[-1] - theirs[-1]).square().mean() + out(self.student).sum() * 0}
+
+    method = Hint(student, teacher)
+    calls = []
+    student.conv1.register_forward_hook(lambda *_: calls.append(1))
+    terms = method(torch.randn(2, 3, 32, 32), torch.zeros(2).long())
+    terms["hint"].backward()
+    assert len(calls) == 1 and student.conv1.weight.grad is not None
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(name.startswith("student.") for name in method.state_dict())
+
+
+def test_features_need_a_tap(tiny_net):
+    with pytest.raises(ValueError, match="TinyNet.*tapped"):
+        Forwards(torch.randn(2, 3, 8, 8), {}).features(tiny_net())
+
+
+def test_teacher_needed_or_refused(tiny_net):
+    with pytest.raises(ValueError, match="KD needs a teacher"):
+        KD(tiny_net(), None)
+    with pytest.raises(ValueError, match="CE takes no teacher"):
+        CE(tiny_net(), tiny_net(1))

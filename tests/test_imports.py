@@ -1,0 +1,83 @@
+"""Imports run one way (see CONTRIBUTING.md), and a plain `import fastkd` needs no extra."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARIES = {"torch", "triton", "torchvision", "timm", "numpy", "nvidia", "safetensors", "yaml", "rich", "tyro"}
+
+# Folder or file -> the parts of fastkd it may import (besides its own folder).
+ALLOWED = {
+    "kernels": set(),
+    "fastkd/errors.py": set(),
+    "fastkd/models": {"errors"},
+    "fastkd/data": {"errors"},
+    "fastkd/losses.py": {"kernels"},
+    "fastkd/methods": {"losses", "models", "errors"},
+    "fastkd/metrics.py": {"distributed"},
+    "fastkd/distributed.py": {"errors"},
+    "fastkd/engine": {"methods.base", "distributed", "metrics", "errors"},
+    "fastkd/train.py": {"engine", "methods.base", "checkpoint", "distributed", "evaluate", "report", "errors"},
+}
+
+
+def modules(path: Path):
+    """(module that is imported, from the top) for each import of fastkd, with relative ones made absolute."""
+    package = ["fastkd", *path.relative_to(ROOT / "fastkd").parts[:-1]] if path.is_relative_to(ROOT / "fastkd") else []
+    if path.is_relative_to(ROOT / "kernels"):
+        package = ["fastkd", "kernels"]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names) if base == "fastkd" else [base]
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_run_one_way(part):
+    path = ROOT / part
+    own = "fastkd.kernels" if part == "kernels" else part.removesuffix(".py").replace("/", ".")
+    files = [path] if path.is_file() else sorted(path.rglob("*.py"))
+    assert files
+    for file in files:
+        for module in modules(file):
+            if module.startswith("fastkd.") and not module.startswith(own):
+                name = module.removeprefix("fastkd.")
+                assert any(name == ok or name.startswith(ok + ".") for ok in ALLOWED[part]), f"{file.name}: {module}"
+
+
+def test_methods_do_not_import_each_other():
+    for file in sorted((ROOT / "fastkd/methods").glob("*.py")):
+        if file.stem not in ("__init__", "base"):
+            inner = {module for module in modules(file) if module.startswith("fastkd.methods")}
+            assert inner <= {"fastkd.methods.base"}, file
+
+
+def test_kernels_import_torch_and_triton_alone():
+    for file in sorted((ROOT / "kernels").glob("*.py")):
+        tops = {module.split(".")[0] for module in modules(file)} & (LIBRARIES | {"kernels"})
+        assert tops <= {"torch", "triton"}, file
+
+
+def test_the_rule_is_noticed_when_broken(tmp_path, monkeypatch):
+    broken = tmp_path / "fastkd/losses.py"
+    broken.parent.mkdir()
+    broken.write_text("from .engine import Step\nfrom . import train\n")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    with pytest.raises(AssertionError, match="engine"):
+        test_imports_run_one_way("fastkd/losses.py")
+
+
+def test_importing_fastkd_needs_no_extra():
+    """With the extras and the command line's libraries out of reach."""
+    hidden = ["nvidia.dali", "tensorboard", "apex", "tyro", "matplotlib", "timm", "sklearn", "pytest"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({hidden}, None)); import fastkd, fastkd.losses, fastkd.methods"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
