@@ -19,7 +19,7 @@ FREE_TO_CHANGE = ("data", "resume", "out", "workers", "tensorboard", "hw_decoder
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write beside the file, flush to the disk, then rename: a reader or a killed run sees the old file or the new one."""
+    """Write beside the file, flush to the disk, then rename: whoever looks sees the old file or the new one, whole."""
     content = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -62,7 +62,7 @@ def save_network(path: Path, net: nn.Module, about: dict[str, str]) -> None:
 
 
 def claim_folder(path: Path, config: dict, resume: bool) -> None:
-    """Make the run folder with its config.yaml. Refuse a folder that holds anything, unless that run is to be resumed."""
+    """Make the run folder with its config.yaml; refuse one that holds anything, unless that run is to be resumed."""
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; choose a folder")
     if path.is_dir() and any(path.iterdir()):

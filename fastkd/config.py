@@ -1,7 +1,7 @@
 """From recipe, file and command line to one effective configuration. All three go through the same parser.
 
-A YAML file holds options by their names (`batch_size: 128` or `batch-size: 128`), flat. Later sources win: the recipe, the
-file, the command line. Options of a method are there when it is the chosen one.
+A YAML file holds options by their names (`batch_size: 128` or `batch-size: 128`), flat. Later sources win: the recipe,
+the file, the command line. Options of a method are there when it is the chosen one.
 """
 
 import contextlib

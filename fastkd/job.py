@@ -10,18 +10,19 @@ from torch import nn
 from . import checkpoint, distributed
 from .config import NetworkOptions, RunOptions, flat
 from .data import create_loaders
+from .engine.optim import APEX, apex_optimizers
 from .engine.precision import Precision
 from .errors import UserError
 from .evaluate import evaluate, speed
 from .methods import METHODS
 from .methods.base import NoOptions
 from .models import create_model, load_weights
-from .report import say, show_table
+from .report import board_class, say, show_table
 from .train import Result, Trainer
 
 
 def run(config) -> Result:
-    """Take one effective configuration (config.parse) to its table. What can be checked is checked before a file is made."""
+    """Take one effective configuration (config.parse) to its table; checks come before the first file is written."""
     job = Job(config)
     job.claim()
     if job.teacher is not None:
@@ -38,6 +39,7 @@ class Job:
     """The data, the networks and the run folder that the runs of one job share."""
 
     def __init__(self, config):
+        _check_optional_parts(config.train)
         self.device = distributed.device_for(config.train.device)
         out = config.train.out or str(checkpoint.free_folder(f"runs/{default_name(config)}"))
         self.out = Path(distributed.gather(out)[0])
@@ -70,8 +72,8 @@ class Job:
         say(f"teacher {self.names.teacher}: top-1 {top1:.2f} % on the validation images")
         if top1 < chance + 0.1 * (100 - chance):
             say(
-                f"WARNING: the teacher's top-1 is {top1:.2f} % and chance is {chance:.2f} %. Its weights, the order of the "
-                "classes or the normalisation (--mean, --std) do not fit this data; the student will learn noise."
+                f"WARNING: the teacher's top-1 is {top1:.2f} % and chance is {chance:.2f} %. Its weights, the order of "
+                "the classes or the normalisation (--mean, --std) do not fit this data; the student will learn noise."
             )
 
     def train_alone(self) -> None:
@@ -109,7 +111,7 @@ class Job:
             self._fit(self.teacher_config, self.teacher)
 
     def _part(self, name: str, epochs: int, folder: str):
-        """The configuration of a plain training that this job needs, in a folder of its own; it runs by itself as well."""
+        """The configuration of a plain training that this job needs, in a folder of its own."""
         return replace(
             self.config,
             run=RunOptions(method="ce"),
@@ -136,6 +138,14 @@ class Job:
         parameters = sum(p.numel() for p in net.parameters())
         self.rows.append([label, name, f"{top1:.2f}", f"{parameters:,}", f"{rate:,.0f}"])
         return top1
+
+
+def _check_optional_parts(options) -> None:
+    """Raise UserError, with what to install, while nothing has been written."""
+    if options.tensorboard:
+        board_class()
+    if options.opt in APEX:
+        apex_optimizers()
 
 
 def default_name(config) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import checkpoint, distributed
 from .environment import environment
+from .errors import UserError
 
 FILES = """\
 A run of fastkd.
@@ -35,11 +36,12 @@ class Report:
         self.config, self.out = config, Path(config.out)
         self.about = {"model": str(about.get("student", "")), "num_classes": str(num_classes)}
         self.main = distributed.rank() == 0
-        self.board = self._open_board() if config.tensorboard and self.main else None
+        board = board_class() if config.tensorboard and self.main else None
         if self.main:
             checkpoint.claim_folder(self.out, plain(asdict(config) | about), config.resume)
             checkpoint.write_atomic(self.out / "environment.json", json.dumps(environment(), indent=2) + "\n")
             checkpoint.write_atomic(self.out / "README.txt", FILES)
+        self.board = board(self.out / "tensorboard") if board else None
 
     def epoch(self, history: list[dict]) -> None:
         """The line of the epoch, the history files, TensorBoard."""
@@ -48,32 +50,38 @@ class Report:
             f"epoch {row['epoch']:>3}/{self.config.epochs}  {terms_of(row)}  top-1 {row['top1']:.2f} %  "
             f"val loss {row['val_loss']:.4f}  lr {row['lr']:.4g}  {row['img_per_s']:,.0f} img/s"
         )
-        table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        checkpoint.write_atomic(self.out / "history.csv", table.getvalue())
-        checkpoint.write_atomic(self.out / "history.jsonl", "".join(json.dumps(past) + "\n" for past in history))
+        self._write_history(history)
         if self.board:
             for name, value in row.items():
                 self.board.add_scalar(name, value, row["epoch"])
+
+    def _write_history(self, history: list[dict]) -> None:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, fieldnames=list(history[-1]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        checkpoint.write_atomic(self.out / "history.csv", table.getvalue())
+        checkpoint.write_atomic(self.out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
     def finish(self, history: list[dict], network: nn.Module) -> None:
         if not self.main:
             return
         from .curves import plot
 
+        self._write_history(history)  # once more: the run may have been killed between its checkpoint and this file
         checkpoint.write_atomic(self.out / "curves.png", plot(history))
         checkpoint.save_network(self.out / "student.safetensors", network, self.about)
         if self.board:
             self.board.close()
 
-    def _open_board(self):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise checkpoint.UserError(f"--tensorboard: {error}; pip install 'fastkd[tensorboard]'") from None
-        return SummaryWriter(self.out / "tensorboard")
+
+def board_class() -> type:
+    """TensorBoard's writer; raises UserError where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--tensorboard: {error}; pip install 'fastkd[tensorboard]'") from None
+    return SummaryWriter
 
 
 class Bar:

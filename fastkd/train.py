@@ -38,8 +38,9 @@ class Result:
 class Trainer:
     """Trains `method.student` on `train_loader`, evaluates it on `val_loader` after each epoch.
 
-    The loaders follow `fastkd.data.Loader`. `about` is recorded in config.yaml beside the training options; its "student"
-    names the network for `create_model`. Raises UserError when `config.out` holds another run or training diverges.
+    The loaders follow `fastkd.data.Loader`. `about` is recorded in config.yaml beside the training options; its
+    "student" names the network for `create_model`. Raises UserError when `config.out` holds another run, or when
+    training diverges.
     """
 
     def __init__(self, method: Method, train_loader, val_loader, config: TrainOptions, about: dict | None = None):

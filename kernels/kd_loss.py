@@ -4,10 +4,10 @@
     dL/dz_s = [ ce_weight (p_s - y) + kd_weight T (p_s^T - p_t^T) ] / N
 
 Shapes: student and teacher logits [N, C], any floating dtype and strides; target [N] int64 or a distribution [N, C].
-Computed in fp32, or in fp64 when an input is fp64. Only the student's logits get a gradient. No host sync, no data-dependent
-branch, so it compiles without a break and can be captured in a CUDA graph.
-`standardize` is logit standardisation (Sun et al. 2024, arXiv:2403.01427): z-score of each row, eps 1e-7, before the softmax.
-Today this is plain torch: several passes over the logits. A fused single pass is to replace the body of `kd_loss` alone.
+Computed in fp32, or in fp64 when an input is fp64. Only the student's logits get a gradient. No host sync and no
+data-dependent branch, so it compiles without a break and can be captured in a CUDA graph.
+`standardize` is logit standardisation (Sun et al. 2024, arXiv:2403.01427): z-score of each row, eps 1e-7, before the
+softmax. Today this is plain torch, several passes over the logits; a fused kernel is to replace the body of `kd_loss`.
 """
 
 import torch

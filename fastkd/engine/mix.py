@@ -1,8 +1,8 @@
 """What happens to a batch between the loader and the networks: mixup, CutMix, label smoothing.
 
-mixup (arXiv:1710.09412) blends each image with another of the batch, CutMix (arXiv:1905.04899) pastes a box of it; the
-labels are blended by the same share. Every network sees the same mixed image. The random numbers are the host's and depend
-on (seed, rank, step) alone, so nothing is synchronised and nothing needs to be checkpointed.
+mixup (arXiv:1710.09412) blends each image with another of the batch, CutMix (arXiv:1905.04899) pastes a box of it;
+the labels are blended by the same share. Every network sees the same mixed image. The random numbers are the host's
+and depend on (seed, rank, step) alone, so nothing is synchronised and nothing needs to be checkpointed.
 Our own rather than torchvision's: that one leaves channels-last on CUDA and draws from the global generator.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 class Mixer:
     """(images [N, 3, H, W], target [N] int64, step) -> (images, target [N] int64 or [N, C] float32).
 
-    `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 is off, with both on one of them is drawn for each batch.
+    `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 is off; with both, each batch draws one of them.
     `smoothing` s: the target becomes (1 - s) * target + s / C.
     """
 

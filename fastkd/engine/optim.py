@@ -27,20 +27,23 @@ def create_optimizer(groups: list[dict], options, device: torch.device) -> Optim
     return torch.optim.SGD(groups, lr=groups[0]["lr"], **settings, fused=True)
 
 
-def _apex_optimizer(groups: list[dict], options) -> Optimizer:
-    """apex reads a Python float as the rate and cannot skip a step on the device; its rates are written by the host."""
-    name = APEX[options.opt]
+def apex_optimizers():
+    """The module apex.optimizers; raises UserError where apex is not installed."""
     try:
-        optimizers = importlib.import_module("apex.optimizers")
+        return importlib.import_module("apex.optimizers")
     except ImportError as error:
         raise UserError(
-            f"--opt {options.opt} needs NVIDIA apex ({error}); build it from its source repository (the package called "
+            f"--opt {', '.join(APEX)} need NVIDIA apex ({error}); build it from its source repository (the package called "
             "apex on PyPI is another project) or use --opt sgd, nesterov or adamw"
         ) from None
-    if name == "FusedSGD":
-        settings = {"momentum": options.momentum, "weight_decay": options.weight_decay}
-        return optimizers.FusedSGD(groups, lr=options.lr, **settings)
-    return getattr(optimizers, name)(groups, lr=options.lr, weight_decay=options.weight_decay)
+
+
+def _apex_optimizer(groups: list[dict], options) -> Optimizer:
+    """apex reads a Python float as the rate and cannot skip a step on the device; its rates are written by the host."""
+    settings = {"lr": options.lr, "weight_decay": options.weight_decay}
+    if options.opt == "fusedsgd":
+        settings["momentum"] = options.momentum
+    return getattr(apex_optimizers(), APEX[options.opt])(groups, **settings)
 
 
 def can_skip(optimizer: Optimizer) -> bool:

@@ -47,7 +47,7 @@ class TrainOptions:
     cutmix: float = 0.0
     """Alpha of CutMix; 0 is off. With mixup as well, each batch draws one of the two."""
     ema_decay: float = 0.0
-    """Decay per step of the average of the weights; 0 is off. The average is what is evaluated and saved as the student."""
+    """Decay per step of the average of the weights; 0 is off. The average is evaluated and saved as the student."""
     amp_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of the forward passes: auto is bfloat16 on CUDA, float32 on the CPU."""
     channels_last: bool = True

@@ -6,7 +6,7 @@ AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": t
 
 
 class Precision:
-    """`amp_dtype` "auto" is bfloat16 on CUDA and float32 elsewhere. float16 brings a GradScaler; the others need none."""
+    """`amp_dtype` "auto" is bfloat16 on CUDA and float32 elsewhere. Only float16 needs the gradient scaler."""
 
     def __init__(self, amp_dtype: str, device: torch.device):
         if amp_dtype == "auto":

@@ -18,8 +18,8 @@ from .precision import Precision
 class Step:
     """`step(images, target, plan)` changes the method's weights and adds its loss terms to `step.meter`.
 
-    A step whose gradient is not finite is skipped on the device (apex's optimizers cannot): weights and momentum stay as
-    they were, `step.nonfinite` counts it.
+    A step whose gradient is not finite is skipped on the device (apex's optimizers cannot): weights and momentum stay
+    as they were, `step.nonfinite` counts it.
     """
 
     def __init__(self, method: Method, options: TrainOptions, device: torch.device):

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from torch import nn
 
-from fastkd.errors import UserError, nearest
-from fastkd.models.mobilenet import CifarMobileNet
-from fastkd.models.mobilenetv2 import CifarMobileNetV2
-from fastkd.models.resnet import DEPTHS, WIDTHS_X4, CifarResNet
-from fastkd.models.staged import Staged, staged
-from fastkd.models.vgg import CONVOLUTIONS, CifarVGG
-from fastkd.models.weights import SUFFIXES, load_weights, read_state_dict
-from fastkd.models.wrn import WideResNet
-from fastkd.models.zoo import timm_model, torchvision_model
+from ..errors import UserError, nearest
+from .mobilenet import CifarMobileNet
+from .mobilenetv2 import CifarMobileNetV2
+from .resnet import DEPTHS, WIDTHS_X4, CifarResNet
+from .staged import Staged, staged
+from .vgg import CONVOLUTIONS, CifarVGG
+from .weights import SUFFIXES, load_weights, read_state_dict
+from .wrn import WideResNet
+from .zoo import timm_model, torchvision_model
 
 __all__ = ["Staged", "create_model", "load_weights", "model_names", "read_state_dict", "staged"]
 

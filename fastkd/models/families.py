@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.errors import UserError
+from ..errors import UserError
 
 Split = tuple[nn.Module, list[nn.Module], nn.Module]
 

@@ -9,7 +9,7 @@ Departures: the average pool takes any map, so any image size works.
 import torch
 from torch import Tensor, nn
 
-from fastkd.models.init import he_init
+from .init import he_init
 
 DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
 WIDTHS = (16, 16, 32, 64)  # stem, then the three stages

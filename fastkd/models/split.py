@@ -5,8 +5,8 @@ from inspect import Parameter, signature
 
 from torch import Tensor, fx, nn
 
-from fastkd.errors import UserError, nearest
-from fastkd.models.families import Split
+from ..errors import UserError, nearest
+from .families import Split
 
 
 class Outline(fx.Tracer):
@@ -81,7 +81,7 @@ def _parts(model: nn.Module, names: Sequence[str], training: bool) -> list[nn.Mo
     logits = next(node for node in graph.nodes if node.op == "output").args[0]
     if not isinstance(logits, fx.Node):
         raise UserError(f"{type(model).__name__} returns several things, not logits alone: it has no stages")
-    image = _image(graph, type(model).__name__)
+    image = next(node for node in graph.nodes if node.op == "placeholder")
     cuts = [image, ends[0].args[0], *ends, logits]
     return [_part(model, graph, cuts[i], cuts[i + 1]) for i in range(len(cuts) - 1)]
 
@@ -114,13 +114,6 @@ def _call(graph: fx.Graph, name: str) -> fx.Node:
     if len(calls) != 1:
         raise UserError(f"stage {name!r} is called {len(calls)} times in a forward pass: a stage must be called once")
     return calls[0]
-
-
-def _image(graph: fx.Graph, model: str) -> fx.Node:
-    image, *others = [node for node in graph.nodes if node.op == "placeholder"]
-    if used := [str(node) for node in others if node.users]:
-        raise UserError(f"the forward of {model} takes {', '.join(used)} beside the images: it has no stages")
-    return image
 
 
 def _check_no_side_effects(model: nn.Module, graph: fx.Graph) -> None:
@@ -169,8 +162,8 @@ def _between(graph: fx.Graph, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     needed, nodes = {end}, []
     for node in reversed(graph.nodes):
         if node in needed and node is not start:
-            if node.op == "placeholder":  # the images, from the start of the net
-                raise UserError(_crossing(graph, start, end))
+            if node.op == "placeholder":
+                raise UserError(_crossing(graph, node, start, end))
             nodes.append(node)
             needed.update(node.all_input_nodes)
     if start not in needed:
@@ -178,8 +171,11 @@ def _between(graph: fx.Graph, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     return nodes[::-1]
 
 
-def _crossing(graph: fx.Graph, start: fx.Node, end: fx.Node) -> str:
+def _crossing(graph: fx.Graph, source: fx.Node, start: fx.Node, end: fx.Node) -> str:
+    """Why following `end` back led past `start` to the argument `source` of forward."""
     order = list(graph.nodes)
+    if source is not next(node for node in order if node.op == "placeholder"):
+        return f"the forward pass takes {source.target!r} beside the images: only nets of images alone have stages"
     if order.index(end) < order.index(start):
         return f"stage {end.target!r} comes before {start.target!r}: name the stages in forward order"
     late = order[order.index(start) + 1 : order.index(end) + 1]

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from fastkd.models.families import split_family
-from fastkd.models.split import split_at
+from .families import split_family
+from .split import split_at
 
 
 class Staged(nn.Module):

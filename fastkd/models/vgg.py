@@ -10,7 +10,7 @@ nothing.
 import torch
 from torch import Tensor, nn
 
-from fastkd.models.init import he_init
+from .init import he_init
 
 WIDTHS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = {"vgg8": (1, 1, 1, 1, 1), "vgg13": (2, 2, 2, 2, 2)}  # per block

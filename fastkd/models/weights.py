@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastkd.errors import UserError
+from ..errors import UserError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # Where trainers put the state dict, in the order in which they are tried. Averaged weights come last: next to plain

@@ -8,7 +8,7 @@ Departures: the average pool takes any map, so any image size works.
 import torch
 from torch import Tensor, nn
 
-from fastkd.models.init import he_init
+from .init import he_init
 
 
 class Block(nn.Module):

@@ -4,11 +4,11 @@ from types import ModuleType
 
 from torch import nn
 
-from fastkd.errors import UserError, nearest
+from ..errors import UserError, nearest
 
 
 def timm_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
-    """`resnet50`, or `resnet50.a1_in1k`: a tag, in the name or `tag`, asks for those weights ("pretrained": the default)."""
+    """`resnet50`, or `resnet50.a1_in1k`: a tag, there or in `tag`, asks for weights ("pretrained": the default)."""
     timm = _library("timm")
     architecture, _, name_tag = name.partition(".")
     if not timm.is_model(architecture):

@@ -1,0 +1,260 @@
+"""The commands as a person types them. Bad input: one line that names it, exit status 2, nothing written."""
+
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from fastkd import create_model
+
+QUICK = ["--epochs", "1", "--warmup-epochs", "0", "--teacher-epochs", "1", "-b", "256"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of two classes, six images each in train and three in val."""
+    for split, count in (("train", 6), ("val", 3)):
+        for label, colour in (("cat", (200, 30, 30)), ("dog", (30, 30, 200))):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (40 + number, 50), colour).save(folder / f"{number}.jpg")
+    return tmp_path / "images"
+
+
+def check_refused(result, *words: str):
+    status, out, err = result
+    assert status == 2, (status, out, err)
+    assert err.startswith("fastkd: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert "Traceback" not in err + out
+    for word in words:
+        assert word in err, err
+
+
+def test_the_whole_job_and_its_table(fastkd, tmp_path):
+    status, out, _ = fastkd("train", *QUICK)
+    assert status == 0
+    for words in ("teacher", "student alone", "student, kd", "top-1 %", "parameters", "78,042"):
+        assert words in out
+    run = tmp_path / "runs/digits-kd-resnet8"
+    for folder in (run, run / "teacher", run / "alone"):
+        assert (folder / "student.safetensors").exists() and (folder / "curves.png").exists()
+    again = fastkd("train", *QUICK, "--no-baseline")[1]  # a second run: a folder of its own, the same teacher
+    assert "trained before" in again and not (tmp_path / "runs/digits-kd-resnet8-2/teacher").exists()
+    status, out, _ = fastkd("eval", "--weights", run / "student.safetensors")
+    assert status == 0 and "resnet8" in out and "355" in out
+
+
+def test_resume_takes_the_runs_own_options(fastkd, tmp_path):
+    assert fastkd("train", *QUICK, "--no-baseline", "--temperature", "3", "--out", "run")[0] == 0
+    status, out, _ = fastkd("train", "--out", "run", "--resume")
+    assert status == 0 and "resuming run after epoch 1 of 1" in out
+    check_refused(fastkd("train", "--out", "run", "--resume", "--lr", "0.3"), "lr was 0.1, now 0.3")
+    check_refused(fastkd("train", *QUICK, "--out", "run"), "--out run is not empty", "--resume")
+
+
+def test_sources_override_each_other(fastkd, tmp_path):
+    Path("mine.yaml").write_text("batch-size: 32\nlr: 0.5\ndecay_milestones: [3, 5]\nchannels_last: false\n")
+    status, out, _ = fastkd("train", "--recipe", "digits", "--config", "mine.yaml", "--lr", "0.25", "--print-config")
+    shown = yaml.safe_load(out)
+    assert status == 0 and (shown["batch_size"], shown["lr"], shown["epochs"]) == (32, 0.25, 8)
+    assert shown["decay_milestones"] == [3, 5] and shown["channels_last"] is False
+    Path("again.yaml").write_text(out)
+    assert yaml.safe_load(fastkd("train", "--config", "again.yaml", "--print-config")[1]) == shown
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_help_shows_every_option_and_its_default(fastkd):
+    status, out, _ = fastkd("train", "--help")
+    assert status == 0
+    names = (
+        "epochs batch-size lr opt sched warmup-epochs weight-decay momentum clip-grad smoothing mixup cutmix ema-decay"
+    )
+    names += " amp-dtype channels-last workers seed out resume data loader student teacher teacher-weights temperature"
+    for name in names.split():
+        assert f"--{name}" in out
+    assert "-b" in out and "default: 4.0" in out
+
+
+@pytest.mark.parametrize("command", [[], ["--help"], ["doctor"], ["methods"], ["--version"], ["eval", "--help"]])
+def test_commands_that_only_tell(fastkd, command):
+    status, out, err = fastkd(*command)
+    assert status == 0 and out and not err
+
+
+def test_doctor_names_the_paths(fastkd):
+    out = fastkd("doctor")[1]
+    for words in ("torch", torch.__version__.split("+")[0], "--amp-dtype auto", "--loader auto", "DALI"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["trian"], ["'trian'", "'train'"]),
+        (["train", "--epoch", "3"], ["'--epoch'", "'--epochs'"]),
+        (["train", "--batchsize", "3"], ["'--batchsize'", "'--batch-size'"]),
+        (["train", "--temprature", "3"], ["'--temprature'", "'--temperature'"]),
+        (["train", "--method", "kdd"], ["'kdd'", "'kd'"]),
+        (["train", "--recipe", "digit"], ["'digit'", "'digits'"]),
+        (["train", "--student", "resnet21"], ["resnet21", "resnet2"]),
+        (["train", "--teacher", "timm/resnet5O"], ["resnet5O", "resnet50"]),
+        (["train", "--opt", "adan"], ["adan", "--opt", "adamw"]),
+        (["train", "--epochs", "many"], ["--epochs", "many"]),
+        (["train", "--epochs", "0"], ["--epochs", "got 0"]),
+        (["train", "--epochs", "-3"], ["--epochs", "-3"]),
+        (["train", "-b", "0"], ["batch_size=0"]),
+        (["train", "--batch-size", "-8"], ["batch_size=-8"]),
+        (["train", "--temperature", "0"], ["temperature", "0"]),
+        (["train", "--temperature", "-4"], ["temperature", "-4"]),
+        (["train", "--lr"], ["--lr"]),
+        (["train", "--opt", "fusedlamb"], ["apex"]),
+        (["train", "--device", "gpu"], ["gpu"]),
+        (["train", "--data", "nowhere"], ["nowhere"]),
+        (["train", "--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+        (["train", "--teacher-weights", "nowhere.pth"], ["nowhere.pth"]),
+        (["train", "--teacher-epochs", "0"], ["resnet20", "--teacher-weights", "--teacher-epochs"]),
+        (["eval"], ["--weights"]),
+        (["eval", "--weights", "nowhere.safetensors", "--model", "resnet8"], ["nowhere.safetensors"]),
+    ],
+)
+def test_bad_options(fastkd, tmp_path, arguments, words):
+    check_refused(fastkd(*arguments), *words)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("epoch: 3", ["mine.yaml", "'epoch'", "'epochs'"]),
+        ("epochs: many", ["--epochs", "many"]),
+        ("epochs: {a: 1}", ["mine.yaml", "epochs"]),
+        ("- a\n- b", ["mine.yaml", "name: value"]),
+        ("a: [", ["mine.yaml", "not valid YAML"]),
+    ],
+)
+def test_bad_files_of_options(fastkd, text, words):
+    Path("mine.yaml").write_text(text)
+    check_refused(fastkd("train", "--config", "mine.yaml"), *words)
+
+
+def spoil_empty(images):
+    shutil.rmtree(images)
+    images.mkdir()
+    return ["images"]
+
+
+def spoil_class(images):
+    for path in (images / "train/dog").iterdir():
+        path.unlink()
+    return ["dog"]
+
+
+def spoil_image(images):
+    (images / "train/dog/3.jpg").write_text("this is no image")
+    return ["3.jpg"]
+
+
+def spoil_split(images):
+    (images / "val/dog").rename(images / "val/wolf")
+    return ["dog", "wolf"]
+
+
+@pytest.mark.parametrize("spoil", [spoil_empty, spoil_class, spoil_image, spoil_split])
+def test_bad_folders(fastkd, images, spoil):
+    words = spoil(images)
+    options = ["--student", "resnet8", "--teacher", "resnet8", "--teacher-epochs", "1", "--epochs", "1"]
+    check_refused(fastkd("train", "--data", images, "--image-size", "32", *options), *words)
+    assert not Path("runs").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+def test_bad_weights(fastkd, tmp_path):
+    torch.save(create_model("resnet20", 10).state_dict(), "good.pth")
+    Path("short.pth").write_bytes(Path("good.pth").read_bytes()[:5000])
+    torch.save(create_model("resnet14", 10).state_dict(), "other.pth")
+    torch.save(create_model("resnet20", 100).state_dict(), "hundred.pth")
+    Path("evil.pth").write_bytes(pickle.dumps(Evil()))
+    torch.save({"state_dict": Evil()}, "evil2.pth")
+    for name, words in {
+        "short.pth": ["short.pth"],
+        "other.pth": ["other.pth", "missing"],
+        "hundred.pth": ["hundred.pth", "[100, 64]", "[10, 64]"],
+        "evil.pth": ["evil.pth"],
+        "evil2.pth": ["evil2.pth"],
+    }.items():
+        check_refused(fastkd("train", *QUICK, "--teacher-weights", name), *words)
+        check_refused(fastkd("eval", "--model", "resnet20", "--weights", name), *words)
+    assert not Path("touched").exists() and not Path("runs").exists()
+
+
+def test_a_teacher_that_knows_nothing_is_a_loud_warning(fastkd):
+    torch.manual_seed(1)
+    torch.save(create_model("resnet20", 10).state_dict(), "fresh.pth")
+    status, out, _ = fastkd("train", *QUICK, "--no-baseline", "--teacher-weights", "fresh.pth")
+    assert status == 0 and "WARNING: the teacher's top-1 is" in out and "chance is 10.00 %" in out
+
+
+def test_given_teacher_weights_are_used(fastkd):
+    fastkd("train", *QUICK, "--no-baseline", "--epochs", "1", "--method", "ce", "--student", "resnet20", "--out", "t")
+    status, out, _ = fastkd("train", *QUICK, "--no-baseline", "--teacher-weights", "t/student.safetensors")
+    assert status == 0 and "training it first" not in out and "teacher resnet20: top-1" in out
+
+
+def test_no_permission(fastkd, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    try:  # root may write there all the same; what the kernel owns refuses root too
+        (locked / "probe").mkdir()
+        locked = Path("/sys")
+    except PermissionError:
+        pass
+    check_refused(fastkd("train", *QUICK, "--out", locked / "run"), str(locked / "run"), "choose another folder")
+
+
+def test_a_disk_that_takes_no_more(tmp_path):
+    """The real command with a limit of the system on the size of a file: 200 kB are too few for a checkpoint."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fastkd", "train", *QUICK, "--no-baseline", "--out", "run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
+    check_refused((done.returncode, done.stdout, done.stderr), "cannot write run/teacher/last.pt", "--resume")
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run/teacher/last.pt").exists()
+
+
+def test_folder_end_to_end(fastkd, images):
+    options = [
+        "--student",
+        "resnet8",
+        "--teacher",
+        "resnet14",
+        "--teacher-epochs",
+        "1",
+        "--epochs",
+        "2",
+        "--lr",
+        "0.01",
+    ]
+    options += ["--image-size", "32", "-b", "4", "--workers", "1", "--mixup", "0.2", "--ema-decay", "0.9"]
+    for loader in ("folder", "auto"):
+        status, out, err = fastkd("train", "--data", images, "--loader", loader, *options, "--out", f"run-{loader}")
+        assert status == 0, err
+        assert "student, kd" in out
+    assert "data: decoding with" in out
+    weights = ["--weights", "run-folder/student.safetensors", "--image-size", "32", "--loader", "folder"]
+    status, out, _ = fastkd("eval", "--data", images, *weights)
+    assert status == 0 and "│      6 │" in out

@@ -1,0 +1,189 @@
+"""The trainer: it learns, it leaves a run folder that explains itself, and a killed run continues exactly."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fastkd import Trainer, TrainOptions, checkpoint
+from fastkd.errors import UserError
+from fastkd.methods import CE, KD
+
+
+def fit(tiny_net, tiny_loaders, out, epochs=3, net_seed=0, **options):
+    method = KD(tiny_net(net_seed), tiny_net(9))
+    settings = TrainOptions(epochs=epochs, lr=0.05, out=str(out), **options)
+    return Trainer(method, *tiny_loaders(), settings, {"student": "tiny"}).fit(), method
+
+
+EVERYTHING = {"ema_decay": 0.9, "mixup": 0.4, "cutmix": 1.0, "smoothing": 0.1, "amp_dtype": "float16", "clip_grad": 1.0}
+
+
+def test_the_loss_falls_and_the_accuracy_rises(tiny_net, tiny_loaders, tmp_path):
+    method = CE(tiny_net())
+    result = Trainer(method, *tiny_loaders(samples=64), TrainOptions(epochs=12, lr=0.1, out=str(tmp_path / "r"))).fit()
+    assert result.history[-1]["ce"] < 0.6 * result.history[0]["ce"]
+    assert result.top1 > 60 > 25
+
+
+def test_run_folder_explains_itself(tiny_net, tiny_loaders, tmp_path):
+    result, method = fit(tiny_net, tiny_loaders, tmp_path / "run")
+    out = result.out
+    names = {path.name for path in out.iterdir()}
+    files = {"config.yaml", "environment.json", "README.txt", "history.csv", "history.jsonl", "curves.png"}
+    assert names == files | {"last.pt", "best.pt", "student.safetensors"}
+    assert yaml.safe_load((out / "config.yaml").read_text())["lr"] == 0.05
+    assert json.loads((out / "environment.json").read_text())["packages"]["torch"]
+    rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert rows == result.history and [row["epoch"] for row in rows] == [1, 2, 3]
+    table = list(csv.DictReader((out / "history.csv").open()))
+    assert [float(row["kd"]) for row in table] == [row["kd"] for row in rows]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    saved = load_file(out / "student.safetensors")
+    assert {name: value.tolist() for name, value in saved.items()} == {
+        name: value.tolist() for name, value in method.student.state_dict().items()
+    }
+
+
+def test_checkpoints_hold_no_teacher(tiny_net, tiny_loaders, tmp_path):
+    result, _ = fit(tiny_net, tiny_loaders, tmp_path / "run", ema_decay=0.9)
+    state = checkpoint.load(result.out / "last.pt")
+    assert all(name.startswith("student.") for name in state["method"])
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_resumed_equals_uninterrupted(tiny_net, tiny_loaders, tmp_path, options, monkeypatch):
+    whole, _ = fit(tiny_net, tiny_loaders, tmp_path / "whole", **options)
+    save = checkpoint.save
+
+    def killed_after_the_first(paths, state):
+        save(paths, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", killed_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_net, tiny_loaders, tmp_path / "cut", **options)
+    monkeypatch.undo()
+    resumed, _ = fit(tiny_net, tiny_loaders, tmp_path / "cut", net_seed=5, resume=True, **options)
+    wanted, got = load_file(whole.student), load_file(resumed.student)
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+    timing = ("img_per_s", "train_s")
+    strip = lambda rows: [{k: v for k, v in row.items() if k not in timing} for row in rows]  # noqa: E731
+    assert strip(resumed.history) == strip(whole.history)
+
+
+def test_killed_at_any_moment_it_resumes_exactly(tmp_path):
+    """A real process, killed by the system at uneven times, again and again until it ends."""
+    command = [sys.executable, "-m", "fastkd", "train", "--method", "ce", "--student", "resnet8", "--epochs", "3"]
+    command += ["--no-baseline", "--batch-size", "256", "--data", "digits", "--recipe", "digits"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = lambda out: [*command, "--out", str(tmp_path / out), "--resume"]  # noqa: E731
+    subprocess.run(run("whole"), check=True, env=environment, capture_output=True)
+    kills = 0
+    for seconds in (3.0, 4.1, 5.3, 6.0, 7.1, 8.3):
+        process = subprocess.Popen(run("cut"), env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(seconds)
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    subprocess.run(run("cut"), check=True, env=environment, capture_output=True)
+    assert kills >= 1
+    wanted, got = (load_file(tmp_path / out / "student.safetensors") for out in ("whole", "cut"))
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_another_run_is_not_overwritten(tiny_net, tiny_loaders, tmp_path):
+    fit(tiny_net, tiny_loaders, tmp_path / "run", epochs=1)
+    before = (tmp_path / "run/student.safetensors").read_bytes()
+    with pytest.raises(UserError, match="not empty.*--resume"):
+        fit(tiny_net, tiny_loaders, tmp_path / "run", epochs=1)
+    with pytest.raises(UserError, match="other options: epochs was 1, now 2"):
+        fit(tiny_net, tiny_loaders, tmp_path / "run", epochs=2, resume=True)
+    assert (tmp_path / "run/student.safetensors").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_not_taken(tiny_net, tiny_loaders, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="no run"):
+        fit(tiny_net, tiny_loaders, tmp_path, resume=True)
+
+
+def test_resume_needs_the_same_data(tiny_net, tiny_loaders, tmp_path):
+    fit(tiny_net, tiny_loaders, tmp_path / "run", epochs=1)
+    with pytest.raises(UserError, match="other data.*22.*30"):
+        fit(tiny_net, lambda: tiny_loaders(samples=30), tmp_path / "run", epochs=1, resume=True)
+
+
+def test_divergence_stops_the_run_with_advice(tiny_net, tiny_loaders, tmp_path):
+    loaders = tiny_loaders()
+    loaders[0].images[:] = float("inf")
+    method = CE(tiny_net())
+    with pytest.raises(UserError, match="diverged.*3 of 3 steps.*--lr 0.05"):
+        Trainer(method, *loaders, TrainOptions(epochs=2, lr=0.05, out=str(tmp_path / "r"))).fit()
+    assert all(p.isfinite().all() for p in method.parameters())
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    checkpoint.write_atomic(tmp_path / "last.pt", b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*last.pt \(3 bytes\): No space left on device.*--resume"):
+        checkpoint.write_atomic(tmp_path / "last.pt", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert (tmp_path / "last.pt").read_bytes() == b"old"
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    checkpoint.save([tmp_path / "last.pt"], {"epoch": 1})
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="last.pt is not a readable checkpoint"):
+        checkpoint.load(tmp_path / "last.pt")
+
+
+def test_tensorboard_gets_every_epoch(tiny_net, tiny_loaders, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result, _ = fit(tiny_net, tiny_loaders, tmp_path / "run", tensorboard=True)
+    events = accumulator.EventAccumulator(str(result.out / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("top1")] == [1, 2, 3]
+
+
+def test_tensorboard_missing_is_said_before_anything_is_written(tiny_net, tiny_loaders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"fastkd\[tensorboard\]"):
+        fit(tiny_net, tiny_loaders, tmp_path / "run", tensorboard=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"epochs": 0}, "--epochs.*got 0"),
+        ({"lr": 0}, "--lr.*got 0"),
+        ({"lr": -1}, "--lr.*got -1"),
+        ({"warmup_epochs": 5, "epochs": 5}, "--warmup-epochs.*5.*got 5"),
+        ({"sched": "multistep"}, "--decay-milestones"),
+        ({"opt": "nesterov", "momentum": 0.0}, "momentum"),
+        ({"smoothing": 1.0}, "--smoothing.*got 1.0"),
+        ({"mixup": -0.1}, "--mixup.*got -0.1"),
+        ({"grad_accum": 0}, "--grad-accum.*got 0"),
+        ({"ema_decay": 1.5}, "--ema-decay.*got 1.5"),
+    ],
+)
+def test_bad_options_are_named_with_their_values(options, words):
+    with pytest.raises(UserError, match=words):
+        TrainOptions(**options)
