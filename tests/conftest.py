@@ -5,6 +5,9 @@ import torch
 from torch import nn
 
 
+torch.set_num_threads(1)  # the networks here are too small for more
+
+
 class TinyNet(nn.Module):
     """Convolution, BatchNorm, linear: the smallest net with running statistics."""
 

@@ -33,8 +33,8 @@ def apex_optimizers():
         return importlib.import_module("apex.optimizers")
     except ImportError as error:
         raise UserError(
-            f"--opt {', '.join(APEX)} need NVIDIA apex ({error}); build it from its source repository (the package called "
-            "apex on PyPI is another project) or use --opt sgd, nesterov or adamw"
+            f"--opt {', '.join(APEX)} need NVIDIA apex ({error}); build it from its source repository (the package "
+            "called apex on PyPI is another project) or use --opt sgd, nesterov or adamw"
         ) from None
 
 

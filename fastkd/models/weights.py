@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 # Where trainers put the state dict, in the order in which they are tried. Averaged weights come last: next to plain
 # ones they are a second net, and taking them would be a choice that nobody made.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "student", "state_dict_ema")
@@ -23,7 +24,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """The name -> tensor table of a file, on the CPU, in the file's dtypes.
 
     Wrapping dicts are opened (`WRAPPERS`, nested too); the prefixes that DistributedDataParallel (`module.`) and
-    torch.compile (`_orig_mod.`) put before names are taken off. `.pth`, `.pt` and `.bin` go through torch's
+    torch.compile (`_orig_mod.`) put before names are taken off. All other kinds go through torch's
     weights-only reader: a file that carries code or objects (`argparse.Namespace`, a plain record of options, is let
     through) is refused and nothing in it runs. UserError for anything that is not a readable state dict.
     """
@@ -86,16 +87,15 @@ def _read_torch(path: Path) -> object:
     from pickle import UnpicklingError
 
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols; what cannot be read is said below
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise UserError(
             f"{path} is damaged or holds more than tensors ({_refused(error)}) and was refused, no code of it was run: "
             "save model.state_dict(), or a .safetensors file"
         ) from error
-    except (
-        Exception
-    ) as error:  # KeyError, EOFError, UnicodeDecodeError, ...: torch's readers trust the bytes they are given
+    except Exception as error:  # of many kinds: torch's readers trust the bytes they are given
         raise UserError(f"{path} is no torch file, or it is cut short ({_first_line(error)})") from error
 
 
