@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-
 torch.set_num_threads(1)  # the networks here are too small for more
 
 

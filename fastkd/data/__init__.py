@@ -1,23 +1,31 @@
 """Where batches come from: `create_loaders` makes the two that a run needs.
 
-    base.py       the protocol, and the rule that splits an epoch over processes
-    scan.py       the images of a folder, and what is wrong with them
-    folder.py     a folder of images, decoded by torchvision in worker processes
-    dali.py       the same folder, decoded by NVIDIA DALI: faster, and on the GPU where there is one
-    digits.py     1,797 real images inside the package
-    synthetic.py  random images that are already on the device, to measure everything else
+base.py       the protocol, and the rule that splits an epoch over processes
+scan.py       the images of a folder, and what is wrong with them
+folder.py     a folder of images, decoded by torchvision in worker processes
+dali.py       the same folder, decoded by NVIDIA DALI: faster, and on the GPU where there is one
+digits.py     1,797 real images inside the package
+normalise.py  from bytes to normalised channels-last batches
+synthetic.py  random images that are already on the device, to measure everything else
 """
 
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
 
-from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD, Loader
-from fastkd.errors import UserError, nearest
+from ..errors import UserError, nearest
+from .base import IMAGENET_MEAN, IMAGENET_STD, Loader
+
+
+def default_workers() -> int:
+    """This process's share of the machine's cores, 16 at the most."""
+    return max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
 
 LoaderName = Literal["auto", "dali", "folder"]
 
@@ -34,7 +42,7 @@ class DataOptions:
     """Images per step and process."""
     image_size: int = 224
     """Side of the square crop, in pixels; the digits are always 32."""
-    workers: int = 4
+    workers: int = field(default_factory=default_workers)
     """Decoding threads (DALI, at least 1) or processes (torchvision; 0: the training process itself), per process."""
     hw_decoder_load: float = 0.65
     """Share of the JPEGs that the GPU's hardware decoder takes, 0 to 1; DALI on CUDA only."""
@@ -85,20 +93,20 @@ def create_loaders(
     if options.data in ("digits", "synthetic"):
         _reject_dali(options)
     if options.data == "digits":
-        from fastkd.data.digits import create_digits
+        from .digits import create_digits
 
         return create_digits(options, device, **shard)
     if options.data == "synthetic":
-        from fastkd.data.synthetic import create_synthetic
+        from .synthetic import create_synthetic
 
         return create_synthetic(options, device, **shard)
-    from fastkd.data.folder import FolderLoader
-    from fastkd.data.scan import scan_pair
+    from .folder import FolderLoader
+    from .scan import scan_pair
 
     train, val = scan_pair(options.data)
     loader = FolderLoader
     if _choose(options, say) == "dali":
-        from fastkd.data.dali import DaliLoader as loader
+        from .dali import DaliLoader as loader
     return tuple(loader(split, options, device, train=split is train, **shard) for split in (train, val))
 
 

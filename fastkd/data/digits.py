@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from fastkd.data.base import derived_seed, epoch_of, epoch_order, evaluation_slices, training_slices
+from .base import derived_seed, epoch_of, epoch_order, evaluation_slices, training_slices
 
 SIDE = 32  # pixels
 SHIFT = 4  # pixels

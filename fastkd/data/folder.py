@@ -9,6 +9,7 @@ epoch's number is all the state there is. EXIF orientation is ignored, as in tor
 """
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from fastkd.data.base import derived_seed, epoch_of, epoch_order, evaluation_slices, resize_side, training_slices
-from fastkd.data.scan import Split, image_kind
-from fastkd.errors import UserError
+from ..errors import UserError
+from .base import derived_seed, epoch_of, epoch_order, evaluation_slices, resize_side, training_slices
+from .normalise import Normalise
+from .scan import Split, image_kind
 
 try:  # 1.28 times as fast as PIL, the same pixels, but deprecated by torchvision 0.29: PIL takes over once it is gone
     from torchvision.io import decode_image
@@ -77,7 +79,7 @@ class Images(Dataset):
         try:
             image = decode(file)
         except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).split("\n")[0]
+            reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).split("\n")[0])  # torchvision names its source first
             raise UserError(f"{file!r} cannot be decoded ({reason}): repair or remove it") from None
         return self._crop(image, epoch, i).permute(1, 2, 0).contiguous()
 
@@ -111,11 +113,9 @@ class FolderLoader:
 
     def __init__(self, split: Split, options, device, *, train, seed=0, rank=0, world_size=1, dtype=torch.float32):
         self.classes, self.samples, self.train = split.classes, len(split.files), train
-        self.device, self.dtype = device, dtype
+        self.device, self.normalise = device, Normalise(options.mean, options.std, device, dtype)
         slices = (training_slices if train else evaluation_slices)(self.samples, options.batch_size, rank, world_size)
         self.keys = EpochKeys(slices, self.samples, train=train, seed=seed)
-        self.mean = torch.tensor(options.mean, device=device).mul(255).view(1, 3, 1, 1)
-        self.scale = torch.tensor(options.std, device=device).mul(255).reciprocal().view(1, 3, 1, 1)
         self.batches = DataLoader(
             Images(split, options.image_size, train=train, seed=seed),
             batch_sampler=self.keys,
@@ -138,11 +138,7 @@ class FolderLoader:
             if step == len(self) - 1 and self.train:
                 self.keys.epoch = epoch + 1
             images, target = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-            yield self._normalise(images), target
-
-    def _normalise(self, images_NHWC: Tensor) -> Tensor:
-        """Channels-last [B, 3, H, W] without a transposition: the bytes already lie that way."""
-        return images_NHWC.permute(0, 3, 1, 2).float().sub_(self.mean).mul_(self.scale).to(self.dtype)
+            yield self.normalise(images), target
 
     def state_dict(self) -> dict:
         return {"loader": "folder", "epoch": self.keys.epoch} if self.train else {}

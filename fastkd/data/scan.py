@@ -7,7 +7,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from fastkd.errors import UserError, nearest
+from ..errors import UserError, nearest
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd.data.base import derived_seed, epoch_of, evaluation_slices, training_slices
+from .base import derived_seed, epoch_of, evaluation_slices, training_slices
 
 HELD = 4  # batches
 

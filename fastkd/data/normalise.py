@@ -1,0 +1,39 @@
+"""From bytes to what a network takes, on the device."""
+
+import math
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KEPT = 4  # blocks of host memory: the batch in use, the next one, and two that lag behind
+
+
+class Normalise:
+    """uint8 images [N, H, W, 3] on the device -> (image / 255 - mean) / std, [N, 3, H, W] channels-last, of `dtype`.
+
+    On the CPU the memory of a batch that nobody holds any more serves again. Fresh memory costs more than the
+    arithmetic does: with it 64 images of 224 pixels took 13 ms, without 2.5 ms (two cores).
+    """
+
+    def __init__(self, mean: tuple, std: tuple, device: torch.device, dtype: torch.dtype):
+        self.mean, self.scale = torch.tensor(mean, device=device) * 255, 1 / (torch.tensor(std, device=device) * 255)
+        self.dtype, self.blocks = dtype, []
+
+    def __call__(self, images_NHWC: Tensor) -> Tensor:
+        count, height, width, _ = images_NHWC.shape
+        rows = images_NHWC.reshape(count, height, width * 3)  # long rows: the inner loop would be 3 numbers otherwise
+        out = self._empty(rows.shape) if rows.device.type == "cpu" else torch.empty_like(rows, dtype=torch.float32)
+        out.copy_(rows).sub_(self.mean.repeat(width)).mul_(self.scale.repeat(width))
+        return out.view(count, height, width, 3).permute(0, 3, 1, 2).to(self.dtype)
+
+    def _empty(self, shape: torch.Size) -> Tensor:
+        size = math.prod(shape)
+        for block in self.blocks:
+            # 3 references are the list's, this loop's and getrefcount's own; a tensor on the block would be a fourth
+            if block.size >= size and sys.getrefcount(block) == 3:
+                return torch.from_numpy(block)[:size].view(shape)
+        block = np.empty(size, np.float32)
+        self.blocks = [*self.blocks[1 - KEPT :], block]  # the oldest is let go
+        return torch.from_numpy(block).view(shape)
