@@ -51,6 +51,7 @@ class Job:
             seed=config.train.seed,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
+            dtype=self.precision.dtype,
             say=say,
         )
         self.first_epoch = self.train_loader.state_dict()
@@ -162,10 +163,10 @@ def evaluate_weights(config) -> list[str]:
     if not model:
         raise UserError(f"--weights {what.weights} does not say which network it is for: give --model NAME")
     world = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    _, loader = create_loaders(config.data, device, **world, say=say)
+    precision = Precision(what.amp_dtype, device)
+    _, loader = create_loaders(config.data, device, **world, dtype=precision.dtype, say=say)
     net = create_model(model, len(loader.classes), what.weights)
     net.to(device, memory_format=torch.channels_last if what.channels_last else torch.contiguous_format)
-    precision = Precision(what.amp_dtype, device)
     scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)
     shown = [f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}", f"{rate:,.0f}"]
     return [model, f"{scores['images']:,}", *shown]

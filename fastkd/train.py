@@ -47,6 +47,7 @@ class Trainer:
         self.device = distributed.device_for(config.device)
         self.config = replace(config, out=distributed.gather(config.out or str(checkpoint.free_folder("runs/run")))[0])
         self.train_loader, self.val_loader = train_loader, val_loader
+        torch.backends.cudnn.benchmark = True  # one image size: let cuDNN time its algorithms once
         self.method = method.to(self.device, memory_format=config.memory_format)
         self.step = Step(method, config, self.device)
         self.schedule = Schedule(config, self.step.optimizer)
@@ -101,7 +102,7 @@ class Trainer:
             progress = {"epoch": self.epoch, "history": self.history, "data": self._data(), "loaders": loaders}
             state = progress | self.step.state_dict()
             best = row["top1"] >= max(past["top1"] for past in self.history)
-            checkpoint.save([self.report.out / name for name in ("last.pt", *(["best.pt"] if best else []))], state)
+            checkpoint.save([self.report.out / name for name in [*(["best.pt"] if best else []), "last.pt"]], state)
             self.report.epoch(self.history)
 
     def _resume(self) -> bool:

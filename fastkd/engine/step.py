@@ -13,17 +13,19 @@ from .ema import Ema
 from .optim import can_skip, create_optimizer
 from .options import TrainOptions
 from .precision import Precision
+from .statistics import Statistics
 
 
 class Step:
     """`step(images, target, plan)` changes the method's weights and adds its loss terms to `step.meter`.
 
-    A step whose gradient is not finite is skipped on the device (apex's optimizers cannot): weights and momentum stay
-    as they were, `step.nonfinite` counts it.
+    A step whose gradient is not finite is skipped on the device (apex's optimizers cannot): weights, momentum and
+    BatchNorm statistics stay as they were, `step.nonfinite` counts it.
     """
 
     def __init__(self, method: Method, options: TrainOptions, device: torch.device):
         self.method, self.options = method, options
+        self.statistics = Statistics(method)
         self.module = distributed.parallel(method, device)
         self.optimizer = create_optimizer(method.param_groups(options.lr), options, device)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -33,6 +35,7 @@ class Step:
         self.nonfinite = torch.zeros((), device=device)  # steps whose gradient was not finite
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
+        self.statistics.keep()
         parts = list(zip(images.chunk(self.options.grad_accum), target.chunk(self.options.grad_accum), strict=True))
         for number, part in enumerate(parts, 1):
             self.module.require_backward_grad_sync = number == len(parts)  # DDP sends gradients with the last part
@@ -52,10 +55,11 @@ class Step:
         norm = get_total_norm(gradients)
         if self.options.clip_grad:
             clip_grads_with_norm_(self.parameters, self.options.clip_grad, norm)
-        found_inf = (~norm.isfinite()).float()
-        self.nonfinite += found_inf
+        bad = ~norm.isfinite()
+        self.nonfinite += bad
+        self.statistics.put_back_if(bad)
         if can_skip(self.optimizer):
-            self.optimizer.found_inf = found_inf
+            self.optimizer.found_inf = bad.float()
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
