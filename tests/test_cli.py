@@ -56,7 +56,7 @@ def test_resume_takes_the_runs_own_options(fastkd, tmp_path):
     assert fastkd("train", *QUICK, "--no-baseline", "--temperature", "3", "--out", "run")[0] == 0
     status, out, _ = fastkd("train", "--out", "run", "--resume")
     assert status == 0 and "resuming run after epoch 1 of 1" in out
-    check_refused(fastkd("train", "--out", "run", "--resume", "--lr", "0.3"), "lr was 0.1, now 0.3")
+    check_refused(fastkd("train", "--out", "run", "--resume", "--lr", "0.3"), "lr was 0.05, now 0.3")
     check_refused(fastkd("train", *QUICK, "--out", "run"), "--out run is not empty", "--resume")
 
 
@@ -64,7 +64,7 @@ def test_sources_override_each_other(fastkd, tmp_path):
     Path("mine.yaml").write_text("batch-size: 32\nlr: 0.5\ndecay_milestones: [3, 5]\nchannels_last: false\n")
     status, out, _ = fastkd("train", "--recipe", "digits", "--config", "mine.yaml", "--lr", "0.25", "--print-config")
     shown = yaml.safe_load(out)
-    assert status == 0 and (shown["batch_size"], shown["lr"], shown["epochs"]) == (32, 0.25, 8)
+    assert status == 0 and (shown["batch_size"], shown["lr"], shown["epochs"]) == (32, 0.25, 12)
     assert shown["decay_milestones"] == [3, 5] and shown["channels_last"] is False
     Path("again.yaml").write_text(out)
     assert yaml.safe_load(fastkd("train", "--config", "again.yaml", "--print-config")[1]) == shown

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkd.engine import Step, TrainOptions
+from fastkd.engine import Schedule, Step, TrainOptions
 from fastkd.engine.mix import Mixer
 from fastkd.methods import CE, KD
 
@@ -140,6 +140,26 @@ def test_no_host_sync_in_a_step(tiny_net, options, mixed):
     with NoSync():
         for number in range(3):
             step(*mixer(IMAGES, TARGET, number), method.plan(number))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", SETTINGS)
+def test_no_host_sync_on_a_gpu(tiny_net, options):
+    """torch's own check, on the device, with the schedule and the mixer around the step."""
+    device = torch.device("cuda")
+    method = KD(tiny_net(0), tiny_net(1)).to(device, memory_format=torch.channels_last).train()
+    settings = TrainOptions(lr=0.1, **options)
+    step, mixer = Step(method, settings, device), Mixer(0.8, 1.0, 0.1, 4)
+    schedule, images, target = Schedule(settings, step.optimizer), IMAGES.to(device), TARGET.to(device)
+    step(*mixer(images, target, 0))  # the first step makes the optimizer's state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(1, 4):
+            schedule.write(number / 4)
+            step(*mixer(images, target, number), method.plan(number))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum(step.meter.read().values()) > 0
 
 
 @pytest.mark.parametrize(
