@@ -45,7 +45,7 @@ setup(
         "dali": DALI,
         "tensorboard": TENSORBOARD,
         "bench": BENCH,
-        "test": [*DALI, *TENSORBOARD, *BENCH, "hypothesis", "ruff", "scikit-learn"],
+        "test": [*DALI, *TENSORBOARD, *BENCH, "ruff", "scikit-learn"],
     },
     entry_points={"console_scripts": ["fastkd = fastkd.cli:main"]},
 )

@@ -1,11 +1,14 @@
 """Files that are either whole or absent, and nothing in them that could run code."""
 
 import io
+import itertools
+import json
 import os
 from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
@@ -56,25 +59,25 @@ def load(path: Path) -> dict:
 
 
 def save_network(path: Path, net: nn.Module, about: dict[str, str]) -> None:
-    """safetensors with the plain network's keys; `about` (model name, classes) lets `fastkd eval` rebuild it."""
+    """safetensors with the plain network's keys; `about` (see read_about) lets `fastkd eval` rebuild it."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in net.state_dict().items()}
     write_atomic(path, safetensors_bytes(tensors, metadata=about))
 
 
 def claim_folder(path: Path, config: dict, resume: bool) -> None:
     """Make the run folder with its config.yaml; refuse one that holds anything, unless that run is to be resumed."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--out {path} is a file; choose a folder")
-    if path.is_dir() and any(path.iterdir()):
-        if not resume:
-            raise UserError(
-                f"--out {path} is not empty; add --resume to go on with the run in it, or choose another folder"
-            )
-        _refuse_other_run(path, config)
     try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path} is a file; choose a folder")
         path.mkdir(parents=True, exist_ok=True)
+        # What a kill leaves of a file that was being written does not count.
+        holds_something = any(not file.name.endswith(".tmp") for file in path.iterdir())
     except OSError as error:
-        raise UserError(f"cannot make --out {path}: {error.strerror}; choose another folder") from None
+        raise UserError(f"cannot use --out {path}: {error.strerror}; choose another folder") from None
+    if holds_something and not resume:
+        raise UserError(f"--out {path} is not empty; add --resume to go on with the run in it or choose another folder")
+    if holds_something:
+        _refuse_other_run(path, config)
     config = {key: value for key, value in config.items() if key != "resume"}
     write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
@@ -89,7 +92,7 @@ def _refuse_other_run(path: Path, config: dict) -> None:
 
 def differences(path: Path, config: dict, free: tuple[str, ...]) -> list[str]:
     """Options, but for the `free` ones, in which a run folder differs from `config`, as "name was X, now Y"."""
-    saved = yaml.safe_load((path / "config.yaml").read_text())
+    saved = yaml.safe_load((path / "config.yaml").read_text()) or {}
     names = [name for name in saved | config if name not in free]
     return [
         f"{name} was {saved.get(name)!r}, now {config.get(name)!r}"
@@ -98,15 +101,35 @@ def differences(path: Path, config: dict, free: tuple[str, ...]) -> list[str]:
     ]
 
 
-def finished(path: Path, config: dict) -> bool:
-    """Whether a run with these options, on this data, has ended there."""
-    free = tuple(name for name in FREE_TO_CHANGE if name != "data")
-    return (path / "student.safetensors").exists() and not differences(path, config, free)
+def finished(path: Path, config: dict, data: dict) -> bool:
+    """Whether a run with these options, on this data (images and classes), has ended there."""
+    weights = path / "student.safetensors"
+    if not (weights.exists() and (path / "config.yaml").exists()):
+        return False
+    if read_about(weights).get("data") != json.dumps(data):
+        return False
+    return not differences(path, config, tuple(name for name in FREE_TO_CHANGE if name != "data"))
 
 
-def free_folder(stem: str) -> Path:
-    """`stem`, or `stem-2`, `stem-3`...: the first that does not exist."""
-    number = 1
-    while (path := Path(stem if number == 1 else f"{stem}-{number}")).exists():
-        number += 1
-    return path
+def read_about(weights: Path) -> dict[str, str]:
+    """What `save_network` noted in a safetensors file; nothing for other kinds of files."""
+    if weights.suffix != ".safetensors" or not weights.is_file():
+        return {}
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{weights} is not a whole safetensors file: {error}") from None
+
+
+def new_folder(stem: str) -> Path:
+    """Make `stem`, or `stem-2`, `stem-3`...: the first that nobody has, also when two ask at once."""
+    for number in itertools.count(1):
+        path = Path(stem if number == 1 else f"{stem}-{number}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make {path}: {error.strerror}; choose another folder with --out") from None

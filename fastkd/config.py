@@ -19,6 +19,8 @@ from .engine import TrainOptions
 from .errors import UserError, nearest
 from .methods import METHODS
 
+NOT_IN_FILES = ("config", "print_config", "resume")
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -91,7 +93,7 @@ def flat(config) -> dict:
     for section in fields(config):
         part = getattr(config, section.name)
         values |= {option.name: getattr(part, option.name) for option in fields(part)}
-    for name in ("recipe", "config", "print_config", "resume"):
+    for name in ("recipe", *NOT_IN_FILES):
         del values[name]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -104,21 +106,26 @@ def recipe_names() -> list[str]:
 def _sources(arguments: list[str]) -> list[tuple[str, dict]]:
     """The recipe's and the file's options, each with the name of where it is from."""
     recipe, path = _last_value("recipe", arguments), _last_value("config", arguments)
-    started = Path(_last_value("out", arguments)) / "config.yaml"
-    if "--resume" in arguments and not (recipe or path) and started.exists():
-        path = str(started)  # the run's own options, so that `--out DIR --resume` is enough
+    if "--resume" in arguments and not (recipe or path):
+        path = _started_run(_last_value("out", arguments))  # so that `--out DIR --resume` is enough
     sources = [(f"--config {path}", _read_yaml(Path(path)))] if path else []
     data = _last_value("data", arguments) or DataOptions.data
-    if not (recipe or path) and data == "digits":
-        recipe = "digits"
+    recipe = recipe or _from(sources, "recipe") or ("digits" if data == "digits" and not path else "")
     return ([(f"--recipe {recipe}", _recipe(recipe))] if recipe else []) + sources
 
 
+def _started_run(out: str) -> str:
+    """The config.yaml of the run to be resumed, or the empty string where none has begun."""
+    if not out:
+        raise UserError("--resume needs --out FOLDER, the folder of the run to go on with")
+    path = Path(out) / "config.yaml"
+    return str(path) if path.exists() else ""
+
+
 def _recipe(name: str) -> dict:
-    if name not in recipe_names():
-        raise UserError(
-            f"unknown recipe {name!r}{nearest(name, recipe_names())}; there are {', '.join(recipe_names())}"
-        )
+    names = recipe_names()
+    if name not in names:
+        raise UserError(f"unknown recipe {name!r}{nearest(name, names)}; there are {', '.join(names)}")
     return yaml.safe_load((importlib.resources.files("fastkd") / "recipes" / f"{name}.yaml").read_text())
 
 
@@ -141,6 +148,8 @@ def _tokens(values: dict, names: list[str], source: str) -> list[str]:
         name = str(key).replace("-", "_")
         if name not in names:
             raise UserError(f"{source}: unknown option {key!r}{nearest(name, names)}")
+        if name in NOT_IN_FILES:
+            raise UserError(f"{source}: {key} is for the command line only; take the line out")
         if isinstance(value, dict) or value is None:
             raise UserError(f"{source}: {key} must be a plain value or a list, got {value!r}")
         flag = name.replace("_", "-")

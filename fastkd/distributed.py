@@ -1,6 +1,7 @@
 """Several processes under torchrun; everything here is the identity when there is only one."""
 
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -12,20 +13,26 @@ from .errors import UserError
 
 def device_for(name: str) -> torch.device:
     """The device of this process; starts the process group when torchrun started us."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is no device; use auto, cuda or cpu") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA device; use --device cpu")
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    kind, _, index = name.partition(":")
+    if kind not in ("cuda", "cpu") or not (index == "" or kind == "cuda" and index.isdigit() and not several):
+        raise UserError(f"--device {name!r}: use auto, cuda, cpu, or with one process cuda:0, cuda:1, ...")
+    device = torch.device(kind) if kind == "cpu" else _cuda_device(int(index or os.environ.get("LOCAL_RANK", 0)))
+    if several and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return device
+
+
+def _cuda_device(index: int) -> torch.device:
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"--device cuda:{index}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
+            "use --device cpu or fewer processes"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def rank() -> int:
@@ -39,6 +46,12 @@ def world_size() -> int:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def total(counts: Tensor) -> Tensor:
@@ -56,6 +69,11 @@ def gather(thing: object) -> list:
         things = [None] * world_size()
         dist.all_gather_object(things, thing)
     return things
+
+
+def from_rank_zero(function: Callable, *arguments):
+    """What `function` gives on rank 0, which alone calls it."""
+    return gather(function(*arguments) if rank() == 0 else None)[0]
 
 
 @torch.no_grad()
@@ -83,7 +101,6 @@ def rank_zero_first():
     """Rank 0 does the block, then the others: what it writes is there for them."""
     if rank() == 0:
         yield
-    if world_size() > 1:
-        dist.barrier()
+    wait()
     if rank() != 0:
         yield

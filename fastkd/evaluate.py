@@ -29,10 +29,15 @@ def evaluate(net: nn.Module, loader, precision: Precision) -> dict[str, float]:
 
 @torch.no_grad()
 def speed(net: nn.Module, loader, precision: Precision, seconds: float = 1.0) -> float:
-    """Forward passes in images/s on this process: the loader's first batch again and again, best of the repeats."""
+    """Forward passes in images/s on this process: the loader's first batch again and again, best of the repeats.
+
+    NaN where this process has no images to evaluate.
+    """
+    images, _ = next(iter(loader), (None, None))
+    if images is None:
+        return float("nan")
     training = net.training
     net.eval()
-    images = next(iter(loader))[0]
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
         _wait(precision.device)

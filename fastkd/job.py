@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from . import checkpoint, distributed
 from .config import NetworkOptions, RunOptions, flat
 from .data import create_loaders
+from .engine import TrainOptions
 from .engine.optim import APEX, apex_optimizers
 from .engine.precision import Precision
 from .errors import UserError
@@ -18,11 +18,12 @@ from .methods import METHODS
 from .methods.base import NoOptions
 from .models import create_model, load_weights
 from .report import board_class, say, show_table
-from .train import Result, Trainer
+from .train import Result, Trainer, describe
 
 
 def run(config) -> Result:
     """Take one effective configuration (config.parse) to its table; checks come before the first file is written."""
+    torch.backends.cudnn.benchmark = True  # one image size: cuDNN times its algorithms once
     job = Job(config)
     job.claim()
     if job.teacher is not None:
@@ -40,11 +41,9 @@ class Job:
 
     def __init__(self, config):
         _check_optional_parts(config.train)
+        self.config, self.names = config, config.networks
         self.device = distributed.device_for(config.train.device)
-        out = config.train.out or str(checkpoint.free_folder(f"runs/{default_name(config)}"))
-        self.out = Path(distributed.gather(out)[0])
-        self.config = replace(config, train=replace(config.train, out=str(self.out)))
-        self.names, self.precision = config.networks, Precision(config.train.amp_dtype, self.device)
+        self.precision = Precision(config.train.amp_dtype, self.device)
         self.train_loader, self.val_loader = create_loaders(
             config.data,
             self.device,
@@ -57,12 +56,18 @@ class Job:
         self.first_epoch = self.train_loader.state_dict()
         self.student = self._network(self.names.student, self.names.student_weights)
         self.teacher = self._teacher() if METHODS[config.run.method].needs_teacher else None
-        self.alone = self._part(self.names.student, config.train.epochs, "alone") if self.names.baseline else None
         self.rows: list[list[str]] = []
 
     def claim(self) -> None:
+        """Make the run folder; without --out a new one below runs/."""
+        options = self.config.train
+        out = options.out or distributed.from_rank_zero(checkpoint.new_folder, f"runs/{default_name(self.config)}")
+        self.out = Path(out)
+        self.config = replace(self.config, train=replace(options, out=str(out)))
+        if options.resume and distributed.rank() == 0 and not (self.out / "config.yaml").exists():
+            say(f"--resume: no run has begun in {out}; starting one")
         if distributed.rank() == 0:
-            checkpoint.claim_folder(self.out, flat(self.config), self.config.train.resume)
+            checkpoint.claim_folder(self.out, flat(self.config), options.resume)
 
     def prepare_teacher(self) -> None:
         """Train the teacher if it has no weights yet, then say what it knows, loudly when that is nothing."""
@@ -80,8 +85,8 @@ class Job:
     def train_alone(self) -> None:
         say(f"student {self.names.student}: alone, for comparison")
         net = self._network(self.names.student, self.names.student_weights)
-        self._fit(self.alone, net)
-        self._add_row("student alone", self.names.student, net)
+        _, trainer = self._fit(self._part(self.names.student, self.config.train, "alone"), net)
+        self._add_row("student alone", self.names.student, trainer.network)
 
     def distill(self) -> Result:
         name = self.config.run.method
@@ -96,29 +101,33 @@ class Job:
                 f"the teacher {self.names.teacher} has no weights: give --teacher-weights FILE (or `pretrained`), "
                 "or --teacher-epochs N to train it first"
             )
-        self.teacher_config = self._part(self.names.teacher, self.names.teacher_epochs or 1, "teacher")
         return self._network(self.names.teacher, self.names.teacher_weights)
 
     def _find_or_train_teacher(self) -> None:
         """Weights from a finished run with the same settings, here or in a neighbouring folder; otherwise train."""
-        folders = [self.out / "teacher", *sorted(self.out.parent.glob("*/teacher"))]
-        same = (folder for folder in folders if checkpoint.finished(folder, flat(self.teacher_config)))
-        found = distributed.gather(next(same, None))[0]
+        config = self._part(self.names.teacher, self.config.train.stretched(self.names.teacher_epochs), "teacher")
+        found = distributed.from_rank_zero(self._finished_teacher, config)
         if found:
-            say(f"teacher {self.names.teacher}: trained before with these settings, taken from {found}")
-            load_weights(self.teacher, found / "student.safetensors")
+            say(f"teacher {self.names.teacher}: trained before with these settings, taken from {found.parent}")
         else:
             say(f"teacher {self.names.teacher}: training it first")
-            self._fit(self.teacher_config, self.teacher)
+            found = self._fit(config, self.teacher)[0].student
+        load_weights(self.teacher, found)  # what was saved, whether or not it was trained just now
 
-    def _part(self, name: str, epochs: int, folder: str):
+    def _finished_teacher(self, config) -> Path | None:
+        folders = [self.out / "teacher", *sorted(self.out.parent.glob("*/teacher"))]
+        data = describe(self.train_loader)
+        same = (folder for folder in folders if checkpoint.finished(folder, flat(config), data))
+        return next((folder / "student.safetensors" for folder in same), None)
+
+    def _part(self, name: str, options: TrainOptions, folder: str):
         """The configuration of a plain training that this job needs, in a folder of its own."""
         return replace(
             self.config,
             run=RunOptions(method="ce"),
             networks=NetworkOptions(student=name),
             options=NoOptions(),
-            train=replace(self.config.train, epochs=epochs, out=str(self.out / folder)),
+            train=replace(options, out=str(self.out / folder)),
         )
 
     def _fit(self, config, student: nn.Module, teacher: nn.Module | None = None) -> tuple[Result, Trainer]:
@@ -130,7 +139,8 @@ class Job:
 
     def _network(self, name: str, weights: str) -> nn.Module:
         torch.manual_seed(self.config.train.seed)  # a network starts the same whichever others are made
-        return create_model(name, len(self.train_loader.classes), weights or None)
+        with distributed.rank_zero_first():  # so that pre-trained weights are downloaded once
+            return create_model(name, len(self.train_loader.classes), weights or None)
 
     def _add_row(self, label: str, name: str, net: nn.Module) -> float:
         net.to(self.device, memory_format=self.config.train.memory_format)
@@ -158,7 +168,7 @@ def default_name(config) -> str:
 def evaluate_weights(config) -> list[str]:
     """`fastkd eval`: the row of its table. `config.what` is cli.EvalOptions, `config.data` DataOptions."""
     what, device = config.what, distributed.device_for(config.what.device)
-    about = read_about(what.weights)
+    about = checkpoint.read_about(Path(what.weights))
     model = what.model or about.get("model")
     if not model:
         raise UserError(f"--weights {what.weights} does not say which network it is for: give --model NAME")
@@ -170,14 +180,3 @@ def evaluate_weights(config) -> list[str]:
     scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)
     shown = [f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}", f"{rate:,.0f}"]
     return [model, f"{scores['images']:,}", *shown]
-
-
-def read_about(weights: str) -> dict[str, str]:
-    """What a student.safetensors says of itself; nothing for other weights."""
-    if not (weights.endswith(".safetensors") and Path(weights).is_file()):
-        return {}
-    try:
-        with safe_open(weights, framework="pt") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"{weights} is not a whole safetensors file: {error}") from None

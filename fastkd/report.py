@@ -23,7 +23,8 @@ A run of fastkd.
     environment.json      versions, devices and the command
     history.csv, .jsonl   one row per epoch: learning rate, loss terms, accuracy in %, images/s
     curves.png            the same as a picture
-    last.pt, best.pt      everything `fastkd train --out HERE --resume` needs, after the last epoch and the best one
+    last.pt               everything `fastkd train --out HERE --resume` needs, after the last finished epoch
+    best.pt               the same after the epoch with the best accuracy; `fastkd eval --weights best.pt --model NAME`
     student.safetensors   the trained student after the last epoch; `fastkd eval --weights student.safetensors`
     teacher/, alone/      runs of their own, where a teacher or the student alone was trained for this one
 """
@@ -32,9 +33,9 @@ A run of fastkd.
 class Report:
     """One run's screen and folder. Only rank 0 prints and writes."""
 
-    def __init__(self, config, about: dict, num_classes: int):
+    def __init__(self, config, about: dict, data: dict):
         self.config, self.out = config, Path(config.out)
-        self.about = {"model": str(about.get("student", "")), "num_classes": str(num_classes)}
+        self.about = {"model": str(about.get("student", "")), "data": json.dumps(data)}
         self.main = distributed.rank() == 0
         board = board_class() if config.tensorboard and self.main else None
         if self.main:

@@ -45,15 +45,15 @@ class Trainer:
 
     def __init__(self, method: Method, train_loader, val_loader, config: TrainOptions, about: dict | None = None):
         self.device = distributed.device_for(config.device)
-        self.config = replace(config, out=distributed.gather(config.out or str(checkpoint.free_folder("runs/run")))[0])
+        self.config = replace(config, out=config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run"))
         self.train_loader, self.val_loader = train_loader, val_loader
-        torch.backends.cudnn.benchmark = True  # one image size: let cuDNN time its algorithms once
         self.method = method.to(self.device, memory_format=config.memory_format)
         self.step = Step(method, config, self.device)
         self.schedule = Schedule(config, self.step.optimizer)
         alphas = (config.mixup, config.cutmix, config.smoothing)
         self.mixer = Mixer(*alphas, len(train_loader.classes), config.seed, distributed.rank())
-        self.report = Report(self.config, about or {}, len(train_loader.classes))
+        self.data = describe(train_loader)
+        self.report = Report(self.config, about or {}, self.data)
         self.epoch, self.history = 0, []
 
     @property
@@ -71,6 +71,7 @@ class Trainer:
                 row = {"epoch": self.epoch + 1, **self._train_epoch(bar), **self._evaluate()}
                 self._finish_epoch(row)
         self.report.finish(self.history, self.network)
+        distributed.wait()  # the files are there for every process
         return Result(self.history, Path(self.config.out))
 
     def _train_epoch(self, bar: Bar) -> dict[str, float]:
@@ -99,8 +100,8 @@ class Trainer:
         self.history.append(row)
         loaders = distributed.gather(self.train_loader.state_dict())
         if distributed.rank() == 0:
-            progress = {"epoch": self.epoch, "history": self.history, "data": self._data(), "loaders": loaders}
-            state = progress | self.step.state_dict()
+            progress = {"epoch": self.epoch, "history": self.history, "data": self.data, "loaders": loaders}
+            state = progress | self.step.state_dict() | {"student": self.network.state_dict()}
             best = row["top1"] >= max(past["top1"] for past in self.history)
             checkpoint.save([self.report.out / name for name in [*(["best.pt"] if best else []), "last.pt"]], state)
             self.report.epoch(self.history)
@@ -116,20 +117,18 @@ class Trainer:
                 f"{last} was written by {len(state['loaders'])} processes, now there are {distributed.world_size()}; "
                 "an exact continuation needs the same number"
             )
-        if state["data"] != self._data():
-            raise UserError(f"{last} was written on other data: {state['data']}, now {self._data()}")
+        if state["data"] != self.data:
+            raise UserError(f"{last} was written on other data: {state['data']}, now {self.data}")
         self.train_loader.load_state_dict(state["loaders"][distributed.rank()])
         self.step.load_state_dict(state)
         say(f"resuming {self.config.out} after epoch {self.epoch} of {self.config.epochs}")
         return True
 
-    def _data(self) -> dict:
-        return {"images": self.train_loader.samples, "classes": list(self.train_loader.classes)}
-
     def _stop_if_diverged(self) -> None:
         bad, steps = int(self.step.nonfinite.item()), len(self.train_loader)
         self.step.nonfinite.zero_()
-        if bad > steps / 2:
+        # fp16 finds its scale by overflowing: some 20 such steps at the start are its routine
+        if bad > max(steps / 2, 25 if self.step.precision.scaler.is_enabled() else 0):
             raise UserError(
                 f"training diverged: the gradient was not finite in {bad} of {steps} steps of epoch {self.epoch + 1}; "
                 f"lower --lr {self.config.lr:g}, or set --clip-grad or --warmup-epochs; "
@@ -137,3 +136,8 @@ class Trainer:
             )
         if bad:
             say(f"warning: the gradient was not finite in {bad} of {steps} steps of epoch {self.epoch + 1}")
+
+
+def describe(loader) -> dict:
+    """What a run must find again when it is resumed."""
+    return {"images": loader.samples, "classes": list(loader.classes)}

@@ -19,13 +19,13 @@ QUICK = ["--epochs", "1", "--warmup-epochs", "0", "--teacher-epochs", "1", "-b",
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder of two classes, six images each in train and three in val."""
+    """Two classes of JPEGs, six each in train and three in val: several sizes, RGB, gray and CMYK."""
     for split, count in (("train", 6), ("val", 3)):
         for label, colour in (("cat", (200, 30, 30)), ("dog", (30, 30, 200))):
             folder = tmp_path / "images" / split / label
             folder.mkdir(parents=True)
-            for number in range(count):
-                Image.new("RGB", (40 + number, 50), colour).save(folder / f"{number}.jpg")
+            for number, mode in zip(range(count), ["RGB", "L", "CMYK"] * 2, strict=False):
+                Image.new("RGB", (40 + 9 * number, 50), colour).convert(mode).save(folder / f"{number}.jpg")
     return tmp_path / "images"
 
 
@@ -60,12 +60,46 @@ def test_resume_takes_the_runs_own_options(fastkd, tmp_path):
     check_refused(fastkd("train", *QUICK, "--out", "run"), "--out run is not empty", "--resume")
 
 
+def test_resume_says_when_there_is_nothing_to_resume(fastkd):
+    check_refused(fastkd("train", *QUICK, "--resume"), "--resume needs --out")
+    status, out, _ = fastkd("train", *QUICK, "--no-baseline", "--method", "ce", "--out", "run", "--resume")
+    assert status == 0 and "no run has begun in run" in out
+
+
+def test_teacher_and_average_are_the_same_fresh_and_resumed(fastkd):
+    """With EMA the teacher is its saved average, whether it was trained just now or earlier."""
+    options = [*QUICK, "--ema-decay", "0.5", "--teacher", "resnet8", "--teacher-epochs", "3", "--out", "run"]
+    first = fastkd("train", *options)[1]
+    again = fastkd("train", *options, "--resume")[1]
+    line = next(line for line in first.splitlines() if line.startswith("teacher resnet8: top-1"))
+    assert "training it first" in first and "trained before" in again and line in again
+
+
+def test_warmup_longer_than_the_teachers_training(fastkd):
+    options = ["--epochs", "3", "--warmup-epochs", "2", "--teacher-epochs", "1", "-b", "256", "--no-baseline"]
+    assert fastkd("train", *options, "--teacher", "resnet8")[0] == 0
+
+
+def test_a_teacher_of_other_data_is_not_reused(fastkd, images):
+    options = ["--data", images, "--student", "resnet8", "--teacher", "resnet8", "--teacher-epochs", "1"]
+    options += ["--epochs", "1", "--image-size", "32", "-b", "4", "--loader", "folder"]
+    assert "training it first" in fastkd("train", *options, "--out", "a/one")[1]
+    assert "trained before" in fastkd("train", *options, "--out", "a/two")[1]
+    for split in ("train", "val"):
+        shutil.copytree(images / split / "cat", images / split / "bird")
+    status, out, _ = fastkd("train", *options, "--out", "a/three")
+    assert status == 0 and "training it first" in out
+
+
 def test_sources_override_each_other(fastkd, tmp_path):
     Path("mine.yaml").write_text("batch-size: 32\nlr: 0.5\ndecay_milestones: [3, 5]\nchannels_last: false\n")
     status, out, _ = fastkd("train", "--recipe", "digits", "--config", "mine.yaml", "--lr", "0.25", "--print-config")
     shown = yaml.safe_load(out)
     assert status == 0 and (shown["batch_size"], shown["lr"], shown["epochs"]) == (32, 0.25, 12)
     assert shown["decay_milestones"] == [3, 5] and shown["channels_last"] is False
+    Path("named.yaml").write_text("recipe: digits\nlr: 0.125\n")
+    named = yaml.safe_load(fastkd("train", "--config", "named.yaml", "--print-config")[1])
+    assert (named["lr"], named["teacher"]) == (0.125, "resnet20")
     Path("again.yaml").write_text(out)
     assert yaml.safe_load(fastkd("train", "--config", "again.yaml", "--print-config")[1]) == shown
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
@@ -117,6 +151,8 @@ def test_doctor_names_the_paths(fastkd):
         (["train", "--lr"], ["--lr"]),
         (["train", "--opt", "fusedlamb"], ["apex"]),
         (["train", "--device", "gpu"], ["gpu"]),
+        (["train", "--device", "meta"], ["meta"]),
+        (["train", "--device", "cuda:7"], ["cuda:7"]),
         (["train", "--data", "nowhere"], ["nowhere"]),
         (["train", "--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
         (["train", "--teacher-weights", "nowhere.pth"], ["nowhere.pth"]),
@@ -138,6 +174,8 @@ def test_bad_options(fastkd, tmp_path, arguments, words):
         ("epochs: {a: 1}", ["mine.yaml", "epochs"]),
         ("- a\n- b", ["mine.yaml", "name: value"]),
         ("a: [", ["mine.yaml", "not valid YAML"]),
+        ("resume: true", ["mine.yaml", "resume", "command line only"]),
+        ("recipe: digit", ["'digit'", "'digits'"]),
     ],
 )
 def test_bad_files_of_options(fastkd, text, words):
@@ -223,6 +261,18 @@ def test_no_permission(fastkd, tmp_path):
     check_refused(fastkd("train", *QUICK, "--out", locked / "run"), str(locked / "run"), "choose another folder")
 
 
+def test_a_folder_that_may_not_be_looked_into(fastkd, monkeypatch):
+    iterdir = Path.iterdir
+
+    def denied(path):
+        if path == Path("run"):
+            raise PermissionError(13, "Permission denied")
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    check_refused(fastkd("train", *QUICK, "--out", "run"), "--out run: Permission denied", "choose another folder")
+
+
 def test_a_disk_that_takes_no_more(tmp_path):
     """The real command with a limit of the system on the size of a file: 200 kB are too few for a checkpoint."""
     done = subprocess.run(
@@ -232,8 +282,8 @@ def test_a_disk_that_takes_no_more(tmp_path):
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
     )
-    check_refused((done.returncode, done.stdout, done.stderr), "cannot write run/teacher/last.pt", "--resume")
-    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run/teacher/last.pt").exists()
+    check_refused((done.returncode, done.stdout, done.stderr), "cannot write run/teacher/best.pt", "File too large", "--resume")
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.pt"))
 
 
 def test_folder_end_to_end(fastkd, images):

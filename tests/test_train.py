@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fastkd import Trainer, TrainOptions, checkpoint
 from fastkd.errors import UserError
 from fastkd.methods import CE, KD
+from fastkd.models import load_weights
 
 
 def fit(tiny_net, tiny_loaders, out, epochs=3, net_seed=0, **options):
@@ -81,25 +82,52 @@ def test_resumed_equals_uninterrupted(tiny_net, tiny_loaders, tmp_path, options,
 
 
 def test_killed_at_any_moment_it_resumes_exactly(tmp_path):
-    """A real process, killed by the system at uneven times, again and again until it ends."""
-    command = [sys.executable, "-m", "fastkd", "train", "--method", "ce", "--student", "resnet8", "--epochs", "3"]
-    command += ["--no-baseline", "--batch-size", "256", "--data", "digits", "--recipe", "digits"]
+    """A real process, killed by the system before its first checkpoint and after each of the next two."""
+    command = [sys.executable, "-m", "fastkd", "train", "--method", "ce", "--student", "resnet8", "--epochs", "4"]
+    command += ["--no-baseline", "--batch-size", "256", "--ema-decay", "0.9", "--recipe", "digits"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = lambda out: [*command, "--out", str(tmp_path / out), "--resume"]  # noqa: E731
+    history = tmp_path / "cut/history.jsonl"
+    epochs = lambda: len(history.read_text().splitlines()) if history.exists() else 0  # noqa: E731
     subprocess.run(run("whole"), check=True, env=environment, capture_output=True)
-    kills = 0
-    for seconds in (3.0, 4.1, 5.3, 6.0, 7.1, 8.3):
+    for wanted in (0, 1, 2):
         process = subprocess.Popen(run("cut"), env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(seconds)
-        if process.poll() is not None:
-            break
+        while not ((tmp_path / "cut/config.yaml").exists() and epochs() >= wanted):
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.3)  # into the next epoch
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        kills += 1
-    subprocess.run(run("cut"), check=True, env=environment, capture_output=True)
-    assert kills >= 1
+        assert not (tmp_path / "cut/student.safetensors").exists() and epochs() < 4
+    done = subprocess.run(run("cut"), check=True, env=environment, capture_output=True, text=True)
+    assert "resuming" in done.stdout
     wanted, got = (load_file(tmp_path / out / "student.safetensors") for out in ("whole", "cut"))
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_a_kill_while_the_first_file_is_written_does_not_block_the_folder(tiny_net, tiny_loaders, tmp_path):
+    (tmp_path / ".config.yaml.tmp").write_text("epo")
+    result, _ = fit(tiny_net, tiny_loaders, tmp_path, epochs=1)
+    assert result.student.exists()
+
+
+def test_best_checkpoint_is_a_weights_file_too(tiny_net, tiny_loaders, tmp_path):
+    result, method = fit(tiny_net, tiny_loaders, tmp_path / "run", epochs=1, ema_decay=0.9)
+    other = tiny_net(5)
+    load_weights(other, result.out / "best.pt")
+    saved = load_file(result.student)
+    assert all(torch.equal(saved[name], value) for name, value in other.state_dict().items())
+
+
+def test_new_folders_are_never_shared(tmp_path):
+    names = [checkpoint.new_folder(str(tmp_path / "runs/a")).name for _ in range(3)]
+    assert names == ["a", "a-2", "a-3"]
+
+
+def test_a_stretched_schedule_keeps_its_shape():
+    options = TrainOptions(epochs=200, sched="multistep", decay_milestones=(100, 150), warmup_epochs=10)
+    short = options.stretched(20)
+    assert (short.epochs, short.warmup_epochs, short.decay_milestones) == (20, 1, (10, 15))
 
 
 def test_another_run_is_not_overwritten(tiny_net, tiny_loaders, tmp_path):
@@ -175,6 +203,7 @@ def test_tensorboard_missing_is_said_before_anything_is_written(tiny_net, tiny_l
         ({"epochs": 0}, "--epochs.*got 0"),
         ({"lr": 0}, "--lr.*got 0"),
         ({"lr": -1}, "--lr.*got -1"),
+        ({"lr": float("inf")}, "--lr.*got inf"),
         ({"warmup_epochs": 5, "epochs": 5}, "--warmup-epochs.*5.*got 5"),
         ({"sched": "multistep"}, "--decay-milestones"),
         ({"opt": "nesterov", "momentum": 0.0}, "momentum"),

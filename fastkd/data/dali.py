@@ -13,6 +13,7 @@ keeps one for each.
 """
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -53,6 +54,7 @@ class DaliLoader:
         self.threads = ThreadPoolExecutor(options.workers)  # not even started where DALI resizes
         self.resized: Tensor | None = None  # bytes between resizing and normalising, used again for every batch
         self.normalise = Normalise(options.mean, options.std, device, dtype)
+        self.lent: deque = deque()  # CUDA: DALI's outputs that torch may still be copying
         self.epoch = 0
         self._boundary: bytes | None = None  # the pipeline's state where this epoch begins; None: as built
         self._pipeline: Pipeline | None = None  # built when needed; None again where an epoch is left in its middle
@@ -100,7 +102,18 @@ class DaliLoader:
             return self._resized_here(*outputs)
         images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         # On the CPU the tensor owns DALI's buffer; on CUDA a copy, since that buffer knows nothing of torch's streams.
-        return [images.permute(0, 3, 1, 2).to(self.dtype, copy=cuda), labels.squeeze(1).long()]
+        batch = [images.permute(0, 3, 1, 2).to(self.dtype, copy=cuda), labels.squeeze(1).to(torch.int64, copy=cuda)]
+        if cuda:
+            self._hold(outputs)
+        return batch
+
+    def _hold(self, outputs) -> None:
+        """Give DALI its memory back only when torch's stream has copied it; the wait is for a batch of two runs ago."""
+        copied = torch.cuda.Event()
+        copied.record()
+        self.lent.append((outputs, copied))
+        if len(self.lent) > 2:
+            self.lent.popleft()[1].synchronize()
 
     def _resized_here(self, crops, mirrored, labels) -> list[Tensor]:
         """Crops of any size, uint8 [h, w, 3], to the batch that the CUDA pipeline would give."""
@@ -140,7 +153,11 @@ class DaliLoader:
             enable_checkpointing=self.train,
             checkpoint=self._boundary,
         )
-        pipeline.build()
+        try:
+            pipeline.build()
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"DALI cannot start here: {reason}; loader='folder' does without it") from None
         return pipeline
 
     def _device_id(self) -> int | None:

@@ -10,6 +10,14 @@ from torch import Tensor
 KEPT = 4  # blocks of host memory: the batch in use, the next one, and two that lag behind
 
 
+def _references(blocks: list[np.ndarray]) -> list[int]:
+    """How often each block is referred to; a tensor on it, or on any view of that, holds one reference more."""
+    return [sys.getrefcount(block) for block in blocks]
+
+
+FREE = _references([np.empty(0)])[0]  # measured, since Python versions count their own references differently
+
+
 class Normalise:
     """uint8 images [N, H, W, 3] on the device -> (image / 255 - mean) / std, [N, 3, H, W] channels-last, of `dtype`.
 
@@ -30,10 +38,9 @@ class Normalise:
 
     def _empty(self, shape: torch.Size) -> Tensor:
         size = math.prod(shape)
-        for block in self.blocks:
-            # 3 references are the list's, this loop's and getrefcount's own; a tensor on the block would be a fourth
-            if block.size >= size and sys.getrefcount(block) == 3:
-                return torch.from_numpy(block)[:size].view(shape)
+        for number, count in enumerate(_references(self.blocks)):
+            if count == FREE and self.blocks[number].size >= size:
+                return torch.from_numpy(self.blocks[number])[:size].view(shape)
         block = np.empty(size, np.float32)
         self.blocks = [*self.blocks[1 - KEPT :], block]  # the oldest is let go
         return torch.from_numpy(block).view(shape)

@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from ..errors import UserError
 
-OPTIMIZERS = ("sgd", "nesterov", "adamw", "fusedsgd", "fusedlamb", "fusedadam")
 APEX = {"fusedsgd": "FusedSGD", "fusedlamb": "FusedLAMB", "fusedadam": "FusedAdam"}
 
 
@@ -24,7 +23,11 @@ def create_optimizer(groups: list[dict], options, device: torch.device) -> Optim
         return torch.optim.AdamW(groups, lr=groups[0]["lr"], weight_decay=options.weight_decay, fused=True)
     nesterov = options.opt == "nesterov"
     settings = {"momentum": options.momentum, "weight_decay": options.weight_decay, "nesterov": nesterov}
-    return torch.optim.SGD(groups, lr=groups[0]["lr"], **settings, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=groups[0]["lr"], **settings, fused=True)
+    # torch would leave these uninitialised if the very first step is skipped
+    for weight in (p for group in groups for p in group["params"] if options.momentum):
+        optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return optimizer
 
 
 def apex_optimizers():

@@ -1,6 +1,6 @@
 """The options of training: what to do with the batches, whatever the method."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -32,14 +32,14 @@ class TrainOptions:
     """Where the cosine ends."""
     decay_epochs: float = 30.0
     """Epochs between the drops of --sched step."""
-    decay_milestones: tuple[int, ...] = ()
+    decay_milestones: tuple[float, ...] = ()
     """Epochs of the drops of --sched multistep."""
     decay_rate: float = 0.1
     """Factor of a drop."""
     clip_grad: float = 0.0
     """Largest norm of the whole gradient; 0 does not clip."""
     grad_accum: int = 1
-    """Parts in which a batch is processed, to save memory; the update is that of the whole batch."""
+    """Parts of at least 2 images in which a batch is processed, to save memory; one update for the whole batch."""
     smoothing: float = 0.0
     """Label smoothing."""
     mixup: float = 0.0
@@ -59,13 +59,13 @@ class TrainOptions:
     out: str = ""
     """Folder of the run; by default a new one below runs/."""
     resume: bool = False
-    """Go on with the run in --out after its last finished epoch, to the same result as if it had not stopped."""
+    """Go on with the run in --out after its last finished epoch, as if it had not stopped."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
 
     def __post_init__(self):
         _require(self.epochs >= 1, f"--epochs must be 1 or more, got {self.epochs}")
-        _require(self.lr > 0, f"--lr must be above 0, got {self.lr}")
+        _require(0 < self.lr < float("inf"), f"--lr must be a number above 0, got {self.lr}")
         _require(self.grad_accum >= 1, f"--grad-accum must be 1 or more, got {self.grad_accum}")
         _require(0 <= self.smoothing < 1, f"--smoothing must be in [0, 1), got {self.smoothing}")
         _require(0 <= self.ema_decay < 1, f"--ema-decay must be in [0, 1), got {self.ema_decay}")
@@ -84,6 +84,17 @@ class TrainOptions:
             _require(0 <= value < float("inf"), f"--{name.replace('_', '-')} must not be negative, got {value}")
         _require(
             self.opt != "nesterov" or self.momentum > 0, f"--opt nesterov needs --momentum above 0, got {self.momentum}"
+        )
+
+    def stretched(self, epochs: int) -> "TrainOptions":
+        """The same schedule over another number of epochs."""
+        factor = epochs / self.epochs
+        return replace(
+            self,
+            epochs=epochs,
+            warmup_epochs=self.warmup_epochs * factor,
+            decay_epochs=self.decay_epochs * factor,
+            decay_milestones=tuple(milestone * factor for milestone in self.decay_milestones),
         )
 
     @property

@@ -8,8 +8,6 @@ import math
 from torch import Tensor
 from torch.optim import Optimizer
 
-SCHEDULES = ("cosine", "step", "multistep", "constant")
-
 
 class Schedule:
     """`at(epoch)`: the factor on each group's own rate at a fractional epoch; `write(epoch)`: puts the rates in place.

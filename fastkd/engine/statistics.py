@@ -10,7 +10,10 @@ ALIGNMENT = 64  # elements: each buffer starts on 256 bytes, as a tensor of its 
 
 
 class Statistics:
-    """The float32 buffers of `net`, which become views of one tensor: three launches a step however many there are."""
+    """The float32 buffers of `net`, which become views of one tensor: three launches a step however many there are.
+
+    Move the network to its device before: `to()` gives it buffers of its own again, which this no longer guards.
+    """
 
     def __init__(self, net: nn.Module):
         places = [(module, name) for module in net.modules() for name in module._buffers]

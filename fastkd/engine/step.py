@@ -36,7 +36,8 @@ class Step:
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
         self.statistics.keep()
-        parts = list(zip(images.chunk(self.options.grad_accum), target.chunk(self.options.grad_accum), strict=True))
+        count = max(1, min(self.options.grad_accum, len(images) // 2))  # BatchNorm cannot train on one image
+        parts = list(zip(images.tensor_split(count), target.tensor_split(count), strict=True))
         for number, part in enumerate(parts, 1):
             self.module.require_backward_grad_sync = number == len(parts)  # DDP sends gradients with the last part
             self._backward(*part, plan, share=len(part[0]) / len(images))

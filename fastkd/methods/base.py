@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..models import staged
 
 
@@ -55,8 +56,18 @@ class Forwards:
         if net not in self._memo:
             with torch.no_grad() if isinstance(net, Frozen) else nullcontext():
                 view = self._views.get(net)
-                self._memo[net] = view.features(self.images) if view else (net(self.images), [])
+                self._memo[net] = view.features(self.images) if view else (_logits(net, self.images), [])
         return self._memo[net]
+
+
+def _logits(net: nn.Module, images: Tensor) -> Tensor:
+    logits = net(images)
+    if not isinstance(logits, Tensor):
+        kind = type(logits).__name__
+        raise UserError(
+            f"{type(net).__name__} gives {kind} where logits [N, C] are needed; switch off its extra outputs"
+        )
+    return logits
 
 
 @dataclass(frozen=True)

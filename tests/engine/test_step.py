@@ -109,6 +109,27 @@ def test_state_continues_bit_for_bit(tiny_net):
     assert all(torch.equal(average[name], value) for name, value in second.ema.net.state_dict().items())
 
 
+@pytest.mark.parametrize("opt", ["sgd", "nesterov", "adamw"])
+def test_a_bad_first_step_is_as_if_it_had_not_been(tiny_net, opt):
+    options = TrainOptions(lr=0.1, opt=opt, amp_dtype="float32")
+    weights = []
+    for first in ([], [torch.full_like(IMAGES, float("nan"))]):
+        method = CE(tiny_net()).train()
+        step = Step(method, options, CPU)
+        for images in [*first, IMAGES, IMAGES]:
+            step(images, TARGET)
+        weights.append(dict(method.named_parameters()) | dict(method.student.bn.named_buffers()))
+    del weights[0]["num_batches_tracked"], weights[1]["num_batches_tracked"]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_parts_have_at_least_two_images(tiny_net):
+    method, sizes = CE(tiny_net()).train(), []
+    method.student.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    Step(method, TrainOptions(lr=0.1, grad_accum=4), CPU)(IMAGES[:5], TARGET[:5])
+    assert sizes == [3, 2]
+
+
 class NoSync(TorchDispatchMode):
     """Raises at every call that makes the host wait for the device or takes a shape from its values."""
 

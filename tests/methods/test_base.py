@@ -69,6 +69,15 @@ def test_features_need_a_tap(tiny_net):
         Forwards(torch.randn(2, 3, 8, 8), {}).features(tiny_net())
 
 
+def test_extra_outputs_are_refused_by_name(tiny_net):
+    class Two(torch.nn.Module):
+        def forward(self, images):
+            return images, images
+
+    with pytest.raises(ValueError, match="Two gives tuple where logits"):
+        Forwards(torch.randn(2, 3, 8, 8), {})(Two())
+
+
 def test_teacher_needed_or_refused(tiny_net):
     with pytest.raises(ValueError, match="KD needs a teacher"):
         KD(tiny_net(), None)
