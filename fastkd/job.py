@@ -28,7 +28,7 @@ def run(config) -> Result:
     job.claim()
     if job.teacher is not None:
         job.prepare_teacher()
-    if config.networks.baseline:
+    if config.networks.baseline and config.run.method != "ce":
         job.train_alone()
     result = job.distill()
     show_table(["", "network", "top-1 %", "parameters", "inference img/s"], job.rows, numbers=3)

@@ -282,7 +282,8 @@ def test_a_disk_that_takes_no_more(tmp_path):
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
     )
-    check_refused((done.returncode, done.stdout, done.stderr), "cannot write run/teacher/best.pt", "File too large", "--resume")
+    result = (done.returncode, done.stdout, done.stderr)
+    check_refused(result, "cannot write run/teacher/best.pt", "File too large", "--resume")
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.pt"))
 
 
