@@ -77,10 +77,15 @@ def test_the_rule_is_noticed_when_broken(tmp_path, monkeypatch):
         test_imports_run_one_way("fastkd/losses.py")
 
 
+def test_the_command_line_comes_before_torch():
+    code = "import sys, fastkd, fastkd.cli; assert 'torch' not in sys.modules; print(fastkd.losses.KDLoss())"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_fastkd_needs_no_extra():
     """With the extras and the command line's libraries out of reach."""
     hidden = ["nvidia.dali", "tensorboard", "apex", "tyro", "matplotlib", "timm", "sklearn", "pytest"]
     code = (
-        f"import sys; sys.modules.update(dict.fromkeys({hidden}, None)); import fastkd, fastkd.losses, fastkd.methods"
+        f"import sys; sys.modules.update(dict.fromkeys({hidden}, None)); import fastkd, fastkd.losses, fastkd.train"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
