@@ -85,7 +85,5 @@ def test_the_command_line_comes_before_torch():
 def test_importing_fastkd_needs_no_extra():
     """With the extras and the command line's libraries out of reach."""
     hidden = ["nvidia.dali", "tensorboard", "apex", "tyro", "matplotlib", "timm", "sklearn", "pytest"]
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({hidden}, None)); import fastkd, fastkd.losses, fastkd.train"
-    )
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden}, None)); import fastkd, fastkd.losses, fastkd.train"
     subprocess.run([sys.executable, "-c", code], check=True)
