@@ -1,6 +1,7 @@
 """The options of training: what to do with the batches, whatever the method."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ class TrainOptions:
     """Training."""
 
     epochs: int = 100
-    """Passes over the training images."""
+    """Passes over the training images; a recipe's warm-up and drops are stretched to them."""
     lr: float = 0.1
     """Learning rate after the warm-up. It is used as given: scale it with batch size times processes yourself."""
     opt: Literal["sgd", "nesterov", "adamw", "fusedsgd", "fusedlamb", "fusedadam"] = "sgd"
@@ -66,6 +67,7 @@ class TrainOptions:
     def __post_init__(self):
         _require(self.epochs >= 1, f"--epochs must be 1 or more, got {self.epochs}")
         _require(0 < self.lr < float("inf"), f"--lr must be a number above 0, got {self.lr}")
+        _require(0 <= self.seed < 2**32, f"--seed must be >= 0 and below 2**32, got {self.seed}")
         _require(self.grad_accum >= 1, f"--grad-accum must be 1 or more, got {self.grad_accum}")
         _require(0 <= self.smoothing < 1, f"--smoothing must be in [0, 1), got {self.smoothing}")
         _require(0 <= self.ema_decay < 1, f"--ema-decay must be in [0, 1), got {self.ema_decay}")
@@ -75,15 +77,25 @@ class TrainOptions:
             f"--warmup-epochs must be from 0 to below --epochs {self.epochs}, got {self.warmup_epochs}",
         )
         _require(self.decay_epochs > 0, f"--decay-epochs must be above 0, got {self.decay_epochs}")
-        _require(
-            self.sched != "multistep" or self.decay_milestones,
-            "--sched multistep needs --decay-milestones, such as --decay-milestones 150 180 210",
-        )
+        if self.sched == "multistep":
+            self._check_milestones()
         for name in ("weight_decay", "warmup_lr", "min_lr", "decay_rate", "clip_grad", "mixup", "cutmix"):
             value = getattr(self, name)
             _require(0 <= value < float("inf"), f"--{name.replace('_', '-')} must not be negative, got {value}")
         _require(
             self.opt != "nesterov" or self.momentum > 0, f"--opt nesterov needs --momentum above 0, got {self.momentum}"
+        )
+
+    def _check_milestones(self) -> None:
+        _require(
+            self.decay_milestones,
+            "--sched multistep needs --decay-milestones, such as --decay-milestones 150 180 210",
+        )
+        points = (0, *self.decay_milestones, self.epochs)
+        _require(
+            all(earlier < later for earlier, later in pairwise(points)),
+            f"--decay-milestones must rise, from above 0 to below --epochs {self.epochs}, "
+            f"got {' '.join(f'{point:g}' for point in self.decay_milestones)}",
         )
 
     def stretched(self, epochs: int) -> "TrainOptions":

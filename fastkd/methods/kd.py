@@ -8,6 +8,7 @@ Departures: none. `standardize` is arXiv:2403.01427's logit standardisation (its
 
 from dataclasses import dataclass
 
+from ..errors import UserError
 from ..losses import KDLoss
 from .base import Method
 
@@ -27,6 +28,8 @@ class KDOptions:
 
     def __post_init__(self):
         self.loss()  # the loss checks the values
+        if not self.ce_weight + self.kd_weight:
+            raise UserError("--ce-weight and --kd-weight are both 0: nothing is learnt; give one of them above 0")
 
     def loss(self) -> KDLoss:
         return KDLoss(self.temperature, self.ce_weight, self.kd_weight, standardize=self.standardize)
