@@ -58,10 +58,13 @@ def load(path: Path) -> dict:
     return state
 
 
-def save_network(path: Path, net: nn.Module, about: dict[str, str]) -> None:
-    """safetensors with the plain network's keys; `about` (see read_about) lets `fastkd eval` rebuild it."""
+def save_network(path: Path, net: nn.Module, about: dict) -> None:
+    """safetensors with the plain network's keys; `about` (see read_about) lets `fastkd eval` rebuild it.
+
+    One entry of metadata: safetensors writes several in random order, and equal runs would leave unequal files.
+    """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in net.state_dict().items()}
-    write_atomic(path, safetensors_bytes(tensors, metadata=about))
+    write_atomic(path, safetensors_bytes(tensors, metadata={"fastkd": json.dumps(about)}))
 
 
 def claim_folder(path: Path, config: dict, resume: bool) -> None:
@@ -75,7 +78,9 @@ def claim_folder(path: Path, config: dict, resume: bool) -> None:
     except OSError as error:
         raise UserError(f"cannot use --out {path}: {error.strerror}; choose another folder") from None
     if holds_something and not resume:
-        raise UserError(f"--out {path} is not empty; add --resume to go on with the run in it or choose another folder")
+        run = (path / "config.yaml").exists()
+        hint = "; add --resume to go on with the run in it or" if run else " and holds no run;"
+        raise UserError(f"--out {path} is not empty{hint} choose another folder")
     if holds_something:
         _refuse_other_run(path, config)
     config = {key: value for key, value in config.items() if key != "resume"}
@@ -106,18 +111,18 @@ def finished(path: Path, config: dict, data: dict) -> bool:
     weights = path / "student.safetensors"
     if not (weights.exists() and (path / "config.yaml").exists()):
         return False
-    if read_about(weights).get("data") != json.dumps(data):
+    if read_about(weights).get("data") != data:
         return False
     return not differences(path, config, tuple(name for name in FREE_TO_CHANGE if name != "data"))
 
 
-def read_about(weights: Path) -> dict[str, str]:
+def read_about(weights: Path) -> dict:
     """What `save_network` noted in a safetensors file; nothing for other kinds of files."""
     if weights.suffix != ".safetensors" or not weights.is_file():
         return {}
     try:
         with safe_open(weights, framework="pt") as file:
-            return file.metadata() or {}
+            return json.loads((file.metadata() or {}).get("fastkd", "{}"))
     except SafetensorError as error:
         raise UserError(f"{weights} is not a whole safetensors file: {error}") from None
 

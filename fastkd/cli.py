@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass, make_dataclass
+from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -31,8 +32,8 @@ def main() -> None:
     except UserError as error:
         print(f"fastkd: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("fastkd: stopped; go on with --out FOLDER --resume", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # job.run says how to go on
+        print("; ".join(["fastkd: stopped", *stop.args]), file=sys.stderr)
         sys.exit(130)
     finally:
         if "torch" in sys.modules:
@@ -52,20 +53,22 @@ def dispatch(arguments: list[str]) -> None:
         print(__version__)
         return
     if arguments[0] not in commands:
-        raise UserError(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}; see `fastkd --help`")
+        near = nearest(arguments[0], [*commands, "--version", "--help"])
+        raise UserError(f"unknown command {arguments[0]!r}{near}; see `fastkd --help`")
     commands[arguments[0]](arguments[1:])
 
 
 def train(arguments: list[str]) -> None:
     from .config import flat, parse
 
-    config = parse(arguments)
+    notes = []  # said when it is known which process prints
+    config = parse(arguments, notes.append)
     if config.run.print_config:
-        print(yaml.safe_dump(flat(config), sort_keys=False), end="")
+        print(*(f"# {note}\n" for note in notes), yaml.safe_dump(flat(config), sort_keys=False), sep="", end="")
         return
     from .job import run
 
-    run(config)
+    run(config, notes)
 
 
 @dataclass(frozen=True)
@@ -85,20 +88,35 @@ class EvalOptions:
 
 
 def eval_(arguments: list[str]) -> None:
-    from .config import run_parser
     from .data import DataOptions
     from .job import evaluate_weights
+    from .parser import run_parser
     from .report import show_table
 
-    kind = make_dataclass("Eval", [("what", EvalOptions), ("data", DataOptions)], frozen=True)
-    scores = evaluate_weights(run_parser(kind, arguments, "fastkd eval"))
+    kind = make_dataclass("Eval", [("eval", EvalOptions), ("data", DataOptions)], frozen=True)
+    tokens = _as_trained(arguments, kind)
+    notes = [f"as in training: {' '.join(tokens)}"] if tokens else []
+    scores = evaluate_weights(run_parser(kind, arguments, "fastkd eval", tokens), notes)
     show_table(["network", "images", "top-1 %", "top-5 %", "loss", "inference img/s"], [scores], numbers=5)
+
+
+def _as_trained(arguments: list[str], kind: type) -> list[str]:
+    """The image size and normalisation that the weights' file holds, unless given; the digits have their own."""
+    from . import checkpoint
+    from .parser import groups, last_value, name_of, tokens_of
+
+    weights, given = last_value("weights", arguments), {name_of(flag) for flag, _ in groups(arguments)}
+    if last_value("data", arguments) in ("", "digits"):
+        return []
+    noted = checkpoint.read_about(Path(weights)).get("input", {})
+    return tokens_of({name: noted[name] for name in noted if name not in given}, kind, f"--weights {weights}")
 
 
 def doctor(arguments: list[str]) -> None:
     from .doctor import findings
     from .report import show_table
 
+    _take_none(arguments, "doctor", "What this machine has, and which paths fastkd will take on it. No options.")
     show_table(["", "here", "what fastkd does with it"], findings())
 
 
@@ -106,8 +124,16 @@ def methods(arguments: list[str]) -> None:
     from .methods import METHODS
     from .report import show_table
 
+    _take_none(arguments, "methods", "The methods by name, with their papers. No options.")
     rows = [
         [name, method.__doc__.splitlines()[0], method.paper, "teacher" if method.needs_teacher else "-"]
         for name, method in METHODS.items()
     ]
     show_table(["method", "", "paper", "needs"], rows)
+
+
+def _take_none(arguments: list[str], command: str, about: str) -> None:
+    """Help for --help, UserError for anything else: what is typed is never ignored."""
+    from .parser import run_parser
+
+    run_parser(make_dataclass("Nothing", [], namespace={"__doc__": about}), arguments, f"fastkd {command}")

@@ -4,11 +4,9 @@ A YAML file holds options by their names (`batch_size: 128` or `batch-size: 128`
 the file, the command line. Options of a method are there when it is the chosen one.
 """
 
-import contextlib
 import importlib.resources
-import io
-import os
-import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 
@@ -18,8 +16,10 @@ from .data import DataOptions
 from .engine import TrainOptions
 from .errors import UserError, nearest
 from .methods import METHODS
+from .parser import groups, last_value, name_of, option_types, run_parser, tokens_of
 
 NOT_IN_FILES = ("config", "print_config", "resume")
+TIMES = ("warmup_epochs", "decay_epochs", "decay_milestones")  # of a schedule
 
 
 @dataclass(frozen=True)
@@ -58,33 +58,28 @@ class NetworkOptions:
             raise UserError(f"--teacher-epochs must not be negative, got {self.teacher_epochs}")
 
 
-def parse(arguments: list[str]):
-    """The effective configuration: sections run, networks, options (of the method), data, train."""
-    arguments = _expand_short(arguments)
-    sources = _sources(arguments)
-    method = _last_value("method", arguments) or _from(sources, "method") or RunOptions.method
+def parse(arguments: list[str], say: Callable[[str], None] = print):
+    """The effective configuration: sections run, networks, method, data, train. `say` gets a line for each choice."""
+    sources = _sources(arguments, say)
+    method = last_value("method", arguments) or _from(sources, "method") or RunOptions.method
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}{nearest(method, METHODS)}; there are {', '.join(METHODS)}")
+    typed = {name_of(flag): words for flag, words in groups(arguments)}
+    _refuse_options_of_other_methods(method, [*sources, ("command line", typed)])
     kind = config_type(method)
-    tokens = []
-    for source, values in sources:
-        tokens += _tokens(values, option_names(kind), source)
-    return run_parser(kind, tokens + arguments, "fastkd train")
+    tokens = [token for source, values in sources for token in tokens_of(values, kind, source)]
+    return run_parser(kind, arguments, "fastkd train", tokens)
 
 
 def config_type(method: str) -> type:
     sections = {
         "run": RunOptions,
         "networks": NetworkOptions,
-        "options": METHODS[method].Options,
+        "method": METHODS[method].Options,
         "data": DataOptions,
         "train": TrainOptions,
     }
     return make_dataclass("Config", list(sections.items()), frozen=True)
-
-
-def option_names(kind: type) -> list[str]:
-    return [option.name for section in fields(kind) for option in fields(section.type)]
 
 
 def flat(config) -> dict:
@@ -103,23 +98,47 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _sources(arguments: list[str]) -> list[tuple[str, dict]]:
+def _sources(arguments: list[str], say: Callable[[str], None]) -> list[tuple[str, dict]]:
     """The recipe's and the file's options, each with the name of where it is from."""
-    recipe, path = _last_value("recipe", arguments), _last_value("config", arguments)
-    if "--resume" in arguments and not (recipe or path):
-        path = _started_run(_last_value("out", arguments))  # so that `--out DIR --resume` is enough
-    sources = [(f"--config {path}", _read_yaml(Path(path)))] if path else []
-    data = _last_value("data", arguments) or DataOptions.data
-    recipe = recipe or _from(sources, "recipe") or ("digits" if data == "digits" and not path else "")
-    return ([(f"--recipe {recipe}", _recipe(recipe))] if recipe else []) + sources
+    recipe, path = last_value("recipe", arguments), last_value("config", arguments)
+    files = [(f"--config {path}", _read_yaml(Path(path)))] if path else []
+    if "--resume" in arguments:
+        started = _started_run(last_value("out", arguments) or _from(files, "out"))
+        if not (recipe or path):  # so that `--out DIR --resume` is enough
+            path, files = started, [(f"--config {started}", _read_yaml(started))]
+    data = last_value("data", arguments) or DataOptions.data
+    recipe = recipe or _from(files, "recipe") or ("digits" if data == "digits" and not path else "")
+    if not recipe:
+        return files
+    return [(f"--recipe {recipe}", _stretched(recipe, files, arguments, say)), *files]
 
 
-def _started_run(out: str) -> str:
-    """The config.yaml of the run to be resumed, or the empty string where none has begun."""
+def _started_run(out: str) -> Path:
+    """The config.yaml of the run to be resumed."""
     if not out:
         raise UserError("--resume needs --out FOLDER, the folder of the run to go on with")
     path = Path(out) / "config.yaml"
-    return str(path) if path.exists() else ""
+    if not path.is_file():
+        raise UserError(f"--resume: there is no run in {out} (no config.yaml); check the path, or drop --resume")
+    return path
+
+
+def _stretched(recipe: str, files: list, arguments: list[str], say: Callable[[str], None]) -> dict:
+    """The recipe over the epochs that were asked for: as it stands, its warm-up may be longer than a short run."""
+    values = _recipe(recipe)
+    epochs = last_value("epochs", arguments) or _from(files, "epochs")
+    given = {name_of(flag) for flag, _ in groups(arguments)} | {name for _, file in files for name in file}
+    names = [name for name in TIMES if name in values and name not in given]
+    if not (names and epochs.isdecimal() and "epochs" in values) or int(epochs) == values["epochs"]:
+        return values
+    factor = int(epochs) / values["epochs"]
+    times = {name: _times(values[name], factor) for name in names}
+    say(f"recipe {recipe}: {', '.join(names)} stretched from {values['epochs']} epochs to {epochs}")
+    return values | times
+
+
+def _times(value: float | list, factor: float) -> float | list:
+    return [_times(item, factor) for item in value] if isinstance(value, list) else value * factor
 
 
 def _recipe(name: str) -> dict:
@@ -131,87 +150,30 @@ def _recipe(name: str) -> dict:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        values = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is not UTF-8, a date that is none
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold options as `name: value` lines")
-    return values
-
-
-def _tokens(values: dict, names: list[str], source: str) -> list[str]:
-    """The same options as they would stand on the command line."""
-    tokens = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in names:
-            raise UserError(f"{source}: unknown option {key!r}{nearest(name, names)}")
+    for name, times in Counter(name_of(str(key.value)) for key, _ in node.value).items():
+        if times > 1:  # YAML itself would take the last
+            raise UserError(f"--config {path}: {name} is given {times} times; keep one of the lines")
         if name in NOT_IN_FILES:
-            raise UserError(f"{source}: {key} is for the command line only; take the line out")
-        if isinstance(value, dict) or value is None:
-            raise UserError(f"{source}: {key} must be a plain value or a list, got {value!r}")
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            tokens.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            tokens += [f"--{flag}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
-    return tokens
+            raise UserError(f"--config {path}: {name} is for the command line only; take the line out")
+    return {name_of(str(key)): value for key, value in values.items()}
 
 
-def run_parser(kind: type, tokens: list[str], command: str):
-    """An instance of `kind`, sections of options. tyro parses and explains; its boxes become one line."""
-    import tyro
-
-    text = io.StringIO()
-    wanted_help = "--help" in tokens or "-h" in tokens
-    with contextlib.nullcontext() if wanted_help else _wide_stderr(text):
-        try:
-            config, unknown = tyro.cli(
-                kind, prog=command, args=tokens, config=(tyro.conf.OmitArgPrefixes,), return_unknown_args=True
-            )
-        except SystemExit as stop:
-            if not stop.code:
-                raise
-            raise UserError(_one_line(text.getvalue())) from None
-    if unknown:
-        names = ["--" + name.replace("_", "-") for name in option_names(kind)]
-        raise UserError(f"unknown option {unknown[0]!r}{nearest(unknown[0], names)}; `{command} --help` lists them")
-    return config
-
-
-@contextlib.contextmanager
-def _wide_stderr(text: io.StringIO):
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "1000"
-    try:
-        with contextlib.redirect_stderr(text):
-            yield
-    finally:
-        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
-
-
-def _one_line(box: str) -> str:
-    lines = [re.sub("[│╭╮╰╯]", "", line).strip() for line in box.splitlines()[1:]]
-    rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
-    # A check of ours names its option itself: drop "Error parsing <section>: " before it.
-    return re.sub(r"^Error parsing (\w+: )?", "", " ".join(line for line in lines[:rule] if line))
-
-
-def _expand_short(arguments: list[str]) -> list[str]:
-    return ["--batch-size" if argument == "-b" else argument for argument in arguments]
-
-
-def _last_value(name: str, arguments: list[str]) -> str:
-    """The last `--name VALUE` or `--name=VALUE`, or the empty string."""
-    value = ""
-    for position, argument in enumerate(arguments):
-        if argument == f"--{name}" and position + 1 < len(arguments):
-            value = arguments[position + 1]
-        elif argument.startswith(f"--{name}="):
-            value = argument.partition("=")[2]
-    return value
+def _refuse_options_of_other_methods(method: str, sources: list[tuple[str, dict]]) -> None:
+    own = option_types(config_type(method))
+    for source, values in sources:
+        for name in values.keys() - own.keys():
+            having = [other for other in METHODS if name in option_types(config_type(other))]
+            if having:
+                there = f"(methods that have it: {', '.join(having)})"
+                raise UserError(f"{source}: method {method} has no option {name} {there}")
 
 
 def _from(sources: list[tuple[str, dict]], key: str) -> str:

@@ -1,5 +1,7 @@
 """`fastkd train`, whole: data, teacher, the student alone, the student distilled, the table. And `fastkd eval`."""
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,19 +23,21 @@ from .report import board_class, say, show_table
 from .train import Result, Trainer, describe
 
 
-def run(config) -> Result:
-    """Take one effective configuration (config.parse) to its table; checks come before the first file is written."""
+def run(config, notes: Sequence[str] = ()) -> Result:
+    """Take one effective configuration and its notes (config.parse) to the table.
+
+    Checks come before the first file is written. An interrupt from then on carries how to go on.
+    """
     torch.backends.cudnn.benchmark = True  # one image size: cuDNN times its algorithms once
     job = Job(config)
+    for note in notes:
+        say(note)
     job.claim()
-    if job.teacher is not None:
-        job.prepare_teacher()
-    if config.networks.baseline and config.run.method != "ce":
-        job.train_alone()
-    result = job.distill()
-    show_table(["", "network", "top-1 %", "parameters", "inference img/s"], job.rows, numbers=3)
-    say(f"everything is in {job.out}")
-    return result
+    try:
+        return job.work()
+    except KeyboardInterrupt:
+        again = f"fastkd train --out {shlex.quote(str(job.out))} --resume"
+        raise KeyboardInterrupt(f"go on with `{again}`") from None
 
 
 class Job:
@@ -64,10 +68,20 @@ class Job:
         out = options.out or distributed.from_rank_zero(checkpoint.new_folder, f"runs/{default_name(self.config)}")
         self.out = Path(out)
         self.config = replace(self.config, train=replace(options, out=str(out)))
-        if options.resume and distributed.rank() == 0 and not (self.out / "config.yaml").exists():
-            say(f"--resume: no run has begun in {out}; starting one")
+        if options.resume and not (self.out / "last.pt").exists():
+            say(f"--resume: {out} has no checkpoint of the student yet; its training starts from the beginning")
         if distributed.rank() == 0:
             checkpoint.claim_folder(self.out, flat(self.config), options.resume)
+
+    def work(self) -> Result:
+        if self.teacher is not None:
+            self.prepare_teacher()
+        if self.names.baseline and self.config.run.method != "ce":
+            self.train_alone()
+        result = self.distill()
+        show_table(["", "network", "top-1 %", "parameters", "inference img/s"], self.rows, numbers=3)
+        say(f"everything is in {self.out}")
+        return result
 
     def prepare_teacher(self) -> None:
         """Train the teacher if it has no weights yet, then say what it knows, loudly when that is nothing."""
@@ -126,13 +140,13 @@ class Job:
             self.config,
             run=RunOptions(method="ce"),
             networks=NetworkOptions(student=name),
-            options=NoOptions(),
+            method=NoOptions(),
             train=replace(options, out=str(self.out / folder)),
         )
 
     def _fit(self, config, student: nn.Module, teacher: nn.Module | None = None) -> tuple[Result, Trainer]:
         self.train_loader.load_state_dict(self.first_epoch)
-        method = METHODS[config.run.method](student, teacher, config.options)
+        method = METHODS[config.run.method](student, teacher, config.method)
         options = replace(config.train, resume=True)  # the folder is this job's: go on wherever a run in it had got to
         trainer = Trainer(method, self.train_loader, self.val_loader, options, flat(config))
         return trainer.fit(), trainer
@@ -165,13 +179,12 @@ def default_name(config) -> str:
     return "-".join(name.replace("/", "_") for name in names)
 
 
-def evaluate_weights(config) -> list[str]:
-    """`fastkd eval`: the row of its table. `config.what` is cli.EvalOptions, `config.data` DataOptions."""
-    what, device = config.what, distributed.device_for(config.what.device)
-    about = checkpoint.read_about(Path(what.weights))
-    model = what.model or about.get("model")
-    if not model:
-        raise UserError(f"--weights {what.weights} does not say which network it is for: give --model NAME")
+def evaluate_weights(config, notes: Sequence[str] = ()) -> list[str]:
+    """`fastkd eval`: the row of its table. `config.eval` is cli.EvalOptions, `config.data` DataOptions."""
+    what, device = config.eval, distributed.device_for(config.eval.device)
+    for note in notes:
+        say(note)
+    model = what.model or _network_of(Path(what.weights))
     world = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     precision = Precision(what.amp_dtype, device)
     _, loader = create_loaders(config.data, device, **world, dtype=precision.dtype, say=say)
@@ -180,3 +193,15 @@ def evaluate_weights(config) -> list[str]:
     scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)
     shown = [f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}", f"{rate:,.0f}"]
     return [model, f"{scores['images']:,}", *shown]
+
+
+def _network_of(weights: Path) -> str:
+    """The name that a file of ours holds."""
+    if weights.is_dir():
+        raise UserError(f"--weights {weights} is a folder; name a file, such as {weights / 'student.safetensors'}")
+    if not weights.is_file():
+        raise UserError(f"--weights {weights}: there is no such file (a tag of a library's weights needs --model NAME)")
+    model = checkpoint.read_about(weights).get("model")
+    if not model:
+        raise UserError(f"--weights {weights} does not say which network it is for: give --model NAME")
+    return model

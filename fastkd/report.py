@@ -35,7 +35,10 @@ class Report:
 
     def __init__(self, config, about: dict, data: dict):
         self.config, self.out = config, Path(config.out)
-        self.about = {"model": str(about.get("student", "")), "data": json.dumps(data)}
+        # What `fastkd eval` must know of the images; the digits have their own size and normalisation.
+        names = () if about.get("data") == "digits" else ("image_size", "mean", "std")
+        self.about = {"model": str(about.get("student", "")), "data": data}
+        self.about |= {"input": {name: about[name] for name in names if name in about}}
         self.main = distributed.rank() == 0
         board = board_class() if config.tensorboard and self.main else None
         if self.main:

@@ -44,6 +44,7 @@ class Trainer:
     """
 
     def __init__(self, method: Method, train_loader, val_loader, config: TrainOptions, about: dict | None = None):
+        _check_loaders(train_loader, val_loader)
         self.device = distributed.device_for(config.device)
         self.config = replace(config, out=config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run"))
         self.train_loader, self.val_loader = train_loader, val_loader
@@ -136,6 +137,16 @@ class Trainer:
             )
         if bad:
             say(f"warning: the gradient was not finite in {bad} of {steps} steps of epoch {self.epoch + 1}")
+
+
+def _check_loaders(train_loader, val_loader) -> None:
+    """Before anything is written. A DataLoader is not enough for training: it cannot go on where it had got to."""
+    names = ("__iter__", "__len__", "classes", "samples", "state_dict", "load_state_dict")
+    for role, loader, wanted in (("train_loader", train_loader, names), ("val_loader", val_loader, names[:1])):
+        missing = [name for name in wanted if not hasattr(loader, name)]
+        if missing:
+            kind = type(loader).__name__
+            raise UserError(f"{role} ({kind}) lacks {', '.join(missing)}; see Loader in fastkd/data/base.py")
 
 
 def describe(loader) -> dict:

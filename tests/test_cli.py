@@ -60,10 +60,52 @@ def test_resume_takes_the_runs_own_options(fastkd, tmp_path):
     check_refused(fastkd("train", *QUICK, "--out", "run"), "--out run is not empty", "--resume")
 
 
-def test_resume_says_when_there_is_nothing_to_resume(fastkd):
+def test_resume_with_nothing_to_resume_is_an_error(fastkd, tmp_path):
     check_refused(fastkd("train", *QUICK, "--resume"), "--resume needs --out")
-    status, out, _ = fastkd("train", *QUICK, "--no-baseline", "--method", "ce", "--out", "run", "--resume")
-    assert status == 0 and "no run has begun in run" in out
+    check_refused(fastkd("train", "--out", "e9", "--resume"), "no run in e9", "check the path", "drop --resume")
+    Path("mine.yaml").write_text("out: e9\nrecipe: digits\n")
+    check_refused(fastkd("train", "--config", "mine.yaml", "--resume"), "no run in e9")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_resume_before_the_first_checkpoint_starts_from_the_beginning(fastkd):
+    options = [*QUICK, "--no-baseline", "--method", "ce"]
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text(fastkd("train", *options, "--out", "run", "--print-config")[1])
+    status, out, _ = fastkd("train", "--out", "run", "--resume")
+    assert status == 0 and "run has no checkpoint of the student yet" in out and "from the beginning" in out
+
+
+def test_a_folder_of_something_else_is_not_offered_for_resuming(fastkd):
+    Path("img").mkdir()
+    Path("img/cat.jpg").write_text("x")
+    result = fastkd("train", *QUICK, "--out", "img")
+    check_refused(result, "--out img is not empty and holds no run; choose another folder")
+    assert "--resume" not in result[2]
+
+
+def test_an_interrupt_says_how_to_go_on(fastkd, monkeypatch):
+    def interrupted(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastkd.job.Job.distill", interrupted)
+    options = [*QUICK, "--method", "ce", "--no-baseline"]
+    status, _, err = fastkd("train", *options, "--out", "my run")
+    assert (status, err) == (130, "fastkd: stopped; go on with `fastkd train --out 'my run' --resume`\n")
+    assert "--out runs/digits-ce-resnet8 --resume" in fastkd("train", *options)[2]
+    monkeypatch.setattr("fastkd.job.Job.claim", interrupted)
+    assert fastkd("train", *options)[::2] == (130, "fastkd: stopped\n")
+
+
+def test_a_short_run_needs_one_option(fastkd):
+    """The warm-up of the recipe shrinks with the epochs, said aloud; one that was typed does not."""
+    status, out, _ = fastkd("train", "--epochs", "1", "--print-config")
+    shown = yaml.safe_load(out)
+    assert status == 0 and "# recipe digits: warmup_epochs stretched from 12 epochs to 1" in out
+    assert shown["epochs"] == 1 and shown["warmup_epochs"] == pytest.approx(1 / 12)
+    assert "stretched" not in fastkd("train", "--epochs", "12", "--print-config")[1]
+    check_refused(fastkd("train", "--epochs", "1", "--warmup-epochs", "1"), "--warmup-epochs", "--epochs 1", "got 1.0")
+    assert "warmup_epochs stretched" in fastkd("train", "--epochs", "1", "--method", "ce", "--student", "resnet8")[1]
 
 
 def test_teacher_and_average_are_the_same_fresh_and_resumed(fastkd):
@@ -114,10 +156,14 @@ def test_help_shows_every_option_and_its_default(fastkd):
     names += " amp-dtype channels-last workers seed out resume data loader student teacher teacher-weights temperature"
     for name in names.split():
         assert f"--{name}" in out
-    assert "-b" in out and "default: 4.0" in out
+    assert "also -b." in out and "default: 4.0" in out
+    assert "method options" in out and "options options" not in out
 
 
-@pytest.mark.parametrize("command", [[], ["--help"], ["doctor"], ["methods"], ["--version"], ["eval", "--help"]])
+HELP = [["doctor", "--help"], ["methods", "-h"]]
+
+
+@pytest.mark.parametrize("command", [[], ["--help"], ["doctor"], ["methods"], ["--version"], ["eval", "--help"], *HELP])
 def test_commands_that_only_tell(fastkd, command):
     status, out, err = fastkd(*command)
     assert status == 0 and out and not err
@@ -141,14 +187,25 @@ def test_doctor_names_the_paths(fastkd):
         (["train", "--student", "resnet21"], ["resnet21", "resnet2"]),
         (["train", "--teacher", "timm/resnet5O"], ["resnet5O", "resnet50"]),
         (["train", "--opt", "adan"], ["adan", "--opt", "adamw"]),
-        (["train", "--epochs", "many"], ["--epochs", "many"]),
+        (["--verison"], ["'--verison'", "'--version'"]),
+        (["doctor", "--foo"], ["'--foo'", "fastkd doctor --help"]),
+        (["methods", "foo"], ["'foo'", "fastkd methods --help"]),
+        (["train", "foo"], ["unexpected 'foo'"]),
+        (["train", "--epochs", "many"], ["--epochs must be a whole number, got 'many'"]),
+        (["train", "--epochs", "1", "2"], ["--epochs must be a whole number, got '1 2'"]),
+        (["train", "--mean", "0.5"], ["--mean must be 3 numbers, got '0.5'"]),
+        (["train", "--baseline", "maybe"], ["--baseline takes no value, got 'maybe'"]),
+        (["train", "--method", "ce", "--temperature", "3"], ["method ce has no option temperature", "have it: kd"]),
+        (["train", "--seed", "-1"], ["--seed must be >= 0", "got -1"]),
+        (["train", "--ce-weight", "0", "--kd-weight", "0"], ["--ce-weight", "--kd-weight", "both 0"]),
+        (["train", "--sched", "multistep", "--decay-milestones", "50", "-3"], ["--epochs 12", "got 50 -3"]),
         (["train", "--epochs", "0"], ["--epochs", "got 0"]),
         (["train", "--epochs", "-3"], ["--epochs", "-3"]),
         (["train", "-b", "0"], ["batch_size=0"]),
         (["train", "--batch-size", "-8"], ["batch_size=-8"]),
         (["train", "--temperature", "0"], ["temperature", "0"]),
         (["train", "--temperature", "-4"], ["temperature", "-4"]),
-        (["train", "--lr"], ["--lr"]),
+        (["train", "--lr"], ["--lr must be a number, got nothing"]),
         (["train", "--opt", "fusedlamb"], ["apex"]),
         (["train", "--device", "gpu"], ["gpu"]),
         (["train", "--device", "meta"], ["meta"]),
@@ -158,6 +215,10 @@ def test_doctor_names_the_paths(fastkd):
         (["train", "--teacher-weights", "nowhere.pth"], ["nowhere.pth"]),
         (["train", "--teacher-epochs", "0"], ["resnet20", "--teacher-weights", "--teacher-epochs"]),
         (["eval"], ["--weights"]),
+        (["eval", "--weight", "F"], ["'--weight'", "'--weights'"]),
+        (["eval", "F"], ["unexpected 'F'", "--weights F"]),
+        (["eval", "--weights", "nowhere.safetensors"], ["nowhere.safetensors: there is no such file"]),
+        (["eval", "--weights", "/tmp"], ["/tmp is a folder", "/tmp/student.safetensors"]),
         (["eval", "--weights", "nowhere.safetensors", "--model", "resnet8"], ["nowhere.safetensors"]),
     ],
 )
@@ -170,8 +231,19 @@ def test_bad_options(fastkd, tmp_path, arguments, words):
     "text, words",
     [
         ("epoch: 3", ["mine.yaml", "'epoch'", "'epochs'"]),
-        ("epochs: many", ["--epochs", "many"]),
-        ("epochs: {a: 1}", ["mine.yaml", "epochs"]),
+        ("epochs: ten", ["mine.yaml: epochs must be a whole number, got 'ten'"]),
+        ("epochs: {a: 1}", ["mine.yaml: epochs must be a whole number, got {'a': 1}"]),
+        ("epochs: [1, 2]", ["mine.yaml: epochs must be a whole number, got [1, 2]"]),
+        ("lr: [0.1, 0.2]", ["mine.yaml: lr must be a number, got [0.1, 0.2]"]),
+        ("lr: true", ["mine.yaml: lr must be a number, got True"]),
+        ("lr:", ["mine.yaml: lr must be a number, got None"]),
+        ("baseline: maybe", ["mine.yaml: baseline must be true or false, got 'maybe'"]),
+        ("seed: yes\nlr: true", ["mine.yaml: seed must be a whole number, got True"]),
+        ("mean: [0.1, 0.2]", ["mine.yaml: mean must be 3 numbers, got [0.1, 0.2]"]),
+        ("opt: adan", ["mine.yaml: opt must be one of sgd", "got 'adan' (did you mean 'adamw'?)"]),
+        ("batch-size: 8\nbatch_size: 9", ["mine.yaml: batch_size is given 2 times"]),
+        ("epochs: 8\nepochs: 8", ["mine.yaml: epochs is given 2 times"]),
+        ("method: ce\ntemperature: 3", ["mine.yaml: method ce has no option temperature", "have it: kd"]),
         ("- a\n- b", ["mine.yaml", "name: value"]),
         ("a: [", ["mine.yaml", "not valid YAML"]),
         ("resume: true", ["mine.yaml", "resume", "command line only"]),
@@ -306,6 +378,7 @@ def test_folder_end_to_end(fastkd, images):
         assert status == 0, err
         assert "student, kd" in out
     assert "data: decoding with" in out
-    weights = ["--weights", "run-folder/student.safetensors", "--image-size", "32", "--loader", "folder"]
+    weights = ["--weights", "run-folder/student.safetensors", "--loader", "folder", "-b", "2"]
     status, out, _ = fastkd("eval", "--data", images, *weights)
-    assert status == 0 and "│      6 │" in out
+    assert status == 0 and "│      6 │" in out and "as in training: --image-size 32 --mean 0.485" in out
+    assert "--image-size" not in fastkd("eval", "--data", images, *weights, "--image-size", "64")[1]

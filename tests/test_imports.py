@@ -24,7 +24,8 @@ ALLOWED = {
     "fastkd/evaluate.py": {"engine", "distributed", "metrics"},
     "fastkd/report.py": {"checkpoint", "curves", "distributed", "environment", "errors"},
     "fastkd/train.py": {"engine", "methods.base", "checkpoint", "distributed", "evaluate", "report", "errors"},
-    "fastkd/config.py": {"data", "engine", "errors", "methods"},
+    "fastkd/parser.py": {"errors"},
+    "fastkd/config.py": {"data", "engine", "errors", "methods", "parser"},
 }
 
 

@@ -86,12 +86,14 @@ def test_killed_at_any_moment_it_resumes_exactly(tmp_path):
     command = [sys.executable, "-m", "fastkd", "train", "--method", "ce", "--student", "resnet8", "--epochs", "4"]
     command += ["--no-baseline", "--batch-size", "256", "--ema-decay", "0.9", "--recipe", "digits"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = lambda out: [*command, "--out", str(tmp_path / out), "--resume"]  # noqa: E731
+    run = lambda out: [*command, "--out", str(tmp_path / out)]  # noqa: E731
     history = tmp_path / "cut/history.jsonl"
     epochs = lambda: len(history.read_text().splitlines()) if history.exists() else 0  # noqa: E731
     subprocess.run(run("whole"), check=True, env=environment, capture_output=True)
-    for wanted in (0, 1, 2):
-        process = subprocess.Popen(run("cut"), env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    for wanted, resume in ((0, []), (1, ["--resume"]), (2, ["--resume"])):
+        process = subprocess.Popen(
+            [*run("cut"), *resume], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+        )
         while not ((tmp_path / "cut/config.yaml").exists() and epochs() >= wanted):
             assert process.poll() is None
             time.sleep(0.01)
@@ -99,7 +101,7 @@ def test_killed_at_any_moment_it_resumes_exactly(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert not (tmp_path / "cut/student.safetensors").exists() and epochs() < 4
-    done = subprocess.run(run("cut"), check=True, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*run("cut"), "--resume"], check=True, env=environment, capture_output=True, text=True)
     assert "resuming" in done.stdout
     wanted, got = (load_file(tmp_path / out / "student.safetensors") for out in ("whole", "cut"))
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
@@ -109,6 +111,21 @@ def test_a_kill_while_the_first_file_is_written_does_not_block_the_folder(tiny_n
     (tmp_path / ".config.yaml.tmp").write_text("epo")
     result, _ = fit(tiny_net, tiny_loaders, tmp_path, epochs=1)
     assert result.student.exists()
+
+
+def test_equal_runs_leave_equal_bytes(tiny_net, tiny_loaders, tmp_path):
+    one, two = (fit(tiny_net, tiny_loaders, tmp_path / name, epochs=1)[0] for name in ("one", "two"))
+    assert one.student.read_bytes() == two.student.read_bytes()
+
+
+def test_a_loader_that_is_none_is_an_error_that_names_what_it_lacks(tiny_net, tiny_loaders, tmp_path):
+    train, val = tiny_loaders()
+    plain = torch.utils.data.DataLoader(list(zip(train.images, train.target, strict=True)), batch_size=8)
+    options = TrainOptions(epochs=1, out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"train_loader \(DataLoader\) lacks classes, samples, state_dict, load_state"):
+        Trainer(CE(tiny_net()), plain, val, options)
+    assert not (tmp_path / "run").exists()
+    assert Trainer(CE(tiny_net()), train, plain, options).fit().history  # to evaluate, batches are enough
 
 
 def test_best_checkpoint_is_a_weights_file_too(tiny_net, tiny_loaders, tmp_path):
@@ -206,6 +223,10 @@ def test_tensorboard_missing_is_said_before_anything_is_written(tiny_net, tiny_l
         ({"lr": float("inf")}, "--lr.*got inf"),
         ({"warmup_epochs": 5, "epochs": 5}, "--warmup-epochs.*5.*got 5"),
         ({"sched": "multistep"}, "--decay-milestones"),
+        ({"sched": "multistep", "decay_milestones": (30, 120)}, "below --epochs 100, got 30 120"),
+        ({"sched": "multistep", "decay_milestones": (60, 30)}, "must rise.*got 60 30"),
+        ({"sched": "multistep", "decay_milestones": (-3, 30)}, "above 0.*got -3 30"),
+        ({"seed": -1}, "--seed must be >= 0.*got -1"),
         ({"opt": "nesterov", "momentum": 0.0}, "momentum"),
         ({"smoothing": 1.0}, "--smoothing.*got 1.0"),
         ({"mixup": -0.1}, "--mixup.*got -0.1"),

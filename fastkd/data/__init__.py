@@ -39,7 +39,7 @@ class DataOptions:
     loader: LoaderName = "auto"
     """What decodes a folder: NVIDIA DALI, or torchvision ("folder"); "auto" takes DALI where it is installed."""
     batch_size: int = 128
-    """Images per step and process."""
+    """Images per step and process; also -b."""
     image_size: int = 224
     """Side of the square crop, in pixels; the digits are always 32."""
     workers: int = field(default_factory=default_workers)
@@ -53,7 +53,7 @@ class DataOptions:
     synthetic_classes: int = 1000
     """Classes of the synthetic data."""
     synthetic_samples: int = 51200
-    """Images per epoch of the synthetic data, over all processes; a few batches are held and handed out in turn."""
+    """Training images per epoch of the synthetic data, over all processes; a tenth as many are there for evaluation."""
 
     def __post_init__(self) -> None:
         if self.loader not in get_args(LoaderName):

@@ -1,0 +1,151 @@
+"""From words to options. Names and kinds of values are checked here, in our words; tyro does the rest and the help.
+
+`kind` is everywhere a dataclass whose fields are sections: dataclasses of options.
+"""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Literal, get_args, get_origin
+
+from .errors import UserError, nearest
+
+
+def option_types(kind: type) -> dict[str, type]:
+    return {option.name: option.type for section in fields(kind) for option in fields(section.type)}
+
+
+def groups(arguments: list[str]) -> list[tuple[str, list[str]]]:
+    """(`--flag`, the words that follow it); what stands before the first flag comes with the empty string."""
+    found = [("", [])]
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, word = argument.partition("=")
+            found.append((flag, [word] if equals else []))
+        else:
+            found[-1][1].append(argument)
+    return found
+
+
+def name_of(flag: str) -> str:
+    """`--batch-size`, `batch-size` and `batch_size` are one option."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def last_value(name: str, arguments: list[str]) -> str:
+    """The last `--name VALUE` or `--name=VALUE`, or the empty string."""
+    found = (words[0] for flag, words in reversed(groups(arguments)) if name_of(flag) == name and words)
+    return next(found, "")
+
+
+def tokens_of(values: dict, kind: type, source: str) -> list[str]:
+    """Options with values, of a file, as they would stand on the command line."""
+    types, tokens = option_types(kind), []
+    for name, value in values.items():
+        if name not in types:
+            raise UserError(f"{source}: unknown option {name!r}{nearest(name, types)}")
+        words = [str(item) for item in (value if isinstance(value, list) else [value])]
+        plain = not isinstance(value, dict) and value is not None
+        if not plain or isinstance(value, bool) != (types[name] is bool) or not _fits(types[name], words):
+            raise UserError(
+                f"{source}: {name} must be {_wanted(types[name])}, got {value!r}{_near(types[name], words)}"
+            )
+        flag = name.replace("_", "-")
+        tokens += ([f"--{flag}"] if value else [f"--no-{flag}"]) if types[name] is bool else [f"--{flag}", *words]
+    return tokens
+
+
+def run_parser(kind: type, arguments: list[str], command: str, earlier: Sequence[str] = ()):
+    """An instance of `kind` from `arguments`, which win over the `earlier` tokens (of tokens_of).
+
+    What tyro still finds, such as a value out of range, is in a box that becomes one line.
+    """
+    import tyro
+
+    arguments = ["--batch-size" if argument == "-b" else argument for argument in arguments]
+    wanted_help = "--help" in arguments or "-h" in arguments
+    if not wanted_help:
+        _check(arguments, kind, command)
+    text = io.StringIO()
+    with contextlib.nullcontext() if wanted_help else _wide_stderr(text):
+        try:
+            return tyro.cli(kind, prog=command, args=[*earlier, *arguments], config=(tyro.conf.OmitArgPrefixes,))
+        except SystemExit as stop:
+            if not stop.code:
+                raise
+            raise UserError(_one_line(text.getvalue())) from None
+
+
+def _check(arguments: list[str], kind: type, command: str) -> None:
+    """Raise UserError for a name that is none, or a value of another kind than the option's."""
+    types = option_types(kind)
+    for flag, words in groups(arguments):
+        positive = name_of(flag).removeprefix("no_")
+        name = positive if types.get(positive) is bool else name_of(flag)
+        if not flag:
+            _refuse_stray(words, kind, command)
+        elif name not in types:
+            flags = ["--" + known.replace("_", "-") for known in types]
+            raise UserError(f"unknown option {flag!r}{nearest(flag, flags)}; `{command} --help` lists them")
+        elif types[name] is bool and words:
+            raise UserError(f"{flag} takes no value, got {' '.join(words)!r}: --{name} is yes and --no-{name} no")
+        elif types[name] is not bool and not _fits(types[name], words):
+            got = repr(" ".join(words)) if words else "nothing"
+            raise UserError(f"{flag} must be {_wanted(types[name])}, got {got}{_near(types[name], words)}")
+
+
+def _refuse_stray(words: list[str], kind: type, command: str) -> None:
+    if words:
+        needed = [o.name for section in fields(kind) for o in fields(section.type) if o.default is o.default_factory]
+        hint = f" (did you mean --{needed[0]} {words[0]}?)" if needed else ""
+        raise UserError(f"unexpected {words[0]!r}{hint}; `{command} --help` lists the options")
+
+
+def _fits(kind: type, words: list[str]) -> bool:
+    if get_origin(kind) is tuple:
+        item, *rest = get_args(kind)
+        return all(_reads(item, word) for word in words) and (rest == [...] or len(words) == 1 + len(rest))
+    return len(words) == 1 and _reads(kind, words[0])
+
+
+def _reads(kind: type, word: str) -> bool:
+    if get_origin(kind) is Literal:
+        return word in get_args(kind)
+    try:
+        kind(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _wanted(kind: type) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        return "numbers" if ... in get_args(kind) else f"{len(get_args(kind))} numbers"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "one text"}[kind]
+
+
+def _near(kind: type, words: list[str]) -> str:
+    return nearest(words[0], get_args(kind)) if get_origin(kind) is Literal and words else ""
+
+
+@contextlib.contextmanager
+def _wide_stderr(text: io.StringIO):
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000"
+    try:
+        with contextlib.redirect_stderr(text):
+            yield
+    finally:
+        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
+
+
+def _one_line(box: str) -> str:
+    lines = [re.sub("[│╭╮╰╯]", "", line).strip() for line in box.splitlines()[1:]]
+    rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
+    # A check of ours names its option itself: drop "Error parsing <section>: " before it.
+    return re.sub(r"^Error parsing (\w+: )?", "", " ".join(line for line in lines[:rule] if line))
