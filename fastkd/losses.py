@@ -1,19 +1,43 @@
-"""The losses as modules: what other trainers import. `loss = KDLoss()(student_logits, teacher_logits, target)`."""
+"""The losses as modules: what other trainers import. `loss = KDLoss()(student_logits, teacher_logits, target)`.
+
+Each gives a scalar in fp32 (fp64 for fp64 input) from inputs of any floating dtype and any row strides, on the CPU and
+on CUDA, without a host sync, and compiles without a break. `terms` gives the weighted terms by name for the log.
+"""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .kernels import kd_loss
+from .kernels import kd_loss, logit_loss
 
 
-class KDLoss(nn.Module):
+class LogitLossModule(nn.Module):
+    """What the losses from logits have in common: the options of the cross-entropy, checked."""
+
+    def __init__(self, temperature: float, label_smoothing: float, ignore_index: int | None, **weights: float):
+        super().__init__()
+        check_positive("temperature", temperature)
+        for name, weight in weights.items():
+            check_weight(name, weight)
+            setattr(self, name, weight)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        self.temperature, self.label_smoothing, self.ignore_index = temperature, label_smoothing, ignore_index
+        self.settings = {
+            "temperature": temperature,
+            "label_smoothing": label_smoothing,
+            "ignore_index": ignore_index,
+        }
+
+
+class KDLoss(LogitLossModule):
     """ce_weight * CE(z_s, y) + kd_weight * T^2 * KL(p_t^T || p_s^T); Hinton et al. 2015, arXiv:1503.02531.
 
     The defaults are the usual ones for CIFAR; for ImageNet temperature 1 and weights 0.5 / 0.5 are common.
     `standardize=True` is logit standardisation (arXiv:2403.01427), usually with temperature 2 and kd_weight 9.
-    Called with student_logits [N, C], teacher_logits [N, C] (any floating dtype), target [N] int64 or [N, C] floating;
-    gives a scalar in fp32 (fp64 for fp64 input). The gradient goes to the student's logits only.
+    Called with student_logits [N, C], teacher_logits [N, C], target [N] int64 or [N, C] floating. The gradient goes to
+    the student's logits only. Rows labelled `ignore_index` have no cross-entropy; the teacher still teaches there.
     """
 
     def __init__(
@@ -23,32 +47,112 @@ class KDLoss(nn.Module):
         kd_weight: float = 0.9,
         label_smoothing: float = 0.0,
         standardize: bool = False,
+        ignore_index: int | None = None,
     ):
-        super().__init__()
-        check_positive("temperature", temperature)
-        check_weight("ce_weight", ce_weight)
-        check_weight("kd_weight", kd_weight)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        self.temperature, self.ce_weight, self.kd_weight = temperature, ce_weight, kd_weight
-        self.label_smoothing, self.standardize = label_smoothing, standardize
+        super().__init__(temperature, label_smoothing, ignore_index, ce_weight=ce_weight, kd_weight=kd_weight)
+        self.standardize = standardize
+        self.settings |= {"ce_weight": ce_weight, "kd_weight": kd_weight, "standardize": standardize}
 
     def terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The weighted terms by name; their sum is the loss."""
-        ce, kd = kd_loss(
-            student_logits,
-            teacher_logits,
-            target,
-            temperature=self.temperature,
-            ce_weight=self.ce_weight,
-            kd_weight=self.kd_weight,
-            label_smoothing=self.label_smoothing,
-            standardize=self.standardize,
-        )
-        return {"ce": ce, "kd": kd}
+        fused = kd_loss(student_logits, teacher_logits, target, **self.settings)
+        return {"ce": fused.ce, "kd": fused.kd}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        return sum(self.terms(student_logits, teacher_logits, target).values())
+        return kd_loss(student_logits, teacher_logits, target, **self.settings).loss
+
+
+class MutualLoss(LogitLossModule):
+    """Networks that teach one another: DML (arXiv:1706.00384), with several heads each DCM (arXiv:2008.07816).
+
+    Sum over heads of ce_weight * CE, and kl_weight * T^2 * KL(sg q || p) for each head p and each head q of every
+    other network, divided by the number of other networks. `pair_weights` [K][K]: factor for a head number k that
+    learns from a head number l (DCM's same-stage and cross-stage weights).
+    Called with heads[n][k]: logits [N, C] of classifier k of network n; target [N] int64 or [N, C] floating. Every head
+    that requires a gradient gets one; as a target it is a constant.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        ce_weight: float = 1.0,
+        kl_weight: float = 1.0,
+        pair_weights: Sequence[Sequence[float]] | Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
+    ):
+        super().__init__(temperature, label_smoothing, ignore_index, ce_weight=ce_weight, kl_weight=kl_weight)
+        self.pair_weights = None if pair_weights is None else [[float(w) for w in row] for row in pair_weights]
+        for row in self.pair_weights or []:
+            for weight in row:
+                check_weight("pair_weights", weight)
+
+    def fused(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> Tensor:
+        """The terms [H, 1 + H] and the loss of all heads in a row, those of the first network first."""
+        if len(heads) < 2 or not all(len(net) for net in heads):
+            raise ValueError(f"heads[n][k] must be of two networks or more, got {[len(net) for net in heads]} heads")
+        places = [(n, k) for n, net in enumerate(heads) for k in range(len(net))]
+        table = [[self._weight(*i, *j, networks=len(heads)) for j in places] for i in places]
+        every = [z for net in heads for z in net]
+        return logit_loss(every, target, [self.ce_weight] * len(every), table, **self.settings)
+
+    def _weight(self, n: int, k: int, m: int, other_k: int, networks: int) -> float:
+        if n == m:
+            return 0.0
+        pair = self.pair_weights
+        heads = max(k, other_k) + 1
+        if pair and not (heads <= len(pair) and all(len(row) == len(pair) for row in pair)):
+            raise ValueError(f"pair_weights must be [K, K] for K heads a network, got {pair} for {heads} heads")
+        return self.kl_weight * (pair[k][other_k] if pair else 1.0) / (networks - 1)
+
+    def terms(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> dict[str, Tensor]:
+        """ce1, kl1, ce2, kl2, ...: the weighted terms of each network, summed over its heads."""
+        rows = self.fused(heads, target).terms.split([len(net) for net in heads])
+        return {
+            name: value
+            for n, mine in enumerate(rows, 1)
+            for name, value in ((f"ce{n}", mine[:, 0].sum()), (f"kl{n}", mine[:, 1:].sum()))
+        }
+
+    def forward(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> Tensor:
+        return self.fused(heads, target).loss
+
+
+class BridgeLoss(LogitLossModule):
+    """SOKD's loss (arXiv:2111.11747): the student S learns from the bridge A, the bridge from teacher T and student.
+
+    L_S = ce_s CE(z_S, y) + kd_sa KD(S <- A),   L_A = ce_a CE(z_A, y) + kd_at KD(A <- T) + kd_as KD(A <- S)
+    with KD(a <- b) = T^2 KL(sg p_b || p_a). Temperature 4 and all weights 1 as in the authors' code.
+    Called with student, bridge, teacher logits [N, C], target [N] int64 or [N, C] floating. Student and bridge get
+    gradients, each from its own loss only; the teacher none.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        ce_s: float = 1.0,
+        kd_sa: float = 1.0,
+        ce_a: float = 1.0,
+        kd_at: float = 1.0,
+        kd_as: float = 1.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
+    ):
+        weights = {"ce_s": ce_s, "kd_sa": kd_sa, "ce_a": ce_a, "kd_at": kd_at, "kd_as": kd_as}
+        super().__init__(temperature, label_smoothing, ignore_index, **weights)
+
+    def fused(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor):
+        table = [[0.0, self.kd_sa, 0.0], [self.kd_as, 0.0, self.kd_at], [0.0, 0.0, 0.0]]
+        heads = [student, bridge, teacher.detach()]
+        return logit_loss(heads, target, [self.ce_s, self.ce_a, 0.0], table, **self.settings)
+
+    def terms(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The five weighted terms by name."""
+        (ce_s, _, kd_sa, _), (ce_a, kd_as, _, kd_at), _ = self.fused(student, bridge, teacher, target).terms.unbind()
+        return {"ce_s": ce_s, "kd_sa": kd_sa, "ce_a": ce_a, "kd_at": kd_at, "kd_as": kd_as}
+
+    def forward(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        return self.fused(student, bridge, teacher, target).loss
 
 
 def check_positive(name: str, value: float) -> None:

@@ -1,8 +1,13 @@
 """Small networks and loaders that the tests share."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, line by line
 
 torch.set_num_threads(1)  # the networks here are too small for more
 

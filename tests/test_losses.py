@@ -11,7 +11,8 @@ def test_kd_loss_is_the_sum_of_its_terms():
     z_s, z_t, y = torch.randn(5, 7), torch.randn(5, 7), torch.arange(5)
     loss = KDLoss(temperature=2.0, ce_weight=0.4, kd_weight=0.6, label_smoothing=0.1)
     want = kd_loss(z_s, z_t, y, temperature=2.0, ce_weight=0.4, kd_weight=0.6, label_smoothing=0.1)
-    assert torch.equal(loss(z_s, z_t, y), want[0] + want[1])
+    assert torch.equal(loss(z_s, z_t, y), want.loss)
+    torch.testing.assert_close(want.loss, want.ce + want.kd)
     assert list(loss.terms(z_s, z_t, y)) == ["ce", "kd"]
 
 

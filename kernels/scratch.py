@@ -1,0 +1,28 @@
+"""Buffers of the closed forms on the CPU, used again from call to call."""
+
+import math
+import threading
+
+from torch import Tensor
+
+
+class _Scratch(threading.local):
+    """scratch(name, shape, like) -> [shape] of like's dtype, with whatever was there before.
+
+    The C library gives megabytes back to the system at once, and fetching them anew costs more than computing with them:
+    1.7 of 2.5 ms for KD's loss of 256 x 1000 logits on two cores. One buffer per name and dtype is held, for each thread.
+    """
+
+    def __init__(self):
+        self.buffers = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        size, (key, buffer) = math.prod(shape), ((name, like.dtype), self.buffers.get((name, like.dtype)))
+        if buffer is None or not size <= len(buffer) <= 4 * size:
+            buffer = self.buffers[key] = like.new_empty(size)
+        return buffer[:size].view(shape)
+
+
+scratch = _Scratch()

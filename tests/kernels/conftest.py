@@ -1,0 +1,14 @@
+"""Where the kernels run: on the GPU if there is one, else in Triton's interpreter; and memory that is poisoned."""
+
+import numpy
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty gives NaN, so that an element that nothing writes shows; NumPy's warnings about inf - inf are silent."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with numpy.errstate(all="ignore"):
+        yield
+    torch.use_deterministic_algorithms(False)
