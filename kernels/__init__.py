@@ -1,9 +1,45 @@
 """The computations that other trainers import one by one; depends on torch and triton alone.
 
-Each operation `<op>` has its specification `<op>_reference` beside it: plain torch, any dtype, any device.
+Each operation `<op>` has its specification `<op>_reference` beside it: plain torch, any dtype, any device. `rkd_loss`
+and `sp_loss` are plain torch themselves.
 """
 
+from .attention_transfer import attention_transfer, attention_transfer_reference
+from .augment import augment, augment_reference
+from .dist_loss import dist_loss, dist_loss_reference
+from .dkd_loss import dkd_loss, dkd_loss_reference
+from .factor_distance import factor_distance, factor_distance_reference
 from .kd_loss import kd_loss, kd_loss_reference
 from .logit_loss import logit_loss, logit_loss_reference
+from .map_distance import (
+    bn_margin,
+    hint_distance,
+    hint_distance_reference,
+    overhaul_distance,
+    overhaul_distance_reference,
+)
+from .relation import rkd_loss, sp_loss
 
-__all__ = ["kd_loss", "kd_loss_reference", "logit_loss", "logit_loss_reference"]
+__all__ = [
+    "attention_transfer",
+    "attention_transfer_reference",
+    "augment",
+    "augment_reference",
+    "bn_margin",
+    "dist_loss",
+    "dist_loss_reference",
+    "dkd_loss",
+    "dkd_loss_reference",
+    "factor_distance",
+    "factor_distance_reference",
+    "hint_distance",
+    "hint_distance_reference",
+    "kd_loss",
+    "kd_loss_reference",
+    "logit_loss",
+    "logit_loss_reference",
+    "overhaul_distance",
+    "overhaul_distance_reference",
+    "rkd_loss",
+    "sp_loss",
+]

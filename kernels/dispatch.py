@@ -1,4 +1,6 @@
-"""When an operation may be computed at once, past torch's dispatcher."""
+"""How an operation is computed: in which dtype, outside autocast, and when at once, past torch's dispatcher."""
+
+import functools
 
 import torch
 from torch import Tensor
@@ -16,3 +18,22 @@ def plain(tensors: tuple[Tensor, ...]) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
     )
+
+
+def accumulator(tensors: list[Tensor]) -> torch.dtype:
+    """fp64 where a tensor is fp64, else fp32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def without_autocast(function):
+    """An op's body runs under the caller's autocast, which would multiply matrices in 16 bits."""
+
+    @functools.wraps(function)
+    def wrapped(heads, *args, **kwargs):
+        device = heads[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function(heads, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(heads, *args, **kwargs)
+
+    return wrapped

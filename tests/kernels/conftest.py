@@ -7,7 +7,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """torch.empty gives NaN, so that an element that nothing writes shows; NumPy's warnings about inf - inf are silent."""
+    """torch.empty gives NaN, so that what nothing writes shows; NumPy is silent about inf - inf."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     with numpy.errstate(all="ignore"):
         yield

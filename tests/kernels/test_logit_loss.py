@@ -407,6 +407,17 @@ def test_compile(dynamic):
         torch.testing.assert_close(torch.autograd.grad(got, heads), torch.autograd.grad(want, heads))
 
 
+def test_compiled_backward_twice():
+    torch.use_deterministic_algorithms(False)
+    heads, y = make(2, 4, 8, learners=1)
+    loss = torch.compile(lambda a, b: logit_loss([a, b], y, *KD).loss, fullgraph=True)(*heads)
+    got = [
+        torch.autograd.grad(loss, heads[0], torch.tensor(f, device=DEVICE), retain_graph=True)[0] for f in (2.0, 1.0)
+    ]
+    want = independent(heads, y, *KD)[1][0]
+    torch.testing.assert_close([g.double() for g in got], [2 * want, want], rtol=1e-5, atol=1e-6)
+
+
 def test_autocast(path):
     heads, y = make(2, 4, 10, torch.bfloat16, learners=1)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):

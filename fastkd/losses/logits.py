@@ -1,15 +1,11 @@
-"""The losses as modules: what other trainers import. `loss = KDLoss()(student_logits, teacher_logits, target)`.
+"""Losses from logits, over the fused kernel of kernels/logit_loss.py and its relatives."""
 
-Each gives a scalar in fp32 (fp64 for fp64 input) from inputs of any floating dtype and any row strides, on the CPU and
-on CUDA, without a host sync, and compiles without a break. `terms` gives the weighted terms by name for the log.
-"""
-
-import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .kernels import kd_loss, logit_loss
+from ..kernels import dist_loss, dkd_loss, kd_loss, logit_loss
+from .checks import check_positive, check_weight
 
 
 class LogitLossModule(nn.Module):
@@ -155,11 +151,37 @@ class BridgeLoss(LogitLossModule):
         return self.fused(student, bridge, teacher, target).loss
 
 
-def check_positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a positive number, got {value}")
+class DKDLoss(nn.Module):
+    """T^2 (alpha TCKD + beta NCKD), decoupled distillation; Zhao et al. 2022, arXiv:2203.08679. No cross-entropy.
+
+    Called with student_logits, teacher_logits [N, C], C >= 2, target [N] int64. Gradient to the student only.
+    """
+
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0):
+        super().__init__()
+        check_weight("alpha", alpha)
+        check_weight("beta", beta)
+        check_positive("temperature", temperature)
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+        settings = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
+        return dkd_loss(student_logits, teacher_logits, target, **settings)
 
 
-def check_weight(name: str, value: float) -> None:
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be zero or a positive number, got {value}")
+class DISTLoss(nn.Module):
+    """beta (1 - mean row correlation) + gamma (1 - mean column correlation) of the softmaxes; arXiv:2205.10536.
+
+    Called with student_logits, teacher_logits [N, C]. Gradient to the student only. No cross-entropy.
+    """
+
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0):
+        super().__init__()
+        check_weight("beta", beta)
+        check_weight("gamma", gamma)
+        check_positive("temperature", temperature)
+        self.beta, self.gamma, self.temperature = beta, gamma, temperature
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        settings = {"beta": self.beta, "gamma": self.gamma, "temperature": self.temperature}
+        return dist_loss(student_logits, teacher_logits, **settings)

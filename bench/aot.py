@@ -1,0 +1,185 @@
+"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, width of memory accesses.
+
+    python bench/aot.py             a table per kernel for sm_80, sm_90 and sm_100
+    python bench/aot.py --write     the same into kernels/README.md
+    python bench/aot.py --json      for the test
+
+The real launch functions run on tensors without data, and Triton, told of a GPU that is not there, compiles what it
+would compile for them. TRITON_INTERPRET must not be set.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ASSEMBLERS = sorted(Path(triton.backends.nvidia.__file__).parent.glob("bin/ptxas*"))  # each knows some GPUs
+README = Path(__file__).parent.parent / "kernels" / "README.md"
+MARKS = "<!-- compiled -->\n", "<!-- end -->"
+
+
+class NoGPU:
+    """The part of Triton's driver that compiling needs."""
+
+    def __init__(self, capability: int):
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: capability  # Triton keeps what it has compiled per device
+        self.get_current_stream = lambda device: 0
+
+
+def compiled(call: Callable[[], None], capability: int) -> list[dict]:
+    """The figures of every kernel that `call` would launch."""
+    kernels, run = [], JITFunction.run
+    driver.set_active(NoGPU(capability))
+    JITFunction.run = lambda self, *args, **kwargs: kernels.append(run(self, *args, **kwargs | {"warmup": True}))
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return [figures(kernel) | {"sm": capability} for kernel in kernels]
+
+
+def figures(kernel) -> dict:
+    ptx = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
+        file.write(ptx)
+        file.flush()
+        command = ["-v", "-arch=" + re.search(r"\.target (\w+)", ptx).group(1), file.name, "-o", "/dev/null"]
+        reports = [subprocess.run([tool, *command], capture_output=True, text=True).stderr for tool in ASSEMBLERS]
+    report = next(report for report in reports if "Used" in report)
+    access = {
+        kind: [width(x) for x in re.findall(rf"{kind}\.global[.\w]*?((?:v\d\.)?b\d+) ", ptx)] for kind in ("ld", "st")
+    }
+    return {
+        "kernel": kernel.metadata.name.strip("_"),
+        "warps": kernel.metadata.num_warps,
+        "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "shared": kernel.metadata.shared,
+        "load bits": max(access["ld"], default=0),
+        "store bits": max(access["st"], default=0),
+    }
+
+
+def width(access: str) -> int:
+    """v4.b32 -> 128"""
+    vector, _, bits = access.rpartition(".")
+    return int(vector[1:] or 1) * int(bits[1:]) if vector else int(bits[1:])
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def logits(heads: int, learners: int, N: int, C: int, dtype=torch.bfloat16, **options) -> Callable[[], None]:
+    from fastkd.kernels.logit_loss_triton import launch
+
+    dense = heads > 2 or learners > 1
+    half = heads // 2
+    weights = [0.1, 0.0, 0.9, 0.0, 0.0, 0.0]
+    if dense:
+        weights = [w for i in range(heads) for w in (1.0, *(float((i < half) != (j < half)) for j in range(heads)))]
+    learns = [i < learners for i in range(heads)]
+    settings = {"temperature": 4.0, "standardize": False} | options
+    return lambda: launch(
+        [meta(N, C, dtype=dtype) for _ in range(heads)], meta(N, dtype=torch.int64), weights, settings["temperature"],
+        0.0, None, settings["standardize"], learns, True, meta(learners, N, C, dtype=dtype),
+    )  # fmt: skip
+
+
+def cases() -> dict[str, Callable[[], None]]:
+    """The shipped configurations by what is computed."""
+    return {
+        "KD 128 x 100": logits(2, 1, 128, 100),
+        "KD 256 x 1000": logits(2, 1, 256, 1000),
+        "KD 256 x 1000 standardised": logits(2, 1, 256, 1000, standardize=True),
+        "KD 4096 x 1000 fp32": logits(2, 1, 4096, 1000, dtype=torch.float32),
+        "KD 256 x 8192": logits(2, 1, 256, 8192),
+        "KD 256 x 21841": logits(2, 1, 256, 21841),
+        "KD 8192 x 32000": logits(2, 1, 8192, 32000),
+        "DML 256 x 1000": logits(2, 2, 256, 1000, temperature=1.0),
+        "SOKD 256 x 1000": logits(3, 2, 256, 1000),
+        "DCM 2 x 2 128 x 100": logits(4, 4, 128, 100, temperature=1.0),
+        "DCM 2 x 3 256 x 1000": logits(6, 6, 256, 1000, temperature=1.0),
+        "DCM 2 x 4 256 x 1000": logits(8, 8, 256, 1000, temperature=1.0),
+        **{f"{name} {shape[0]} x {shape[1]}": call for name, shape, call in more_logits()},
+        **{f"{name} {' x '.join(map(str, shape))}": call for name, shape, call in maps()},
+    }
+
+
+def more_logits() -> Iterator[tuple[str, tuple, Callable[[], None]]]:
+    from fastkd.kernels import dist_loss_triton, dkd_loss_triton
+
+    for N, C in ((256, 1000), (256, 32000)):
+        s, t, grads, y = meta(N, C), meta(N, C), meta(N, C), meta(N, dtype=torch.int64)
+        yield "DKD", (N, C), partial(dkd_loss_triton.launch, s, t, y, 1.0, 8.0, 4.0, grads)
+        value, rows, columns = (meta(*shape, dtype=torch.float32) for shape in ((), (6, N), (4, C)))
+        yield "DIST", (N, C), partial(dist_loss_triton.launch, s, t, 1.0, 1.0, 1.0, value, rows, columns)
+        yield (
+            "DIST backward", (N, C), partial(dist_loss_triton.launch_backward, s, t, rows, columns, value, 1.0, grads),
+        )  # fmt: skip
+
+
+def maps() -> Iterator[tuple[str, tuple, Callable[[], None]]]:
+    from fastkd.kernels import attention_transfer_triton, augment_triton, factor_distance_triton, map_distance_triton
+
+    scalar = meta(dtype=torch.float32)
+    for shape in ((128, 32, 8, 8), (256, 256, 7, 7)):
+        N, D = shape[0], math.prod(shape[1:])
+        parts, learns = [meta(N, D), meta(N, D)], [True, True]
+        results = scalar, meta(2, dtype=torch.float32), meta(5, N, dtype=torch.float32)
+        launch = partial(factor_distance_triton.launch, parts, meta(N, D), [50.0, -50.0], 1, learns)
+        yield "IE-KD pair", shape, partial(launch, *results, meta(2, N, D))
+    for shape in ((256, 64, 56, 56), (256, 2048, 7, 7)):
+        s, t, grad = (meta(*shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
+        k = meta(shape[0], shape[2] * shape[3], dtype=torch.float32)
+        yield "AT", shape, partial(attention_transfer_triton.launch, s, t, 1000.0, scalar, k)
+        yield "AT backward", shape, partial(attention_transfer_triton.launch_backward, s, k, scalar, grad)
+        yield "hint", shape, partial(map_distance_triton.launch, s, t, None, 1.0, grad)
+        margin = meta(shape[1], dtype=torch.float32)
+        yield "overhaul", shape, partial(map_distance_triton.launch, s, t, margin, 1.0, grad)
+    images, out = meta(256, 256, 256, 3, dtype=torch.uint8), meta(256, 3, 224, 224)
+    out = out.contiguous(memory_format=torch.channels_last)
+    boxes, flips = meta(256, 4, dtype=torch.float32), meta(256, dtype=torch.bool)
+    yield "augment", tuple(out.shape), partial(augment_triton.launch, images, boxes, flips, [out], [0.5] * 3, [0.2] * 3)
+
+
+def table(rows: list[dict]) -> str:
+    names = ["case", *rows[0]["figures"]]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        lines.append("| " + " | ".join(str(value) for value in (row["case"], *row["figures"].values())) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")  # Triton's word on a default that changes; we set it
+    rows = [
+        {"case": name, "figures": found}
+        for name, call in cases().items()
+        for capability in (80, 90, 100)
+        for found in compiled(call, capability)
+    ]
+    if "--json" in sys.argv:
+        print(json.dumps(rows))
+    elif "--write" in sys.argv:
+        before, rest = README.read_text().split(MARKS[0])
+        README.write_text(before + MARKS[0] + table(rows) + MARKS[1] + rest.split(MARKS[1], 1)[1])
+    else:
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""Checks of the options of a loss."""
+
+import math
+
+
+def check_positive(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def check_weight(name: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be zero or a positive number, got {value}")

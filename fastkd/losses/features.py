@@ -1,0 +1,135 @@
+"""Losses from feature maps [N, C, H, W] (channels-last is the fast layout) and from pooled features [N, D]."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..kernels import attention_transfer, factor_distance, hint_distance, overhaul_distance, rkd_loss, sp_loss
+from .checks import check_weight
+
+
+class FactorTransferLoss(nn.Module):
+    """weight * ( mean |f^_s - f^_t|^p )^(1/p), f^ = the factor over its norm per sample; FT, arXiv:1802.04977.
+
+    Called with student_factor and teacher_factor [N, C, H, W], of translator and paraphraser. p is 1 or 2.
+    """
+
+    def __init__(self, p: int = 1, weight: float = 500.0):
+        super().__init__()
+        if p not in (1, 2):
+            raise ValueError(f"p must be 1 or 2, got {p}")
+        check_weight("weight", weight)
+        self.p, self.weight = p, weight
+
+    def forward(self, student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
+        return factor_distance([student_factor], teacher_factor, [self.weight], self.p).loss
+
+
+class InheritanceLoss(FactorTransferLoss):
+    """( mean |f^_inh - f^_t|^p )^(1/p) over all elements: draws a part to the teacher; IE-KD, arXiv:2107.00181."""
+
+    def __init__(self, p: int = 1):
+        super().__init__(p, weight=1.0)
+
+
+class ExplorationLoss(nn.Module):
+    """-( mean |f^_exp - f^_t|^p )^(1/p): drives a part away from the teacher; IE-KD, arXiv:2107.00181."""
+
+    def __init__(self, p: int = 1):
+        super().__init__()
+        self.opposite = InheritanceLoss(p)
+
+    def forward(self, student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
+        return factor_distance([student_factor], teacher_factor, [-1.0], self.opposite.p).loss
+
+
+class AttentionTransferLoss(nn.Module):
+    """weight * sum over stages of mean (a_s - a_t)^2, a = l2norm(flatten(mean_c f^2)); AT, arXiv:1612.03928.
+
+    Called with the maps of one stage, or two lists of maps, stage by stage: [N, Cs, H, W] and [N, Ct, H, W].
+    """
+
+    def __init__(self, weight: float = 1000.0):
+        super().__init__()
+        check_weight("weight", weight)
+        self.weight = weight
+
+    def forward(self, student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor]) -> Tensor:
+        stages = _stages(student_maps, teacher_maps)
+        return sum(attention_transfer(s, t, self.weight) for s, t in stages)
+
+
+class OverhaulLoss(nn.Module):
+    """weight * sum over L stages l of 2^-(L-l) partial-L2(f_s, max(f_t, margin)); OFD, arXiv:1904.01866.
+
+    Called with maps before the ReLU, stage by stage, the student's through its connectors, and the teacher's margins
+    [C] (`fastkd.kernels.bn_margin`): of one stage, or three lists. A sum over elements, a mean over the batch.
+    """
+
+    def __init__(self, weight: float = 1e-3):
+        super().__init__()
+        check_weight("weight", weight)
+        self.weight = weight
+
+    def forward(
+        self,
+        student_maps: Tensor | Sequence[Tensor],
+        teacher_maps: Tensor | Sequence[Tensor],
+        margins: Tensor | Sequence[Tensor],
+    ) -> Tensor:
+        stages = _stages(student_maps, teacher_maps, margins)
+        weights = [self.weight / 2 ** (len(stages) - number) for number in range(1, len(stages) + 1)]
+        return sum(overhaul_distance(s, t, m, weight=w) for (s, t, m), w in zip(stages, weights, strict=True))
+
+
+class HintLoss(nn.Module):
+    """weight * mean (f_s - f_t)^2 over all elements of one stage; FitNets, arXiv:1412.6550.
+
+    Called with the student's map through its regressor and the teacher's, both [N, C, H, W].
+    """
+
+    def __init__(self, weight: float = 100.0):
+        super().__init__()
+        check_weight("weight", weight)
+        self.weight = weight
+
+    def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+        return hint_distance(student_map, teacher_map, weight=self.weight)
+
+
+class RKDLoss(nn.Module):
+    """Relations between samples, distances and angles; Park et al. 2019, arXiv:1904.05068.
+
+    Called with pooled features [N, D] and [N, D2].
+    """
+
+    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0):
+        super().__init__()
+        check_weight("distance_weight", distance_weight)
+        check_weight("angle_weight", angle_weight)
+        self.weights = {"distance_weight": distance_weight, "angle_weight": angle_weight}
+
+    def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
+        return rkd_loss(student_features, teacher_features, **self.weights)
+
+
+class SPLoss(nn.Module):
+    """weight * |G_s - G_t|_F^2 / N^2, G the row-normalised Gram matrix of the batch; SP, arXiv:1907.09682.
+
+    Called with maps or features [N, ...]; only N must agree.
+    """
+
+    def __init__(self, weight: float = 3000.0):
+        super().__init__()
+        check_weight("weight", weight)
+        self.weight = weight
+
+    def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+        return self.weight * sp_loss(student_map, teacher_map)
+
+
+def _stages(*maps: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    lists = [[stages] if isinstance(stages, Tensor) else list(stages) for stages in maps]
+    if not lists[0] or len({len(stages) for stages in lists}) > 1:
+        raise ValueError(f"as many maps are needed of each, one or more: got {[len(stages) for stages in lists]}")
+    return list(zip(*lists, strict=True))

@@ -1,0 +1,70 @@
+"""The kernel of augment.py: one program takes a block of pixels of an image, with all channels and normalisations."""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 256
+
+
+@triton.jit
+def _fit(begin, extent, limit):
+    """A box's edge inside the image; NaN gives an edge too, for no address may leave the memory."""
+    extent = tl.minimum(tl.maximum(extent.to(tl.float32), 1.0), limit)
+    return tl.minimum(tl.maximum(begin.to(tl.float32), 0.0), limit - extent), extent
+
+
+@triton.jit
+def _taps(i, size, begin, extent, limit):
+    """(index of the first pixel, of the second, weight of the second) for the output's rows or columns i."""
+    # the whole pixels of `begin` are added as integers: so the weights of a whole box are those of the crop alone
+    whole = tl.floor(begin)
+    place = (i.to(tl.float32) + 0.5) * tl.div_rn(extent, size.to(tl.float32)) - 0.5
+    place = tl.minimum(tl.maximum(place, 0.0), extent - 1) + (begin - whole)
+    below = tl.floor(place)
+    first = tl.minimum((whole + below).to(tl.int32), limit - 1)
+    return first, tl.minimum(first + 1, limit - 1), place - below
+
+
+@triton.jit(do_not_specialize=["H", "W", "h", "w", "blocks"])
+def _kernel(images, strides, boxes, flips, outputs, scales, shifts, H, W, h, w, blocks, BLOCK: tl.constexpr):
+    image = tl.program_id(0) // blocks
+    pixel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = pixel < h * w
+    box = boxes + image * 4
+    top, height = _fit(tl.load(box), tl.load(box + 2), H.to(tl.float32))
+    left, width = _fit(tl.load(box + 1), tl.load(box + 3), W.to(tl.float32))
+    x = pixel % w
+    x = tl.where(tl.load(flips + image) != 0, w - 1 - x, x)
+    y0, y1, down = _taps(pixel // w, h, top, height, H)
+    x0, x1, right = _taps(x, w, left, width, W)
+    source = images + image.to(tl.int64) * strides[0]
+    place = (image.to(tl.int64) * h * w + pixel) * 3
+    for c in tl.static_range(3):
+        channel = source + c * strides[3]
+        a = tl.load(channel + y0 * strides[1] + x0 * strides[2], mask=mask, other=0).to(tl.float32)
+        b = tl.load(channel + y0 * strides[1] + x1 * strides[2], mask=mask, other=0).to(tl.float32)
+        d = tl.load(channel + y1 * strides[1] + x0 * strides[2], mask=mask, other=0).to(tl.float32)
+        e = tl.load(channel + y1 * strides[1] + x1 * strides[2], mask=mask, other=0).to(tl.float32)
+        value = (1 - down) * ((1 - right) * a + right * b) + down * ((1 - right) * d + right * e)
+        for k in tl.static_range(len(outputs)):
+            tl.store(outputs[k] + place + c, value * scales[3 * k + c] + shifts[3 * k + c], mask=mask)
+
+
+def launch(
+    images: Tensor, boxes: Tensor, flips: Tensor, outputs: list[Tensor], mean: list[float], std: list[float]
+) -> None:
+    """Run the kernel; mean and std: 3 numbers for each output, one after another."""
+    (N, H, W, _), (h, w), device = images.shape, outputs[0].shape[2:], images.device
+    if sum((size - 1) * stride for size, stride in zip(images.shape[1:], images.stride()[1:], strict=True)) >= 2**31:
+        images = images.contiguous()  # places within an image are counted in 32 bits
+    blocks = triton.cdiv(h * w, _BLOCK)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _kernel[(N * blocks,)](
+            images, images.stride(), boxes.contiguous(), flips.contiguous().view(torch.uint8), tuple(outputs),
+            tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True)),
+            H, W, h, w, blocks, BLOCK=_BLOCK, enable_fp_fusion=True, num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,166 @@
+"""The kernel of dkd_loss.py: one program takes rows; a row of both networks sits in registers where it fits."""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reduce import programs, ticket, total
+
+
+@triton.jit
+def _load(row, cols, C):
+    return tl.load(row + cols, mask=cols < C, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _shift(top):
+    return tl.where(top == -float("inf"), 0.0, top)  # nothing but -inf: -inf - -inf is no number
+
+
+@triton.jit
+def _rest_of_long_row(row, label, C, inverse, BLOCK: tl.constexpr):
+    """(max, sum of exp) of the other classes of a row that is read in pieces."""
+    top, at_t = -float("inf"), 0.0
+    cols = tl.arange(0, BLOCK)
+    while tl.min(cols) < C:
+        z = tl.where(cols == label, -float("inf"), _load(row, cols, C))
+        new = tl.maximum(top, tl.max(z, 0))
+        at_t = at_t * tl.exp((top - _shift(new)) * inverse) + tl.sum(tl.exp((z - _shift(new)) * inverse), 0)
+        top = new
+        cols += BLOCK
+    return _shift(top), at_t
+
+
+@triton.jit
+def _softplus(x):
+    u = tl.exp(-tl.abs(x))
+    log1p = tl.where(u < 0.01, u * (1 - u * (0.5 - u / 3)), tl.log(1 + u))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def _label_terms(d_s, d_t):
+    """(KL(b_t || b_s), p_s - p_t) from d = log p_y - log(1 - p_y)."""
+    log_p_s, log_q_s = -_softplus(-d_s), -_softplus(d_s)
+    log_p_t, log_q_t = -_softplus(-d_t), -_softplus(d_t)
+    p_t, q_t = tl.exp(log_p_t), tl.exp(log_q_t)
+    kl = tl.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s)) + tl.where(q_t == 0, 0.0, q_t * (log_q_t - log_q_s))
+    return kl, tl.where(d_s > 0, q_t - tl.exp(log_q_s), tl.exp(log_p_s) - p_t)  # no cancellation near 1
+
+
+@triton.jit
+def _rest_terms(z_s, z_t, cols, label, top_s, sum_s, top_t, sum_t, inverse):
+    """(r_s, r_t, r_t log(r_t / r_s)) at these classes; 0 at the label."""
+    s = tl.where(cols == label, -float("inf"), z_s - top_s) * inverse
+    t = tl.where(cols == label, -float("inf"), z_t - top_t) * inverse
+    r_s = tl.exp(s) * tl.where(sum_s == 0, 0.0, 1 / sum_s)
+    r_t = tl.exp(t) * tl.where(sum_t == 0, 0.0, 1 / sum_t)
+    return r_s, r_t, tl.where(r_t == 0, 0.0, r_t * (t - s + (tl.log(sum_s) - tl.log(sum_t))))
+
+
+@triton.jit
+def _write(grads, cols, label, C, r_s, r_t, gap, alpha, beta, scale):
+    others = (beta - alpha * gap) * r_s - beta * r_t
+    tl.store(grads + cols, scale * tl.where(cols == label, alpha * gap, others), mask=cols < C)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _kernel(
+    student, student_stride, teacher, teacher_stride, target, grads, upstream, partials, ticket, loss,
+    N, c_units, alpha, beta, temperature,
+    FORWARD: tl.constexpr, WRITTEN: tl.constexpr, ONE_PASS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    C = c_units * UNIT
+    inverse, scale = 1 / temperature, temperature / N
+    sums = tl.zeros([2], tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    if not FORWARD:
+        scale *= tl.load(upstream).to(tl.float32)
+        if WRITTEN:  # the forward pass has left the gradient for an upstream gradient of 1
+            row = tl.where(tl.load(upstream).to(tl.float32) == 1, N, row)
+    while row < N:
+        s = student + row * (student_stride * UNIT)
+        t = teacher + row * (teacher_stride * UNIT)
+        given = tl.load(target + row)
+        known = (given >= 0) & (given < C)
+        label = tl.where(known, given, -1).to(tl.int32)  # int64 would double the registers of every comparison
+        y_s = tl.load(s + label, mask=known, other=float("nan")).to(tl.float32)
+        y_t = tl.load(t + label, mask=known, other=float("nan")).to(tl.float32)
+        cols = tl.arange(0, BLOCK)
+        if ONE_PASS:
+            z_s, z_t = _load(s, cols, C), _load(t, cols, C)
+            rest_s, rest_t = tl.where(cols == label, -float("inf"), z_s), tl.where(cols == label, -float("inf"), z_t)
+            top_s, top_t = _shift(tl.max(rest_s, 0)), _shift(tl.max(rest_t, 0))
+            sum_s = tl.sum(tl.exp((rest_s - top_s) * inverse), 0)
+            sum_t = tl.sum(tl.exp((rest_t - top_t) * inverse), 0)
+        else:
+            top_s, sum_s = _rest_of_long_row(s, label, C, inverse, BLOCK)
+            top_t, sum_t = _rest_of_long_row(t, label, C, inverse, BLOCK)
+        tckd, gap = _label_terms((y_s - top_s) * inverse - tl.log(sum_s), (y_t - top_t) * inverse - tl.log(sum_t))
+        nckd = 0.0
+        if ONE_PASS:
+            r_s, r_t, terms = _rest_terms(z_s, z_t, cols, label, top_s, sum_s, top_t, sum_t, inverse)
+            nckd = tl.sum(terms, 0)
+            if grads is not None:
+                _write(grads + row * C, cols, label, C, r_s, r_t, gap, alpha, beta, scale)
+        else:
+            while tl.min(cols) < C:
+                z_s, z_t = _load(s, cols, C), _load(t, cols, C)
+                r_s, r_t, terms = _rest_terms(z_s, z_t, cols, label, top_s, sum_s, top_t, sum_t, inverse)
+                nckd += tl.sum(terms, 0)
+                if grads is not None:
+                    _write(grads + row * C, cols, label, C, r_s, r_t, gap, alpha, beta, scale)
+                cols += BLOCK
+        sums += tl.where(tl.arange(0, 2) == 0, tckd, nckd)
+        row += tl.num_programs(0)
+    if FORWARD:
+        last, everything = total(sums, partials, ticket, 2, ROWS)
+        if last:
+            weights = tl.where(tl.arange(0, 2) == 0, alpha, beta) * (scale * temperature)
+            tl.store(loss, tl.sum(weights * everything, 0))
+
+
+def row_shape(classes: int, itemsize: int) -> tuple[int, int]:
+    """(classes read at once, warps) for two rows read and one written, without spilled registers.
+
+    8 classes a thread make 128-bit accesses in 16 bits; 16 warps have 128 registers a thread.
+    """
+    each, block = 32 // itemsize, max(16, triton.next_power_of_2(classes))
+    if block > each * 32 * 16:
+        return 2048, 8  # in pieces
+    return block, min(max(1, block // 256), 16)
+
+
+def launch(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    grads: Tensor | None,
+    upstream: Tensor | None = None,
+    written: bool = False,
+) -> Tensor | None:
+    """Run the kernel: `grads` [N, C] is written, if given; forward (no `upstream`) gives the loss."""
+    (N, C), device, forward = student.shape, student.device, upstream is None
+    student, teacher = (z if z.stride(1) == 1 else z.contiguous() for z in (student, teacher))
+    target = target.contiguous()
+    unit = 8 if C % 8 == 0 and student.stride(0) % 8 == 0 and teacher.stride(0) % 8 == 0 else 1
+    block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
+    grid = programs(N, warps, device)
+    loss, partials = (
+        torch.empty(shape, dtype=torch.float32, device=device) if forward else None for shape in ((), (grid, 2))
+    )
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _kernel[(grid,)](
+            student, student.stride(0) // unit, teacher, teacher.stride(0) // unit, target, grads, upstream,
+            partials, ticket(device) if forward else None, loss, N, C // unit, alpha, beta, temperature,
+            FORWARD=forward, WRITTEN=written, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps,
+            enable_fp_fusion=True, num_warps=warps, maxnreg=min(255, 2048 // warps),
+        )  # fmt: skip
+    return loss

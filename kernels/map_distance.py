@@ -1,0 +1,194 @@
+"""Two elementwise distances of feature maps: FitNets' hint and the partial L2 of OFD.
+
+    hint      L = weight / (N C H W) sum (s - t)^2                            arXiv:1412.6550
+    overhaul  L = weight / N sum m (s - t')^2,   t' = max(t, margin_c),   m = (s > t') or (t' > 0)    arXiv:1904.01866
+    dL/ds = 2 weight / (N C H W) (s - t)   and   2 weight / N m (s - t')
+
+OFD's maps are those before the ReLU. Where the teacher is silent (t' <= 0) a student below t' is silent too: no error.
+The margin is what the teacher says on average where it is silent, E[x | x < 0], which `bn_margin` gives.
+
+Shapes: student and teacher [N, C, H, W], any floating dtypes and strides; margin [C], negative.
+Computed in fp32 (in fp64 where a map is fp64, by the closed form in torch operations). One launch forward: it reads
+both maps once and leaves the value and the gradient. One launch backward, which ends at once if the upstream gradient
+is 1 and otherwise computes the gradient anew with it: what underflows in fp16 is not lost to a loss scale from above.
+Bytes per element in bf16: 6 (read, read, write). A student that is not dense, and a teacher in another memory format
+than the student's, are copied first.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import accumulator
+from .map_distance_cpu import closed_form
+from .map_distance_triton import launch
+
+
+def hint_distance_reference(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> Tensor:
+    """The specification: autograd through torch's own mse_loss."""
+    dtype = accumulator([student, teacher])
+    return weight * F.mse_loss(student.to(dtype), teacher.detach().to(dtype))
+
+
+def overhaul_distance_reference(student: Tensor, teacher: Tensor, margin: Tensor, *, weight: float = 1.0) -> Tensor:
+    """The specification: a sum over the elements, a mean over the batch."""
+    dtype = accumulator([student, teacher])
+    s, t = student.to(dtype), torch.maximum(teacher.detach().to(dtype), margin.detach().to(dtype)[:, None, None])
+    silent = (s <= t) & (t <= 0)  # not the negation of (s > t) | (t > 0): NaN is to be seen
+    return weight * torch.where(silent, 0, s - t).square().sum() / len(s)
+
+
+def hint_distance(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> Tensor:
+    """weight * mean of (student - teacher)^2 over all elements, a scalar (FitNets, arXiv:1412.6550).
+
+    student, teacher: [N, C, H, W] of any floating dtypes. Returns fp32 (fp64 where a map is). Gradient to the student
+    only. An empty batch gives 0; NaN propagates. ValueError on shapes, devices or dtypes that do not fit.
+    """
+    _check(student, teacher, None)
+    return _distance(student, teacher, None, weight)
+
+
+def overhaul_distance(student: Tensor, teacher: Tensor, margin: Tensor, *, weight: float = 1.0) -> Tensor:
+    """weight / N * sum of (student - t')^2 where student > t' or t' > 0, with t' = max(teacher, margin) (OFD).
+
+    student, teacher: [N, C, H, W] before the ReLU, of any floating dtypes; margin: [C] as `bn_margin` gives it.
+    Returns fp32 (fp64 where a map is). Gradient to the student only. An empty batch gives 0; NaN propagates.
+    ValueError on shapes, devices or dtypes that do not fit. Source: Heo et al. 2019, arXiv:1904.01866, section 3.
+    """
+    _check(student, teacher, margin)
+    return _distance(student, teacher, margin, weight)
+
+
+def bn_margin(weight: Tensor, bias: Tensor) -> Tensor:
+    """OFD's margin [C]: E[x | x < 0] of x ~ Normal(bias, |weight|), what the teacher's BatchNorm puts out.
+
+    -3 |weight| where x is negative with a probability of 0.001 or less, as in the authors' code. Computed in fp64,
+    returned in weight's dtype, fp32 at least. ValueError unless both are floating point of one shape [C].
+    """
+    if weight.dim() != 1 or weight.shape != bias.shape or not (weight.is_floating_point() and bias.is_floating_point()):
+        raise ValueError(
+            f"weight and bias must be floating point [C], got {weight.dtype} {list(weight.shape)} "
+            f"and {bias.dtype} {list(bias.shape)}"
+        )
+    mean, std = bias.detach().double(), weight.detach().double().abs()
+    ratio = mean / std
+    chance = torch.special.ndtr(-ratio)
+    density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
+    fallback = -3 * std + 0 * mean  # of a channel that is always 0 too; NaN of the mean stays
+    margin = torch.where(chance > 0.001, mean - std * density / chance, fallback)
+    return margin.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _check(student: Tensor, teacher: Tensor, margin: Tensor | None) -> None:
+    if student.dim() != 4 or student.shape != teacher.shape:
+        raise ValueError(f"maps must both be [N, C, H, W], got {list(student.shape)} and {list(teacher.shape)}")
+    tensors = [student, teacher] + ([] if margin is None else [margin])
+    if any(tensor.device != student.device for tensor in tensors):
+        raise ValueError(f"maps and margin must be on one device, got {[str(t.device) for t in tensors]}")
+    if not all(tensor.is_floating_point() for tensor in tensors):
+        raise ValueError(f"maps and margin must be floating point, got {[t.dtype for t in tensors]}")
+    if margin is not None and margin.shape != student.shape[1:2]:
+        raise ValueError(f"margin must be [C] for maps {list(student.shape)}, got {list(margin.shape)}")
+
+
+def _distance(student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float) -> Tensor:
+    learns = torch.is_grad_enabled() and student.requires_grad
+    margin = None if margin is None else margin.detach()
+    return _Fused.apply(student, teacher.detach(), margin, float(weight), learns)
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format if x.is_contiguous() or x.stride(1) != 1 else torch.channels_last
+
+
+def _run(student, teacher, margin, weight, grad, upstream=None, skip_one=False) -> Tensor | None:
+    """Writes `grad` where it is not None; forward (no `upstream`) gives the value."""
+    format = _format(student)
+    student, teacher = (x.detach().contiguous(memory_format=format) for x in (student, teacher))
+    scale = weight / (student.numel() if margin is None else len(student))
+    dtype = accumulator([student, teacher])
+    compute = launch if student.device.type == "cuda" and dtype == torch.float32 else closed_form
+    return compute(student, teacher, margin, scale, grad, upstream, skip_one)
+
+
+def _empty_grad(student: Tensor) -> Tensor:
+    return torch.empty_like(student, memory_format=_format(student))
+
+
+@torch.library.custom_op("fastkd::map_distance", mutates_args=())
+def _map_distance(
+    student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float, learns: bool
+) -> tuple[Tensor, Tensor]:
+    grad = _empty_grad(student) if learns else student.new_empty(0)
+    if student.numel() == 0:
+        return student.new_zeros((), dtype=accumulator([student, teacher])), grad
+    return _run(student, teacher, margin, weight, grad if learns else None), grad
+
+
+@_map_distance.register_fake
+def _(student, teacher, margin, weight, learns):
+    value = student.new_empty((), dtype=accumulator([student, teacher]))
+    return value, _empty_grad(student) if learns else student.new_empty(0)
+
+
+@torch.library.custom_op("fastkd::map_distance_backward", mutates_args=("grad",))
+def _map_distance_backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    margin: Tensor | None,
+    weight: float,
+    upstream: Tensor,
+    skip_one: bool,
+) -> None:
+    """Write grad, unless skip_one and the gradient that comes from above is 1."""
+    if student.numel():
+        _run(student, teacher, margin, weight, grad, upstream, skip_one)
+
+
+def _setup(ctx, inputs, output):
+    student, teacher, margin, ctx.weight, ctx.learns = inputs
+    ctx.save_for_backward(student, teacher, margin)
+    ctx.grad = None
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, upstream, _=None):
+    if torch.is_grad_enabled():
+        raise RuntimeError("no second derivative here; differentiate the distance's _reference twice instead")
+    if upstream is None or not ctx.learns:
+        return None, None, None, None, None
+    grad, ctx.grad, left = ctx.grad, None, ctx.grad is not None
+    if not left:
+        grad = _empty_grad(ctx.saved_tensors[0])
+    _map_distance_backward(grad, *ctx.saved_tensors, ctx.weight, upstream, left)
+    return grad, None, None, None, None
+
+
+_map_distance.register_autograd(_backward, setup_context=_setup)
+
+
+class _Fused(torch.autograd.Function):
+    """The same autograd, and eagerly the gradient that the forward pass has left is used: nobody else sees it here.
+
+    A compiled backward may run twice and would find what it wrote: there it computes the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, margin, weight, learns):
+        at_once = learns and not torch.compiler.is_compiling()
+        value, grad = _map_distance(student, teacher, margin, weight, at_once)
+        ctx.weight, ctx.learns = weight, learns
+        ctx.save_for_backward(student, teacher, margin)
+        ctx.grad = grad if at_once else None
+        ctx.set_materialize_grads(False)
+        return value
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return _backward(ctx, upstream)

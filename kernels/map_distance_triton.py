@@ -1,0 +1,102 @@
+"""The kernel of map_distance.py: both maps as flat arrays, 8 elements at a time."""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reduce import programs, ticket, total
+
+
+@triton.jit
+def _channels(place, unit, lane, period, inner, UNIT: tl.constexpr, LAST: tl.constexpr):
+    """The channels of a block's elements; `place`: where in the period the block begins. All counted in units."""
+    unit = (place + unit) % period
+    if LAST:
+        return unit * UNIT + lane
+    return unit // inner + 0 * lane
+
+
+@triton.jit
+def _residual(s, t, margin):
+    """What is squared: s - t, or s - t' where it counts and else 0; NaN of any of the three is kept."""
+    if margin is not None:
+        t = tl.where((t < margin) | (margin != margin), margin, t)
+    residual = s - t
+    if margin is not None:
+        residual = tl.where((t <= 0) & (residual <= 0), 0.0, residual)
+    return residual
+
+
+@triton.jit(do_not_specialize=["units", "period", "inner", "step"])
+def _kernel(
+    student, teacher, margin, grad, upstream, partials, ticket, value, units, period, inner, step, scale,
+    LAST: tl.constexpr, SKIP_ONE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    unit = tl.arange(0, BLOCK)[:, None]
+    lane = tl.arange(0, UNIT)[None, :]
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    place = (start % period).to(tl.int32)
+    factor = 2 * scale
+    if upstream is not None:
+        above = tl.load(upstream).to(tl.float32)
+        factor *= above
+        if SKIP_ONE:  # the forward pass has left the gradient for an upstream gradient of 1
+            start = tl.where(above == 1, units, start)
+    squares = tl.zeros([BLOCK, UNIT], tl.float32)
+    while start < units:
+        offsets = start * UNIT + (unit * UNIT + lane)
+        mask = start + unit < units
+        s = tl.load(student + offsets, mask=mask, other=0.0).to(tl.float32)
+        t = tl.load(teacher + offsets, mask=mask, other=0.0).to(tl.float32)
+        floor = None
+        if margin is not None:
+            floor = tl.load(margin + _channels(place, unit, lane, period, inner, UNIT, LAST)).to(tl.float32)
+        residual = tl.where(mask, _residual(s, t, floor), 0.0)
+        if upstream is None:
+            squares += residual * residual
+        if grad is not None:
+            tl.store(grad + offsets, residual * factor, mask=mask)
+        start += tl.num_programs(0) * BLOCK
+        place = (place + step) % period
+    if upstream is None:
+        last, everything = total(tl.zeros([1], tl.float32) + tl.sum(tl.sum(squares, 1), 0), partials, ticket, 1, ROWS)
+        if last:
+            tl.store(value + tl.arange(0, 1), everything * scale)
+
+
+def launch(
+    student: Tensor,
+    teacher: Tensor,
+    margin: Tensor | None,
+    scale: float,
+    grad: Tensor | None,
+    upstream: Tensor | None = None,
+    skip_one: bool = False,
+) -> Tensor | None:
+    """Run the kernel: `grad` is written where given; forward (no `upstream`) gives scale * sum of squares.
+
+    The maps are dense, of one memory format, which is grad's too.
+    """
+    (_, C, H, W), device, forward = student.shape, student.device, upstream is None
+    last = student.is_contiguous(memory_format=torch.channels_last)
+    unit = 8 if student.numel() % 8 == 0 and (margin is None or (C if last else H * W) % 8 == 0) else 1
+    units = student.numel() // unit
+    block = 1024 if unit == 1 else 1024 // max(student.element_size(), teacher.element_size())  # in units
+    warps = 8
+    # half the threads that would fit: each has 64 registers, and 32 bytes or more of each map under way
+    grid = programs(triton.cdiv(units, block), 2 * warps, device)
+    period, inner = (C // unit, 1) if last else (C * H * W // unit, max(1, H * W // unit))
+    margin = margin if margin is None else margin.contiguous()
+    partials, value = (
+        torch.empty(shape, dtype=torch.float32, device=device) if forward else None for shape in ((grid, 1), (1,))
+    )
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _kernel[(grid,)](
+            student, teacher, margin, grad, upstream, partials, ticket(device) if forward else None, value,
+            units, max(1, period), inner, grid * block % max(1, period), scale,
+            LAST=last, SKIP_ONE=skip_one, UNIT=unit, BLOCK=block, ROWS=256, enable_fp_fusion=True, num_warps=warps,
+        )  # fmt: skip
+    return value[0] if forward else None

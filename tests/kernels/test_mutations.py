@@ -1,0 +1,88 @@
+"""Would the tests notice? Each line of a kernel or a closed form is spoilt in turn, and the comparison must fail."""
+
+import importlib.util
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from test_logit_loss import DCM, KD, independent, make
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+if not KERNELS.exists():  # installed, without the source tree
+    pytest.skip("needs the source tree", allow_module_level=True)
+
+KERNEL, CLOSED, SPECIAL = "logit_loss_triton", "logit_loss_cpu", "kd_loss_cpu"
+MUTATIONS = [
+    (KERNEL, "at_t = tl.sum(tl.exp((z - top) * inverse), 0)", "at_t = tl.sum(tl.exp(z * inverse), 0)"),  # no maximum
+    (KERNEL, "gradient = kl_scale * temperature * pull", "gradient = kl_scale * pull"),  # T dropped
+    (KERNEL, "ce_scale, kl_scale = 1.0 / N, 1.0 / N", "ce_scale, kl_scale = 1.0, 1.0"),  # 1 / N missing
+    (KERNEL, "head + row * (stride * UNIT)", "head + row * C"),  # wrong stride
+    (KERNEL, "return weights[k] * upstream", "return weights[k]"),  # upstream gradient ignored
+    (KERNEL, "other=-float(\"inf\")", "other=0.0"),  # padding counts as a class
+    (KERNEL, "kl_scale * temperature * temperature", "kl_scale * temperature"),
+    (KERNEL, "(p * labels_sum - y)", "(p * labels_sum)"),  # no label
+    (KERNEL, "q * (log_q - log_p)", "q * (log_p - log_q)"),  # sign
+    (KERNEL, "row += tl.num_programs(0)", "row += N"),  # only the first rows
+    (KERNEL, "(p - q)", "(p - 0.5 * q)"),
+    (CLOSED, "mul_(temperature / N)", "mul_(1 / N)"),
+    (CLOSED, "table[:, 1:] * temperature**2", "table[:, 1:] * temperature"),
+    (CLOSED, "(self.smoothing - 1) * scale", "-scale"),
+    (CLOSED, "self.log_sum = -self.p.amax(2).log()", "self.log_sum = 0 * self.p.amax(2)"),
+    (CLOSED, "w * gradient if w else 0.0", "w if w else 0.0"),
+    (SPECIAL, "mul_(kd_weight * temperature / N)", "mul_(kd_weight / N)"),
+    (SPECIAL, "kd_weight * temperature**2 / N", "kd_weight * temperature / N"),
+    (SPECIAL, "(wide, wide.amax", "(wide, 0 * wide.amax"),
+    (SPECIAL, "-ce_weight / N, reduce", "-ce_weight, reduce"),
+]  # fmt: skip
+
+
+def load(folder: Path, name: str):
+    """The modules of `folder` as a package of their own; the ops are registered once only, so not logit_loss.py."""
+    package = types.ModuleType(name)
+    package.__path__ = [str(folder)]
+    sys.modules[name] = package
+    return {file: importlib.import_module(f"{name}.{file}") for file in (KERNEL, CLOSED)}
+
+
+def right(modules) -> bool:
+    """The comparison that the mutations must fail: two tables, smoothing, padded rows, more rows than programs."""
+    for compute in (modules[KERNEL].launch, modules[CLOSED].closed_form):
+        for (c, W), learners, smoothing, T in ((KD, 1, 0.0, 4.0), (DCM, 4, 0.1, 3.0)):
+            heads, y = make(len(c), 5, 10, scale=30.0)
+            padded = torch.full((5, 16), 7.0)
+            padded[:, :10] = heads[0]
+            heads = [padded[:, :10], *heads[1:]]
+            weights = [float(w) for ci, row in zip(c, W, strict=True) for w in (ci, *row)]
+            settings = (weights, T, smoothing, None, False, [i < learners for i in range(len(c))], False)
+            grads = torch.full((learners, 5, 10), torch.nan)
+            loss, terms, _ = compute(heads, y, *settings, grads)
+            want, gradients = independent(heads, y, c, W, T=T, smoothing=smoothing)
+            again = torch.full_like(grads, torch.nan)
+            compute(heads, y, *settings, again, (torch.tensor(0.5), None))
+            for got, wanted in ((terms, want), (loss, want.sum()), *zip(grads, gradients, strict=False),
+                                *zip(2 * again, gradients, strict=False)):  # fmt: skip
+                if not torch.allclose(got.double(), wanted, rtol=1e-4, atol=1e-5):
+                    return False
+    return True
+
+
+@pytest.fixture
+def copy(tmp_path):
+    shutil.copytree(KERNELS, tmp_path / "mutant")
+    return tmp_path / "mutant"
+
+
+def test_the_comparison_accepts_the_kernels(copy):
+    assert right(load(copy, "unchanged"))
+
+
+@pytest.mark.parametrize("file, before, after", MUTATIONS)
+def test_a_mutation_is_caught(copy, file, before, after, request):
+    source = (copy / f"{file}.py").read_text()
+    assert source.count(before) >= 1
+    (copy / f"{file}.py").write_text(source.replace(before, after))
+    name = "mutant_" + "".join(letter if letter.isalnum() else "_" for letter in request.node.name)
+    assert not right(load(copy, name))
