@@ -1,4 +1,4 @@
-"""fastkd. The folder kernels/ is installed as fastkd.kernels, so that no top-level package `kernels` appears."""
+"""fastkd. kernels/ and bench/ are installed as fastkd.kernels and fastkd.bench: no top-level package of such a name."""
 
 import re
 from pathlib import Path
@@ -20,14 +20,16 @@ setup(
     python_requires=">=3.10",
     packages=[
         "fastkd",
+        "fastkd.bench",
         "fastkd.data",
         "fastkd.engine",
         "fastkd.kernels",
+        "fastkd.losses",
         "fastkd.methods",
         "fastkd.models",
         "fastkd.recipes",
     ],
-    package_dir={"fastkd": "fastkd", "fastkd.kernels": "kernels"},
+    package_dir={"fastkd": "fastkd", "fastkd.bench": "bench", "fastkd.kernels": "kernels"},
     package_data={"fastkd.data": ["*.npz"], "fastkd.recipes": ["*.yaml"]},
     install_requires=[
         "torch>=2.11",

@@ -24,12 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import environment, summary, write_json
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from fastkd.bench.common import environment, summary, write_json
 from fastkd.data import DataOptions
 from fastkd.data.dali import DaliLoader
 from fastkd.data.folder import FolderLoader

@@ -4,13 +4,15 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "triton", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pillow", "numpy")
+PACKAGES = ("torch", "torchvision", "triton", "timm", "liger-kernel", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+PACKAGES += ("pillow", "numpy")
 
 
 def environment() -> dict:
@@ -25,6 +27,21 @@ def environment() -> dict:
         "cuda": torch.version.cuda if cuda else None,
         **{name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def commit() -> str | None:
+    """Of the tree that this file lies in, with "-dirty" where it has changed since; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def load_average() -> float:
+    """Processes that wanted a CPU in the last minute: more than this one means company."""
+    return os.getloadavg()[0]
 
 
 def summary(values: list[float]) -> dict:

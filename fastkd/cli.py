@@ -15,6 +15,7 @@ usage: fastkd COMMAND [OPTIONS]
 
   train     distill a student; with no option at all: handwritten digits, a few minutes on two CPU cores
   eval      top-1, top-5, loss and images/s of trained weights
+  bench     how long the fused losses take here, beside torch's: fastkd bench loss
   doctor    what this machine has, and which paths fastkd will take on it
   methods   the methods by name, with their papers
 
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def dispatch(arguments: list[str]) -> None:
-    commands = {"train": train, "eval": eval_, "doctor": doctor, "methods": methods}
+    commands = {"train": train, "eval": eval_, "bench": bench, "doctor": doctor, "methods": methods}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
@@ -110,6 +111,49 @@ def _as_trained(arguments: list[str], kind: type) -> list[str]:
         return []
     noted = checkpoint.read_about(Path(weights)).get("input", {})
     return tokens_of({name: noted[name] for name in noted if name not in given}, kind, f"--weights {weights}")
+
+
+BENCH_USAGE = """\
+usage: fastkd bench TARGET [OPTIONS]
+
+  loss      every loss of fastkd beside the same in torch, eager and compiled: checked first, then timed
+
+`fastkd bench loss --help` explains the options.
+"""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Losses of fastkd beside other ways to compute them, on CUDA where there is a device and else on the CPU.
+
+    Each is first compared with the eager formulation in float64: what is wrong gets no time. In the table, `eager is`
+    and `best baseline` are their time as a multiple of fastkd's, forward and backward: above 1, fastkd is faster.
+    """
+
+    cases: str = ""
+    """Only the cases whose name has this in it, such as "KD 256" or IE-KD."""
+    quick: bool = False
+    """Few rounds, and without torch.compile, whose compiling takes minutes: a first look."""
+    plot: str = ""
+    """A .png file for a picture of the ratios."""
+    json: str = ""
+    """A file for everything measured, with the versions and the commit."""
+
+
+def bench(arguments: list[str]) -> None:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(BENCH_USAGE, end="")
+        return
+    if not arguments or arguments[0] != "loss":
+        asked = f"unknown target {arguments[0]!r}{nearest(arguments[0], ['loss'])}" if arguments else "which target?"
+        raise UserError(f"bench: {asked}; there is: loss; see `fastkd bench --help`")
+    from .parser import run_parser
+
+    kind = make_dataclass("Bench", [("bench", BenchOptions)], frozen=True)
+    options = run_parser(kind, arguments[1:], "fastkd bench loss").bench
+    from .bench.command import run
+
+    run(options.cases, options.quick, options.plot, options.json)
 
 
 def doctor(arguments: list[str]) -> None:

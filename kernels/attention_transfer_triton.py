@@ -187,11 +187,12 @@ def launch(student: Tensor, teacher: Tensor, weight: float, loss: Tensor, k: Ten
             student, teacher, _divided(strides_s, unit_s, last_s), _divided(strides_t, unit_t, last_t), q,
             N, pieces, HW // unit_hw, Cs // part_s, Ct // part_t,
             PLACES=places, CHANNELS_S=_channels(Cs, places), CHANNELS_T=_channels(Ct, places), UNIT_S=unit_s,
-            UNIT_T=unit_t, PART_S=part_s, PART_T=part_t, UNIT_HW=unit_hw, LAST_S=last_s, LAST_T=last_t, enable_fp_fusion=True, num_warps=8,
+            UNIT_T=unit_t, PART_S=part_s, PART_T=part_t, UNIT_HW=unit_hw, LAST_S=last_s, LAST_T=last_t,
+            enable_fp_fusion=True, num_warps=8,
         )  # fmt: skip
         _loss_kernel[(grid,)](
             q, k, partials, ticket(device), loss, N, HW, weight / (N * HW), 4 * weight / (Cs * N * HW),
-            BLOCK=block, SLOTS=2, ROWS=1024, enable_fp_fusion=True, num_warps=8, enable_fp_fusion=False,  # equal maps differ by exactly 0
+            BLOCK=block, SLOTS=2, ROWS=1024, num_warps=8, enable_fp_fusion=False,  # equal maps differ by exactly 0
         )  # fmt: skip
 
 
@@ -213,7 +214,8 @@ def launch_backward(student: Tensor, k: Tensor, upstream: Tensor, gradient: Tens
         _backward_kernel[(programs(N * pieces, 8, device),)](
             student, given, _divided(strides, unit, last), _divided(strides_g, unit, last), k, upstream,
             N, pieces, HW // unit_hw, C // (unit if last else 1),
-            PLACES=places, CHANNELS=_channels(C, places), UNIT=unit, UNIT_HW=unit_hw, LAST=last, enable_fp_fusion=True, num_warps=8,
+            PLACES=places, CHANNELS=_channels(C, places), UNIT=unit, UNIT_HW=unit_hw, LAST=last,
+            enable_fp_fusion=True, num_warps=8,
         )  # fmt: skip
     if given is not gradient:
         N, C, H, W = gradient.shape

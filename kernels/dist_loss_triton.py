@@ -261,5 +261,6 @@ def launch_backward(
     with _on(device):
         _gradient_kernel[(programs(N, warps, device),)](
             *inputs, rows, columns, upstream, grads, N, C // unit, temperature,
-            ONE_PASS=block >= C, UNIT=unit, BLOCK=block, enable_fp_fusion=True, num_warps=warps, maxnreg=min(255, 2048 // warps),
+            ONE_PASS=block >= C, UNIT=unit, BLOCK=block,
+            enable_fp_fusion=True, num_warps=warps, maxnreg=min(255, 2048 // warps),
         )  # fmt: skip

@@ -237,7 +237,7 @@ def launch(
             N, D // unit, 1 / (N * D),
             LEARNER=learner, GRADIENTS=len(grads) > 0, P=p, ONE_PASS=block >= D, UNIT=unit,
             BLOCK=block, SLOTS=slots, ROWS=max(1, 256 * warps // slots),
-            enable_fp_fusion=True, num_warps=warps, enable_fp_fusion=False,  # fused, x^ - t^ of equal factors is a rounding error with a sign
+            num_warps=warps, enable_fp_fusion=False,  # fused, x^ - t^ of equal factors is a rounding error with a sign
         )  # fmt: skip
 
 
@@ -263,5 +263,5 @@ def launch_backward(
         _backward_kernel[(programs(N * pieces, warps, device),)](
             maps, strides, grads, tuple(weights), statistics, terms,
             g_loss, None if g_terms is None else g_terms.contiguous(), N, D // unit, pieces, 1 / (N * D),
-            LEARNER=learner, SKIP_ONES=skip_ones, P=p, UNIT=unit, BLOCK=block, enable_fp_fusion=True, num_warps=warps, enable_fp_fusion=False,
+            LEARNER=learner, SKIP_ONES=skip_ones, P=p, UNIT=unit, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
