@@ -2,9 +2,25 @@
 
 import pytest
 import torch
+from capture import Capture
 
+import fastkd.losses
 from fastkd.kernels import kd_loss
-from fastkd.losses import KDLoss
+from fastkd.losses import (
+    AttentionTransferLoss,
+    BridgeLoss,
+    DISTLoss,
+    DKDLoss,
+    ExplorationLoss,
+    FactorTransferLoss,
+    HintLoss,
+    InheritanceLoss,
+    KDLoss,
+    MutualLoss,
+    OverhaulLoss,
+    RKDLoss,
+    SPLoss,
+)
 
 
 def test_kd_loss_is_the_sum_of_its_terms():
@@ -44,3 +60,187 @@ def test_under_autocast_it_still_computes_in_fp32():
 def test_bad_settings_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
         KDLoss(**{name: value})
+
+
+def logits(count, N=5, C=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(N, C, generator=generator).requires_grad_() for _ in range(count)], torch.arange(N) % C
+
+
+def kd(a, b, T):
+    """KD(a <- b), as METHODS' notation has it, in float64."""
+    p_b = (b.detach().double() / T).softmax(1)
+    return T * T * (p_b * (p_b.log() - (a.double() / T).log_softmax(1))).sum(1).mean()
+
+
+def ce(z, y):
+    return -z.double().log_softmax(1)[torch.arange(len(y)), y].mean()
+
+
+def check(loss, terms, want, learners):
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sum(terms.values()), loss)
+    expected = torch.autograd.grad(want, learners)
+    for sum_of_terms in (loss, sum(terms.values())):
+        got = torch.autograd.grad(sum_of_terms, learners, retain_graph=True)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("networks", [2, 3])
+def test_mutual_loss_is_dml(networks):
+    z, y = logits(networks)
+    loss = MutualLoss()
+    want = sum(ce(a, y) + sum(kd(a, b, 1) for b in z if b is not a) / (networks - 1) for a in z)
+    check(loss([[a] for a in z], y), loss.terms([[a] for a in z], y), want, z)
+    assert list(loss.terms([[a] for a in z], y))[:3] == ["ce1", "kl1", "ce2"]
+
+
+@pytest.mark.parametrize("pair_weights", [None, [[1.0, 0.3, 0.2], [0.5, 1.0, 0.0], [0.1, 0.9, 2.0]]])
+def test_mutual_loss_is_dcm(pair_weights):
+    z, y = logits(6)
+    first, second, loss = z[:3], z[3:], MutualLoss(pair_weights=pair_weights)
+    W = pair_weights or [[1.0] * 3] * 3
+    want = sum(ce(a, y) for a in z)
+    for i in range(3):
+        for j in range(3):
+            want = want + W[i][j] * kd(first[i], second[j], 1) + W[i][j] * kd(second[i], first[j], 1)
+    check(loss([first, second], y), loss.terms([first, second], y), want, z)
+    terms = loss.fused([first, second], y).terms
+    assert (terms[:, 0] != 0).sum() == 6 and (terms[:, 1:] != 0).sum() == (18 if pair_weights is None else 16)
+
+
+def test_dcm_is_symmetric_and_one_head_is_dml():
+    z, y = logits(4)
+    torch.testing.assert_close(MutualLoss()([z[:2], z[2:]], y), MutualLoss()([z[2:], z[:2]], y))
+    equal = MutualLoss().terms([[z[0], z[0]], [z[0], z[0]]], y)
+    assert abs(equal["kl1"]) < 1e-6 and abs(equal["kl2"]) < 1e-6
+
+
+def test_dcm_is_one_target_for_all_heads_of_a_network():
+    """L_1 = (1 + M) sum_i CE(p_i, t) - constants, t = (y + sum_j sg q_j) / (1 + M): the gradients are equal."""
+    z, y = logits(6)
+    got = torch.autograd.grad(MutualLoss()([z[:3], z[3:]], y), z[:3])
+    t = (torch.nn.functional.one_hot(y, 7) + sum(q.detach().softmax(1) for q in z[3:])) / 4
+    want = torch.autograd.grad(4 * sum(-(t * p.log_softmax(1)).sum(1).mean() for p in z[:3]), z[:3])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_bridge_loss_is_sokd():
+    (s, a, t), y = logits(3)
+    weights = {"ce_s": 0.7, "kd_sa": 0.5, "ce_a": 1.1, "kd_at": 0.9, "kd_as": 0.3}
+    loss = BridgeLoss(temperature=3.0, **weights)
+    parts = {"ce_s": ce(s, y), "kd_sa": kd(s, a, 3), "ce_a": ce(a, y), "kd_at": kd(a, t, 3), "kd_as": kd(a, s, 3)}
+    want = sum(weights[name] * part for name, part in parts.items())
+    check(loss(s, a, t, y), loss.terms(s, a, t, y), want, [s, a])
+    for name, part in parts.items():
+        torch.testing.assert_close(loss.terms(s, a, t, y)[name].double(), weights[name] * part, rtol=1e-5, atol=1e-6)
+    loss(s, a, t, y).backward()
+    assert t.grad is None
+
+
+def test_sokd_merge():
+    """With equal weights KD(A <- T) + KD(A <- S) has the gradient of 2 T^2 KL((p_T + p_S) / 2 || p_A)."""
+    (s, a, t), y = logits(3)
+    got = torch.autograd.grad(BridgeLoss(ce_s=0, kd_sa=0, ce_a=0)(s, a, t, y), a)[0]
+    mean = ((s / 4).softmax(1) + (t / 4).softmax(1)).detach() / 2
+    want = torch.autograd.grad(-2 * 16 * (mean * (a / 4).log_softmax(1)).sum(1).mean(), a)[0]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def maps(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last).requires_grad_()
+            for shape in shapes]  # fmt: skip
+
+
+def unit(x):
+    return torch.nn.functional.normalize(x.double().flatten(1))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_inheritance_and_exploration(p):
+    s, t = maps(*[(3, 4, 5, 5)] * 2)
+    want = (unit(s) - unit(t.detach())).abs().pow(p).mean() ** (1 / p)
+    torch.testing.assert_close(InheritanceLoss(p)(s, t).double(), want)
+    torch.testing.assert_close(FactorTransferLoss(p)(s, t).double(), 500 * want)
+    assert torch.equal(ExplorationLoss(p)(s, t), -InheritanceLoss(p)(s, t))
+    one, other = (torch.autograd.grad(loss(p)(s, t), s)[0] for loss in (InheritanceLoss, ExplorationLoss))
+    assert torch.equal(one, -other)
+    assert 0 <= InheritanceLoss()(s, t) <= 2 / 100**0.5
+
+
+def test_attention_and_hint_and_overhaul():
+    s, t, u, v = maps((3, 4, 5, 5), (3, 6, 5, 5), (3, 8, 2, 2), (3, 8, 2, 2))
+    attention = lambda f: unit(f.square().mean(1))  # noqa: E731
+    want = 1000 * sum((attention(a) - attention(b)).square().mean() for a, b in ((s, t), (u, v)))
+    torch.testing.assert_close(AttentionTransferLoss()([s, u], [t, v]).double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(HintLoss()(u, v).double(), 100 * (u - v).double().square().mean())
+    margin = torch.full((8,), -0.5)
+    wanted = torch.maximum(v, margin[:, None, None])
+    partial = ((u - wanted).square() * ((u > wanted) | (wanted > 0))).sum() / 3
+    torch.testing.assert_close(OverhaulLoss()(u, v, margin), 1e-3 * partial)
+    torch.testing.assert_close(OverhaulLoss()([u, u], [v, v], [margin] * 2), 1e-3 * 1.5 * partial)
+    with pytest.raises(ValueError, match=r"\[2, 1\]"):
+        AttentionTransferLoss()([s, u], [t])
+
+
+EVERY = {
+    "KDLoss": lambda z, f, y: KDLoss()(z[0], z[1], y),
+    "MutualLoss": lambda z, f, y: MutualLoss()([z[:2], z[2:]], y),
+    "BridgeLoss": lambda z, f, y: BridgeLoss()(*z[:3], y),
+    "DKDLoss": lambda z, f, y: DKDLoss()(z[0], z[1], y),
+    "DISTLoss": lambda z, f, y: DISTLoss()(z[0], z[1]),
+    "InheritanceLoss": lambda z, f, y: InheritanceLoss()(*f),
+    "ExplorationLoss": lambda z, f, y: ExplorationLoss(2)(*f),
+    "FactorTransferLoss": lambda z, f, y: FactorTransferLoss()(*f),
+    "AttentionTransferLoss": lambda z, f, y: AttentionTransferLoss()(*f),
+    "HintLoss": lambda z, f, y: HintLoss()(*f),
+    "OverhaulLoss": lambda z, f, y: OverhaulLoss()(*f, torch.linspace(-1, -0.1, 4)),
+    "RKDLoss": lambda z, f, y: RKDLoss()(f[0].mean((2, 3)), f[1].mean((2, 3))),
+    "SPLoss": lambda z, f, y: SPLoss()(*f),
+}
+
+
+def test_none_is_forgotten():
+    assert sorted(EVERY) == sorted(fastkd.losses.__all__)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_loss_in_a_captured_graph(name):
+    """Replayed on new inputs it gives what it gives eagerly, and it asks the device nothing."""
+    (z, y), f = logits(4), maps(*[(5, 4, 3, 3)] * 2)
+    with Capture() as graph:
+        loss = EVERY[name](z, f, y)
+        gradients = torch.autograd.grad(loss * 0.5, [z[0], f[0]], allow_unused=True)
+    (new_z, _), new_f = logits(4, seed=1), maps(*[(5, 4, 3, 3)] * 2, seed=1)
+    with torch.no_grad():
+        for old, new in zip([*z, *f], [*new_z, *new_f], strict=True):
+            old.copy_(new)
+    graph.replay()
+    want = EVERY[name](new_z, new_f, y)
+    wanted = torch.autograd.grad(want * 0.5, [new_z[0], new_f[0]], allow_unused=True)
+    torch.testing.assert_close(loss, want)
+    assert sum(gradient is not None for gradient in gradients) == 1
+    for got, expected in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_loss_compiles_without_a_break(name):
+    (z, y), f = logits(4), maps(*[(5, 4, 3, 3)] * 2)
+    compiled = torch.compile(EVERY[name], fullgraph=True, backend="aot_eager")(z, f, y)
+    want = EVERY[name](z, f, y)
+    torch.testing.assert_close(compiled, want)
+    inputs = [z[0], f[0]]
+    got, wanted = (torch.autograd.grad(loss, inputs, allow_unused=True) for loss in (compiled, want))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_teacher_gets_no_gradient(name):
+    (z, y), f = logits(4), maps(*[(5, 4, 3, 3)] * 2)
+    teachers = {"MutualLoss": [], "BridgeLoss": [z[2]]}.get(name, [z[1], f[1]])
+    EVERY[name](z, f, y).backward()
+    assert all(teacher.grad is None for teacher in teachers)
+    assert any(student.grad is not None for student in (z[0], f[0]))
