@@ -1,5 +1,6 @@
 """The worked examples of the README run, and the student learns."""
 
+import numpy
 import torch
 from examples import plain_loop, timm_loop
 
@@ -12,7 +13,8 @@ def test_plain_loop(tiny_net, tiny_loaders):
 
 def test_timm_loop():
     torch.manual_seed(0)
+    numpy.random.seed(0)  # timm's mixup draws from it
     labels = torch.randint(3, (8,))
-    batches = [(torch.randn(8, 3, 32, 32) + labels[:, None, None, None], labels)] * 2
-    history = timm_loop.train(batches, classes=3, student="resnet10t", teacher="resnet10t", epochs=3)
-    assert history[-1] < history[0]
+    batches = [(torch.randn(8, 3, 32, 32) + labels[:, None, None, None], labels)] * 4
+    history = timm_loop.train(batches, classes=3, student="resnet10t", teacher="resnet10t", epochs=10)
+    assert history[-1] < 0.8 * history[0]
