@@ -47,7 +47,7 @@ setup(
         "dali": DALI,
         "tensorboard": TENSORBOARD,
         "bench": BENCH,
-        "test": [*DALI, *TENSORBOARD, *BENCH, "ruff==0.17.*", "scikit-learn"],
+        "test": [*DALI, *TENSORBOARD, *BENCH, "hypothesis", "ruff==0.17.*", "scikit-learn"],
     },
     entry_points={"console_scripts": ["fastkd = fastkd.cli:main"]},
 )

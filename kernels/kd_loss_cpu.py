@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .scratch import scratch
 
+WIDEST = 40.0
+"""Beyond this, in a log-probability of a label or a log-sum, fp32 sums of unshifted logits lose digits."""
+
 
 def student_and_teacher(
     student: Tensor,
@@ -22,35 +25,28 @@ def student_and_teacher(
 ) -> tuple[float, float] | None:
     """(weighted CE, weighted T^2 KL), means over the batch; the gradient goes into grads [1, N, C].
 
-    None if a term is not finite: the caller then computes with more care (a class that is ruled out, log p = -inf).
+    None where this would not be exact: the caller then computes with more care. That is where logits are large, or a
+    class is ruled out (logit -inf).
     """
-    N = len(target)
-    like = grads if grads.dtype.itemsize > 2 else torch.empty((), dtype=torch.float32)
-    z_s, z_t = _shifted("student", student, like), _shifted("teacher", teacher, like)
-    p1 = torch.softmax(z_s, 1, out=scratch("p1", z_s.shape, like))
-    ce = -p1.amax(1).log_().sum(dtype=torch.float64) - z_s.gather(1, target[:, None]).sum(dtype=torch.float64)
-    p, q = p1, torch.softmax(_over(z_t, temperature), 1, out=scratch("q", z_t.shape, like))
-    if temperature != 1:
-        p = torch.softmax(_over(z_s, temperature), 1, out=scratch("p", z_s.shape, like))
-    # log q - log p = (z_t - z_s) / T + log of the largest q - log of the largest p: the shifted logit there is 0
-    kl = (q.amax(1) / p.amax(1)).log_().sum(dtype=torch.float64) + z_t.sub_(z_s).mul_(q).sum(dtype=torch.float64)
-    terms = ce_weight / N * ce.item(), kd_weight * temperature**2 / N * kl.item()
-    if not math.isfinite(sum(terms)):
+    N, like = len(target), torch.empty((), dtype=torch.promote_types(grads.dtype, torch.float32))
+    z_s, z_t, label = student.to(like.dtype), teacher.to(like.dtype), target[:, None]
+    p = grads[0] if grads.dtype == like.dtype else scratch("p", z_s.shape, like)
+    s, t, q = (scratch(name, z_s.shape, like) for name in ("s", "t", "q"))
+    torch.softmax(torch.mul(z_s, 1 / temperature, out=s), 1, out=p)
+    torch.softmax(torch.mul(z_t, 1 / temperature, out=t), 1, out=q)
+    at_label = scratch("at_label", (5, N, 1), like)
+    for row, x in zip(at_label, (s, t, p, q), strict=False):
+        torch.gather(x, 1, label, out=row)
+    ratio = torch.linalg.vecdot(q, t.sub_(s)).sum(dtype=torch.float64).item()
+    p.sub_(q).mul_(kd_weight * temperature / N)
+    p1 = torch.softmax(z_s, 1, out=s)
+    torch.gather(p1, 1, label, out=at_label[4])
+    p.add_(p1, alpha=ce_weight / N).scatter_(1, label, -ce_weight / N, reduce="add")
+    if p.dtype != grads.dtype:
+        grads[0].copy_(p)
+    at_label[2:].log_()
+    at_label[:2].sub_(at_label[2:4])  # log sum exp = z - log p, at any class
+    if not (at_label.abs().amax() <= WIDEST and math.isfinite(ratio)):
         return None
-    gradient = grads[0] if grads.dtype == like.dtype else scratch("gradient", grads[0].shape, like)
-    torch.sub(p, q, out=gradient)
-    gradient.mul_(kd_weight * temperature / N).add_(p1, alpha=ce_weight / N)
-    gradient.scatter_(1, target[:, None], -ce_weight / N, reduce="add")
-    if gradient.dtype != grads.dtype:
-        grads[0].copy_(gradient)
-    return terms
-
-
-def _shifted(name: str, logits: Tensor, like: Tensor) -> Tensor:
-    """logits - their maximum, in the dtype of `like`; the maximum becomes exactly 0."""
-    wide = logits.to(like.dtype)
-    return torch.sub(wide, wide.amax(1, keepdim=True), out=scratch(name, logits.shape, like))
-
-
-def _over(shifted: Tensor, temperature: float) -> Tensor:
-    return shifted if temperature == 1 else shifted.mul_(1 / temperature)
+    log_sum_s, log_sum_t, _, _, log_p = at_label.sum((1, 2), dtype=torch.float64).tolist()
+    return -ce_weight / N * log_p, kd_weight * temperature**2 / N * (ratio + log_sum_s - log_sum_t)

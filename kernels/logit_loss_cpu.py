@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .dispatch import accumulator, without_autocast
 from .kd_loss_cpu import student_and_teacher
+from .mutual_loss_cpu import many_heads
 from .scratch import scratch
 
 
@@ -38,12 +39,11 @@ def closed_form(
         weights, upstream = [w * gradient if w else 0.0 for w, gradient in zip(weights, given, strict=True)], None
     H, (N, C) = len(heads), heads[0].shape
     plain = not (smoothing or standardize or count_hits or target.is_floating_point()) and ignore_index is None
-    if plain and on_cpu and learns == [True, False] and not any((weights[1], *weights[3:])):
-        pair = student_and_teacher(*heads, target, weights[0], weights[2], temperature, grads)
-        if pair is not None:
-            ce, kd = pair
-            terms = torch.tensor([[ce, 0, kd], [0, 0, 0]], dtype=accumulator(heads))
-            return terms.new_tensor(ce + kd), terms, terms.new_zeros(2, 2)
+    if plain and on_cpu:
+        terms = _quick(heads, target, weights, temperature, learns, grads)
+        if terms is not None:
+            terms = terms.to(accumulator(heads))
+            return terms.sum(), terms, terms.new_zeros(2, H)
     like = torch.empty((), dtype=accumulator(heads), device=heads[0].device)
     z = scratch("z", (H, N, C), like)
     for mine, head in zip(z, heads, strict=True):
@@ -61,6 +61,16 @@ def closed_form(
         return None
     terms = _terms(rows, labels, table, temperature)
     return terms.sum(), terms, labels.hits(z) if count_hits else z.new_zeros(2, H)
+
+
+def _quick(
+    heads: list[Tensor], target: Tensor, weights: list[float], temperature: float, learns: list[bool], grads: Tensor
+) -> Tensor | None:
+    """The terms, and the gradients into grads; None where it takes more care."""
+    if learns == [True, False] and not any((weights[1], *weights[3:])):
+        pair = student_and_teacher(*heads, target, weights[0], weights[2], temperature, grads)
+        return pair and torch.tensor([[pair[0], 0, pair[1]], [0, 0, 0]], dtype=torch.float64)
+    return many_heads(heads, target, weights, temperature, learns, grads)
 
 
 def _given(loss_gradient: Tensor | None, terms_gradient: Tensor | None, weights: list[float]) -> list[float]:

@@ -3,6 +3,7 @@
 import math
 import threading
 
+import torch
 from torch import Tensor
 
 
@@ -14,15 +15,22 @@ class _Scratch(threading.local):
     """
 
     def __init__(self):
-        self.buffers = {}
+        self.buffers, self.views = {}, {}
 
     def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         if like.device.type != "cpu":
             return like.new_empty(shape)
-        size, (key, buffer) = math.prod(shape), ((name, like.dtype), self.buffers.get((name, like.dtype)))
+        key = (name, like.dtype)
+        view = self.views.get(key)
+        if view is None or view.shape != shape:
+            view = self.views[key] = self._buffer(key, math.prod(shape), like).view(shape)
+        return view
+
+    def _buffer(self, key: tuple[str, torch.dtype], size: int, like: Tensor) -> Tensor:
+        buffer = self.buffers.get(key)
         if buffer is None or not size <= len(buffer) <= 4 * size:
             buffer = self.buffers[key] = like.new_empty(size)
-        return buffer[:size].view(shape)
+        return buffer[:size]
 
 
 scratch = _Scratch()

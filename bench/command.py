@@ -1,0 +1,53 @@
+"""`fastkd bench loss`: measure, show the table, write the files."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from fastkd.bench.cases import cases
+from fastkd.bench.common import write_json
+from fastkd.bench.report import COLUMNS, choose, draw, heading, losses, notes, rows
+from fastkd.errors import UserError
+from fastkd.report import say, show_table
+
+
+def run(part: str, quick: bool, plot: str, json: str) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose(part, device)
+    if not chosen:
+        raise UserError(f"--cases {part!r}: no case has this in its name; there are {names(device)}")
+    if plot and Path(plot).suffix != ".png":
+        raise UserError(f"--plot must be a .png file, got {plot!r}")
+    for flag, file in (("--plot", plot), ("--json", json)):
+        if file:
+            make_room(flag, Path(file))
+    measured = losses(chosen, device, quick, say)
+    show(measured)
+    if plot:
+        draw(measured, Path(plot))
+    if json:
+        write_json(json, measured)
+
+
+def show(measured: dict) -> None:
+    say(heading(measured))
+    show_table(COLUMNS, [row for record in measured["cases"] for row in rows(record)], numbers=5)
+    for note in notes(measured):
+        say(note)
+
+
+def names(device: torch.device) -> str:
+    return ", ".join(case.name for case in cases(device))
+
+
+def make_room(flag: str, file: Path) -> None:
+    """UserError where the file cannot be: before the minutes of measuring, not after."""
+    if file.is_dir():
+        raise UserError(f"{flag} must be a file, {str(file)!r} is a folder")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag}: {str(file.parent)!r} cannot be made: {error.strerror}") from None
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{flag}: {str(file.parent)!r} cannot be written to")
