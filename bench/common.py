@@ -19,7 +19,7 @@ def environment() -> dict:
     """Machine, versions and command line, as strings and numbers that JSON takes."""
     cuda = torch.cuda.is_available()
     return {
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -59,6 +59,12 @@ def write_json(path: str | Path, record: dict) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(part, path)
+
+
+def _program() -> str:
+    """As it is typed in a clone: `fastkd`, `python bench/gpu_gate.py`."""
+    name = Path(sys.argv[0]).name
+    return "fastkd" if name in ("fastkd", "__main__.py") else f"python bench/{name}"
 
 
 def _cpu_name() -> str:

@@ -128,8 +128,8 @@ usage: fastkd bench TARGET [OPTIONS]
 class BenchOptions:
     """Losses of fastkd beside other ways to compute them, on CUDA where there is a device and else on the CPU.
 
-    Each is first compared with the eager formulation in float64: what is wrong gets no time. In the table, `eager is`
-    and `best baseline` are their time as a multiple of fastkd's, forward and backward: above 1, fastkd is faster.
+    Each is first compared with the eager formulation in float64: what is wrong gets no time. In the table, `eager` and
+    `best baseline` are their time as a multiple of fastkd's, forward and backward: above 1, fastkd is faster.
     """
 
     cases: str = ""

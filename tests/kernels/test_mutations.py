@@ -14,7 +14,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 if not KERNELS.exists():  # installed, without the source tree
     pytest.skip("needs the source tree", allow_module_level=True)
 
-KERNEL, CLOSED, SPECIAL = "logit_loss_triton", "logit_loss_cpu", "kd_loss_cpu"
+KERNEL, CLOSED, PAIR, MANY = "logit_loss_triton", "logit_loss_cpu", "kd_loss_cpu", "mutual_loss_cpu"
 MUTATIONS = [
     (KERNEL, "at_t = tl.sum(tl.exp((z - top) * inverse), 0)", "at_t = tl.sum(tl.exp(z * inverse), 0)"),  # no maximum
     (KERNEL, "gradient = kl_scale * temperature * pull", "gradient = kl_scale * pull"),  # T dropped
@@ -32,11 +32,28 @@ MUTATIONS = [
     (CLOSED, "(self.smoothing - 1) * scale", "-scale"),
     (CLOSED, "self.log_sum = -self.p.amax(2).log()", "self.log_sum = 0 * self.p.amax(2)"),
     (CLOSED, "w * gradient if w else 0.0", "w if w else 0.0"),
-    (SPECIAL, "mul_(kd_weight * temperature / N)", "mul_(kd_weight / N)"),
-    (SPECIAL, "kd_weight * temperature**2 / N", "kd_weight * temperature / N"),
-    (SPECIAL, "(wide, wide.amax", "(wide, 0 * wide.amax"),
-    (SPECIAL, "-ce_weight / N, reduce", "-ce_weight, reduce"),
+    (PAIR, "mul_(kd_weight * temperature / N)", "mul_(kd_weight / N)"),
+    (PAIR, "kd_weight * temperature**2 / N", "kd_weight * temperature / N"),
+    (PAIR, "at_label[:2].sub_(at_label[2:4])", "at_label[:2]"),
+    (PAIR, "at_label.abs().amax() <= WIDEST", "True"),
+    (PAIR, "-ce_weight / N, reduce", "-ce_weight, reduce"),
+    (MANY, "* temperature\n", "\n"),
+    (MANY, "pulls *= temperature**2", "pulls *= temperature"),
+    (MANY, ".sub_(log_p)", ""),
+    (MANY, "- divergence.diagonal()", "- divergence.diagonal()[:, None]"),
+    (MANY, "alpha=weight / N", "alpha=weight"),
+    (MANY, "from_label.expand(-1, N, 1)", "0 * from_label.expand(-1, N, 1)"),
 ]  # fmt: skip
+
+
+CASES = [
+    (KD, 1, 0.0, 4.0, 300.0),
+    (KD, 1, 0.0, 4.0, 30.0),
+    (KD, 1, 0.0, 4.0, 3.0),
+    (DCM, 4, 0.1, 3.0, 30.0),
+    (DCM, 4, 0.0, 3.0, 3.0),
+]
+"""Table, learners, label smoothing, temperature, size of the logits: large ones take the careful closed form."""
 
 
 def load(folder: Path, name: str):
@@ -50,8 +67,8 @@ def load(folder: Path, name: str):
 def right(modules) -> bool:
     """The comparison that the mutations must fail: two tables, smoothing, padded rows, more rows than programs."""
     for compute in (modules[KERNEL].launch, modules[CLOSED].closed_form):
-        for (c, W), learners, smoothing, T in ((KD, 1, 0.0, 4.0), (DCM, 4, 0.1, 3.0)):
-            heads, y = make(len(c), 5, 10, scale=30.0)
+        for (c, W), learners, smoothing, T, scale in CASES:
+            heads, y = make(len(c), 5, 10, scale=scale)
             padded = torch.full((5, 16), 7.0)
             padded[:, :10] = heads[0]
             heads = [padded[:, :10], *heads[1:]]
