@@ -7,6 +7,9 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError, nearest
+from .auxiliary import auxiliary_heads
+from .coder import AutoEncoder, Coder, train_auto_encoder
+from .fresh import fresh
 from .mobilenet import CifarMobileNet
 from .mobilenetv2 import CifarMobileNetV2
 from .resnet import DEPTHS, WIDTHS_X4, CifarResNet
@@ -16,7 +19,19 @@ from .weights import SUFFIXES, load_weights, read_state_dict
 from .wrn import WideResNet
 from .zoo import timm_model, torchvision_model
 
-__all__ = ["Staged", "create_model", "load_weights", "model_names", "read_state_dict", "staged"]
+__all__ = [
+    "AutoEncoder",
+    "Coder",
+    "Staged",
+    "auxiliary_heads",
+    "create_model",
+    "fresh",
+    "load_weights",
+    "model_names",
+    "read_state_dict",
+    "staged",
+    "train_auto_encoder",
+]
 
 X4_DEPTHS = {"resnet8x4": 8, "resnet32x4": 32}
 WIDE = ("wrn_16_1", "wrn_16_2", "wrn_28_2", "wrn_28_10", "wrn_40_1", "wrn_40_2")  # listed; any wrn_D_K can be built
