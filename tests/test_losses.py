@@ -109,6 +109,15 @@ def test_mutual_loss_is_dcm(pair_weights):
     assert (terms[:, 0] != 0).sum() == 6 and (terms[:, 1:] != 0).sum() == (18 if pair_weights is None else 16)
 
 
+@pytest.mark.parametrize(
+    "heads, words", [(lambda z: z, r"write \[z\]; got \[\[5, 7\], \[5, 7\]\]"), (lambda z: [z], "two networks")]
+)
+def test_mutual_loss_says_how_heads_are_given(heads, words):
+    z, y = logits(2)
+    with pytest.raises(ValueError, match=words):
+        MutualLoss()(heads(z), y)
+
+
 def test_dcm_is_symmetric_and_one_head_is_dml():
     z, y = logits(4)
     torch.testing.assert_close(MutualLoss()([z[:2], z[2:]], y), MutualLoss()([z[2:], z[:2]], y))

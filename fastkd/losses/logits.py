@@ -85,6 +85,9 @@ class MutualLoss(LogitLossModule):
 
     def fused(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> Tensor:
         """The terms [H, 1 + H] and the loss of all heads in a row, those of the first network first."""
+        if any(isinstance(net, Tensor) and net.dim() < 3 for net in heads):
+            shapes = [list(net.shape) if isinstance(net, Tensor) else len(net) for net in heads]
+            raise ValueError(f"heads[n] must be a list of logits [N, C]; for one classifier write [z]; got {shapes}")
         if len(heads) < 2 or not all(len(net) for net in heads):
             raise ValueError(f"heads[n][k] must be of two networks or more, got {[len(net) for net in heads]} heads")
         places = [(n, k) for n, net in enumerate(heads) for k in range(len(net))]
