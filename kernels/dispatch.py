@@ -29,11 +29,11 @@ def without_autocast(function):
     """An op's body runs under the caller's autocast, which would multiply matrices in 16 bits."""
 
     @functools.wraps(function)
-    def wrapped(heads, *args, **kwargs):
-        device = heads[0].device.type
+    def wrapped(logits, *args, **kwargs):
+        device = (logits if isinstance(logits, Tensor) else logits[0]).device.type
         if not torch.is_autocast_enabled(device):
-            return function(heads, *args, **kwargs)
+            return function(logits, *args, **kwargs)
         with torch.autocast(device, enabled=False):
-            return function(heads, *args, **kwargs)
+            return function(logits, *args, **kwargs)
 
     return wrapped

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import accumulator
+from .dispatch import accumulator, without_autocast
 
 
+@without_autocast
 def closed_form(
     student: Tensor,
     teacher: Tensor,

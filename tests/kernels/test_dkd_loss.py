@@ -263,6 +263,14 @@ def test_only_the_student_learns(path):
         torch.testing.assert_close(dkd_loss(student, teacher, y).double(), want, rtol=1e-5, atol=1e-6)
 
 
+def test_autocast(path):
+    """Its products of 16 bits would show in the value."""
+    student, teacher, y = make(3, 60)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        inside = dkd_loss(student, teacher, y)
+    assert torch.equal(inside, dkd_loss(student, teacher, y))
+
+
 def test_gradcheck():
     student, teacher, y = make(3, 5, torch.float64, scale=1.0)
     torch.autograd.gradcheck(lambda z: dkd_loss(z, teacher, y, alpha=0.7, beta=1.3), student)
