@@ -8,6 +8,8 @@ from torch import Tensor
 
 def check_logits(heads: list[Tensor], target: Tensor) -> None:
     """Raises ValueError unless heads are [N, C] alike and the target fits them."""
+    if not heads:
+        raise ValueError("no logits given")
     shape, device = heads[0].shape, heads[0].device
     for head in heads:
         if head.dim() != 2 or head.shape != shape:
@@ -26,6 +28,13 @@ def check_logits(heads: list[Tensor], target: Tensor) -> None:
         )
     if target.requires_grad:
         raise ValueError(f"the target {list(target.shape)} requires a gradient, which no loss here gives it; detach it")
+
+
+def check_settings(temperature: float, label_smoothing: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int | None) -> None:

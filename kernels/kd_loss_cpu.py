@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from .dispatch import accumulator
 from .scratch import scratch
 
 WIDEST = 40.0
@@ -28,7 +29,7 @@ def student_and_teacher(
     None where this would not be exact: the caller then computes with more care. That is where logits are large, or a
     class is ruled out (logit -inf).
     """
-    N, like = len(target), torch.empty((), dtype=torch.promote_types(grads.dtype, torch.float32))
+    N, like = len(target), grads.new_empty((), dtype=accumulator([student, teacher]))
     z_s, z_t, label = student.to(like.dtype), teacher.to(like.dtype), target[:, None]
     p = grads[0] if grads.dtype == like.dtype else scratch("p", z_s.shape, like)
     s, t, q = (scratch(name, z_s.shape, like) for name in ("s", "t", "q"))

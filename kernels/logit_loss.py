@@ -9,7 +9,8 @@ Shapes: heads [N, C] each, any floating dtype and row stride; target [N] int64 o
 Computed in fp32 (in fp64 where a head is fp64, by the closed form in torch operations). One launch forward: it reads
 every logit once and leaves every term, the gradients and the hits. One launch backward, which ends at once if the
 upstream gradients are 1 and otherwise computes the gradients anew with them. Bytes per logit for two heads in bf16,
-one learning: 6 (read, read, write); 10 above 16,384 / H classes, where a row no longer fits into the registers.
+one learning: 6 (read, read, write); 10 above 8,192 classes, where a row no longer fits into the registers and is read
+twice. With two learners that is above 2,048 classes, with four or six above 1,024, with eight above 512.
 
 `standardize` (arXiv:2403.01427) divides a row's z-score by T. The softmax ignores the mean, so this is a temperature
 of the row's own, T (std + 1e-7). Classes with logit -inf take no part in mean and std.
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .check import check_labels, check_logits
+from .check import check_labels, check_logits, check_settings
 from .dispatch import accumulator, plain
 from .logit_loss_cpu import closed_form
 from .logit_loss_triton import launch
@@ -98,13 +99,15 @@ def logit_loss(
     standardize: bool = False,
     count_hits: bool = False,
 ) -> LogitLoss:
-    """The equation above in one pass. ce_weights: c [H]; table: W [H][H]. ValueError on shapes that do not fit.
+    """The equation above in one pass. ce_weights: c [H]; table: W [H][H]. ValueError on shapes,
+    devices, dtypes and settings that do not fit.
 
     Rows with the label `ignore_index` have no cross-entropy, whose mean is over the others (0 if there is none); their
     divergences count: teachers need no label. An empty batch gives 0. Gradients go to the heads that require one and
     have a weight. A weight of 0 switches its term off, whatever its value.
     """
     check_logits(heads, target)
+    check_settings(temperature, label_smoothing)
     H = len(heads)
     if len(ce_weights) != H or len(table) != H or any(len(row) != H for row in table):
         raise ValueError(f"{H} heads need {H} ce_weights and a {H} x {H} table, got {ce_weights} and {table}")

@@ -69,7 +69,7 @@ def _quick(
     """The terms, and the gradients into grads; None where it takes more care."""
     if learns == [True, False] and not any((weights[1], *weights[3:])):
         pair = student_and_teacher(*heads, target, weights[0], weights[2], temperature, grads)
-        return pair and torch.tensor([[pair[0], 0, pair[1]], [0, 0, 0]], dtype=torch.float64)
+        return pair and grads.new_tensor([[pair[0], 0, pair[1]], [0, 0, 0]], dtype=torch.float64)
     return many_heads(heads, target, weights, temperature, learns, grads)
 
 
@@ -133,7 +133,7 @@ def _gradients(
     rows: Rows, labels: "Labels", table: Tensor, learners: list[int], temperature: float, grads: Tensor
 ) -> None:
     """grads [learners, N, C]: one product of the table with all heads' probabilities, and the labels' part."""
-    H, N, C = rows.p.shape
+    H, N, _ = rows.p.shape
     pulls = table[:, 1:]
     towards = (pulls.sum(1).diag() - pulls).mul_(temperature / N)
     plain = rows.p1 is rows.p and not labels.soft and labels.kept is None
@@ -141,12 +141,23 @@ def _gradients(
         towards += (table[:, 0] / N).diag()
     mine = slice(None) if len(learners) == H else learners
     gradient = grads if grads.dtype == rows.p.dtype else scratch("gradient", grads.shape, rows.p)
-    torch.mm(towards[mine], rows.p.view(H, N * C), out=gradient.view(len(learners), N * C))
+    _mix(towards[mine], rows, gradient)
     if rows.way_back:
         gradient.copy_(rows.way_back(gradient, learners))
-    labels.add_gradient(gradient, None if plain else [rows.p1[i] for i in learners], table[mine, 0])
+    labelled = [rows.p1[i] if i in rows.labelled else None for i in learners]
+    labels.add_gradient(gradient, None if plain else labelled, table[mine, 0])
     if gradient is not grads:
         grads.copy_(gradient)
+
+
+def _mix(towards: Tensor, rows: Rows, out: Tensor) -> None:
+    """out [learners, N, C] = towards times all heads' softmaxes; with a factor of 0 not even NaN counts."""
+    if rows.p.device.type == "cpu":
+        torch.mm(towards, rows.p.flatten(1), out=out.flatten(1))
+        if math.isfinite(rows.log_sum.sum()):
+            return
+    for mine, factors in zip(out, towards[:, :, None, None], strict=True):
+        torch.sum(torch.where(factors == 0, 0, factors * rows.p), 0, out=mine)
 
 
 def _inverse_temperature(z: Tensor, temperature: float, standardize: bool):
@@ -192,14 +203,15 @@ class Labels:
                 each = (1 - self.smoothing) * each + self.smoothing * spread
         return (each if self.kept is None else each.where(self.kept, 0)).sum(1) / self.count
 
-    def add_gradient(self, gradient: Tensor, p: list[Tensor] | None, weights: Tensor) -> None:
-        """gradient[l] += weights[l] (p[l] - y) / count; without p, its part is there already."""
+    def add_gradient(self, gradient: Tensor, p: list[Tensor | None] | None, weights: Tensor) -> None:
+        """gradient[l] += weights[l] (p[l] - y) / count; without p, its part is there already; None at weight 0."""
         scale = (weights / self.count)[:, None, None].expand(-1, gradient.shape[1], 1)
         if self.kept is not None:
             scale = scale * self.kept[:, None]
         mass = self.y.sum(1, keepdim=True) if self.soft else 1
         for mine, q, factor in zip(gradient, p or [], scale, strict=bool(p)):
-            mine.addcmul_(q, factor * mass)
+            if q is not None:
+                mine.addcmul_(q, factor * mass)
         if self.soft:
             gradient -= scale * self.y
             return

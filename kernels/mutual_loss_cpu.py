@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from .dispatch import accumulator
 from .kd_loss_cpu import WIDEST
 from .scratch import scratch
 
@@ -22,7 +23,7 @@ def many_heads(
 
     None where this would not be exact, as in kd_loss_cpu.py.
     """
-    H, (N, C), dtype = len(heads), heads[0].shape, torch.promote_types(grads.dtype, torch.float32)
+    H, (N, C), dtype = len(heads), heads[0].shape, accumulator(heads)
     scale, towards, from_label = _constants(tuple(weights), tuple(learns), temperature, N, dtype)
     z = torch.stack(heads, out=scratch("z", (H, N, C), scale.to(dtype)))
     if temperature != 1:
@@ -40,6 +41,8 @@ def many_heads(
     torch.mm(towards, p.view(H, N * C), out=gradient.view(len(grads), N * C))
     if temperature != 1:
         _labelled(heads, label[0], weights, learns, z, log_p, gradient)
+        if not log_p.amin() >= -WIDEST:
+            return None
     gradient.scatter_add_(2, label[: len(grads)], from_label.expand(-1, N, 1))
     if gradient is not grads:
         grads.copy_(gradient)
@@ -66,7 +69,7 @@ def _constants(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[H, 1 + H] factors of the terms; [learners, H] from softmax to gradients; [learners, 1, 1] what labels add."""
     H, learners = len(learns), [i for i, learner in enumerate(learns) if learner]
-    scale = torch.tensor(weights, dtype=torch.float64).view(H, H + 1) / N
+    scale = torch.tensor(weights, dtype=torch.float64, device="cpu").view(H, H + 1) / N
     ce, pulls = scale[:, 0], scale[:, 1:]
     towards = (pulls.sum(1).diag() - pulls) * temperature
     if temperature == 1:

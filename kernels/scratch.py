@@ -11,7 +11,8 @@ class _Scratch(threading.local):
     """scratch(name, shape, like) -> [shape] of like's dtype, with whatever was there before.
 
     The C library gives megabytes back to the system at once, and fetching them anew costs more than computing with
-    them. One buffer per name and dtype is held, for each thread.
+    them. One buffer per name and dtype is held, for each thread. Evaluation in inference mode may be the first to ask:
+    what is made there could not be written outside of it, so buffers and views are made as if outside.
     """
 
     def __init__(self):
@@ -23,7 +24,8 @@ class _Scratch(threading.local):
         key = (name, like.dtype)
         view = self.views.get(key)
         if view is None or view.shape != shape:
-            view = self.views[key] = self._buffer(key, math.prod(shape), like).view(shape)
+            with torch.inference_mode(False):
+                view = self.views[key] = self._buffer(key, math.prod(shape), like).view(shape)
         return view
 
     def _buffer(self, key: tuple[str, torch.dtype], size: int, like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastkd.kernels.logit_loss import logit_loss, logit_loss_reference
 from fastkd.kernels.logit_loss_triton import launch
+from fastkd.kernels.scratch import scratch
 
 module = importlib.import_module("fastkd.kernels.logit_loss")  # the package has a function of the same name
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,6 +209,54 @@ def test_heads_of_different_dtypes(path):
     heads, y = make(3, 4, 10, learners=2)
     mixed = [heads[0].detach().bfloat16().requires_grad_(), heads[1], heads[2].half()]
     check(mixed, y, *SOKD, temperature=2.0)
+
+
+@pytest.mark.parametrize("name", ["KD", "SOKD"])
+def test_a_teacher_in_fp64_is_computed_in_fp64(name):
+    c, W = TABLES[name]
+    heads, y = make(len(c), 4, 10, torch.float64)
+    heads[0] = heads[0].float().requires_grad_()
+    got = logit_loss(heads, y, c, W, temperature=2.0)
+    torch.testing.assert_close(got.terms, independent(heads, y, c, W, T=2.0)[0], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"standardize": True}])
+@pytest.mark.parametrize("what", ["cross-entropy", "divergence"])
+def test_a_weight_of_0_switches_its_term_off(path, options, what):
+    """Whatever its values: of the teacher's logits, and of the memory where the label's softmax would be."""
+    scratch.buffers.clear(), scratch.views.clear()  # so that it is taken anew, full of NaN
+    heads, y = make(3, 4, 10, learners=2)
+    c, W = [0.0, 0.0, 0.0], [[0, 0, 0.5], [0.5, 0, 0], [0, 0, 0]]
+    if what == "divergence":
+        c, W[0] = [0.5, 0.0, 0.0], [0, 0, 0]
+        heads[2].fill_(math.nan)
+    got = logit_loss(heads, y, c, W, temperature=2.0, **options)
+    found = torch.autograd.grad(got.loss, heads[:2])
+    heads[2].nan_to_num_(0.0)
+    names = {"label_smoothing": "smoothing"}
+    want, gradients = independent(heads, y, c, W, T=2.0, **{names.get(k, k): v for k, v in options.items()})
+    torch.testing.assert_close(got.terms.double(), want, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close([g.double() for g in found], gradients[:2], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["KD", "DCM"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])
+def test_training_after_evaluation_in_inference_mode(name, options):
+    scratch.buffers.clear(), scratch.views.clear()
+    (c, W), learners = TABLES[name], 1 if name == "KD" else 4
+    with torch.inference_mode():
+        logit_loss(*make(len(c), 4, 10), c, W, temperature=3.0, **options)
+    check(*make(len(c), 4, 10, learners=learners), c, W, temperature=3.0, **options)
+
+
+@pytest.mark.parametrize("gap", [60.0, 99.0, 102.3, 150.0])
+def test_a_label_of_vanishing_probability(path, gap):
+    """At temperature 1 it is no normal number of fp32, at 4 it is."""
+    heads, y = [torch.zeros(4, 10, device=DEVICE) for _ in range(3)], torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    for head in heads:
+        head[:, 9] = gap
+    heads[0].requires_grad_()
+    check(heads, y, *SOKD, temperature=4.0)
 
 
 EXTREME = {
@@ -488,6 +537,24 @@ def test_bad_input(change, words):
     heads, y = make(2, 4, 6, learners=1)
     with pytest.raises(ValueError, match=words):
         logit_loss(*change([head.cpu() if DEVICE == "cuda" else head for head in heads], y.cpu()), *KD)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"temperature": 0}, "temperature must be above 0, got 0"),
+        ({"temperature": math.nan}, "temperature.*nan"),
+        ({"label_smoothing": 1.5}, "label_smoothing must be from 0 to 1, got 1.5"),
+    ],
+)
+def test_bad_numbers(options, words):
+    with pytest.raises(ValueError, match=words):
+        logit_loss(*make(2, 4, 6), *KD, **options)
+
+
+def test_no_heads():
+    with pytest.raises(ValueError, match="no logits given"):
+        logit_loss([], torch.zeros(2, dtype=torch.int64), [], [])
 
 
 def test_bad_table():
