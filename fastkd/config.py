@@ -15,7 +15,7 @@ import yaml
 from .data import DataOptions
 from .engine import TrainOptions
 from .errors import UserError, nearest
-from .methods import METHODS
+from .methods import METHODS, find_method
 from .parser import groups, last_value, name_of, option_types, run_parser, tokens_of
 
 NOT_IN_FILES = ("config", "print_config", "resume")
@@ -48,6 +48,8 @@ class NetworkOptions:
     """The teacher's weights: a file (.safetensors, .pth) or `pretrained` or a tag of its library."""
     teacher_epochs: int = 0
     """Without weights: train the teacher first for so many epochs, once per runs folder and settings."""
+    peers: tuple[str, ...] = ()
+    """Networks that learn beside the student, for dml, dcm and iedml; by default one of the student's kind."""
     student_weights: str = ""
     """Where the student starts: a file or tag; empty is a fresh initialisation."""
     baseline: bool = False
@@ -62,8 +64,7 @@ def parse(arguments: list[str], say: Callable[[str], None] = print):
     """The effective configuration: sections run, networks, method, data, train. `say` gets a line for each choice."""
     sources = _sources(arguments, say)
     method = last_value("method", arguments) or _from(sources, "method") or RunOptions.method
-    if method not in METHODS:
-        raise UserError(f"unknown method {method!r}{nearest(method, METHODS)}; there are {', '.join(METHODS)}")
+    find_method(method)  # or UserError
     typed = {name_of(flag): words for flag, words in groups(arguments)}
     _refuse_options_of_other_methods(method, [*sources, ("command line", typed)])
     kind = config_type(method)
@@ -75,7 +76,7 @@ def config_type(method: str) -> type:
     sections = {
         "run": RunOptions,
         "networks": NetworkOptions,
-        "method": METHODS[method].Options,
+        "method": find_method(method).Options,
         "data": DataOptions,
         "train": TrainOptions,
     }

@@ -1,4 +1,4 @@
-"""curves.png: loss terms, accuracy and learning rate over the epochs."""
+"""curves.png: loss terms, accuracy, learning rate and, where something is drawn, its share."""
 
 import io
 
@@ -10,12 +10,18 @@ def plot(history: list[dict]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    names = list(history[-1])
+    shares = [name for name in names if name.endswith("share")]
+    panels = {
+        "loss terms, weighted": [*loss_terms(history[-1]), *(name for name in names if name.endswith("val_loss"))],
+        "validation accuracy, %": [name for name in names if name.endswith(("top1", "top5"))],
+        "learning rate": ["lr"],
+        **({"share of steps": shares} if shares else {}),
+    }
+    figure = Figure(figsize=(4.4 * len(panels), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    terms, accuracy, rate = figure.subplots(1, 3)
-    _lines(terms, history, [*loss_terms(history[-1]), "val_loss"], "loss terms, weighted")
-    _lines(accuracy, history, ["top1", "top5"], "validation accuracy, %")
-    _lines(rate, history, ["lr"], "learning rate")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        _lines(axes, history, lines, title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -86,14 +86,17 @@ def average_buffers(net: nn.Module) -> None:
                 buffer /= world_size()
 
 
-def parallel(method: nn.Module, device: torch.device) -> nn.Module:
-    """DDP around the method. The teacher is outside of its module tree, so it is neither wrapped nor sent around."""
+def parallel(module: nn.Module, device: torch.device, partial: bool = False) -> nn.Module:
+    """DDP around a method. The teacher is outside of its module tree, so it is neither wrapped nor sent around.
+
+    `partial`: weights that no process has used in a step keep no gradient.
+    """
     if world_size() == 1:
-        return method
+        return module
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    # views of the buckets would give unused weights a gradient of zeros
+    settings = {"broadcast_buffers": False, "find_unused_parameters": partial, "gradient_as_bucket_view": not partial}
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids, **settings)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .engine.optim import APEX, apex_optimizers
 from .engine.precision import Precision
 from .errors import UserError
 from .evaluate import evaluate, speed
-from .methods import METHODS
+from .methods import find_method
 from .methods.base import NoOptions
 from .models import create_model, load_weights
 from .report import board_class, say, show_table
@@ -59,7 +59,12 @@ class Job:
         )
         self.first_epoch = self.train_loader.state_dict()
         self.student = self._network(self.names.student, self.names.student_weights)
-        self.teacher = self._teacher() if METHODS[config.run.method].needs_teacher else None
+        kind = find_method(config.run.method)
+        _check_roles(kind, config)
+        if kind.needs_peers and not self.names.peers:
+            self.names = replace(self.names, peers=(self.names.student,))
+            self.config = replace(config, networks=self.names)
+        self.teacher = self._teacher() if kind.needs_teacher else None
         self.rows: list[list[str]] = []
 
     def claim(self) -> None:
@@ -105,8 +110,12 @@ class Job:
     def distill(self) -> Result:
         name = self.config.run.method
         say(f"student {self.names.student}: {name}" + (f" from {self.names.teacher}" if self.teacher else ""))
-        result, trainer = self._fit(self.config, self.student, self.teacher)
-        self._add_row(f"student, {name}", self.names.student, trainer.network)
+        peers = [self._network(peer, "", number) for number, peer in enumerate(self.names.peers, 1)]
+        result, trainer = self._fit(self.config, self.student, self.teacher, peers)
+        kinds = {"student": self.names.student, "improved_teacher": self.names.teacher}
+        kinds |= {f"peer{number}": peer for number, peer in enumerate(self.names.peers, 1)}
+        for label, net in trainer.networks.items():
+            self._add_row(f"{label.replace('_', ' ')}, {name}", kinds[label], net)
         return result
 
     def _teacher(self) -> nn.Module:
@@ -144,15 +153,18 @@ class Job:
             train=replace(options, out=str(self.out / folder)),
         )
 
-    def _fit(self, config, student: nn.Module, teacher: nn.Module | None = None) -> tuple[Result, Trainer]:
+    def _fit(
+        self, config, student: nn.Module, teacher: nn.Module | None = None, peers: Sequence[nn.Module] = ()
+    ) -> tuple[Result, Trainer]:
         self.train_loader.load_state_dict(self.first_epoch)
-        method = METHODS[config.run.method](student, teacher, config.method)
+        method = find_method(config.run.method)(student, teacher, config.method, peers)
         options = replace(config.train, resume=True)  # the folder is this job's: go on wherever a run in it had got to
         trainer = Trainer(method, self.train_loader, self.val_loader, options, flat(config))
         return trainer.fit(), trainer
 
-    def _network(self, name: str, weights: str) -> nn.Module:
-        torch.manual_seed(self.config.train.seed)  # a network starts the same whichever others are made
+    def _network(self, name: str, weights: str, number: int = 0) -> nn.Module:
+        """`number`: 0, or which peer; equal networks that start alike would have nothing to teach one another."""
+        torch.manual_seed(self.config.train.seed + number)  # a network starts the same whichever others are made
         with distributed.rank_zero_first():  # so that pre-trained weights are downloaded once
             return create_model(name, len(self.train_loader.classes), weights or None)
 
@@ -171,6 +183,18 @@ def _check_optional_parts(options) -> None:
         board_class()
     if options.opt in APEX:
         apex_optimizers()
+
+
+def _check_roles(kind, config) -> None:
+    """Networks that the method would not use are an error: they were given in the belief that it does."""
+    names, method = config.networks, config.run.method
+    if names.peers and not kind.needs_peers:
+        raise UserError(f"--peers {' '.join(names.peers)}: method {method} trains the student alone; drop --peers")
+    if names.teacher_weights and not kind.needs_teacher:
+        raise UserError(
+            f"--teacher-weights {names.teacher_weights}: method {method} has no teacher, all learn from scratch"
+            + ("; name the other networks by --peers" if kind.needs_peers else "")
+        )
 
 
 def default_name(config) -> str:

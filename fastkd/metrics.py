@@ -14,22 +14,24 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.names: tuple[str, ...] = ()
-        self.sums: Tensor | None = None  # weighted sum of each name, then the weight
+        self.sums: dict[tuple[str, ...], Tensor] = {}  # by set of names: weighted sum of each, then the weight
 
     def add(self, values: dict[str, Tensor], weight: float) -> None:
         row = torch.stack([*(value.detach().double() for value in values.values())])
-        if self.sums is None:
-            self.names, self.sums = tuple(values), row.new_zeros(len(row) + 1)
         row = torch.cat([row, row.new_ones(1)])
-        self.sums += torch.where(row.isfinite().all(), row * weight, 0.0)
+        sums = self.sums.setdefault(tuple(values), torch.zeros_like(row))
+        sums += torch.where(row.isfinite().all(), row * weight, 0.0)
 
     def read(self, everywhere: bool = True) -> dict[str, float]:
         """The means, over all processes (which must all call it) or over this one's own; one host sync."""
-        if self.sums is None:
+        if not self.sums:
             return {}
-        *sums, weight = (distributed.total(self.sums) if everywhere else self.sums).tolist()
-        return {name: value / weight if weight else float("nan") for name, value in zip(self.names, sums, strict=True)}
+        every = torch.cat(list(self.sums.values()))
+        numbers, means = iter((distributed.total(every) if everywhere else every).tolist()), {}
+        for names in self.sums:
+            *sums, weight = (next(numbers) for _ in range(len(names) + 1))
+            means |= {name: value / weight if weight else float("nan") for name, value in zip(names, sums, strict=True)}
+        return means
 
 
 def hits(logits: Tensor, target: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ import csv
 import io
 import json
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
@@ -26,6 +27,7 @@ A run of fastkd.
     last.pt               everything `fastkd train --out HERE --resume` needs, after the last finished epoch
     best.pt               the same after the epoch with the best accuracy; `fastkd eval --weights best.pt --model NAME`
     student.safetensors   the trained student after the last epoch; `fastkd eval --weights student.safetensors`
+    peer1.safetensors     likewise a network that learnt beside the student; improved_teacher.safetensors: of SOKD
     teacher/, alone/      runs of their own, where a teacher or the student alone was trained for this one
 """
 
@@ -37,8 +39,9 @@ class Report:
         self.config, self.out = config, Path(config.out)
         # What `fastkd eval` must know of the images; the digits have their own size and normalisation.
         names = () if about.get("data") == "digits" else ("image_size", "mean", "std")
-        self.about = {"model": str(about.get("student", "")), "data": data}
-        self.about |= {"input": {name: about[name] for name in names if name in about}}
+        self.about = {"data": data, "input": {name: about[name] for name in names if name in about}}
+        self.models = {"student": about.get("student", ""), "improved_teacher": about.get("teacher", "")}
+        self.models |= {f"peer{number}": name for number, name in enumerate(about.get("peers", ()), 1)}
         self.main = distributed.rank() == 0
         board = board_class() if config.tensorboard and self.main else None
         if self.main:
@@ -67,14 +70,16 @@ class Report:
         checkpoint.write_atomic(self.out / "history.csv", table.getvalue())
         checkpoint.write_atomic(self.out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
-    def finish(self, history: list[dict], network: nn.Module) -> None:
+    def finish(self, history: list[dict], networks: dict[str, nn.Module]) -> None:
         if not self.main:
             return
         from .curves import plot
 
         self._write_history(history)  # once more: the run may have been killed between its checkpoint and this file
         checkpoint.write_atomic(self.out / "curves.png", plot(history))
-        checkpoint.save_network(self.out / "student.safetensors", network, self.about)
+        for name, net in networks.items():
+            about = self.about | {"model": self.models.get(name, "")}
+            checkpoint.save_network(self.out / f"{name}.safetensors", net, about)
         if self.board:
             self.board.close()
 
@@ -118,11 +123,27 @@ class Bar:
         return {"img_per_s": round(self.images / seconds, 1), "train_s": round(seconds, 2)}
 
 
-NOT_TERMS = ("epoch", "lr", "img_per_s", "train_s", "top1", "top5", "val_loss")
+def track(steps: Sequence, title: str) -> Iterable:
+    """`steps` with a bar of their own, for what a method does before the first epoch."""
+    say(title)
+    screen = console()
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    ]
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        yield from progress.track(steps, description=title)
+
+
+NOT_TERMS = ("epoch", "lr", "img_per_s", "train_s")
+SCORES = ("top1", "top5", "val_loss", "share")  # with the name of a network or a gate before
 
 
 def loss_terms(row: dict) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name not in NOT_TERMS}
+    return {name: x for name, x in row.items() if not (name in NOT_TERMS or name.endswith(SCORES))}
 
 
 def terms_of(row: dict) -> str:

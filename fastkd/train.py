@@ -4,6 +4,7 @@ result = Trainer(KD(student, teacher), train_loader, val_loader, TrainOptions(ep
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from .engine import Schedule, Step, TrainOptions
 from .engine.mix import Mixer
 from .errors import UserError
 from .evaluate import evaluate
-from .methods.base import Method
-from .report import Bar, Report, say
+from .methods.base import Method, Run
+from .report import Bar, Report, say, track
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,47 @@ class Trainer:
         self.epoch, self.history = 0, []
 
     @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """What is evaluated and saved, the student first: the networks, or the averages of their weights."""
+        return dict(self.step.ema.net) if self.step.ema else self.method.networks()
+
+    @property
     def network(self) -> torch.nn.Module:
-        """What is evaluated and saved: the student, or the average of its weights."""
-        return self.step.ema.net if self.step.ema else self.method.student
+        """The student, or the average of its weights."""
+        return self.networks["student"]
 
     def fit(self) -> Result:
-        if not self._resume():
-            self.method.prepare(self.train_loader)
+        self._prepare()
+        self._resume()
         bar = Bar(self.config.epochs, self.epoch, len(self.train_loader))
         with bar.progress:
             while self.epoch < self.config.epochs:
                 torch.manual_seed(self.config.seed + 1_000_003 * self.epoch + 10_007 * distributed.rank())
                 row = {"epoch": self.epoch + 1, **self._train_epoch(bar), **self._evaluate()}
                 self._finish_epoch(row)
-        self.report.finish(self.history, self.network)
+        self.report.finish(self.history, self.networks)
         distributed.wait()  # the files are there for every process
         return Result(self.history, Path(self.config.out))
+
+    def _prepare(self) -> None:
+        """The method's own work, on batches that the epochs then see as if it had not been."""
+        options, position = self.config, self.train_loader.state_dict()
+        torch.manual_seed(options.seed + distributed.rank())
+        self.method.prepare(
+            self.train_loader,
+            Run(
+                options.epochs,
+                len(self.train_loader),
+                options.drops,
+                options.seed,
+                self.device,
+                self.report.out,
+                self.step.precision.autocast,
+                partial(distributed.parallel, device=self.device),
+                track,
+            ),
+        )
+        self.train_loader.load_state_dict(position)
 
     def _train_epoch(self, bar: Bar) -> dict[str, float]:
         self.method.train()
@@ -82,9 +108,11 @@ class Trainer:
             done = self.epoch * len(self.train_loader) + number  # steps before this one, over the whole run
             lr = self.schedule.write(done / len(self.train_loader))
             images, target = self.mixer(images, target, done)
-            self.step(images, target, self.method.plan(done))
+            for plan in self.method.plans(done):
+                self.step(images, target, plan)
             bar.advance(len(images), self.step.meter)
-        row = {"lr": lr, **self.step.meter.read(), **bar.rates()}
+        shares = self.method.shares(range(done + 1 - len(self.train_loader), done + 1))
+        row = {"lr": lr, **self.step.meter.read(), **shares, **bar.rates()}
         self.step.meter.reset()
         self._stop_if_diverged()
         return row
@@ -93,8 +121,16 @@ class Trainer:
         distributed.average_buffers(self.method)
         if self.step.ema:
             distributed.average_buffers(self.step.ema.net)
-        scores = evaluate(self.network, self.val_loader, self.step.precision)
-        return {"top1": scores["top1"], "top5": scores["top5"], "val_loss": scores["loss"]}
+        row = {}
+        for name, net in self.networks.items():
+            scores = evaluate(net, self.val_loader, self.step.precision)
+            prefix = "" if name == "student" else f"{name}_"
+            row |= {
+                f"{prefix}top1": scores["top1"],
+                f"{prefix}top5": scores["top5"],
+                f"{prefix}val_loss": scores["loss"],
+            }
+        return row
 
     def _finish_epoch(self, row: dict) -> None:
         self.epoch += 1

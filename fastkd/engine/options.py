@@ -110,6 +110,13 @@ class TrainOptions:
         )
 
     @property
+    def drops(self) -> tuple[float, ...]:
+        """Epochs at which the learning rate drops; none where it falls steadily or not at all."""
+        if self.sched == "step":
+            return tuple(n * self.decay_epochs for n in range(1, -int(-self.epochs // self.decay_epochs)))
+        return self.decay_milestones if self.sched == "multistep" else ()
+
+    @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 

@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .. import distributed
@@ -26,11 +26,11 @@ class Step:
     def __init__(self, method: Method, options: TrainOptions, device: torch.device):
         self.method, self.options = method, options
         self.statistics = Statistics(method)
-        self.module = distributed.parallel(method, device)
+        self.module = distributed.parallel(method, device, method.partial)
         self.optimizer = create_optimizer(method.param_groups(options.lr), options, device)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.precision = Precision(options.amp_dtype, device)
-        self.ema = Ema(method.student, options.ema_decay) if options.ema_decay else None
+        self.ema = Ema(nn.ModuleDict(method.networks()), options.ema_decay) if options.ema_decay else None
         self.meter = Meter()
         self.nonfinite = torch.zeros((), device=device)  # steps whose gradient was not finite
 

@@ -1,12 +1,26 @@
 """The methods by name. A new one is a file beside these and a line here."""
 
-from .base import Forwards, Frozen, Method
+from ..errors import UserError, nearest
+from .base import Forwards, Frozen, Method, Run
 from .ce import CE
+from .combo import Combo, combine
+from .dml import DML
 from .kd import KD
 
 METHODS: dict[str, type[Method]] = {
     "ce": CE,
     "kd": KD,
+    "dml": DML,
 }
 
-__all__ = ["CE", "KD", "METHODS", "Forwards", "Frozen", "Method"]
+
+def find_method(name: str) -> type[Method]:
+    """Of a name, or of several with + between them, which becomes their weighted sum. UserError for unknown ones."""
+    parts = name.split("+")
+    for part in parts:
+        if part not in METHODS:
+            raise UserError(f"unknown method {part!r}{nearest(part, METHODS)}; there are {', '.join(METHODS)}")
+    return METHODS[name] if len(parts) == 1 else combine({part: METHODS[part] for part in parts}, name)
+
+
+__all__ = ["CE", "DML", "KD", "METHODS", "Combo", "Forwards", "Frozen", "Method", "Run", "find_method"]

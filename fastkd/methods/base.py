@@ -4,12 +4,14 @@ A step is: images -> `out`, the memo of this step's forward passes -> `method.lo
 The engine calls the method eagerly, compiled or captured; the method does not know which.
 """
 
-from collections.abc import Hashable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from ..models import staged
@@ -20,11 +22,22 @@ class Frozen(nn.Module):
 
     The holder's `train()`, `parameters()`, `state_dict()` and DDP do not reach `net`; `to()` does. So its BatchNorm
     statistics cannot move, the optimizer cannot see it and no checkpoint of the student contains it.
+
+    `batch_statistics`: while the holder trains, BatchNorm normalises with the batch, and still writes nothing.
     """
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: nn.Module, batch_statistics: bool = False):
         super().__init__()
+        self.batch_statistics = batch_statistics
         self.__dict__["net"] = net.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Frozen":
+        super().train(mode)
+        self.net.eval()
+        for norm in (module for module in self.net.modules() if isinstance(module, _BatchNorm)):
+            norm.training = mode and self.batch_statistics
+            norm.track_running_stats = not norm.training  # torch then passes no running statistics to be written
+        return self
 
     def _apply(self, fn, recurse=True):
         self.net._apply(fn, recurse)
@@ -71,36 +84,80 @@ def _logits(net: nn.Module, images: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Run:
+    """What a method may know of the run it is in."""
+
+    epochs: int = 1
+    steps_per_epoch: int = 1
+    drops: tuple[float, ...] = ()
+    """Epochs at which the learning rate drops; none where it falls steadily."""
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+    folder: Path | None = None
+    """Where `prepare` may keep what it made; the same folder when the run is resumed."""
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    parallel: Callable[[nn.Module], nn.Module] = lambda net: net
+    """DDP around a network that `prepare` trains."""
+    track: Callable[[Sequence, str], Iterable] = lambda steps, title: steps
+    """A progress bar around the steps of `prepare`."""
+
+
+@dataclass(frozen=True)
 class NoOptions:
     """This method has no options."""
 
 
 class Method(nn.Module):
-    """Base of all methods: METHODS[name](student, teacher, options). A subclass writes `losses`."""
+    """Base of all methods: METHODS[name](student, teacher, options, peers). A subclass writes `losses`."""
 
     Options = NoOptions  # a frozen dataclass, validated on construction
     paper = ""
     needs_teacher = True  # a trained network, given as `teacher`
+    needs_peers = False  # one or more networks that are trained beside the student, given as `peers`
+    needs_stages = ""  # which networks must be divisible into stages, for `fastkd methods`
+    partial = False  # a step may leave some weights without a gradient: they are then not touched at all
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None = None, options=None):
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: "nn.Module | Frozen | None" = None,
+        options=None,
+        peers: Sequence[nn.Module] = (),
+    ):
         super().__init__()
-        if self.needs_teacher != (teacher is not None):
-            raise ValueError(f"{type(self).__name__} {'needs a' if self.needs_teacher else 'takes no'} teacher")
+        self._check_networks(teacher, peers)
         self.student = student
-        self.teacher = Frozen(teacher) if teacher is not None else None
+        self.teacher = teacher if teacher is None or isinstance(teacher, Frozen) else Frozen(teacher)
+        self.peers = nn.ModuleList(peers)
         self.options = options or self.Options()
         self.__dict__["views"] = {}  # outside of the module tree: a view shares its network's parameters
+
+    def _check_networks(self, teacher: nn.Module | None, peers: Sequence[nn.Module]) -> None:
+        name = type(self).__name__
+        if self.needs_teacher != (teacher is not None):
+            raise UserError(f"{name} {'needs a' if self.needs_teacher else 'takes no'} teacher")
+        if self.needs_peers != bool(peers):
+            wanted = "needs one or more peers, networks that learn beside the student" if self.needs_peers else ""
+            raise UserError(f"{name} {wanted or f'takes no peers, got {len(peers)}'}")
 
     def tap(self, net: nn.Module) -> None:
         """Ask for `out.features(net)`; `net` is one of the method's networks."""
         self.views[net] = staged(net.net if isinstance(net, Frozen) else net)
 
-    def prepare(self, loader) -> None:
-        """Work before epoch 0, such as training a teacher's auto-encoder."""
+    def views_for(self, plan: Hashable) -> dict[nn.Module, nn.Module]:
+        """How the networks run in a step: what has `features(images)` -> (logits, maps), by network."""
+        return self.views
+
+    def prepare(self, loader, run: Run = Run()) -> None:  # noqa: B008, frozen
+        """Work before the first epoch, such as training a teacher's auto-encoder; also when a run is resumed."""
 
     def plan(self, step: int) -> Hashable:
         """What the host decides for this step, such as a random path; one captured graph per value."""
         return None
+
+    def plans(self, step: int) -> Sequence[Hashable]:
+        """One plan for each update that is made with this step's batch."""
+        return (self.plan(step),)
 
     def losses(self, out: Forwards, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         """Weighted terms, scalars on the device; their sum is the loss. target: [N] int64 or [N, C] floating."""
@@ -110,5 +167,13 @@ class Method(nn.Module):
         """Groups for the optimizer; a group may have a learning rate of its own."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
+    def networks(self) -> dict[str, nn.Module]:
+        """What is evaluated and saved, the student first; with the keys of the plain networks."""
+        return {"student": self.student} | {f"peer{number}": net for number, net in enumerate(self.peers, 1)}
+
+    def shares(self, steps: range) -> dict[str, float]:
+        """Shares between 0 and 1 for the history: how often something was chosen in these steps."""
+        return {}
+
     def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
-        return self.losses(Forwards(images, self.views), target, plan)
+        return self.losses(Forwards(images, self.views_for(plan)), target, plan)

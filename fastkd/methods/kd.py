@@ -41,8 +41,8 @@ class KD(Method):
     Options = KDOptions
     paper = "arXiv:1503.02531"
 
-    def __init__(self, student, teacher, options=None):
-        super().__init__(student, teacher, options)
+    def __init__(self, student, teacher, options=None, peers=()):
+        super().__init__(student, teacher, options, peers)
         self.loss = self.options.loss()
 
     def losses(self, out, target, plan):
