@@ -12,7 +12,9 @@ from .coder import AutoEncoder, Coder, train_auto_encoder
 from .fresh import fresh
 from .mobilenet import CifarMobileNet
 from .mobilenetv2 import CifarMobileNetV2
+from .preactivation import PreActivation
 from .resnet import DEPTHS, WIDTHS_X4, CifarResNet
+from .shapes import stage_shapes
 from .staged import Staged, staged
 from .vgg import CONVOLUTIONS, CifarVGG
 from .weights import SUFFIXES, load_weights, read_state_dict
@@ -22,6 +24,7 @@ from .zoo import timm_model, torchvision_model
 __all__ = [
     "AutoEncoder",
     "Coder",
+    "PreActivation",
     "Staged",
     "auxiliary_heads",
     "create_model",
@@ -29,6 +32,7 @@ __all__ = [
     "load_weights",
     "model_names",
     "read_state_dict",
+    "stage_shapes",
     "staged",
     "train_auto_encoder",
 ]
