@@ -49,6 +49,7 @@ def closed_form(
     for mine, head in zip(z, heads, strict=True):
         mine.copy_(head)
     labels = Labels(target, C, smoothing, ignore_index, z.dtype)
+    hits = labels.hits(z) if count_hits else z.new_zeros(2, H)  # of logits as they are: shifted, near ones are equal
     rows = Rows(z, temperature, standardize, [i for i in range(H) if weights[i * (H + 1)]])
     table = torch.tensor(weights, dtype=z.dtype, device=z.device).view(H, H + 1)
     if upstream is not None:
@@ -60,7 +61,7 @@ def closed_form(
     if backward:
         return None
     terms = _terms(rows, labels, table, temperature)
-    return terms.sum(), terms, labels.hits(z) if count_hits else z.new_zeros(2, H)
+    return terms.sum(), terms, hits
 
 
 def _quick(

@@ -249,6 +249,15 @@ def test_training_after_evaluation_in_inference_mode(name, options):
     check(*make(len(c), 4, 10, learners=learners), c, W, temperature=3.0, **options)
 
 
+@pytest.mark.parametrize("name", ["KD", "DCM"])
+def test_a_default_device_of_the_caller_does_not_matter(name):
+    c, W = TABLES[name]
+    heads, y = make(len(c), 4, 11, learners=1)
+    with torch.device("meta"):
+        loss = logit_loss(heads, y, c, W, temperature=3.0).loss
+    assert loss.item() == logit_loss(heads, y, c, W, temperature=3.0).loss.item()
+
+
 @pytest.mark.parametrize("gap", [60.0, 99.0, 102.3, 150.0])
 def test_a_label_of_vanishing_probability(path, gap):
     """At temperature 1 it is no normal number of fp32, at 4 it is."""
@@ -326,6 +335,13 @@ def test_hits(path):
     top = torch.stack(ranked) == y[:, None]
     assert torch.equal(got, torch.stack([top[:, :, 0].sum(1), top.sum((1, 2))]).to(got))
     assert logit_loss(heads, heads[0].softmax(1), *SOKD, count_hits=True).hits.isnan().all()
+
+
+def test_hits_of_logits_that_differ_by_little(path):
+    heads, y = make(2, 1, 10)
+    heads[0][0] = torch.tensor([10, 2e-8, 3e-8, 4e-8, 5e-8, 6e-8, -1, -1, -1, -1])
+    assert logit_loss(heads, y.fill_(1), *KD, count_hits=True).hits[:, 0].tolist() == [0, 0]
+    assert logit_loss(heads, y.fill_(2), *KD, count_hits=True).hits[:, 0].tolist() == [0, 1]
 
 
 def test_an_ignored_row_is_no_hit(path):
