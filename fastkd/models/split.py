@@ -71,7 +71,7 @@ def _check_names(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _parts(model: nn.Module, names: Sequence[str], training: bool) -> list[nn.Module]:
-    graph = _trace(model, names, training)
+    graph = trace(model, names, training)
     _check_no_side_effects(model, graph)
     ends = [_call(graph, name) for name in names]
     for end in ends:
@@ -86,7 +86,7 @@ def _parts(model: nn.Module, names: Sequence[str], training: bool) -> list[nn.Mo
     return [_part(model, graph, cuts[i], cuts[i + 1]) for i in range(len(cuts) - 1)]
 
 
-def _trace(model: nn.Module, names: Sequence[str], training: bool) -> fx.Graph:
+def trace(model: nn.Module, names: Sequence[str], training: bool) -> fx.Graph:
     """The graph of one mode. Only the flags that the traced forwards can read are set, and they are put back."""
     tracer = Outline(names)
     traced = [model, *(model.get_submodule(name) for name in sorted(tracer.opened))]
