@@ -2,11 +2,11 @@
 
 Source: Heo et al. 2019 (OFD), arXiv:1904.01866, section 3.1: features are taken between the last sum (or, without a
 shortcut, the last BatchNorm) and the ReLU after it; the margin comes from the block's last BatchNorm.
-Ours: in pre-activation nets (Wide ResNet), where a stage ends with a sum that is not activated, the map is the output
-of the BatchNorm with which the next stage, or the head, begins. The authors' code says the same, yet normalises the
-map a second time for it, and its running statistics move twice; here it is a tap of the one pass, in every mode, for
-teachers and students alike. What stands between the last BatchNorm and the sum (squeeze-and-excitation) is not in the
-margin, nor is the shortcut, in the authors' code either.
+In pre-activation nets (Wide ResNet), where a stage ends with a sum that is not activated, the map is the output of the
+BatchNorm with which the next stage, or the head, begins, as in the authors' code.
+Departures: that code normalises the map a second time to get it, so that a student's running statistics move twice a
+step; here it is a tap of the one pass, in every mode, for teachers and students alike. What stands between the last
+BatchNorm and the sum (squeeze-and-excitation) is not in the margin, nor is the shortcut, in their code either.
 
 How: torch.fx traces the block around a tap and its graph returns the tap too. The ReLU on it runs out of place, which
 costs one map's memory where the net's own works in place.
@@ -90,16 +90,26 @@ def _tapped(block: nn.Module, net: str, k: int, first: bool) -> tuple[nn.Module,
     graph = trace(block, (), True)
     if str(graph) != str(trace(block, (), False)):
         raise _unsupported(net, f"the forward of {type(block).__name__} is not the same in train and eval mode")
-    relus, norms = _calls(block, graph, (nn.ReLU,)), _calls(block, graph, NORMS)
-    relu = relus[0 if first else -1] if relus else None
-    norms = [norm for norm in norms if relu is not None and norm < relu]
-    before = relu.args[0] if norms else None
-    at_edge = norms and (before is norms[0] if first else graph.output_node().args[0] is relu)
-    if not at_edge or list(before.users) != [relu]:
+    found = _relu_and_norm(block, graph, first)
+    if found is None:
         edge = "begin with BatchNorm and ReLU" if first else "end with a ReLU after a BatchNorm"
         raise _unsupported(net, f"the {type(block).__name__} around the end of stage {k} does not {edge}")
-    norm = block.get_submodule(norms[-1].target)
-    return fx.GraphModule(block, _returning(graph, before, relu)), norm
+    relu, norm = found
+    return fx.GraphModule(block, _returning(graph, relu.args[0], relu)), block.get_submodule(norm.target)
+
+
+def _relu_and_norm(block: nn.Module, graph: fx.Graph, first: bool) -> tuple[fx.Node, fx.Node] | None:
+    """The first or the last ReLU and the BatchNorm before it; None where the block does not begin or end so."""
+    relus = _calls(block, graph, (nn.ReLU,))
+    relu = relus[0 if first else -1] if relus else None
+    norms = [norm for norm in _calls(block, graph, NORMS) if relu is not None and norm < relu]
+    if not norms or list(relu.args[0].users) != [relu]:
+        return None
+    if first:
+        fits = relu.args[0] is norms[0] and norms[0].args[0].op == "placeholder"
+    else:
+        fits = graph.output_node().args[0] is relu
+    return (relu, norms[-1]) if fits else None
 
 
 def _calls(block: nn.Module, graph: fx.Graph, kinds: tuple[type, ...]) -> list[fx.Node]:
