@@ -4,13 +4,19 @@ from ..errors import UserError, nearest
 from .base import Forwards, Frozen, Method, Run
 from .ce import CE
 from .combo import Combo, combine
+from .dcm import DCM
 from .dml import DML
+from .iakd import IAKD
 from .kd import KD
+from .sokd import SOKD
 
 METHODS: dict[str, type[Method]] = {
     "ce": CE,
     "kd": KD,
     "dml": DML,
+    "iakd": IAKD,
+    "sokd": SOKD,
+    "dcm": DCM,
 }
 
 
@@ -23,4 +29,18 @@ def find_method(name: str) -> type[Method]:
     return METHODS[name] if len(parts) == 1 else combine({part: METHODS[part] for part in parts}, name)
 
 
-__all__ = ["CE", "DML", "KD", "METHODS", "Combo", "Forwards", "Frozen", "Method", "Run", "find_method"]
+__all__ = [
+    "CE",
+    "DCM",
+    "DML",
+    "IAKD",
+    "KD",
+    "METHODS",
+    "SOKD",
+    "Combo",
+    "Forwards",
+    "Frozen",
+    "Method",
+    "Run",
+    "find_method",
+]

@@ -4,12 +4,14 @@ A step is: images -> `out`, the memo of this step's forward passes -> `method.lo
 The engine calls the method eagerly, compiled or captured; the method does not know which.
 """
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -177,3 +179,23 @@ class Method(nn.Module):
 
     def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
         return self.losses(Forwards(images, self.views_for(plan)), target, plan)
+
+
+def cross_entropy(logits_NC: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
+    """weight * mean cross-entropy, computed in fp32, in fp64 where the logits are. target: [N] int64 or [N, C] floating."""
+    return weight * F.cross_entropy(logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32)), target)
+
+
+def check_weights(**weights: float) -> None:
+    """UserError unless every option is a finite number from 0 and one of them is above 0."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, got {weight}")
+    if not any(weights.values()):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in weights)
+        raise UserError(f"{names} are all 0: nothing is learnt; give one of them above 0")
+
+
+def check_temperature(temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise UserError(f"--temperature must be a number above 0, got {temperature}")

@@ -1,9 +1,6 @@
 """CE: plain training on the labels. How teachers are made, and the baseline that every distillation is held against."""
 
-import torch
-import torch.nn.functional as F
-
-from .base import Method
+from .base import Method, cross_entropy
 
 
 class CE(Method):
@@ -12,6 +9,4 @@ class CE(Method):
     needs_teacher = False
 
     def losses(self, out, target, plan):
-        logits = out(self.student)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return {"ce": F.cross_entropy(logits, target)}
+        return {"ce": cross_entropy(out(self.student), target)}

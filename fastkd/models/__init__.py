@@ -10,6 +10,7 @@ from ..errors import UserError, nearest
 from .auxiliary import auxiliary_heads
 from .coder import AutoEncoder, Coder, train_auto_encoder
 from .fresh import fresh
+from .gates import Gate, Swapped, adapters, gates_of
 from .mobilenet import CifarMobileNet
 from .mobilenetv2 import CifarMobileNetV2
 from .preactivation import PreActivation
@@ -25,10 +26,14 @@ __all__ = [
     "AutoEncoder",
     "Coder",
     "PreActivation",
+    "Gate",
     "Staged",
+    "Swapped",
+    "adapters",
     "auxiliary_heads",
     "create_model",
     "fresh",
+    "gates_of",
     "load_weights",
     "model_names",
     "read_state_dict",

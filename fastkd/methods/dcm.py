@@ -1,0 +1,77 @@
+"""DCM: two or more networks that learn from one another across layers (arXiv:2008.07816).
+
+Auxiliary classifiers sit after the hidden stages of each network. With p_i the M heads of one network (hidden ones and
+its own classifier) and q_j those of another:
+
+    L = sum_i CE(p_i, y) + sum_j CE(q_j, y) + sum_ij [ same or cross ] ( KL(sg q_j || p_i) + KL(sg p_i || q_j) ),  T = 1
+
+Heads and weights (all 1) are the authors' code's for Wide ResNets and its MobileNet. The heads are dropped after
+training: each network is saved with the keys of the plain one.
+Departures: heads of other networks, and what pair weights are for networks with unequal numbers of stages, are ours
+(see fastkd/models/auxiliary.py). With more than two networks the divergences are divided by the number of the others.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import UserError
+from ..losses import MutualLoss
+from ..models import auxiliary_heads
+from .base import Method
+
+
+@dataclass(frozen=True)
+class DCMOptions:
+    """Dense cross-layer mutual distillation."""
+
+    ce_weight: float = 1.0
+    """Weight of every head's cross-entropy with the labels."""
+    kl_weight: float = 1.0
+    """Weight of what the heads learn from those of the other networks."""
+    same_stage: float = 1.0
+    """Factor on it between heads after the same stage; 0 leaves the cross-stage pairs alone."""
+    cross_stage: float = 1.0
+    """Factor on it between heads after different stages; 0 leaves the same-stage pairs alone."""
+
+    def __post_init__(self):
+        for name in ("same_stage", "cross_stage"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')} must be a number from 0, got {value}")
+        self.loss(heads=2)
+        if not self.ce_weight + self.kl_weight * (self.same_stage + self.cross_stage):
+            raise UserError("--ce-weight and --kl-weight (or both of its factors) are 0: nothing is learnt")
+
+    def loss(self, heads: int) -> MutualLoss:
+        """`heads`: the most that a network has."""
+        pairs = [[self.same_stage if k == j else self.cross_stage for j in range(heads)] for k in range(heads)]
+        dense = self.same_stage == self.cross_stage == 1
+        return MutualLoss(ce_weight=self.ce_weight, kl_weight=self.kl_weight, pair_weights=None if dense else pairs)
+
+
+class DCM(Method):
+    """Every classifier of one network teaches every one of the others, hidden stages included (Yao, Sun 2020)."""
+
+    Options = DCMOptions
+    paper = "arXiv:2008.07816"
+    needs_teacher, needs_peers = False, True
+    needs_stages = "all staged"
+
+    def __init__(self, student, teacher=None, options=None, peers=()):
+        super().__init__(student, teacher, options, peers)
+        nets = (self.student, *self.peers)
+        self.heads = nn.ModuleList(auxiliary_heads(net) for net in nets)
+        self.loss = self.options.loss(1 + max(len(heads) for heads in self.heads))
+        for net in nets:
+            self.tap(net)
+
+    def losses(self, out, target, plan):
+        return self.loss.terms([self.logits(out, *both) for both in zip(self._nets(), self.heads, strict=True)], target)
+
+    def logits(self, out, net: nn.Module, heads: nn.ModuleList) -> list:
+        """[N, C] of each head of a network, the earliest first; the last is the network's own."""
+        return [*(head(maps) for head, maps in zip(heads, out.features(net)[:-1], strict=True)), out(net)]
+
+    def _nets(self) -> tuple[nn.Module, ...]:
+        return self.student, *self.peers

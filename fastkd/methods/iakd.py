@@ -1,0 +1,125 @@
+"""IAKD: teacher blocks are swapped into the student at random while it learns (arXiv:2007.01476).
+
+Student S and teacher T are divided into K gates. In each step, for the whole batch, a_i ~ Bernoulli(p_i), and
+
+    y_{i+1} = S_i(y_i) if a_i else T_i(y_i),    loss = CE (+ KD with the teacher, where kd_weight > 0)
+
+Stem and classifier are the student's. Teacher blocks are frozen, their BatchNorm in eval mode; gradients flow through
+them to what is before. A student block that is not drawn is not touched in that step: no weight decay, no momentum, no
+statistics. Evaluated and saved is the student alone.
+
+From the abstract: swapping-in, at random, and no feature matching. No code was released and only the abstract could be
+read, so all else is ours: what a gate is, the schedules of p and their defaults, and that KD can be added.
+Departures: none can be told, see above. The draws depend on seed and step alone: equal in all processes and after a
+resume.
+"""
+
+import math
+import random
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import UserError
+from ..losses import KDLoss
+from ..models import Swapped, adapters, gates_of, staged
+from .base import Method, Run, cross_entropy
+
+
+@dataclass(frozen=True)
+class IAKDOptions:
+    """Interactive distillation."""
+
+    gates: Literal["stage", "block"] = "stage"
+    """What is swapped: whole stages, or blocks, for which groups of equally many teacher blocks stand."""
+    schedule: Literal["uniform", "linear", "review"] = "linear"
+    """p stays; p rises to 1 over the run; p rises to 1 anew after each drop of the learning rate."""
+    p: tuple[float, ...] = (0.5,)
+    """Probability of the student's block, at first (linear, review) or always; one for all gates or one for each."""
+    finish_epochs: float = 0.0
+    """With --schedule uniform: the last epochs, in which the student is whole (p = 1)."""
+    teacher_bn: Literal["eval", "batch"] = "eval"
+    """BatchNorm of the teacher's blocks: with its own statistics, or with those of the batch."""
+    kd_weight: float = 0.0
+    """Weight of T^2 * KL(teacher || student) beside the cross-entropy."""
+    temperature: float = 4.0
+    """Of that term."""
+    adapters: bool = False
+    """Put a 1x1 convolution with BatchNorm before and after each teacher block whose channels differ."""
+
+    def __post_init__(self):
+        KDLoss(self.temperature, 1.0, self.kd_weight)  # checks the values
+        if not self.p or not all(0 <= p <= 1 for p in self.p):
+            raise UserError(f"--p must be one or more probabilities from 0 to 1, got {' '.join(map(str, self.p))}")
+        if not 0 <= self.finish_epochs < float("inf"):
+            raise UserError(f"--finish-epochs must be a number from 0, got {self.finish_epochs}")
+        if self.finish_epochs and self.schedule != "uniform":
+            raise UserError(f"--finish-epochs is for --schedule uniform; {self.schedule} ends at p = 1 by itself")
+
+
+class IAKD(Method):
+    """Teacher blocks are swapped into the student at random while it learns (2020)."""
+
+    Options = IAKDOptions
+    paper = "arXiv:2007.01476"
+    needs_stages = "both staged, equal shapes at the gates (or --adapters)"
+    partial = True
+
+    def __init__(self, student, teacher, options=None, peers=()):
+        super().__init__(student, teacher, options, peers)
+        o = self.options
+        if o.teacher_bn == "batch":
+            self.teacher.batch_statistics = True
+        gates = gates_of(self.student, self.teacher.net, o.gates)
+        if len(o.p) not in (1, len(gates)):
+            raise UserError(f"--p has {len(o.p)} probabilities for {len(gates)} gates; give 1 or {len(gates)}")
+        self.adapters = adapters(self.student, self.teacher.net, gates, allowed=o.adapters)
+        self.__dict__.update(gates=gates, view=staged(self.student), run=Run())  # views of registered modules
+        self.first = o.p * (len(gates) // len(o.p))
+        self.kd = KDLoss(o.temperature, ce_weight=1.0, kd_weight=o.kd_weight)
+
+    def prepare(self, loader, run=Run()):  # noqa: B008, frozen
+        o = self.options
+        if o.schedule == "review" and not run.drops:
+            raise UserError(
+                "--schedule review restarts at each drop of the learning rate, and --sched has none here: "
+                "use --sched multistep or step, or --schedule linear"
+            )
+        if o.finish_epochs >= run.epochs and o.finish_epochs:
+            raise UserError(f"--finish-epochs {o.finish_epochs:g} leaves nothing of --epochs {run.epochs}; lower it")
+        self.__dict__["run"] = run
+
+    def plan(self, step):
+        """For every gate whether the student's block is used."""
+        draw = random.Random(f"{self.run.seed} {step}")  # a generator per step: nothing to save, equal everywhere
+        return tuple(draw.random() < p for p in self.probabilities(step))
+
+    def probabilities(self, step: int) -> list[float]:
+        """p_i of every gate in this step."""
+        start, end = self._part_of_run(step / self.run.steps_per_epoch)
+        if self.options.schedule == "uniform":
+            return [1.0] * len(self.gates) if step >= end else list(self.first)
+        done = min(1.0, (step - start) / max(1, end - start - 1))  # 0 at its first step, 1 at its last
+        return [p + (1 - p) * done for p in self.first]
+
+    def _part_of_run(self, epoch: float) -> tuple[int, int]:
+        """First step of the part of the run that the schedule is in, and the first after it."""
+        ends = [0.0, *(self.run.drops if self.options.schedule == "review" else ()), float(self.run.epochs)]
+        place = min(bisect_right(ends, epoch), len(ends) - 1)
+        ends[-1] -= self.options.finish_epochs
+        start, end = (math.ceil(at * self.run.steps_per_epoch) for at in ends[place - 1 : place + 1])
+        return start, end
+
+    def views_for(self, plan):
+        own = plan or (True,) * len(self.gates)
+        return self.views | {self.student: Swapped(self.view, self.gates, self.adapters, own)}
+
+    def losses(self, out, target, plan):
+        if not self.options.kd_weight:
+            return {"ce": cross_entropy(out(self.student), target)}
+        return self.kd.terms(out(self.student), out(self.teacher), target)
+
+    def shares(self, steps):
+        """How often the student's block was used at each gate."""
+        paths = [self.plan(step) for step in steps]
+        return {f"gate{i}_share": sum(own) / len(paths) for i, own in enumerate(zip(*paths, strict=True), 1)}

@@ -1,0 +1,130 @@
+"""SOKD: a trainable bridge between a frozen teacher and the student (arXiv:2111.11747).
+
+The bridge A has the architecture of the teacher's top (last stage, norm, pooling, classifier) and is fed with the
+teacher's penultimate stage, detached. With KD(a <- b) = T^2 KL(sg p_b || p_a):
+
+    L_S = ce_s CE(z_S, y) + kd_sa KD(S <- A)
+    L_A = ce_a CE(z_A, y) + kd_at KD(A <- T) + kd_as KD(A <- S)
+
+One backward pass, one optimizer, a learning rate of its own for the bridge. The student learns from the bridge and the
+labels only, the teacher nothing. Teacher bottom and bridge together are an improved teacher, which is saved too.
+
+From the authors' code: T = 4, weights 1, bridge_lr 0.1, the random start of the bridge.
+Departures: the teacher's BatchNorm stays in eval mode (`--teacher-bn batch` normalises as the code does, and writes no
+statistics, which the code does). Ours: the feature forms, which the abstract claims and the code does not hold.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from ..errors import UserError
+from ..losses import AttentionTransferLoss, BridgeLoss, FactorTransferLoss, HintLoss
+from ..models import Coder, fresh, stage_shapes, staged
+from .base import Method
+
+FEATURE_LOSSES = {"at": AttentionTransferLoss, "ft": FactorTransferLoss, "hint": HintLoss}
+
+
+@dataclass(frozen=True)
+class SOKDOptions:
+    """Semi-online distillation."""
+
+    temperature: float = 4.0
+    """Softens all logits before they are compared; above 0."""
+    ce_s: float = 1.0
+    """Weight of the student's cross-entropy with the labels."""
+    kd_sa: float = 1.0
+    """Weight of what the student learns from the bridge."""
+    ce_a: float = 1.0
+    """Weight of the bridge's cross-entropy with the labels."""
+    kd_at: float = 1.0
+    """Weight of what the bridge learns from the teacher."""
+    kd_as: float = 1.0
+    """Weight of what the bridge learns from the student."""
+    bridge_lr: float = 0.1
+    """Learning rate of the bridge; it follows the schedule of --lr."""
+    bridge_init: Literal["random", "teacher"] = "random"
+    """Where the bridge starts: anew, or as a copy of the teacher's top."""
+    teacher_bn: Literal["eval", "batch"] = "eval"
+    """The teacher's BatchNorm: with its own statistics, or with those of the batch."""
+    feature: Literal["none", "at", "ft", "hint"] = "none"
+    """Also compare last-stage maps, student with bridge and bridge with teacher, by attention, factors or values."""
+    feature_weight: float = 1.0
+    """Factor on that loss, whose own weight is the usual one (at 1000, ft 500, hint 100)."""
+    export_teacher: bool = True
+    """Evaluate and save the improved teacher as well."""
+
+    def __post_init__(self):
+        self.loss()  # checks the values
+        for name in ("bridge_lr", "feature_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')} must be a number from 0, got {getattr(self, name)}")
+
+    def loss(self) -> BridgeLoss:
+        return BridgeLoss(self.temperature, self.ce_s, self.kd_sa, self.ce_a, self.kd_at, self.kd_as)
+
+
+class SOKD(Method):
+    """A bridge learns from the frozen teacher and the student, the student from the bridge (2021)."""
+
+    Options = SOKDOptions
+    paper = "arXiv:2111.11747"
+    needs_stages = "teacher staged; for feature forms the student too, with equal last H x W"
+
+    def __init__(self, student, teacher, options=None, peers=()):
+        super().__init__(student, teacher, options, peers)
+        self.loss = self.options.loss()
+        if self.options.teacher_bn == "batch":
+            self.teacher.batch_statistics = True
+        self.tap(self.teacher)
+        self.__dict__["improved"] = _with_own_top(self.teacher.net)  # shares the bottom with the teacher
+        view = staged(self.improved)
+        self.bridge = nn.ModuleDict({"stage": view.stages[-1], "head": view.head}).requires_grad_(True)
+        if self.options.bridge_init == "random":
+            self.bridge.load_state_dict(fresh(self.bridge).state_dict())
+        if self.options.feature != "none":
+            self._add_feature_form()
+
+    def _add_feature_form(self) -> None:
+        (mine, *size), (theirs, *wanted) = stage_shapes(self.student)[-1], stage_shapes(self.teacher.net)[-1]
+        if size != wanted:
+            raise UserError(
+                f"--feature {self.options.feature} compares last-stage maps, which are {size} in the student and {wanted} "
+                "in the teacher for a 64 x 64 image: choose networks of equal resolution there, or --feature none"
+            )
+        self.tap(self.student)
+        self.feature_loss = FEATURE_LOSSES[self.options.feature]()
+        regressor = nn.Sequential(nn.Conv2d(mine, theirs, 1, bias=False), nn.BatchNorm2d(theirs))
+        translators = {"at": nn.Identity(), "ft": Coder(mine, theirs), "hint": regressor}
+        self.translator = translators[self.options.feature]
+
+    def losses(self, out, target, plan):
+        bottom, top = out.features(self.teacher)[-2:]
+        maps = self.bridge["stage"](bottom.detach())
+        terms = self.loss.terms(out(self.student), self.bridge["head"](maps), out(self.teacher), target)
+        if self.options.feature != "none":
+            mine = self.translator(out.features(self.student)[-1])
+            terms["feature_s"] = self.options.feature_weight * self.feature_loss(mine, maps.detach())
+            terms["feature_a"] = self.options.feature_weight * self.feature_loss(maps, top)
+        return terms
+
+    def param_groups(self, lr):
+        bridge = list(self.bridge.parameters())
+        own = set(bridge)
+        rest = [p for p in self.parameters() if p.requires_grad and p not in own]
+        return [{"params": rest, "lr": lr}, {"params": bridge, "lr": self.options.bridge_lr}]
+
+    def networks(self):
+        return super().networks() | ({"improved_teacher": self.improved} if self.options.export_teacher else {})
+
+
+def _with_own_top(net: nn.Module) -> nn.Module:
+    """A copy of `net` whose modules up to the penultimate stage are those of `net` itself."""
+    view = staged(net)
+    if len(view.stages) < 2:
+        raise UserError(f"SOKD needs a teacher of two stages or more, {type(net).__name__} has {len(view.stages)}")
+    bottom = [module for part in (view.stem, *view.stages[:-1]) for module in part.modules()]
+    return copy.deepcopy(net, {id(module): module for module in bottom})
