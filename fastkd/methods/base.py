@@ -75,6 +75,11 @@ class Forwards:
         return self._memo[net]
 
 
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Plain, in float32 or better under autocast too; target [N] int64 or [N, C] floating."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
+
+
 def _logits(net: nn.Module, images: Tensor) -> Tensor:
     logits = net(images)
     if not isinstance(logits, Tensor):
