@@ -14,6 +14,7 @@ from fastkd.losses import (
     ExplorationLoss,
     FactorTransferLoss,
     HintLoss,
+    InheritanceExplorationLoss,
     InheritanceLoss,
     KDLoss,
     MutualLoss,
@@ -178,6 +179,19 @@ def test_inheritance_and_exploration(p):
     assert 0 <= InheritanceLoss()(s, t) <= 2 / 100**0.5
 
 
+@pytest.mark.parametrize("p", [1, 2])
+def test_inheritance_and_exploration_at_once(p):
+    i, e, t = maps(*[(3, 4, 5, 5)] * 3)
+    loss = InheritanceExplorationLoss(p, 30.0, 20.0)
+    apart = {"inheritance": 30 * InheritanceLoss(p)(i, t), "exploration": 20 * ExplorationLoss(p)(e, t)}
+    torch.testing.assert_close(loss.terms(i, e, t), apart)
+    got, wanted = (torch.autograd.grad(x, [i, e]) for x in (loss(i, e, t), sum(apart.values())))
+    torch.testing.assert_close(got, wanted)
+    only = InheritanceExplorationLoss(p, exploration_weight=0.0).terms(i, None, t)
+    torch.testing.assert_close(only, {"inheritance": 50 * InheritanceLoss(p)(i, t)})
+    assert InheritanceExplorationLoss(p, 0.0, 0.0)(None, None, t) == 0
+
+
 def test_attention_and_hint_and_overhaul():
     s, t, u, v = maps((3, 4, 5, 5), (3, 6, 5, 5), (3, 8, 2, 2), (3, 8, 2, 2))
     attention = lambda f: unit(f.square().mean(1))  # noqa: E731
@@ -201,6 +215,7 @@ EVERY = {
     "DISTLoss": lambda z, f, y: DISTLoss()(z[0], z[1]),
     "InheritanceLoss": lambda z, f, y: InheritanceLoss()(*f),
     "ExplorationLoss": lambda z, f, y: ExplorationLoss(2)(*f),
+    "InheritanceExplorationLoss": lambda z, f, y: InheritanceExplorationLoss()(f[0], f[0].flip(0), f[1]),
     "FactorTransferLoss": lambda z, f, y: FactorTransferLoss()(*f),
     "AttentionTransferLoss": lambda z, f, y: AttentionTransferLoss()(*f),
     "HintLoss": lambda z, f, y: HintLoss()(*f),

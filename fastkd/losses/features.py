@@ -1,10 +1,18 @@
 """Losses from feature maps [N, C, H, W] (channels-last is the fast layout) and from pooled features [N, D]."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from ..kernels import attention_transfer, factor_distance, hint_distance, overhaul_distance, rkd_loss, sp_loss
+from ..kernels import (
+    attention_transfer,
+    bn_margin,
+    factor_distance,
+    hint_distance,
+    overhaul_distance,
+    rkd_loss,
+    sp_loss,
+)
 from .checks import check_weight
 
 
@@ -43,6 +51,33 @@ class ExplorationLoss(nn.Module):
         return factor_distance([student_factor], teacher_factor, [-1.0], self.opposite.p).loss
 
 
+class InheritanceExplorationLoss(nn.Module):
+    """inheritance_weight * L_inh + exploration_weight * L_exp, both in one pass over the teacher's factor; IE-KD.
+
+    Called with student_inheritance, student_exploration, teacher_factor [N, C, H, W]; 50 each with p = 1 is said to be
+    best. A part of weight 0 may be None.
+    """
+
+    def __init__(self, p: int = 1, inheritance_weight: float = 50.0, exploration_weight: float = 50.0):
+        super().__init__()
+        self.p = InheritanceLoss(p).p
+        check_weight("inheritance_weight", inheritance_weight)
+        check_weight("exploration_weight", exploration_weight)
+        self.weights = {"inheritance": inheritance_weight, "exploration": -exploration_weight}
+
+    def terms(self, inheritance: Tensor | None, exploration: Tensor | None, teacher: Tensor) -> dict[str, Tensor]:
+        """The weighted terms by name, those of weight 0 left out; their sum is the loss."""
+        parts = {"inheritance": inheritance, "exploration": exploration}
+        used = {name: part for name, part in parts.items() if self.weights[name]}
+        if not used:
+            return {}
+        weights = [self.weights[name] for name in used]
+        return dict(zip(used, factor_distance([*used.values()], teacher, weights, self.p).terms.unbind(), strict=True))
+
+    def forward(self, inheritance: Tensor | None, exploration: Tensor | None, teacher: Tensor) -> Tensor:
+        return sum(self.terms(inheritance, exploration, teacher).values(), teacher.new_zeros(()))
+
+
 class AttentionTransferLoss(nn.Module):
     """weight * sum over stages of mean (a_s - a_t)^2, a = l2norm(flatten(mean_c f^2)); AT, arXiv:1612.03928.
 
@@ -63,13 +98,18 @@ class OverhaulLoss(nn.Module):
     """weight * sum over L stages l of 2^-(L-l) partial-L2(f_s, max(f_t, margin)); OFD, arXiv:1904.01866.
 
     Called with maps before the ReLU, stage by stage, the student's through its connectors, and the teacher's margins
-    [C] (`fastkd.kernels.bn_margin`): of one stage, or three lists. A sum over elements, a mean over the batch.
+    [C] (`margins`): of one stage, or three lists. A sum over elements, a mean over the batch.
     """
 
     def __init__(self, weight: float = 1e-3):
         super().__init__()
         check_weight("weight", weight)
         self.weight = weight
+
+    @staticmethod
+    def margins(norms: Iterable[nn.Module]) -> list[Tensor]:
+        """The margins [C] from the teacher's BatchNorms, of which each gives one map; as they are now."""
+        return [bn_margin(norm.weight, norm.bias) for norm in norms]
 
     def forward(
         self,
