@@ -75,11 +75,6 @@ class Forwards:
         return self._memo[net]
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Plain, in float32 or better under autocast too; target [N] int64 or [N, C] floating."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
-
-
 def _logits(net: nn.Module, images: Tensor) -> Tensor:
     logits = net(images)
     if not isinstance(logits, Tensor):
@@ -187,7 +182,7 @@ class Method(nn.Module):
 
 
 def cross_entropy(logits_NC: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
-    """weight * mean cross-entropy, computed in fp32, in fp64 where the logits are. target: [N] int64 or [N, C] floating."""
+    """weight * mean cross-entropy, in fp32, or fp64 where the logits are; target: [N] int64 or [N, C] floating."""
     return weight * F.cross_entropy(logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32)), target)
 
 
