@@ -92,8 +92,8 @@ class SOKD(Method):
         (mine, *size), (theirs, *wanted) = stage_shapes(self.student)[-1], stage_shapes(self.teacher.net)[-1]
         if size != wanted:
             raise UserError(
-                f"--feature {self.options.feature} compares last-stage maps, which are {size} in the student and {wanted} "
-                "in the teacher for a 64 x 64 image: choose networks of equal resolution there, or --feature none"
+                f"--feature {self.options.feature} compares last-stage maps, {size} in the student and {wanted} in "
+                "the teacher for a 64 x 64 image: choose networks of equal resolution there, or --feature none"
             )
         self.tap(self.student)
         self.feature_loss = FEATURE_LOSSES[self.options.feature]()
