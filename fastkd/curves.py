@@ -10,10 +10,13 @@ def plot(history: list[dict]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(history[-1])
+    names = list(dict.fromkeys(name for row in history for name in row))
     shares = [name for name in names if name.endswith("share")]
     panels = {
-        "loss terms, weighted": [*loss_terms(history[-1]), *(name for name in names if name.endswith("val_loss"))],
+        "loss terms, weighted": [
+            *loss_terms(dict.fromkeys(names)),
+            *(name for name in names if name.endswith("val_loss")),
+        ],
         "validation accuracy, %": [name for name in names if name.endswith(("top1", "top5"))],
         "learning rate": ["lr"],
         **({"share of steps": shares} if shares else {}),
@@ -30,7 +33,12 @@ def plot(history: list[dict]) -> bytes:
 def _lines(axes, history: list[dict], names: list[str], title: str) -> None:
     epochs = [row["epoch"] for row in history]
     for name in names:
-        axes.plot(epochs, [row[name] for row in history], label=name, marker="." if len(history) < 30 else None)
+        axes.plot(
+            epochs,
+            [row.get(name, float("nan")) for row in history],
+            label=name,
+            marker="." if len(history) < 30 else None,
+        )
     axes.set(title=title, xlabel="epoch")
     axes.grid(alpha=0.3)
     if len(names) > 1:

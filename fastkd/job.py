@@ -1,5 +1,6 @@
 """`fastkd train`, whole: data, teacher, the student alone, the student distilled, the table. And `fastkd eval`."""
 
+import copy
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,6 +66,9 @@ class Job:
             self.names = replace(self.names, peers=(self.names.student,))
             self.config = replace(config, networks=self.names)
         self.teacher = self._teacher() if kind.needs_teacher else None
+        self.peers = [self._network(peer, "", number) for number, peer in enumerate(self.names.peers, 1)]
+        # Networks that do not fit the method are an error now, before a teacher is trained for it.
+        kind(*copy.deepcopy((self.student, self.teacher, self.config.method, self.peers)))
         self.rows: list[list[str]] = []
 
     def claim(self) -> None:
@@ -110,12 +114,11 @@ class Job:
     def distill(self) -> Result:
         name = self.config.run.method
         say(f"student {self.names.student}: {name}" + (f" from {self.names.teacher}" if self.teacher else ""))
-        peers = [self._network(peer, "", number) for number, peer in enumerate(self.names.peers, 1)]
-        result, trainer = self._fit(self.config, self.student, self.teacher, peers)
+        result, trainer = self._fit(self.config, self.student, self.teacher, self.peers)
         kinds = {"student": self.names.student, "improved_teacher": self.names.teacher}
         kinds |= {f"peer{number}": peer for number, peer in enumerate(self.names.peers, 1)}
         for label, net in trainer.networks.items():
-            self._add_row(f"{label.replace('_', ' ')}, {name}", kinds[label], net)
+            self._add_row(f"{label.replace('_', ' ')}, {name}", kinds.get(label, ""), net)
         return result
 
     def _teacher(self) -> nn.Module:
@@ -157,6 +160,7 @@ class Job:
         self, config, student: nn.Module, teacher: nn.Module | None = None, peers: Sequence[nn.Module] = ()
     ) -> tuple[Result, Trainer]:
         self.train_loader.load_state_dict(self.first_epoch)
+        torch.manual_seed(config.train.seed)  # what a method adds starts the same, whatever was trained before
         method = find_method(config.run.method)(student, teacher, config.method, peers)
         options = replace(config.train, resume=True)  # the folder is this job's: go on wherever a run in it had got to
         trainer = Trainer(method, self.train_loader, self.val_loader, options, flat(config))

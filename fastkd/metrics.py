@@ -1,5 +1,7 @@
 """Counters that stay on the device: adding to them asks the GPU nothing, reading them is one sync for the report."""
 
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,11 +29,13 @@ class Meter:
         if not self.sums:
             return {}
         every = torch.cat(list(self.sums.values()))
-        numbers, means = iter((distributed.total(every) if everywhere else every).tolist()), {}
+        numbers = iter((distributed.total(every) if everywhere else every).tolist())
+        sums, weights = Counter(), Counter()  # by name: a name may be in several sets
         for names in self.sums:
-            *sums, weight = (next(numbers) for _ in range(len(names) + 1))
-            means |= {name: value / weight if weight else float("nan") for name, value in zip(names, sums, strict=True)}
-        return means
+            *of_set, weight = (next(numbers) for _ in range(len(names) + 1))
+            sums.update(dict(zip(names, of_set, strict=True)))
+            weights.update(dict.fromkeys(names, weight))
+        return {name: sums[name] / weights[name] if weights[name] else float("nan") for name in sums}
 
 
 def hits(logits: Tensor, target: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ class Report:
 
     def _write_history(self, history: list[dict]) -> None:
         table = io.StringIO()
-        writer = csv.DictWriter(table, fieldnames=list(history[-1]), lineterminator="\n")
+        names = dict.fromkeys(name for row in history for name in row)  # a term may be missing in an epoch
+        writer = csv.DictWriter(table, fieldnames=list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
         checkpoint.write_atomic(self.out / "history.csv", table.getvalue())

@@ -2,19 +2,22 @@
 
     L = sum_m weight_m * L_m,    --method iekd+kd --iekd-weight 1 --kd-weight 0.5
 
-The plain cross-entropy is the first method's: the term `ce` of the others is left out. Every option of a method is
-there with its name in front: `--kd-temperature`, `--iekd-inheritance-weight`. All of this is ours.
+The plain cross-entropy is counted once: the term `ce` is that of the first method that has one. Every option of a
+method is there with its name in front: `--kd-temperature`, `--iekd-inheritance-weight`. All of this is ours.
 """
 
+import ast
+import inspect
 import itertools
 import math
 from collections.abc import Hashable
 from dataclasses import field, fields, make_dataclass
+from textwrap import dedent
 
 from torch import nn
 
 from ..errors import UserError
-from .base import Method
+from .base import Method, Run
 
 
 class Combo(Method):
@@ -26,20 +29,16 @@ class Combo(Method):
         super().__init__(student, teacher, options, peers)
         self.parts = nn.ModuleDict({name: self._part(name, kind) for name, kind in self.kinds.items()})
         self.weights = {name: getattr(self.options, f"{name}_weight") for name in self.parts}
-        for name, weight in self.weights.items():
-            if not 0 < weight < math.inf:
-                raise UserError(f"--{name}-weight must be a number above 0, got {weight}; or leave {name} out")
         self.partial = any(part.partial for part in self.parts.values())
         for name, part in self.parts.items():
             if len(part.plans(0)) > 1:
                 raise UserError(f"--{name}-alternate makes several updates with a batch: that cannot be summed")
 
     def _part(self, name: str, kind: type[Method]) -> Method:
-        own = {option.name: getattr(self.options, f"{name}_{option.name}") for option in fields(kind.Options)}
         teacher, peers = self.teacher if kind.needs_teacher else None, self.peers if kind.needs_peers else ()
-        return kind(self.student, teacher, kind.Options(**own), peers)
+        return kind(self.student, teacher, _own_options(self.options, name, kind), peers)
 
-    def prepare(self, loader, run):
+    def prepare(self, loader, run=Run()):  # noqa: B008, frozen
         for part in self.parts.values():
             position = loader.state_dict()
             part.prepare(loader, run)
@@ -57,12 +56,10 @@ class Combo(Method):
 
     def losses(self, out, target, plan):
         terms = {}
-        for number, (part, own) in enumerate(self._with(plan)):
-            name = list(self.parts)[number]
+        for (name, weight), (part, own) in zip(self.weights.items(), self._with(plan), strict=True):
             for term, value in part.losses(out, target, own).items():
-                if number and term == "ce":
-                    continue
-                terms[f"{name}_{term}" if term in terms else term] = self.weights[name] * value
+                if term != "ce" or "ce" not in terms:
+                    terms[f"{name}_{term}" if term in terms else term] = weight * value
         return terms
 
     def param_groups(self, lr):
@@ -86,9 +83,57 @@ def combine(kinds: dict[str, type[Method]], name: str) -> type[Combo]:
     """The class of the sum. UserError for a method given twice."""
     if name.count("+") + 1 != len(kinds):
         raise UserError(f"method {name}: each part can be there once")
-    options = [(f"{part}_{o.name}", o.type, field(default=o.default))
-               for part, kind in kinds.items() for o in fields(kind.Options)]  # fmt: skip
-    weights = [(f"{part}_weight", float, field(default=1.0)) for part in kinds]
-    Options = make_dataclass("ComboOptions", [*options, *weights], frozen=True)
     needs = {flag: any(getattr(kind, flag) for kind in kinds.values()) for flag in ("needs_teacher", "needs_peers")}
-    return type(name, (Combo,), {"kinds": kinds, "Options": Options, "__doc__": f"The sum of {name}.", **needs})
+    stages = "; ".join(f"{part}: {kind.needs_stages}" for part, kind in kinds.items() if kind.needs_stages)
+    about = {
+        "kinds": kinds,
+        "Options": _sum_of_options(kinds),
+        "__doc__": f"The sum of {name}.",
+        "needs_stages": stages,
+    }
+    return type(name, (Combo,), about | needs)
+
+
+def _sum_of_options(kinds: dict[str, type[Method]]) -> type:
+    """A dataclass with the options of all, checked as theirs are; its docstring explains them to `--help`."""
+    options, about = [], ["The parts.", "", "Args:"]
+    for part, kind in kinds.items():
+        helps = _explained(kind.Options)
+        for o in fields(kind.Options):
+            default = field(default=o.default, default_factory=o.default_factory)
+            options.append((f"{part}_{o.name}", o.type, default))
+            about.append(f"    {part}_{o.name}: {helps.get(o.name, '')}")
+        options.append((f"{part}_weight", float, field(default=1.0)))
+        about.append(f"    {part}_weight: Factor on all terms of {part}; above 0.")
+
+    def check(self):
+        for part, kind in kinds.items():
+            weight = getattr(self, f"{part}_weight")
+            if not 0 < weight < math.inf:
+                raise UserError(f"--{part}-weight must be a number above 0, got {weight}; or leave {part} out")
+            _own_options(self, part, kind)
+
+    return make_dataclass(
+        "ComboOptions", options, frozen=True, namespace={"__post_init__": check, "__doc__": "\n".join(about)}
+    )
+
+
+def _own_options(options, part: str, kind: type[Method]):
+    values = {o.name: getattr(options, f"{part}_{o.name}") for o in fields(kind.Options)}
+    try:
+        return kind.Options(**values)
+    except ValueError as error:
+        raise UserError(f"{part} (here its options begin with --{part}-): {error}") from None
+
+
+def _explained(options: type) -> dict[str, str]:
+    """The line below each option in the source of its dataclass."""
+    try:
+        body = ast.parse(dedent(inspect.getsource(options))).body[0].body
+    except OSError:  # typed into an interpreter
+        return {}
+    return {
+        option.target.id: " ".join(line.value.value.split())
+        for option, line in itertools.pairwise(body)
+        if isinstance(option, ast.AnnAssign) and isinstance(line, ast.Expr)
+    }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import UserError
 from ..losses import MutualLoss
 from .base import Method
 
@@ -25,7 +26,8 @@ class DMLOptions:
     """Update one network after the other, each on fresh forward passes of all, instead of all at once."""
 
     def __post_init__(self):
-        MutualLoss(kl_weight=self.kl_weight)  # checks the value
+        if not 0 < self.kl_weight < float("inf"):
+            raise UserError(f"--kl-weight must be a number above 0, got {self.kl_weight}; for plain training use ce")
 
 
 class DML(Method):
@@ -50,4 +52,5 @@ class DML(Method):
             with torch.set_grad_enabled(torch.is_grad_enabled() and plan in (None, number)):
                 heads.append([out(net)])
         terms = self.loss.terms(heads, target)
-        return terms if plan is None else {name: terms[name] for name in (f"ce{plan + 1}", f"kl{plan + 1}")}
+        learning = range(len(heads)) if plan is None else (plan,)
+        return {f"{kind}_peer{n}" if n else kind: terms[f"{kind}{n + 1}"] for n in learning for kind in ("ce", "kl")}
