@@ -1,14 +1,21 @@
 """The methods by name. A new one is a file beside these and a line here."""
 
 from ..errors import UserError, nearest
+from .at import AT
 from .base import Forwards, Frozen, Method, Run
 from .ce import CE
 from .combo import Combo, combine
 from .dcm import DCM
+from .dist import DIST
+from .dkd import DKD
 from .dml import DML
+from .fitnet import FitNet
 from .iakd import IAKD
 from .kd import KD
+from .ofd import OFD
+from .rkd import RKD
 from .sokd import SOKD
+from .sp import SP
 
 METHODS: dict[str, type[Method]] = {
     "ce": CE,
@@ -17,6 +24,13 @@ METHODS: dict[str, type[Method]] = {
     "iakd": IAKD,
     "sokd": SOKD,
     "dcm": DCM,
+    "at": AT,
+    "fitnet": FitNet,
+    "ofd": OFD,
+    "dkd": DKD,
+    "dist": DIST,
+    "rkd": RKD,
+    "sp": SP,
 }
 
 
@@ -30,13 +44,20 @@ def find_method(name: str) -> type[Method]:
 
 
 __all__ = [
+    "AT",
     "CE",
     "DCM",
+    "DIST",
+    "DKD",
     "DML",
+    "FitNet",
     "IAKD",
     "KD",
     "METHODS",
+    "OFD",
+    "RKD",
     "SOKD",
+    "SP",
     "Combo",
     "Forwards",
     "Frozen",

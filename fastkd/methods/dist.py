@@ -1,0 +1,46 @@
+"""DIST: the student's probabilities correlate with the teacher's, in a sample and in a class (arXiv:2205.10536).
+
+    L = ce_weight * CE(z_s, y) + T^2 * (beta * (1 - mean Pearson over rows) + gamma * (1 - mean Pearson over columns))
+    of the matrices [N, C] softmax(z_s / T) and softmax(z_t / T)
+
+Defaults: all 1.
+Departures: none known; the authors' code could not be read.
+"""
+
+from dataclasses import dataclass
+
+from ..losses import DISTLoss
+from .base import Method, check_temperature, check_weights, cross_entropy
+
+
+@dataclass(frozen=True)
+class DISTOptions:
+    """Correlations instead of divergences."""
+
+    temperature: float = 1.0
+    """Softens both networks' logits before they are compared; above 0."""
+    ce_weight: float = 1.0
+    """Weight of the cross-entropy with the labels; from 0."""
+    beta: float = 1.0
+    """Weight of 1 - correlation between the classes of a sample, times T^2; from 0."""
+    gamma: float = 1.0
+    """Weight of 1 - correlation between the samples of the batch in a class, times T^2; from 0."""
+
+    def __post_init__(self):
+        check_weights(ce_weight=self.ce_weight, beta=self.beta, gamma=self.gamma)
+        check_temperature(self.temperature)
+
+
+class DIST(Method):
+    """Correlation with the teacher in samples and classes (Huang et al. 2022)."""
+
+    Options = DISTOptions
+    paper = "arXiv:2205.10536"
+
+    def __init__(self, student, teacher, options=None, peers=()):
+        super().__init__(student, teacher, options, peers)
+        self.loss = DISTLoss(self.options.beta, self.options.gamma, self.options.temperature)
+
+    def losses(self, out, target, plan):
+        ours, theirs = out(self.student), out(self.teacher)
+        return {"ce": cross_entropy(ours, target, self.options.ce_weight), "dist": self.loss(ours, theirs)}

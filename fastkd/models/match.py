@@ -1,0 +1,36 @@
+"""Whether the stages of two networks can be compared map by map."""
+
+from torch import nn
+
+from ..errors import UserError
+from .shapes import stage_shapes
+
+SIZE = 64  # pixels; what is said of the stages is said for such images
+Shapes = list[tuple[int, ...]]
+
+
+def matched_shapes(
+    student: nn.Module, teacher: nn.Module, method: str, stage: int | None = None
+) -> tuple[Shapes, Shapes]:
+    """(C, H, W) of the student's and the teacher's stages, in order.
+
+    UserError unless they have equally many with equal H x W at each, or equal H x W at the one stage that has the index
+    `stage` in both. `method` is who asks, for the message.
+    """
+    ours, theirs = stage_shapes(student, SIZE), stage_shapes(teacher, SIZE)
+    if stage is None:
+        alike, where = [shape[1:] for shape in ours] == [shape[1:] for shape in theirs], "every stage"
+    else:
+        alike, where = ours[stage][1:] == theirs[stage][1:], "the last stage" if stage == -1 else f"stage {stage + 1}"
+    if not alike:
+        raise UserError(
+            f"{method} compares maps of equal height and width at {where}; for {SIZE} x {SIZE} images the stages "
+            f"(C x H x W) of the student {type(student).__name__} are {_listed(ours)}, those of the teacher "
+            f"{type(teacher).__name__} {_listed(theirs)}: take networks that halve the resolution alike, "
+            f"{'' if stage in (None, -1) else 'another stage, '}or a method without maps (kd, dkd, dist, rkd, sp)"
+        )
+    return ours, theirs
+
+
+def _listed(shapes: Shapes) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)

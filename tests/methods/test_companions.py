@@ -1,0 +1,289 @@
+"""The companions against their formulas, in float64: AT, FitNet, OFD, DKD, DIST, RKD, SP."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastkd import create_model
+from fastkd.errors import UserError
+from fastkd.methods import CE, METHODS, find_method
+
+NAMES = ["at", "fitnet", "ofd", "dkd", "dist", "rkd", "sp"]
+OPTIONS = [(name, option) for name in NAMES for option in vars(METHODS[name].Options()) if option != "stage"]
+
+
+def network(name, seed, classes=4):
+    """With BatchNorm that is not the identity."""
+    torch.manual_seed(seed)
+    net = create_model(name, classes).double()
+    for norm in (module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        torch.nn.init.normal_(norm.weight, 1, 0.3)
+        torch.nn.init.normal_(norm.bias, 0, 0.5)
+        norm.running_mean.normal_(0, 0.2)
+        norm.running_var.uniform_(0.5, 1.5)
+    return net
+
+
+@pytest.fixture
+def nets():
+    return network("resnet8", 0), network("resnet14", 1).eval()
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(2)
+    return torch.randn(5, 3, 16, 16, dtype=torch.float64), torch.arange(5) % 4
+
+
+def maps(net, images):
+    """What a CIFAR ResNet gives after and before the last ReLU of each stage, written out."""
+    x, after, before = net.bn1(net.conv1(images)).relu(), [], []
+    for stage in (net.layer1, net.layer2, net.layer3):
+        for block in stage:
+            side = x if block.downsample is None else block.downsample(x)
+            y = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu())) + side
+            x = y.relu()
+        after.append(x)
+        before.append(y)
+    return after, before
+
+
+def through(conv_and_norm, x):
+    """1x1 convolution and BatchNorm with the batch's statistics, by hand."""
+    conv, norm = conv_and_norm
+    y = torch.einsum("nchw,dc->ndhw", x, conv.weight[:, :, 0, 0])
+    mean, var = y.mean((0, 2, 3), keepdim=True), y.var((0, 2, 3), unbiased=False, keepdim=True)
+    return (y - mean) / (var + norm.eps).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+def made(name, nets, **options):
+    method = METHODS[name](*nets, METHODS[name].Options(**options)).double().train()
+    for module in method.children():
+        if module is not method.student:
+            for norm in (m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+                torch.nn.init.normal_(norm.weight, 1, 0.3)
+    return method
+
+
+def check_terms(method, batch, name, want):
+    terms = method(*batch)
+    assert list(terms) == ["ce", name]
+    ce = F.cross_entropy(method.student(batch[0]), batch[1])
+    torch.testing.assert_close(terms["ce"], method.options.ce_weight * ce)
+    torch.testing.assert_close(terms[name], want)
+    assert want > 1e-6
+
+
+def test_at(nets, batch):
+    want = 0
+    for s, t in zip(maps(nets[0], batch[0])[0], maps(nets[1], batch[0])[0], strict=True):
+        (a_s, a_t) = (f.pow(2).mean(1).flatten(1) for f in (s, t))
+        (a_s, a_t) = (a / a.pow(2).sum(1, keepdim=True).sqrt() for a in (a_s, a_t))
+        want = want + (a_s - a_t).pow(2).sum() / a_s.numel()
+    check_terms(made("at", nets), batch, "at", 1000 * want)
+    check_terms(made("at", nets, ce_weight=0.5, attention_weight=3.0), batch, "at", 3 * want)
+
+
+@pytest.mark.parametrize("stage, index", [(0, 1), (1, 0), (2, 1), (3, 2)])
+def test_fitnet(nets, batch, stage, index):
+    method = made("fitnet", nets, stage=stage, hint_weight=2.0)
+    ours, theirs = (maps(net, batch[0])[0][index] for net in nets)
+    check_terms(method, batch, "hint", 2 * (through(method.regressor, ours) - theirs).pow(2).mean())
+    assert METHODS["fitnet"].Options().hint_weight == 100
+
+
+def test_ofd(nets, batch):
+    method = made("ofd", nets, overhaul_weight=0.01)
+    want = 0
+    norms = [stage[-1].bn2 for stage in (nets[1].layer1, nets[1].layer2, nets[1].layer3)]
+    for number, (s, t) in enumerate(zip(maps(nets[0], batch[0])[1], maps(nets[1], batch[0])[1], strict=True)):
+        t = torch.maximum(
+            t, torch.tensor([margin(*pair) for pair in parameters(norms[number])]).double()[:, None, None]
+        )
+        s = through(method.connectors[number], s)
+        want = want + 0.5 ** (2 - number) * ((s > t) | (t > 0)).mul((s - t).pow(2)).sum() / len(s)
+    check_terms(method, batch, "ofd", 0.01 * want)
+    assert METHODS["ofd"].Options().overhaul_weight == 1e-3
+
+
+def parameters(norm):
+    return zip(norm.weight.abs().tolist(), norm.bias.tolist(), strict=True)
+
+
+def margin(std, mean):
+    """E[x | x < 0] of a normal x, by summing over its density."""
+    if 0.5 * math.erfc(mean / std / math.sqrt(2)) <= 0.001:
+        return -3 * std
+    x = torch.linspace(-12 * std + min(mean, 0), 0, 200_001, dtype=torch.float64)
+    density = (-((x - mean) / std).square() / 2).exp()
+    return (torch.trapezoid(x * density, x) / torch.trapezoid(density, x)).item()
+
+
+def test_dkd(nets, batch):
+    alpha, beta, T = 0.5, 3.0, 2.0
+    (z_s, z_t), tckd, nckd = (net(batch[0]) / T for net in nets), 0, 0
+    for s, t, y in zip(z_s, z_t, batch[1].tolist(), strict=True):
+        p_s, p_t = s.softmax(0), t.softmax(0)
+        for ours, theirs in ((p_s[y], p_t[y]), (1 - p_s[y], 1 - p_t[y])):
+            tckd = tckd + theirs * (theirs / ours).log()
+        rest = [c for c in range(4) if c != y]
+        q_s, q_t = s[rest].softmax(0), t[rest].softmax(0)
+        nckd = nckd + (q_t * (q_t / q_s).log()).sum()
+    want = T**2 * (alpha * tckd + beta * nckd) / 5
+    check_terms(made("dkd", nets, alpha=alpha, beta=beta, temperature=T), batch, "dkd", want)
+    defaults = METHODS["dkd"].Options()
+    assert (defaults.alpha, defaults.beta, defaults.temperature, defaults.ce_weight) == (1, 8, 4, 1)
+
+
+def test_dkd_takes_the_heaviest_class_of_soft_labels(nets, batch):
+    soft = 0.6 * F.one_hot(batch[1], 4).double() + 0.1
+    method = made("dkd", nets)
+    torch.testing.assert_close(method(batch[0], soft)["dkd"], method(*batch)["dkd"])
+    torch.testing.assert_close(method(batch[0], soft)["ce"], F.cross_entropy(method.student(batch[0]), soft))
+
+
+def test_dist(nets, batch):
+    beta, gamma, T = 0.5, 3.0, 2.0
+    p_s, p_t = ((net(batch[0]) / T).softmax(1) for net in nets)
+    rows = sum(1 - torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(p_s, p_t, strict=True)) / 5
+    columns = sum(1 - torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(p_s.T, p_t.T, strict=True)) / 4
+    method = made("dist", nets, beta=beta, gamma=gamma, temperature=T)
+    terms = method(*batch)
+    torch.testing.assert_close(terms["dist"], T**2 * (beta * rows + gamma * columns), rtol=1e-4, atol=1e-6)  # its eps
+    defaults = METHODS["dist"].Options()
+    assert (defaults.beta, defaults.gamma, defaults.temperature, defaults.ce_weight) == (1, 1, 1, 1)
+
+
+def test_rkd(nets, batch):
+    pooled = [maps(net, batch[0])[0][-1].mean((2, 3)) for net in nets]
+    places = range(5)
+    d_s, d_t = (torch.stack([torch.stack([(f[i] - f[j]).norm() for j in places]) for i in places]) for f in pooled)
+    d_s, d_t = (d / (d.sum() / 20) for d in (d_s, d_t))
+    distance = sum(huber(d_s[i, j] - d_t[i, j]) for i in places for j in places) / 25
+    angle = sum(huber(cosine(pooled[0], *ijk) - cosine(pooled[1], *ijk)) for ijk in triples(places)) / 125
+    check_terms(made("rkd", nets), batch, "rkd", 25 * distance + 50 * angle)
+    check_terms(made("rkd", nets, distance_weight=2.0, angle_weight=0.0), batch, "rkd", 2 * distance)
+
+
+def triples(places):
+    return ((i, j, k) for i in places for j in places for k in places)
+
+
+def huber(error):
+    return 0.5 * error**2 if abs(error) < 1 else abs(error) - 0.5
+
+
+def cosine(f, i, j, k):
+    if j in (i, k):
+        return f.new_zeros(())
+    return (f[i] - f[j]) @ (f[k] - f[j]) / (f[i] - f[j]).norm() / (f[k] - f[j]).norm()
+
+
+def test_sp(nets, batch):
+    grams = [f.flatten(1) @ f.flatten(1).T for f in (maps(net, batch[0])[0][-1] for net in nets)]
+    g_s, g_t = (g / g.pow(2).sum(1, keepdim=True).sqrt() for g in grams)
+    check_terms(made("sp", nets), batch, "sp", 3000 * (g_s - g_t).pow(2).sum() / 25)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_go_to_the_student_and_to_own_modules(name, nets, batch):
+    plain = set(nets[0].state_dict())
+    method = made(name, nets)
+    before = copy.deepcopy(nets[1].state_dict())
+    sum(method(*batch).values()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.parameters())
+    assert all(p.grad is None for p in nets[1].parameters()) and not nets[1].training
+    assert all(torch.equal(before[key], value) for key, value in nets[1].state_dict().items())
+    assert set(method.networks()) == {"student"} and set(method.networks()["student"].state_dict()) == plain
+    own = {key.split(".")[0] for key in method.state_dict()}
+    assert own == {"student"} | {"fitnet": {"regressor"}, "ofd": {"connectors"}}.get(name, set())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_companions_term_reaches_the_student(name, nets, batch):
+    method = made(name, nets, ce_weight=0.0)
+    sum(method(*batch).values()).backward()
+    assert nets[0].conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_its_term_it_is_plain_training(name, nets, batch):
+    others = {option: 0.0 for kind, option in OPTIONS if kind == name and option not in ("ce_weight", "temperature")}
+    alone = copy.deepcopy(nets[0])
+    sum(made(name, nets, **others)(*batch).values()).backward()
+    sum(CE(alone)(*batch).values()).backward()
+    for mine, plain in zip(nets[0].parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_beside_kd_each_network_runs_once(name, nets, batch):
+    method = find_method(f"kd+{name}")(*nets).double().train()
+    calls = []
+    for net in nets:
+        net.conv1.register_forward_hook(lambda *_: calls.append(1))
+    terms = method(*batch)
+    assert len(calls) == 2 and len(terms) == 3 and list(terms)[:2] == ["ce", "kd"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_autocast(name, batch):
+    method = METHODS[name](network("wrn_10_1", 0).float(), network("wrn_10_2", 1).float()).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = method(batch[0].float(), batch[1])
+    assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
+
+
+@pytest.mark.parametrize("name, option", OPTIONS)
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_bad_values_are_named(name, option, value):
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} must be .*, got {value}"):
+        METHODS[name].Options(**{option: value})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_something_must_be_learnt(name):
+    with pytest.raises(UserError, match="--ce-weight, --.* are all 0: nothing is learnt"):
+        METHODS[name].Options(**{option: 0.0 for kind, option in OPTIONS if kind == name and option != "temperature"})
+
+
+@pytest.mark.parametrize("name", ["dkd", "dist"])
+def test_temperature_is_above_0(name):
+    with pytest.raises(UserError, match="--temperature must be a number above 0, got 0"):
+        METHODS[name].Options(temperature=0.0)
+
+
+@pytest.mark.parametrize("name", ["at", "fitnet", "ofd"])
+@pytest.mark.parametrize("teacher, shapes", [("vgg8", "128x32x32, 256x16x16, 512x8x8"), ("mobilenetv2", "32x32x32")])
+def test_stages_that_do_not_match_are_shown(name, teacher, shapes):
+    with pytest.raises(UserError) as error:
+        METHODS[name](create_model("resnet8", 4), create_model(teacher, 4))
+    words = ["CifarResNet are 16x64x64, 32x32x32, 64x16x16", type(create_model(teacher, 4)).__name__, shapes, "take"]
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_relations_need_no_matching_stages(batch):
+    for name in ("rkd", "sp"):
+        method = METHODS[name](network("resnet8", 0), network("mobilenetv2", 1)).double()
+        assert method(*batch)[name] > 0
+
+
+def test_fitnets_stage_must_be_there(nets):
+    with pytest.raises(UserError, match="--stage counts from 1 .*, got -1"):
+        METHODS["fitnet"].Options(stage=-1)
+    with pytest.raises(UserError, match="--stage 4: the student has 3 stages, the teacher 3"):
+        made("fitnet", nets, stage=4)
+
+
+def test_ofd_needs_maps_before_the_activation():
+    with pytest.raises(UserError, match="CifarMobileNetV2 has no maps before the activation"):
+        METHODS["ofd"](create_model("mobilenetv2", 4), create_model("mobilenetv2", 4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_teacher_is_needed(name, nets):
+    with pytest.raises(UserError, match="needs a teacher"):
+        METHODS[name](nets[0], None)
