@@ -54,7 +54,7 @@ class Report:
         """The line of the epoch, the history files, TensorBoard."""
         row = history[-1]
         say(
-            f"epoch {row['epoch']:>3}/{self.config.epochs}  {terms_of(row)}  top-1 {row['top1']:.2f} %  "
+            f"epoch {row['epoch']:>3}/{self.config.epochs}  {terms_of(row)}{shares_of(row)}  top-1 {row['top1']:.2f} %  "
             f"val loss {row['val_loss']:.4f}  lr {row['lr']:.4g}  {row['img_per_s']:,.0f} img/s"
         )
         self._write_history(history)
@@ -149,6 +149,11 @@ def loss_terms(row: dict) -> dict[str, float]:
 
 def terms_of(row: dict) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in loss_terms(row).items())
+
+
+def shares_of(row: dict) -> str:
+    shares = [f"{value:.2f}" for name, value in row.items() if name.endswith("share")]
+    return f"  student's share {' '.join(shares)}" if shares else ""
 
 
 def plain(config: dict) -> dict:

@@ -67,7 +67,10 @@ class DCM(Method):
             self.tap(net)
 
     def losses(self, out, target, plan):
-        return self.loss.terms([self.logits(out, *both) for both in zip(self._nets(), self.heads, strict=True)], target)
+        heads = [self.logits(out, *both) for both in zip(self._nets(), self.heads, strict=True)]
+        terms = self.loss.terms(heads, target)
+        names = ["heads", *(f"peer{number}" for number in range(1, len(heads)))]
+        return {f"{kind}_{name}": terms[f"{kind}{n}"] for n, name in enumerate(names, 1) for kind in ("ce", "kl")}
 
     def logits(self, out, net: nn.Module, heads: nn.ModuleList) -> list:
         """[N, C] of each head of a network, the earliest first; the last is the network's own."""
