@@ -97,6 +97,7 @@ class Trainer:
                 self.step.precision.autocast,
                 partial(distributed.parallel, device=self.device),
                 track,
+                say,
             ),
         )
         self.train_loader.load_state_dict(position)

@@ -11,6 +11,7 @@ from .dkd import DKD
 from .dml import DML
 from .fitnet import FitNet
 from .iakd import IAKD
+from .iekd import IEKD
 from .kd import KD
 from .ofd import OFD
 from .rkd import RKD
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "ce": CE,
     "kd": KD,
     "dml": DML,
+    "iekd": IEKD,
     "iakd": IAKD,
     "sokd": SOKD,
     "dcm": DCM,
@@ -52,6 +54,7 @@ __all__ = [
     "DML",
     "FitNet",
     "IAKD",
+    "IEKD",
     "KD",
     "METHODS",
     "OFD",

@@ -102,6 +102,8 @@ class Run:
     """DDP around a network that `prepare` trains."""
     track: Callable[[Sequence, str], Iterable] = lambda steps, title: steps
     """A progress bar around the steps of `prepare`."""
+    say: Callable[[str], None] = lambda line: None
+    """Shows a line to who started the run."""
 
 
 @dataclass(frozen=True)
