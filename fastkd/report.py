@@ -54,8 +54,9 @@ class Report:
         """The line of the epoch, the history files, TensorBoard."""
         row = history[-1]
         say(
-            f"epoch {row['epoch']:>3}/{self.config.epochs}  {terms_of(row)}{shares_of(row)}  top-1 {row['top1']:.2f} %  "
-            f"val loss {row['val_loss']:.4f}  lr {row['lr']:.4g}  {row['img_per_s']:,.0f} img/s"
+            f"epoch {row['epoch']:>3}/{self.config.epochs}  {terms_of(row)}{shares_of(row)}  "
+            f"top-1 {row['top1']:.2f} %  val loss {row['val_loss']:.4f}  lr {row['lr']:.4g}  "
+            f"{row['img_per_s']:,.0f} img/s"
         )
         self._write_history(history)
         if self.board:
