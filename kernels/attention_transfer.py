@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_transfer_triton import launch, launch_backward
+from .check import check_tensors
 from .dispatch import accumulator
 
 
@@ -41,6 +42,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, weight: float = 1.0) ->
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:
+    check_tensors(student_map=student, teacher_map=teacher)
     s, t = list(student.shape), list(teacher.shape)
     if len(s) != 4 or len(t) != 4 or s[0] != t[0] or s[2:] != t[2:]:
         raise ValueError(f"maps must be [N, C, H, W], alike but for the channels; got student {s} and teacher {t}")

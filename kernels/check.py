@@ -1,33 +1,94 @@
 """Checks of what the operations are given: what costs no question to the GPU."""
 
+import math
 import os
 
 import torch
 from torch import Tensor
 
 
-def check_logits(heads: list[Tensor], target: Tensor) -> None:
-    """Raises ValueError unless heads are [N, C] alike and the target fits them."""
+def check_tensors(**given: object) -> None:
+    """Raises TypeError, with what came, unless everything given is a tensor."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise _no_tensor(name, x)
+
+
+def _no_tensor(name: str, x: object) -> TypeError:
+    return TypeError(f"{name} must be a tensor, got {type(x).__name__}{_way_to_tensor(x)}")
+
+
+def _way_to_tensor(x: object) -> str:
+    if isinstance(x, dict):
+        return f" with the keys {list(x)}; take the tensor out of it, as in output['logits']"
+    if isinstance(x, list | tuple):
+        return f" of {len(x)}; take the tensor out of it, as in output[0], or make one with torch.as_tensor()"
+    return "; make one with torch.as_tensor()" if hasattr(x, "__array__") else ""
+
+
+def check_logits(heads: list[Tensor]) -> None:
+    """Raises TypeError unless heads are a list of tensors, ValueError unless they are [N, C] alike."""
+    if not isinstance(heads, list | tuple):
+        raise TypeError(f"heads must be a list of logits [N, C], got {type(heads).__name__}")
     if not heads:
         raise ValueError("no logits given")
+    for head in heads:
+        if not isinstance(head, Tensor):
+            raise _no_tensor("logits", head)
     shape, device = heads[0].shape, heads[0].device
     for head in heads:
         if head.dim() != 2 or head.shape != shape:
-            raise ValueError(f"logits must all be [N, C] of one size, got {[list(h.shape) for h in heads]}")
+            raise ValueError(_unlike([list(head.shape) for head in heads]))
         if not head.is_floating_point():
             raise ValueError(f"logits must be floating point, got {head.dtype} {list(head.shape)}")
+        if head.device != device:
+            raise ValueError(f"logits must be on one device, got {[str(head.device) for head in heads]}")
     if shape[1] < 2:
         raise ValueError(f"logits of {shape[1]} class(es), {list(shape)}: a softmax needs 2 or more")
-    if any(tensor.device != device for tensor in (*heads, target)):
-        raise ValueError(f"logits and target must be on one device, got {[str(t.device) for t in (*heads, target)]}")
-    soft = target.is_floating_point()
+
+
+def check_target(target: Tensor, logits: Tensor) -> None:
+    """Raises TypeError unless the target is a tensor, ValueError unless it fits logits [N, C]."""
+    if not isinstance(target, Tensor):
+        raise _no_tensor("target", target)
+    shape, soft = logits.shape, target.is_floating_point()
     if target.shape != (shape if soft else shape[:1]) or not (soft or target.dtype == torch.int64):
         raise ValueError(
             f"target must be int64 [N] or floating [N, C] for logits {list(shape)}, "
-            f"got {target.dtype} {list(target.shape)}"
+            f"got {target.dtype} {list(target.shape)}; {_way_to_target(target, *shape)}"
         )
+    if target.device != logits.device:
+        raise ValueError(f"logits and target must be on one device, got {logits.device} and {target.device}")
     if target.requires_grad:
         raise ValueError(f"the target {list(target.shape)} requires a gradient, which no loss here gives it; detach it")
+
+
+def _unlike(shapes: list[list[int]]) -> str:
+    """Which rule logits of these shapes break, and what to do."""
+    sizes = {len(shape) for shape in shapes}
+    if min(sizes) < 2:
+        return f"logits must be [N, C], got {shapes}; one sample is a batch of one: logits[None]"
+    if max(sizes) > 2:
+        return (
+            f"logits must be [N, C], got {shapes}; flatten all but the classes into one batch: logits.flatten(0, -2) "
+            "and target.flatten(), after logits.movedim(1, -1) if the classes are dimension 1"
+        )
+    if len({N for N, _ in shapes}) > 1:
+        return f"logits must be of one batch, got {shapes}: N differs; give all networks the same images"
+    return f"logits must be over the same classes, got {shapes}: C differs; the networks need one number of classes"
+
+
+def _way_to_target(target: Tensor, N: int, C: int) -> str:
+    shape = tuple(target.shape)
+    if shape == (N, 1):
+        return "drop its last dimension: target[:, 0]"
+    if shape == (N,):
+        return "labels are int64: target.long()"
+    if shape == (N, C):
+        return "a distribution is floating point: target.float(); labels of a one-hot target: target.argmax(1)"
+    if shape and shape[0] != N:
+        return f"it is not of the same batch: {shape[0]} rows for {N}"
+    return f"a distribution is over the {C} classes of the logits"
 
 
 def check_settings(temperature: float, label_smoothing: float) -> None:
@@ -37,8 +98,29 @@ def check_settings(temperature: float, label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
 
 
-def check_labels(target: Tensor, classes: int, ignore_index: int | None) -> None:
-    """ValueError if a label is no class; on the CPU, elsewhere if FASTKD_DEBUG=1: there such a label makes NaN."""
+def check_weights(weights: list[float], heads: int) -> None:
+    """ValueError unless all are from 0 and no head learns from itself; weights: row by row [heads, 1 + heads]."""
+    if 0 <= min(weights) and sum(weights) < math.inf and not any(weights[1 :: heads + 2]):
+        return
+    for k, weight in enumerate(weights):
+        i, j = divmod(k, heads + 1)
+        name = f"table[{i}][{j - 1}]" if j else f"ce_weights[{i}]"
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be zero or a positive number, got {weight}")
+        if weight and i == j - 1:
+            raise ValueError(f"{name} must be 0, for no head learns from itself; got {weight}")
+
+
+def check_labels(
+    target: Tensor,
+    classes: int,
+    ignore_index: int | None,
+    unlabelled: str = "pass ignore_index for rows without a label",
+) -> None:
+    """ValueError if a label is no class; on the CPU, elsewhere if FASTKD_DEBUG=1: there such a label makes NaN.
+
+    unlabelled: what to do about rows that have none.
+    """
     if target.is_floating_point() or not (target.device.type == "cpu" or os.environ.get("FASTKD_DEBUG") == "1"):
         return
     if not target.numel():
@@ -49,9 +131,14 @@ def check_labels(target: Tensor, classes: int, ignore_index: int | None) -> None
     wrong = (target < 0) | (target >= classes)
     if ignore_index is not None:
         wrong &= target != ignore_index
+        unlabelled = f"ignore_index, for rows without a label, is {ignore_index}"
     if wrong.any():
         rows = wrong.nonzero()[:, 0].tolist()
+        labels = target[wrong]
+        hints = [unlabelled] * bool(labels.min() < 0)
+        if labels.max() >= classes:
+            hints.append(f"the logits have {classes} classes: check their number, and that labels count from 0")
         raise ValueError(
-            f"{len(rows)} label(s) are not from 0 to {classes - 1}, first in row {rows[0]}: {target[rows[0]].item()}; "
-            "pass ignore_index for rows without a label"
+            f"{len(rows)} label(s) are not from 0 to {classes - 1}, first in row {rows[0]}: {labels[0].item()}; "
+            + "; ".join(hints)
         )

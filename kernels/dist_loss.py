@@ -50,7 +50,7 @@ def dist_loss(
     term is gamma, without a gradient. An empty batch gives 0. Raises ValueError on shapes, dtypes or devices that do
     not fit and on temperature <= 0.
     """
-    check_logits([student, teacher], student.new_empty(len(student), dtype=torch.int64))
+    check_logits([student, teacher])
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     learns = torch.is_grad_enabled() and student.requires_grad

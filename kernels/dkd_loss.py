@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .check import check_labels, check_logits
+from .check import check_labels, check_logits, check_target
 from .dispatch import accumulator
 from .dkd_loss_cpu import closed_form
 from .dkd_loss_triton import launch
@@ -56,7 +56,8 @@ def dkd_loss(
     does. Raises ValueError on shapes, dtypes or devices that do not fit, temperature <= 0 and, on the CPU or with
     FASTKD_DEBUG=1, labels that are no class; elsewhere such a label makes the loss NaN.
     """
-    check_logits([student, teacher], target)
+    check_logits([student, teacher])
+    check_target(target, student)
     if target.is_floating_point():
         raise ValueError(f"dkd_loss needs labels int64 [N], got {target.dtype} {list(target.shape)}")
     if not temperature > 0:
@@ -73,7 +74,7 @@ def _compute(student: Tensor, teacher: Tensor):
 def _dkd_loss(
     student: Tensor, teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float, learns: bool
 ) -> tuple[Tensor, Tensor]:
-    check_labels(target, student.shape[1], None)
+    check_labels(target, student.shape[1], None, "leave rows without a label out")
     loss, grads = _results(student, teacher, learns)
     if len(target) == 0:
         return loss.zero_(), grads

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .check import check_tensors
 from .dispatch import accumulator
 from .factor_distance_cpu import closed_form
 from .factor_distance_triton import launch, launch_backward
@@ -67,19 +68,26 @@ def factor_distance(parts: list[Tensor], teacher: Tensor, weights: list[float], 
 
 def _check(parts: list[Tensor], teacher: Tensor, weights: list[float], p: int) -> None:
     if not parts or len(parts) != len(weights):
-        raise ValueError(f"one weight for each of 1 or more parts: got {len(parts)} parts and weights {weights}")
+        raise ValueError(
+            f"one weight for each of 1 or more student factors: got {len(parts)} factors and weights {weights}"
+        )
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p}")
     for x in parts:
+        check_tensors(student_factor=x, teacher_factor=teacher)
         if x.dim() != 4 or x.shape != teacher.shape:
             raise ValueError(
-                f"parts must be [N, C, H, W] like the teacher's factor, got {list(x.shape)} and {list(teacher.shape)}"
+                f"student_factor and teacher_factor must be [N, C, H, W] of one shape, got {list(x.shape)} and "
+                f"{list(teacher.shape)}"
             )
         if x.device != teacher.device:
-            raise ValueError(f"parts and teacher must be on one device, got {x.device} and {teacher.device}")
-    for x in (*parts, teacher):
-        if not x.is_floating_point():
-            raise ValueError(f"factors must be floating point, got {x.dtype} {list(x.shape)}")
+            raise ValueError(
+                f"student_factor and teacher_factor must be on one device, got {x.device} and {teacher.device}"
+            )
+        if not (x.is_floating_point() and teacher.is_floating_point()):
+            raise ValueError(
+                f"student_factor and teacher_factor must be floating point, got {x.dtype} and {teacher.dtype}"
+            )
 
 
 def _on_gpu(tensors: list[Tensor]) -> bool:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .check import check_tensors
 from .logit_loss import logit_loss, z_score
 
 
@@ -73,10 +74,11 @@ def kd_loss(
     standardize: bool = False,
     count_hits: bool = False,
 ) -> KDTerms:
-    """The same in one pass, with its gradient. Raises ValueError with the shapes that do not fit.
+    """The same in one pass, with its gradient. Raises ValueError with the shapes that do not fit, TypeError on no tensor.
 
     `ignore_index` and an empty batch: see `logit_loss`.
     """
+    check_tensors(student_logits=student, teacher_logits=teacher, target=target)
     fused = logit_loss(
         [student, teacher.detach()],
         target,

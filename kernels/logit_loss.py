@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .check import check_labels, check_logits, check_settings
+from .check import check_labels, check_logits, check_settings, check_target, check_weights
 from .dispatch import accumulator, plain
 from .logit_loss_cpu import closed_form
 from .logit_loss_triton import launch
@@ -99,19 +99,21 @@ def logit_loss(
     standardize: bool = False,
     count_hits: bool = False,
 ) -> LogitLoss:
-    """The equation above in one pass. ce_weights: c [H]; table: W [H][H]. ValueError on shapes,
-    devices, dtypes and settings that do not fit.
+    """The equation above in one pass. ce_weights: c [H]; table: W [H][H], all from 0. ValueError on shapes,
+    devices, dtypes and settings that do not fit, TypeError on what is no tensor.
 
     Rows with the label `ignore_index` have no cross-entropy, whose mean is over the others (0 if there is none); their
     divergences count: teachers need no label. An empty batch gives 0. Gradients go to the heads that require one and
     have a weight. A weight of 0 switches its term off, whatever its value.
     """
-    check_logits(heads, target)
+    check_logits(heads)
+    check_target(target, heads[0])
     check_settings(temperature, label_smoothing)
     H = len(heads)
     if len(ce_weights) != H or len(table) != H or any(len(row) != H for row in table):
         raise ValueError(f"{H} heads need {H} ce_weights and a {H} x {H} table, got {ce_weights} and {table}")
     weights = [float(w) for c, row in zip(ce_weights, table, strict=True) for w in (c, *row)]
+    check_weights(weights, H)
     learns = [torch.is_grad_enabled() and z.requires_grad and any(weights[i * (H + 1) : (i + 1) * (H + 1)])
               for i, z in enumerate(heads)]  # fmt: skip
     settings = (weights, temperature, label_smoothing, ignore_index, standardize, learns, count_hits)

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .check import check_tensors
 from .dispatch import accumulator
 from .map_distance_cpu import closed_form
 from .map_distance_triton import launch
@@ -82,15 +83,34 @@ def bn_margin(weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _check(student: Tensor, teacher: Tensor, margin: Tensor | None) -> None:
+    check_tensors(student_map=student, teacher_map=teacher)
     if student.dim() != 4 or student.shape != teacher.shape:
-        raise ValueError(f"maps must both be [N, C, H, W], got {list(student.shape)} and {list(teacher.shape)}")
+        raise ValueError(_unlike(list(student.shape), list(teacher.shape)))
     tensors = [student, teacher] + ([] if margin is None else [margin])
+    if margin is not None:
+        check_tensors(margin=margin)
     if any(tensor.device != student.device for tensor in tensors):
         raise ValueError(f"maps and margin must be on one device, got {[str(t.device) for t in tensors]}")
     if not all(tensor.is_floating_point() for tensor in tensors):
         raise ValueError(f"maps and margin must be floating point, got {[t.dtype for t in tensors]}")
     if margin is not None and margin.shape != student.shape[1:2]:
         raise ValueError(f"margin must be [C] for maps {list(student.shape)}, got {list(margin.shape)}")
+
+
+def _unlike(s: list[int], t: list[int]) -> str:
+    """Which rule maps of these shapes break, and what to do."""
+    if len(s) != 4 or len(t) != 4:
+        return f"maps must both be [N, C, H, W], got {s} and {t}"
+    if s[0] != t[0]:
+        return f"maps must be of one batch, got student {s} and teacher {t}; N differs"
+    if s[2:] != t[2:]:
+        return (
+            f"maps must be of one height and width, got student {s} and teacher {t}; compare stages of one resolution"
+        )
+    return (
+        f"maps must have as many channels, got student {s} and teacher {t}; put a regressor (a connector) on the "
+        f"student: Conv2d({s[1]}, {t[1]}, 1)"
+    )
 
 
 def _distance(student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float) -> Tensor:

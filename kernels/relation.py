@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .check import check_tensors
+
 
 def rkd_loss(
     student_features: Tensor, teacher_features: Tensor, *, distance_weight: float = 25.0, angle_weight: float = 50.0
@@ -107,6 +109,7 @@ def _accumulate(x: Tensor) -> Tensor:
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:
+    check_tensors(student_features=student, teacher_features=teacher)
     if student.dim() < 2 or teacher.dim() < 2 or len(student) != len(teacher):
         raise ValueError(f"features must be [N, ...] with the same N, {_shapes(student, teacher)}")
     if not (student.is_floating_point() and teacher.is_floating_point()):

@@ -210,7 +210,7 @@ def test_errors():
     parts, teacher = factors((2, 4, 3, 3))
     for arguments, message in [
         (([], teacher, []), "1 or more"),
-        ((parts, teacher, [1.0]), "2 parts"),
+        ((parts, teacher, [1.0]), "2 factors"),
         ((parts, teacher, PAIR, 3), "got 3"),
         ((parts, teacher[:, :2], PAIR), r"\[2, 4, 3, 3\] and \[2, 2, 3, 3\]"),
         (([x.flatten(1) for x in parts], teacher.flatten(1), PAIR), "N, C, H, W"),

@@ -545,6 +545,19 @@ BAD = [
     (lambda h, y: (h, h[0].softmax(1)), "requires a gradient"),
     (lambda h, y: ([h[0], h[1].to("meta")], y), "meta"),
     (lambda h, y: (h, torch.tensor([0, 6, -1, 2])), r"2 label\(s\) are not from 0 to 5, first in row 1: 6"),
+    (lambda h, y: (h, torch.tensor([0, 5, 6, 2])), r": 6; the logits have 6 classes: check their number"),
+    (lambda h, y: (h, torch.tensor([0, 5, -1, 2])), r": -1; pass ignore_index for rows without a label$"),
+    (lambda h, y: ([h[0], h[1][:, :3]], y), "over the same classes.* C differs"),
+    (lambda h, y: ([h[0], h[1][:3]], y), r"of one batch, got \[\[4, 6\], \[3, 6\]\]: N differs"),
+    (lambda h, y: ([z[0] for z in h], y), r"\[\[6\], \[6\]\]; one sample is a batch of one: logits\[None\]"),
+    (lambda h, y: ([z[:, :, None] for z in h], y), r"\[\[4, 6, 1\], \[4, 6, 1\]\]; flatten .*logits.flatten\(0, -2\)"),
+    (lambda h, y: (h, y.int()), r"int32 \[4\]; labels are int64: target.long\(\)"),
+    (lambda h, y: (h, y.byte()), r"uint8 \[4\]; labels are int64: target.long\(\)"),
+    (lambda h, y: (h, y.float()), r"float32 \[4\]; labels are int64: target.long\(\)"),
+    (lambda h, y: (h, y[:, None]), r"int64 \[4, 1\]; drop its last dimension"),
+    (lambda h, y: (h, F.one_hot(y, 6)), r"int64 \[4, 6\]; .*target.argmax\(1\)"),
+    (lambda h, y: (h, y[:3]), "not of the same batch: 3 rows for 4"),
+    (lambda h, y: (h, torch.rand(4, 5)), r"float32 \[4, 5\]; a distribution is over the 6 classes"),
 ]
 
 
@@ -577,6 +590,34 @@ def test_bad_table():
     heads, y = make(2, 4, 6)
     with pytest.raises(ValueError, match="2 heads need 2 ce_weights"):
         logit_loss(heads, y, [1.0], KD[1])
+
+
+@pytest.mark.parametrize(
+    "c, W, words",
+    [
+        ([-0.1, 0.0], KD[1], r"ce_weights\[0\] must be zero or a positive number, got -0.1"),
+        ([0.1, math.nan], KD[1], r"ce_weights\[1\] .* got nan"),
+        ([0.1, 0.0], [[0.0, math.inf], [0.0, 0.0]], r"table\[0\]\[1\] .* got inf"),
+        ([0.1, 0.0], [[0.0, 0.9], [-1.0, 0.0]], r"table\[1\]\[0\] must be zero or a positive number, got -1"),
+        ([0.1, 0.0], [[0.0, 0.9], [0.0, 0.5]], r"table\[1\]\[1\] must be 0, .* got 0.5"),
+    ],
+)
+def test_bad_weights_are_named(c, W, words):
+    with pytest.raises(ValueError, match=words):
+        logit_loss(*make(2, 4, 6), c, W)
+
+
+def test_heads_that_are_one_tensor():
+    heads, y = make(2, 4, 6)
+    with pytest.raises(TypeError, match="heads must be a list of logits .*, got Tensor"):
+        logit_loss(torch.stack(heads), y, *KD)
+
+
+def test_a_label_that_is_not_the_ignored_one():
+    heads, y = make(2, 4, 6)
+    y[1] = -100
+    with pytest.raises(ValueError, match="row 1: -100; ignore_index, for rows without a label, is -1$"):
+        logit_loss([head.cpu() for head in heads], y.cpu(), *KD, ignore_index=-1)
 
 
 def test_second_derivative_is_refused():

@@ -276,7 +276,7 @@ def test_margin_is_the_mean_below_zero():
 @pytest.mark.parametrize(
     "student, teacher, margin, words",
     [
-        (torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 5), torch.ones(3), r"\[2, 3, 4, 4\] and \[2, 3, 4, 5\]"),
+        (torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 5), torch.ones(3), r"\[2, 3, 4, 4\] and teacher \[2, 3, 4, 5\]"),
         (torch.ones(2, 3), torch.ones(2, 3), torch.ones(3), r"\[N, C, H, W\], got \[2, 3\]"),
         (torch.ones(2, 3, 4, 4).long(), torch.ones(2, 3, 4, 4), torch.ones(3), "int64"),
         (torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4), torch.ones(4), r"\[4\]"),
