@@ -1,5 +1,7 @@
 """The modules that other trainers import."""
 
+import inspect
+
 import pytest
 import torch
 from capture import Capture
@@ -63,6 +65,27 @@ def test_bad_settings_are_named(name, value):
         KDLoss(**{name: value})
 
 
+@pytest.mark.parametrize("name, value", [("temperature", "4"), ("ce_weight", "1"), ("label_smoothing", "0.1")])
+def test_a_number_as_text_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .* got '{value}'"):
+        KDLoss(**{name: value})
+
+
+def test_a_loss_shows_its_options():
+    assert repr(KDLoss(temperature=2.0)).startswith("KDLoss(temperature=2.0, ce_weight=0.1, kd_weight=0.9, ")
+    assert "pair_weights=[[1.0, 0.5], [0.5, 1.0]]" in repr(MutualLoss(pair_weights=[[1, 0.5], [0.5, 1]]))
+    for name in fastkd.losses.__all__:
+        kind = getattr(fastkd.losses, name)
+        options = inspect.signature(kind).parameters.values()
+        want = ", ".join(f"{option.name}={option.default!r}" for option in options)
+        assert repr(kind()) == f"{name}({want})"
+
+
+@pytest.mark.parametrize("loss", [getattr(fastkd.losses, name) for name in fastkd.losses.__all__])
+def test_help_says_what_a_loss_is_called_with(loss):
+    assert "Called " in loss.__doc__
+
+
 def logits(count, N=5, C=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(N, C, generator=generator).requires_grad_() for _ in range(count)], torch.arange(N) % C
@@ -117,6 +140,66 @@ def test_mutual_loss_says_how_heads_are_given(heads, words):
     z, y = logits(2)
     with pytest.raises(ValueError, match=words):
         MutualLoss()(heads(z), y)
+
+
+@pytest.mark.parametrize(
+    "table, words",
+    [
+        ([1, 1], r"must be numbers \[K, K\] .* got \[1, 1\]"),
+        ([[1, "a"], [1, 1]], "must be numbers"),
+        ([[1, 1], [1]], r"got 2 rows of \[2, 1\]"),
+        ([[1, 1]], r"got 1 rows of \[2\]"),
+        ([], "got 0 rows"),
+        ([[1, 1], [-0.5, 1]], r"pair_weights\[1\]\[0\] .* got -0.5"),
+    ],
+)
+def test_pair_weights_are_checked_in_the_constructor(table, words):
+    with pytest.raises(ValueError, match=words):
+        MutualLoss(pair_weights=table)
+
+
+@pytest.mark.parametrize("K, counts", [(3, [2, 2]), (2, [3, 3]), (3, [2, 1]), (2, [1, 3])])
+def test_pair_weights_fit_the_network_with_the_most_heads(K, counts):
+    z, y = logits(sum(counts))
+    heads, most = [z[: counts[0]], z[counts[0] :]], max(counts)
+    with pytest.raises(ValueError, match=rf"is \[{K}, {K}\]; networks with .* heads need \[{most}, {most}\]"):
+        MutualLoss(pair_weights=torch.ones(K, K))(heads, y)
+    torch.testing.assert_close(MutualLoss(pair_weights=torch.ones(most, most))(heads, y), MutualLoss()(heads, y))
+
+
+def test_heads_that_are_no_lists_of_tensors():
+    (a, b), y = logits(2)
+    for heads, words in [
+        ([{"logits": a}, {"logits": b}], "got .'dict', 'dict'"),
+        ([None, None], "got .'NoneType', 'NoneType'"),
+        ([[a.detach().numpy()], [b]], "logits must be a tensor, got ndarray"),
+    ]:
+        with pytest.raises(TypeError, match=words):
+            MutualLoss()(heads, y)
+
+
+WRONG = [
+    (lambda z: z.detach().numpy(), r"must be a tensor, got ndarray; make one with torch.as_tensor\(\)"),
+    (lambda z: z.tolist(), r"must be a tensor, got list of 5; .* make one with torch.as_tensor\(\)"),
+    (lambda z: {"logits": z}, r"must be a tensor, got dict with the keys \['logits'\]; take the tensor out of it"),
+    (lambda z: (z, z), r"must be a tensor, got tuple of 2; take the tensor out of it, as in output\[0\]"),
+    (lambda z: None, "must be a tensor, got NoneType$"),
+]
+
+
+@pytest.mark.parametrize("change, words", WRONG)
+@pytest.mark.parametrize(
+    "loss, places",
+    [(KDLoss(), 3), (BridgeLoss(), 4), (DKDLoss(), 3), (DISTLoss(), 2), (HintLoss(), 2), (InheritanceLoss(), 2),
+     (RKDLoss(), 2), (SPLoss(), 2)],
+)  # fmt: skip
+def test_what_is_no_tensor_is_named(loss, places, change, words):
+    for place in range(places):
+        z, y = logits(3)
+        given = [*z[: places - 1], y] if places > 2 else z[:2]
+        given[place] = change(given[place])
+        with pytest.raises(TypeError, match=words):
+            loss(*given)
 
 
 def test_dcm_is_symmetric_and_one_head_is_dml():
@@ -205,6 +288,30 @@ def test_attention_and_hint_and_overhaul():
     torch.testing.assert_close(OverhaulLoss()([u, u], [v, v], [margin] * 2), 1e-3 * 1.5 * partial)
     with pytest.raises(ValueError, match=r"\[2, 1\]"):
         AttentionTransferLoss()([s, u], [t])
+
+
+def test_the_stage_that_does_not_fit_is_named():
+    s, t, u, v = maps((3, 4, 5, 5), (3, 4, 5, 5), (3, 8, 2, 2), (3, 8, 3, 3))
+    with pytest.raises(ValueError, match=r"stage 2 of 2: maps .*\[3, 8, 2, 2\] and teacher \[3, 8, 3, 3\]"):
+        AttentionTransferLoss()([s, u], [t, v])
+    margins = [torch.full((C,), -0.5) for C in (4, 8)]
+    with pytest.raises(ValueError, match="stage 2 of 2: maps must be of one height and width"):
+        OverhaulLoss()([s, u], [t, v], margins)
+    with pytest.raises(TypeError, match="stage 1 of 2: student_map must be a tensor"):
+        AttentionTransferLoss()([s.tolist(), u], [t, u])
+
+
+def test_a_hint_of_another_width_needs_a_regressor():
+    s, t = maps((3, 4, 5, 5), (3, 8, 5, 5))
+    with pytest.raises(ValueError, match=r"put a regressor .* on the student: Conv2d\(4, 8, 1\)"):
+        HintLoss()(s, t)
+
+
+def test_factors_are_named_as_the_arguments_are():
+    s, t = maps((3, 4, 5, 5), (3, 8, 5, 5))
+    for given in ((s, t), (s.long(), s), (s.to("meta"), s)):
+        with pytest.raises(ValueError, match="^student_factor and teacher_factor must be "):
+            InheritanceLoss()(*given)
 
 
 EVERY = {

@@ -1,6 +1,7 @@
 """Losses from feature maps [N, C, H, W] (channels-last is the fast layout) and from pooled features [N, D]."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -13,10 +14,11 @@ from ..kernels import (
     rkd_loss,
     sp_loss,
 )
+from .base import Loss
 from .checks import check_weight
 
 
-class FactorTransferLoss(nn.Module):
+class FactorTransferLoss(Loss):
     """weight * ( mean |f^_s - f^_t|^p )^(1/p), f^ = the factor over its norm per sample; FT, arXiv:1802.04977.
 
     Called with student_factor and teacher_factor [N, C, H, W], of translator and paraphraser. p is 1 or 2.
@@ -34,24 +36,32 @@ class FactorTransferLoss(nn.Module):
 
 
 class InheritanceLoss(FactorTransferLoss):
-    """( mean |f^_inh - f^_t|^p )^(1/p) over all elements: draws a part to the teacher; IE-KD, arXiv:2107.00181."""
+    """( mean |f^_inh - f^_t|^p )^(1/p) over all elements: draws a part to the teacher; IE-KD, arXiv:2107.00181.
+
+    Called with student_factor and teacher_factor [N, C, H, W]: the inheriting half of the student's channels through
+    its translator, and the teacher's map through the paraphraser's encoder. Gradient to the student only. p is 1 or 2.
+    """
 
     def __init__(self, p: int = 1):
         super().__init__(p, weight=1.0)
 
 
-class ExplorationLoss(nn.Module):
-    """-( mean |f^_exp - f^_t|^p )^(1/p): drives a part away from the teacher; IE-KD, arXiv:2107.00181."""
+class ExplorationLoss(Loss):
+    """-( mean |f^_exp - f^_t|^p )^(1/p): drives a part away from the teacher; IE-KD, arXiv:2107.00181.
+
+    Called like InheritanceLoss, with the factor of the exploring half. Its value is negative: what is minimised is the
+    resemblance.
+    """
 
     def __init__(self, p: int = 1):
         super().__init__()
-        self.opposite = InheritanceLoss(p)
+        self.p = InheritanceLoss(p).p  # checked
 
     def forward(self, student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
-        return factor_distance([student_factor], teacher_factor, [-1.0], self.opposite.p).loss
+        return factor_distance([student_factor], teacher_factor, [-1.0], self.p).loss
 
 
-class InheritanceExplorationLoss(nn.Module):
+class InheritanceExplorationLoss(Loss):
     """inheritance_weight * L_inh + exploration_weight * L_exp, both in one pass over the teacher's factor; IE-KD.
 
     Called with student_inheritance, student_exploration, teacher_factor [N, C, H, W]; 50 each with p = 1 is said to be
@@ -63,6 +73,7 @@ class InheritanceExplorationLoss(nn.Module):
         self.p = InheritanceLoss(p).p
         check_weight("inheritance_weight", inheritance_weight)
         check_weight("exploration_weight", exploration_weight)
+        self.inheritance_weight, self.exploration_weight = inheritance_weight, exploration_weight
         self.weights = {"inheritance": inheritance_weight, "exploration": -exploration_weight}
 
     def terms(self, inheritance: Tensor | None, exploration: Tensor | None, teacher: Tensor) -> dict[str, Tensor]:
@@ -78,7 +89,7 @@ class InheritanceExplorationLoss(nn.Module):
         return sum(self.terms(inheritance, exploration, teacher).values(), teacher.new_zeros(()))
 
 
-class AttentionTransferLoss(nn.Module):
+class AttentionTransferLoss(Loss):
     """weight * sum over stages of mean (a_s - a_t)^2, a = l2norm(flatten(mean_c f^2)); AT, arXiv:1612.03928.
 
     Called with the maps of one stage, or two lists of maps, stage by stage: [N, Cs, H, W] and [N, Ct, H, W].
@@ -91,10 +102,11 @@ class AttentionTransferLoss(nn.Module):
 
     def forward(self, student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor]) -> Tensor:
         stages = _stages(student_maps, teacher_maps)
-        return sum(attention_transfer(s, t, self.weight) for s, t in stages)
+        return sum(_at_stage(number, len(stages), attention_transfer, *maps, self.weight)
+                   for number, maps in enumerate(stages, 1))  # fmt: skip
 
 
-class OverhaulLoss(nn.Module):
+class OverhaulLoss(Loss):
     """weight * sum over L stages l of 2^-(L-l) partial-L2(f_s, max(f_t, margin)); OFD, arXiv:1904.01866.
 
     Called with maps before the ReLU, stage by stage, the student's through its connectors, and the teacher's margins
@@ -119,10 +131,11 @@ class OverhaulLoss(nn.Module):
     ) -> Tensor:
         stages = _stages(student_maps, teacher_maps, margins)
         weights = [self.weight / 2 ** (len(stages) - number) for number in range(1, len(stages) + 1)]
-        return sum(overhaul_distance(s, t, m, weight=w) for (s, t, m), w in zip(stages, weights, strict=True))
+        return sum(_at_stage(number, len(stages), partial(overhaul_distance, weight=weight), *maps)
+                   for number, (maps, weight) in enumerate(zip(stages, weights, strict=True), 1))  # fmt: skip
 
 
-class HintLoss(nn.Module):
+class HintLoss(Loss):
     """weight * mean (f_s - f_t)^2 over all elements of one stage; FitNets, arXiv:1412.6550.
 
     Called with the student's map through its regressor and the teacher's, both [N, C, H, W].
@@ -137,7 +150,7 @@ class HintLoss(nn.Module):
         return hint_distance(student_map, teacher_map, weight=self.weight)
 
 
-class RKDLoss(nn.Module):
+class RKDLoss(Loss):
     """Relations between samples, distances and angles; Park et al. 2019, arXiv:1904.05068.
 
     Called with pooled features [N, D] and [N, D2].
@@ -147,13 +160,14 @@ class RKDLoss(nn.Module):
         super().__init__()
         check_weight("distance_weight", distance_weight)
         check_weight("angle_weight", angle_weight)
-        self.weights = {"distance_weight": distance_weight, "angle_weight": angle_weight}
+        self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        return rkd_loss(student_features, teacher_features, **self.weights)
+        weights = {"distance_weight": self.distance_weight, "angle_weight": self.angle_weight}
+        return rkd_loss(student_features, teacher_features, **weights)
 
 
-class SPLoss(nn.Module):
+class SPLoss(Loss):
     """weight * |G_s - G_t|_F^2 / N^2, G the row-normalised Gram matrix of the batch; SP, arXiv:1907.09682.
 
     Called with maps or features [N, ...]; only N must agree.
@@ -173,3 +187,13 @@ def _stages(*maps: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     if not lists[0] or len({len(stages) for stages in lists}) > 1:
         raise ValueError(f"as many maps are needed of each, one or more: got {[len(stages) for stages in lists]}")
     return list(zip(*lists, strict=True))
+
+
+def _at_stage(number: int, stages: int, distance: Callable[..., Tensor], *arguments) -> Tensor:
+    """The distance; what does not fit is reported with the stage."""
+    if stages == 1:
+        return distance(*arguments)
+    try:
+        return distance(*arguments)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"stage {number} of {stages}: {error}") from None

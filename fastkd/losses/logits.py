@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import dist_loss, dkd_loss, kd_loss, logit_loss
+from ..kernels.check import check_tensors
+from .base import Loss
 from .checks import check_positive, check_weight
 
 
-class LogitLossModule(nn.Module):
+class LogitLossModule(Loss):
     """What the losses from logits have in common: the options of the cross-entropy, checked."""
 
     def __init__(self, temperature: float, label_smoothing: float, ignore_index: int | None, **weights: float):
@@ -17,7 +19,8 @@ class LogitLossModule(nn.Module):
         for name, weight in weights.items():
             check_weight(name, weight)
             setattr(self, name, weight)
-        if not 0 <= label_smoothing < 1:
+        check_weight("label_smoothing", label_smoothing)
+        if not label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         self.temperature, self.label_smoothing, self.ignore_index = temperature, label_smoothing, ignore_index
         self.settings = {
@@ -34,6 +37,9 @@ class KDLoss(LogitLossModule):
     `standardize=True` is logit standardisation (arXiv:2403.01427), usually with temperature 2 and kd_weight 9.
     Called with student_logits [N, C], teacher_logits [N, C], target [N] int64 or [N, C] floating. The gradient goes to
     the student's logits only. Rows labelled `ignore_index` have no cross-entropy; the teacher still teaches there.
+    A floating target is used as it is: it is not normalised, and what its rows sum to weighs them.
+    A label that is no class is a ValueError on the CPU. On a GPU nobody asks, for that would wait for the device: the
+    loss and the gradient of that row are NaN. FASTKD_DEBUG=1 in the environment checks there too.
     """
 
     def __init__(
@@ -63,7 +69,7 @@ class MutualLoss(LogitLossModule):
 
     Sum over heads of ce_weight * CE, and kl_weight * T^2 * KL(sg q || p) for each head p and each head q of every
     other network, divided by the number of other networks. `pair_weights` [K][K]: factor for a head number k that
-    learns from a head number l (DCM's same-stage and cross-stage weights).
+    learns from a head number l (DCM's same-stage and cross-stage weights), K = the most heads that a network has.
     Called with heads[n][k]: logits [N, C] of classifier k of network n; target [N] int64 or [N, C] floating. Every head
     that requires a gradient gets one; as a target it is a constant.
     """
@@ -78,18 +84,16 @@ class MutualLoss(LogitLossModule):
         ignore_index: int | None = None,
     ):
         super().__init__(temperature, label_smoothing, ignore_index, ce_weight=ce_weight, kl_weight=kl_weight)
-        self.pair_weights = None if pair_weights is None else [[float(w) for w in row] for row in pair_weights]
-        for row in self.pair_weights or []:
-            for weight in row:
-                check_weight("pair_weights", weight)
+        self.pair_weights = None if pair_weights is None else _square(pair_weights)
 
     def fused(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> Tensor:
         """The terms [H, 1 + H] and the loss of all heads in a row, those of the first network first."""
-        if any(isinstance(net, Tensor) and net.dim() < 3 for net in heads):
-            shapes = [list(net.shape) if isinstance(net, Tensor) else len(net) for net in heads]
-            raise ValueError(f"heads[n] must be a list of logits [N, C]; for one classifier write [z]; got {shapes}")
-        if len(heads) < 2 or not all(len(net) for net in heads):
-            raise ValueError(f"heads[n][k] must be of two networks or more, got {[len(net) for net in heads]} heads")
+        counts = _counts(heads)
+        if self.pair_weights and len(self.pair_weights) != max(counts):
+            K = len(self.pair_weights)
+            raise ValueError(
+                f"pair_weights is [{K}, {K}]; networks with {counts} heads need [{max(counts)}, {max(counts)}]"
+            )
         places = [(n, k) for n, net in enumerate(heads) for k in range(len(net))]
         table = [[self._weight(*i, *j, networks=len(heads)) for j in places] for i in places]
         every = [z for net in heads for z in net]
@@ -98,11 +102,8 @@ class MutualLoss(LogitLossModule):
     def _weight(self, n: int, k: int, m: int, other_k: int, networks: int) -> float:
         if n == m:
             return 0.0
-        pair = self.pair_weights
-        heads = max(k, other_k) + 1
-        if pair and not (heads <= len(pair) and all(len(row) == len(pair) for row in pair)):
-            raise ValueError(f"pair_weights must be [K, K] for K heads a network, got {pair} for {heads} heads")
-        return self.kl_weight * (pair[k][other_k] if pair else 1.0) / (networks - 1)
+        pair = self.pair_weights[k][other_k] if self.pair_weights else 1.0
+        return self.kl_weight * pair / (networks - 1)
 
     def terms(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> dict[str, Tensor]:
         """ce1, kl1, ce2, kl2, ...: the weighted terms of each network, summed over its heads."""
@@ -115,6 +116,35 @@ class MutualLoss(LogitLossModule):
 
     def forward(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> Tensor:
         return self.fused(heads, target).loss
+
+
+def _square(table: Sequence[Sequence[float]] | Tensor) -> list[list[float]]:
+    """The weights as lists. ValueError unless they are [K, K] and from 0."""
+    try:
+        rows = [[float(weight) for weight in row] for row in table]
+    except (TypeError, ValueError):
+        raise ValueError(f"pair_weights must be numbers [K, K] for K heads a network, got {table!r}") from None
+    lengths = [len(row) for row in rows]
+    if not rows or set(lengths) != {len(rows)}:
+        raise ValueError(f"pair_weights must be [K, K] for K heads a network, got {len(rows)} rows of {lengths}")
+    for k, row in enumerate(rows):
+        for other, weight in enumerate(row):
+            check_weight(f"pair_weights[{k}][{other}]", weight)
+    return rows
+
+
+def _counts(heads: Sequence[Sequence[Tensor]]) -> list[int]:
+    """How many heads each network has. TypeError or ValueError unless they are given network by network."""
+    for net in heads:
+        if isinstance(net, Tensor) and net.dim() < 3:
+            shapes = [list(net.shape) if isinstance(net, Tensor) else type(net).__name__ for net in heads]
+            raise ValueError(f"heads[n] must be a list of logits [N, C]; for one classifier write [z]; got {shapes}")
+        if isinstance(net, dict) or not hasattr(net, "__len__"):
+            raise TypeError(f"heads[n] must be a list of logits [N, C], got {[type(net).__name__ for net in heads]}")
+    counts = [len(net) for net in heads]
+    if len(counts) < 2 or not all(counts):
+        raise ValueError(f"heads[n][k] must be of two networks or more, got {counts} heads")
+    return counts
 
 
 class BridgeLoss(LogitLossModule):
@@ -141,6 +171,7 @@ class BridgeLoss(LogitLossModule):
         super().__init__(temperature, label_smoothing, ignore_index, **weights)
 
     def fused(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor):
+        check_tensors(student=student, bridge=bridge, teacher=teacher, target=target)
         table = [[0.0, self.kd_sa, 0.0], [self.kd_as, 0.0, self.kd_at], [0.0, 0.0, 0.0]]
         heads = [student, bridge, teacher.detach()]
         return logit_loss(heads, target, [self.ce_s, self.ce_a, 0.0], table, **self.settings)
@@ -154,7 +185,7 @@ class BridgeLoss(LogitLossModule):
         return self.fused(student, bridge, teacher, target).loss
 
 
-class DKDLoss(nn.Module):
+class DKDLoss(Loss):
     """T^2 (alpha TCKD + beta NCKD), decoupled distillation; Zhao et al. 2022, arXiv:2203.08679. No cross-entropy.
 
     Called with student_logits, teacher_logits [N, C], C >= 2, target [N] int64. Gradient to the student only.
@@ -172,7 +203,7 @@ class DKDLoss(nn.Module):
         return dkd_loss(student_logits, teacher_logits, target, **settings)
 
 
-class DISTLoss(nn.Module):
+class DISTLoss(Loss):
     """beta (1 - mean row correlation) + gamma (1 - mean column correlation) of the softmaxes; arXiv:2205.10536.
 
     Called with student_logits, teacher_logits [N, C]. Gradient to the student only. No cross-entropy.
