@@ -17,7 +17,8 @@ from textwrap import dedent
 from torch import nn
 
 from ..errors import UserError
-from .base import Method, Run
+from ..models import PreActivation
+from .base import Frozen, Method, Run
 
 
 class Combo(Method):
@@ -33,6 +34,21 @@ class Combo(Method):
         for name, part in self.parts.items():
             if len(part.plans(0)) > 1:
                 raise UserError(f"--{name}-alternate makes several updates with a batch: that cannot be summed")
+        for net in {net for part in self.parts.values() for net in part.views}:
+            self._check_views(net)
+
+    def _check_views(self, net: nn.Module) -> None:
+        """One forward pass gives a network's maps before the activation or after it."""
+        parts = self.parts.items()
+        before = [name for name, part in parts if isinstance(part.views.get(net), PreActivation)]
+        paths = [name for name, part in parts if net is self.student and type(part).views_for is not Method.views_for]
+        after = [name for name, part in parts if name not in before and (name in paths or net in part.views)]
+        if before and after:
+            kind = type(net.net if isinstance(net, Frozen) else net).__name__
+            raise UserError(
+                f"{before[0]} looks at maps of {kind} before the activation, {after[0]} at those after it: they cannot "
+                "be summed; leave one of them out"
+            )
 
     def _part(self, name: str, kind: type[Method]) -> Method:
         teacher, peers = self.teacher if kind.needs_teacher else None, self.peers if kind.needs_peers else ()

@@ -287,3 +287,11 @@ def test_ofd_needs_maps_before_the_activation():
 def test_a_teacher_is_needed(name, nets):
     with pytest.raises(UserError, match="needs a teacher"):
         METHODS[name](nets[0], None)
+
+
+def test_maps_before_and_after_the_activation_are_not_summed(nets):
+    for other in ("at", "iakd"):
+        for name in (f"ofd+{other}", f"{other}+ofd"):
+            with pytest.raises(UserError, match=f"ofd looks at maps of CifarResNet before .*, {other} at those after"):
+                find_method(name)(*nets)
+    find_method("at+fitnet+iakd")(*nets)
