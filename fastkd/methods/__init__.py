@@ -10,7 +10,9 @@ from .dist import DIST
 from .dkd import DKD
 from .dml import DML
 from .fitnet import FitNet
+from .ft import FT
 from .iakd import IAKD
+from .iedml import IEDML
 from .iekd import IEKD
 from .kd import KD
 from .ofd import OFD
@@ -23,11 +25,13 @@ METHODS: dict[str, type[Method]] = {
     "kd": KD,
     "dml": DML,
     "iekd": IEKD,
+    "iedml": IEDML,
     "iakd": IAKD,
     "sokd": SOKD,
     "dcm": DCM,
     "at": AT,
     "fitnet": FitNet,
+    "ft": FT,
     "ofd": OFD,
     "dkd": DKD,
     "dist": DIST,
@@ -52,8 +56,10 @@ __all__ = [
     "DIST",
     "DKD",
     "DML",
+    "FT",
     "FitNet",
     "IAKD",
+    "IEDML",
     "IEKD",
     "KD",
     "METHODS",
