@@ -1,0 +1,107 @@
+"""Fashion-MNIST in memory: 28x28 pictures of clothes, padded to 32x32, three equal channels.
+
+H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms",
+arXiv:1708.07747, licence MIT. Debian's package dataset-fashion-mnist holds the four IDX files; any folder with them, as
+they are or gzipped, will do. 60,000 images to train and 10,000 to evaluate, ten classes of equal size.
+
+The subset is fixed and stratified: the first images of each class, in the order of the files. Training shifts each
+image by up to 4 pixels and mirrors every second one; both depend on (seed, epoch) and the image.
+"""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, pad
+
+from fastkd.data.base import derived_seed, epoch_of, epoch_order, evaluation_slices, training_slices
+from fastkd.data.digits import SHIFT, shifted
+from fastkd.errors import UserError
+
+FOLDER = Path("/usr/share/datasets/fashion-mnist")
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+FRAME = (32 - 28) // 2  # pixels on each side
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """uint8 array of an IDX file, or of the same with .gz behind its name."""
+    zipped = path.with_name(f"{path.name}.gz")
+    if not (path.is_file() or zipped.is_file()):
+        raise UserError(f"{path} is not there, gzipped or not: apt install dataset-fashion-mnist, or give --folder DIR")
+    raw = path.read_bytes() if path.is_file() else gzip.decompress(zipped.read_bytes())
+    if raw[:3] != b"\0\0\x08":  # two zeros, then the code of uint8
+        raise UserError(f"{path} is no IDX file of bytes: it begins with {raw[:3]!r}")
+    shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+
+
+def read_part(part: str, images: int, folder: Path = FOLDER) -> tuple[Tensor, Tensor]:
+    """`part` is "train" or "t10k": [N, 32, 32] float32 in [0, 1] and [N] int64, N = `images`, or 0 for all of them."""
+    pictures = torch.from_numpy(read_idx(folder / f"{part}-images-idx3-ubyte").copy())
+    target = torch.from_numpy(read_idx(folder / f"{part}-labels-idx1-ubyte").copy()).long()
+    if images:
+        chosen = first_of_each(target, images // len(CLASSES))
+        pictures, target = pictures[chosen], target[chosen]
+    return pad(pictures, (FRAME,) * 4).float().div(255), target
+
+
+def first_of_each(target: Tensor, count: int) -> Tensor:
+    """Positions of the first `count` images of each class, rising."""
+    position = one_hot(target).cumsum(0).gather(1, target[:, None]).squeeze(1)  # 1, 2, 3, ... within the class
+    return (position <= count).nonzero().squeeze(1)
+
+
+def create_fashion(batch_size: int, device, *, seed, dtype, images: tuple[int, int], folder: Path = FOLDER):
+    """The training and the evaluation loader, of `images` images; 0: all there are."""
+    parts = [read_part(part, count, folder) for part, count in zip(("train", "t10k"), images, strict=True)]
+    std, mean = torch.std_mean(parts[0][0])
+    loaders = []
+    for (pictures, target), train in zip(parts, (True, False), strict=True):
+        # padded before normalising: what a shift brings in is background
+        pictures = pad(pictures, (SHIFT,) * 4).sub(mean).div(std).to(device, dtype)
+        slices = (training_slices if train else evaluation_slices)(len(pictures), batch_size, 0, 1)
+        loaders.append(FashionLoader(pictures, target.to(device), slices, train=train, seed=seed))
+    return tuple(loaders)
+
+
+class FashionLoader:
+    """A Loader (see fastkd/data/base.py) over images [N, 40, 40] and target [N] that are on the device."""
+
+    classes = CLASSES
+
+    def __init__(self, images_NHW: Tensor, target: Tensor, slices: list[tuple[int, int]], *, train: bool, seed: int):
+        self.images, self.target, self.slices, self.train, self.seed = images_NHW, target, slices, train, seed
+        self.samples, self.epoch = len(images_NHW), 0
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = self.epoch
+        order, corners, mirrored = (plan.to(self.images.device) for plan in self._plan(epoch))
+        for step, (start, stop) in enumerate(self.slices):
+            if step == len(self) - 1:
+                self.epoch = epoch + 1
+            chosen = order[start:stop]
+            images = shifted(self.images, chosen, corners[chosen])
+            yield torch.where(mirrored[chosen, None, None, None], images.flip(3), images), self.target[chosen]
+
+    def _plan(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Order [N], top left corner [N, 2] of each image's crop, and bool [N], on the CPU."""
+        if not self.train:
+            plain = torch.zeros(self.samples, dtype=torch.bool)
+            return torch.arange(self.samples), torch.full((self.samples, 2), SHIFT), plain
+        random = torch.Generator().manual_seed(derived_seed(self.seed, epoch, SHIFT))
+        corners = torch.randint(2 * SHIFT + 1, (self.samples, 2), generator=random)
+        mirrored = torch.rand(self.samples, generator=random) < 0.5
+        return epoch_order(self.samples, self.seed, epoch), corners, mirrored
+
+    def state_dict(self) -> dict:
+        return {"loader": "fashion", "epoch": self.epoch} if self.train else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.train:
+            self.epoch = epoch_of(state, "fashion")
