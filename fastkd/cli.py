@@ -17,7 +17,7 @@ usage: fastkd COMMAND [OPTIONS]
   eval      top-1, top-5, loss and images/s of trained weights
   bench     how long the fused losses take here, beside torch's: fastkd bench loss
   doctor    what this machine has, and which paths fastkd will take on it
-  methods   the methods by name, with their papers
+  methods   the methods by name, with their papers and what they need
 
 `fastkd COMMAND --help` explains the options. Several GPUs: torchrun --nproc-per-node N -m fastkd train ...
 """
@@ -166,16 +166,27 @@ def doctor(arguments: list[str]) -> None:
     show_table(["", "here", "what fastkd does with it"], findings())
 
 
+SUMS = """\
+Sums: --method iekd+kd adds the losses of both, on one teacher and one forward pass of each network.
+The options then begin with the method's name (--kd-temperature); --kd-weight is kd's factor.
+Staged: one of fastkd's own networks, or a ResNet, MobileNet, VGG, ... of timm or torchvision.
+Peers: networks that learn beside the student, by default one of its kind.
+`fastkd train --method NAME --help` explains the options."""
+
+
 def methods(arguments: list[str]) -> None:
     from .methods import METHODS
-    from .report import show_table
+    from .report import say, show_table
 
-    _take_none(arguments, "methods", "The methods by name, with their papers. No options.")
-    rows = [
-        [name, method.__doc__.splitlines()[0], method.paper, "teacher" if method.needs_teacher else "-"]
-        for name, method in METHODS.items()
-    ]
-    show_table(["method", "", "paper", "needs"], rows)
+    _take_none(arguments, "methods", "The methods by name, with their papers and what they need. No options.")
+    rows = [[name, kind.__doc__.splitlines()[0], kind.paper or "-", _needs(kind)] for name, kind in METHODS.items()]
+    show_table(["method", "what it is", "paper", "needs"], rows)
+    say(SUMS)
+
+
+def _needs(kind: type) -> str:
+    wanted = [(kind.needs_teacher, "teacher"), (kind.needs_peers, "peers"), (kind.needs_stages, kind.needs_stages)]
+    return "; ".join(text for needed, text in wanted if needed) or "-"
 
 
 def _take_none(arguments: list[str], command: str, about: str) -> None:

@@ -38,7 +38,7 @@ class OFD(Method):
 
     Options = OFDOptions
     paper = "arXiv:1904.01866"
-    needs_stages = "both ResNet, Wide ResNet, VGG (BN) or MobileNet, equal H x W at every stage"
+    needs_stages = "both ResNet, WRN, VGG-BN or MobileNet, equal H x W at every stage"
 
     def __init__(self, student, teacher, options=None, peers=()):
         super().__init__(student, teacher, options, peers)
