@@ -28,6 +28,7 @@ A run of fastkd.
     best.pt               the same after the epoch with the best accuracy; `fastkd eval --weights best.pt --model NAME`
     student.safetensors   the trained student after the last epoch; `fastkd eval --weights student.safetensors`
     peer1.safetensors     likewise a network that learnt beside the student; improved_teacher.safetensors: of SOKD
+    autoencoder.safetensors, paraphraser.safetensors: the encoder of the teacher's maps, of iekd and ft
     teacher/, alone/      runs of their own, where a teacher or the student alone was trained for this one
 """
 
