@@ -8,11 +8,11 @@ The real launch functions run on tensors without data, and Triton, told of a GPU
 would compile for them. TRITON_INTERPRET must not be set.
 """
 
+import argparse
 import json
 import math
 import re
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -164,7 +164,16 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--write", action="store_true", help="put the table into kernels/README.md")
+    form.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args()
+
+
 def main() -> None:
+    asked = options()
     warnings.simplefilter("ignore")  # Triton's word on a default that changes; we set it
     rows = [
         {"case": name, "figures": found}
@@ -172,9 +181,9 @@ def main() -> None:
         for capability in (80, 90, 100)
         for found in compiled(call, capability)
     ]
-    if "--json" in sys.argv:
+    if asked.json:
         print(json.dumps(rows))
-    elif "--write" in sys.argv:
+    elif asked.write:
         before, rest = README.read_text().split(MARKS[0])
         README.write_text(before + MARKS[0] + table(rows) + MARKS[1] + rest.split(MARKS[1], 1)[1])
     else:

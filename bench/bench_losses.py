@@ -29,11 +29,13 @@ def judged(case: Case, name: str) -> dict:
     return judge(case, {name: functions[name]}, tensors)[name]
 
 
-def parameters():
-    for case in cases(DEVICE):
-        for name in (*NAMES, *case.others):
-            for mode in ("forward", "backward", "both") if case.learners else ("forward",):
-                yield pytest.param(case, name, mode, id=f"{case.name}-{name}-{mode}")
+def parameters() -> list:
+    return [
+        pytest.param(case, name, mode, id=f"{case.name}-{name}-{mode}")
+        for case in cases(DEVICE)
+        for name in (*NAMES, *case.others)
+        for mode in (("forward", "backward", "both") if case.learners else ("forward",))
+    ]
 
 
 def timed(work: Work, given: object) -> None:

@@ -7,6 +7,7 @@ Exit status 0: all tests pass and every result of fastkd is right. 1: not so; af
 file says what failed. 2: no GPU here.
 """
 
+import argparse
 import datetime
 import os
 import subprocess
@@ -29,10 +30,14 @@ TESTS = {
 }
 
 
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds, without torch.compile")
+    return parser.parse_args()
+
+
 def main() -> int:
-    if unknown := set(sys.argv[1:]) - {"--quick"}:
-        print(f"gpu_gate: unknown option {unknown.pop()!r}; there is --quick", file=sys.stderr)
-        return 2
+    quick = options().quick
     if not torch.cuda.is_available():
         print("gpu_gate: no CUDA device here; nothing was run", file=sys.stderr)
         return 2
@@ -40,7 +45,7 @@ def main() -> int:
     record["tests"] = {name: run_tests(words) for name, words in TESTS.items()}
     green = all(tests["status"] == 0 for tests in record["tests"].values())
     if green:
-        record["losses"] = losses(cases(torch.device("cuda")), torch.device("cuda"), "--quick" in sys.argv, say)
+        record["losses"] = losses(cases(torch.device("cuda")), torch.device("cuda"), quick, say)
         show(record["losses"])
     path = ROOT / "bench" / "results" / slug(record["gpu"]) / f"{datetime.date.today()}-gate.json"
     write_json(path, record)

@@ -11,6 +11,11 @@ from fastkd.bench.common import commit, environment, load_average
 from fastkd.bench.measure import measure, precision
 
 COLUMNS = ["case", "fastkd ms", "eager", "best baseline", "verdict", "% copy"]
+SPREAD = 1.5
+WORDS = (
+    "even: the middle 60 % of the times overlap with the best baseline's; % copy: what part of the speed of copying "
+    "fastkd reaches, by the least bytes that the operation must move"
+)
 QUICK = "torch.compile was left out (--quick)"
 
 
@@ -60,10 +65,19 @@ def verdict(record: dict, way: str) -> str:
     others = [times for name, times in found.items() if name != "fastkd"]
     if "fastkd" not in found or not others:
         return "no time" if "fastkd" not in found else "no baseline"
-    best, fused = min(others, key=lambda times: times["median"]), found["fastkd"]
-    if fused["p80"] < best["p20"]:
+    return compared(found["fastkd"], min(others, key=lambda times: times["median"]))
+
+
+def compared(fused: dict, other: dict) -> str:
+    if fused["p80"] < other["p20"]:
         return "faster"
-    return "slower" if fused["p20"] > best["p80"] else "even"
+    return "slower" if fused["p20"] > other["p80"] else "even"
+
+
+def colour(record: dict, way: str, name: str) -> str:
+    """Of the bar of a baseline: blue where fastkd is faster, red where it is slower, grey where they are even."""
+    found = medians(record, way)
+    return {"faster": "C0", "slower": "C3", "even": "grey"}[compared(found["fastkd"], found[name])]
 
 
 def rows(record: dict) -> list[list[str]]:
@@ -85,8 +99,8 @@ def row(record: dict, way: str) -> list[str]:
 
 
 def notes(run: dict) -> list[str]:
-    """What got no time, and why."""
-    lines = [QUICK] if run["quick"] else []
+    """What the table's words mean; what disturbed the figures; what got no time, and why."""
+    lines = [WORDS, *disturbances(run)] + [QUICK] * run["quick"]
     for record in run["cases"]:
         for name, contender in record["contenders"].items():
             if "reason" in contender:
@@ -94,6 +108,25 @@ def notes(run: dict) -> list[str]:
             if "no_graph" in contender:
                 lines.append(f"{record['case']}: {name} cannot be captured: {contender['no_graph']}")
     return lines
+
+
+def disturbances(run: dict) -> list[str]:
+    """Where other work seems to have shared the machine."""
+    load, cpus, lines = run["load_average"], run["environment"]["cpus"], []
+    if load > cpus:
+        lines.append(f"Other work disturbed these figures: the load before was {load:.1f} on {cpus} CPUs")
+    spread = [record["case"] for record in run["cases"] if any(unsteady(record, way) for way in ("call", "graph"))]
+    if spread:
+        lines.append(
+            f"Other work may have disturbed {', '.join(spread)}: fastkd's 80th percentile is above {SPREAD:g} times "
+            "its 20th"
+        )
+    return lines
+
+
+def unsteady(record: dict, way: str) -> bool:
+    ours = medians(record, way).get("fastkd")
+    return bool(ours) and ours["p80"] > SPREAD * ours["p20"]
 
 
 def heading(run: dict) -> str:
@@ -111,18 +144,19 @@ def draw(run: dict, path: Path) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     way = "graph" if any(medians(record, "graph") for record in run["cases"]) else "call"
-    bars = [(f"{r['case']}, {name}", x) for r in run["cases"] for name, x in ratios(r, way).items()][::-1]
+    bars = [
+        (f"{r['case']}, {name}", x, colour(r, way, name)) for r in run["cases"] for name, x in ratios(r, way).items()
+    ]
     figure = Figure(figsize=(9, 1.5 + 0.25 * len(bars)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    names, times = [name for name, _ in bars], [x for _, x in bars]
-    colours = ["C0" if x > 1 else "C3" for x in times]
+    names, times, colours = ([bar[i] for bar in bars[::-1]] for i in range(3))
     axes.barh(names, [x - 1 for x in times], left=1, color=colours)
     for place, x in enumerate(times):
         axes.annotate(f"{x:.2f}", (max(x, 1), place), (4, 0), textcoords="offset points", va="center")
     axes.axvline(1, color="black", linewidth=1)
     axes.margins(x=0.15, y=0.01)
-    axes.set(xscale="log", title=f"{run['device']}, {run['dtype']} ({way}): above 1, fastkd is faster")
+    axes.set(xscale="log", title=f"{run['device']}, {run['dtype']} ({way}): above 1, fastkd is faster; grey: even")
     axes.set(xlabel="time, as a multiple of fastkd's")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())

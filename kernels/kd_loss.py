@@ -74,7 +74,7 @@ def kd_loss(
     standardize: bool = False,
     count_hits: bool = False,
 ) -> KDTerms:
-    """The same in one pass, with its gradient. Raises ValueError with the shapes that do not fit, TypeError on no tensor.
+    """The same in one pass, with its gradient. Raises ValueError with the shapes that do not fit.
 
     `ignore_index` and an empty batch: see `logit_loss`.
     """
