@@ -172,9 +172,14 @@ def _refuse_options_of_other_methods(method: str, sources: list[tuple[str, dict]
     for source, values in sources:
         for name in values.keys() - own.keys():
             having = [other for other in METHODS if name in option_types(config_type(other))]
-            if having:
-                there = f"(methods that have it: {', '.join(having)})"
-                raise UserError(f"{source}: method {method} has no option {name} {there}")
+            prefixed = [f"--{part}-{name}".replace("_", "-") for part in method.split("+") if f"{part}_{name}" in own]
+            if prefixed or having:
+                there = (
+                    f"did you mean {' or '.join(prefixed)}?"
+                    if prefixed
+                    else f"methods that have it: {', '.join(having)}"
+                )
+                raise UserError(f"{source}: method {method} has no option {name} ({there})")
 
 
 def _from(sources: list[tuple[str, dict]], key: str) -> str:
