@@ -114,7 +114,7 @@ def _sum_of_options(kinds: dict[str, type[Method]]) -> type:
     """A dataclass with the options of all, checked as theirs are; its docstring explains them to `--help`."""
     options, about = [], ["The parts.", "", "Args:"]
     for part, kind in kinds.items():
-        helps = _explained(kind.Options)
+        helps = explained(kind.Options)
         for o in fields(kind.Options):
             default = field(default=o.default, default_factory=o.default_factory)
             options.append((f"{part}_{o.name}", o.type, default))
@@ -142,7 +142,7 @@ def _own_options(options, part: str, kind: type[Method]):
         raise UserError(f"{part} (here its options begin with --{part}-): {error}") from None
 
 
-def _explained(options: type) -> dict[str, str]:
+def explained(options: type) -> dict[str, str]:
     """The line below each option in the source of its dataclass."""
     try:
         body = ast.parse(dedent(inspect.getsource(options))).body[0].body
