@@ -1,6 +1,8 @@
 """The closed form for one student and one teacher with integer labels: half the calls of logit_loss_cpu.py.
 
 At batch 128 and 100 classes the time on a CPU is that of the calls, not of the numbers.
+The divergence of two heads that agree to 0.01 is off by some 0.04 % at T = 1, up to 4 times eager torch's error, and by
+0.2 % at T = 4, where eager's is the same.
 """
 
 import math
@@ -45,9 +47,10 @@ def student_and_teacher(
     p.add_(p1, alpha=ce_weight / N).scatter_(1, label, -ce_weight / N, reduce="add")
     if p.dtype != grads.dtype:
         grads[0].copy_(p)
+    at_label = at_label.double()  # the divergence of nearly equal heads is a small difference of these
     at_label[2:].log_()
     at_label[:2].sub_(at_label[2:4])  # log sum exp = z - log p, at any class
     if not (at_label.abs().amax() <= WIDEST and math.isfinite(ratio)):
         return None
-    log_sum_s, log_sum_t, _, _, log_p = at_label.sum((1, 2), dtype=torch.float64).tolist()
+    log_sum_s, log_sum_t, _, _, log_p = at_label.sum((1, 2)).tolist()
     return -ce_weight / N * log_p, kd_weight * temperature**2 / N * (ratio + log_sum_s - log_sum_t)
