@@ -13,10 +13,12 @@ class Meter:
     """Weighted means of named scalars. A set of values with one that is not finite is left out of the means."""
 
     def __init__(self):
-        self.reset()
+        self.sums: dict[tuple[str, ...], Tensor] = {}  # by set of names: weighted sum of each, then the weight
 
     def reset(self) -> None:
-        self.sums: dict[tuple[str, ...], Tensor] = {}  # by set of names: weighted sum of each, then the weight
+        """In place: a captured step goes on adding to the same tensors."""
+        for sums in self.sums.values():
+            sums.zero_()
 
     def add(self, values: dict[str, Tensor], weight: float) -> None:
         row = torch.stack([*(value.detach().double() for value in values.values())])

@@ -68,8 +68,10 @@ def _quick(
     heads: list[Tensor], target: Tensor, weights: list[float], temperature: float, learns: list[bool], grads: Tensor
 ) -> Tensor | None:
     """The terms, and the gradients into grads; None where it takes more care."""
-    if learns == [True, False] and not any((weights[1], *weights[3:])):
-        pair = student_and_teacher(*heads, target, weights[0], weights[2], temperature, grads)
+    if len(heads) == 2 and not learns[1] and not any((weights[1], *weights[3:])):
+        # without a gradient the same terms, to the bit: the registered op computes them apart from the gradients
+        room = grads if learns[0] else scratch("unused", (1, *heads[0].shape), grads)
+        pair = student_and_teacher(*heads, target, weights[0], weights[2], temperature, room)
         return pair and grads.new_tensor([[pair[0], 0, pair[1]], [0, 0, 0]], dtype=torch.float64)
     return many_heads(heads, target, weights, temperature, learns, grads)
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "fastkd/methods": {"losses", "models", "errors"},
     "fastkd/metrics.py": {"distributed"},
     "fastkd/distributed.py": {"errors"},
-    "fastkd/engine": {"methods.base", "distributed", "metrics", "errors"},
+    "fastkd/engine": {"methods.base", "models", "distributed", "metrics", "errors"},
     "fastkd/checkpoint.py": {"errors"},
     "fastkd/evaluate.py": {"engine", "distributed", "metrics"},
     "fastkd/report.py": {"checkpoint", "curves", "distributed", "environment", "errors"},

@@ -1,0 +1,105 @@
+"""A whole step as one CUDA graph per (plan, shapes): the host then launches one thing where it launched hundreds.
+
+Forward, loss, backward, clipping, optimizer, average of the weights and the counters are in the graph. Outside are the
+schedule, which writes the learning rate's tensor, the mixing of images, and the copy of a batch into the graph's inputs.
+
+A plan's first steps run eagerly and count: they are the warm-up, so no state has to be put back. Then the step is
+captured, which changes nothing either, and replayed. A batch of another size runs eagerly.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from .optim import can_skip
+from .step import Step
+
+WARM_UP = 3  # eager steps before the first capture: cuDNN chooses its algorithms, the optimizer makes its state
+LARGEST = 64  # graphs held; IAKD has 2^K plans
+
+
+class CudaGraph:
+    """`with CudaGraph(pool) as graph:` captures, `graph.replay()` runs. What tests imitate on the CPU."""
+
+    counts_at_once = False  # capturing does not run anything
+
+    def __init__(self, pool, stream: torch.cuda.Stream):
+        self.graph = torch.cuda.CUDAGraph()
+        self.context = torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+
+    def __enter__(self) -> "CudaGraph":
+        self.context.__enter__()
+        return self
+
+    def __exit__(self, *problem) -> None:
+        self.context.__exit__(*problem)
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class GraphedStep:
+    """`step(images, target, plan)` as Step, replayed where that is possible. `largest` graphs are held, oldest use out.
+
+    `new_graph()` gives an object like CudaGraph. A step has been captured when `(plan, shapes)` is in `graphs`.
+    """
+
+    def __init__(self, step: Step, new_graph, warm_up: int = WARM_UP, largest: int = LARGEST):
+        self.step, self.new_graph, self.warm_up, self.largest = step, new_graph, warm_up, largest
+        self.graphs: OrderedDict[Hashable, tuple] = OrderedDict()
+        self.seen: dict[Hashable, int] = {}
+
+    def __getattr__(self, name: str):
+        return getattr(self.step, name)
+
+    def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
+        key = (plan, images.shape, images.dtype, target.shape, target.dtype)
+        if key in self.graphs:
+            graph, inputs = self.graphs[key]
+            self.graphs.move_to_end(key)
+            _fill(inputs, images, target)
+            graph.replay()
+        elif self._is_warm(key, images):
+            self._capture(key, images, target, plan)
+        else:
+            self.step(images, target, plan)
+
+    def _is_warm(self, key: Hashable, images: Tensor) -> bool:
+        """Each plan once eagerly, `warm_up` steps in all, and only batches of the usual size."""
+        self.usual = getattr(self, "usual", images.shape)
+        ready = images.shape == self.usual and sum(self.seen.values()) >= self.warm_up and key in self.seen
+        self.seen[key] = self.seen.get(key, 0) + 1
+        return ready
+
+    def _capture(self, key: Hashable, images: Tensor, target: Tensor, plan: Hashable) -> None:
+        while len(self.graphs) >= self.largest:
+            self.graphs.popitem(last=False)
+        inputs = images.clone(), target.clone()
+        graph = self.new_graph()
+        with graph:
+            self.step(*inputs, plan)
+        self.graphs[key] = graph, inputs
+        if not graph.counts_at_once:
+            graph.replay()
+
+    def close(self) -> None:
+        """Give the graphs' memory back, before the process tears CUDA down."""
+        self.graphs.clear()
+
+
+def _fill(inputs: tuple[Tensor, Tensor], images: Tensor, target: Tensor) -> None:
+    inputs[0].copy_(images)
+    inputs[1].copy_(target)
+
+
+def why_not(step: Step, device: torch.device, processes: int) -> str:
+    """Why the steps cannot be captured, or the empty string."""
+    if device.type != "cuda":
+        return "there is no CUDA device"
+    if processes > 1:
+        return "several processes exchange gradients, which stays outside of a graph"
+    if not can_skip(step.optimizer):
+        return "the optimizer reads its learning rate on the host"
+    return ""

@@ -1,0 +1,128 @@
+"""Replayed steps equal eager ones bit for bit, for every method; and what a graph could get wrong is caught."""
+
+import copy
+
+import pytest
+import torch
+from capture import Capture
+from every_method import NAMES, batch, build, prepare
+
+from fastkd.engine import Schedule, Step, TrainOptions
+from fastkd.engine.graph import GraphedStep
+
+CPU = torch.device("cpu")
+STEPS = 20
+
+
+class Graph(Capture):
+    """The imitation under the interface of CudaGraph: it runs what it records."""
+
+    counts_at_once = True
+
+
+def trained(name: str, graphed: bool, **options) -> tuple[dict, GraphedStep | Step]:
+    """All that the next step depends on after 20 steps, and the step."""
+    method = build(name)
+    prepare(method)
+    settings = TrainOptions(**{"lr": 0.05, "epochs": 10, "warmup_epochs": 2, "momentum": 0.9} | options)
+    step = Step(method, settings, CPU)
+    schedule = Schedule(settings, step.optimizer)
+    run = GraphedStep(step, Graph, warm_up=1) if graphed else step
+    for number in range(STEPS):
+        schedule.write(number / 2)
+        if number == 10:
+            step.meter.reset()
+        for plan in method.plans(number):
+            run(*batch(number % 3, 8), plan)
+    state = step.state_dict() | {"terms": step.meter.read(), "bad": step.nonfinite.clone()}
+    return state, run
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method(name):
+    eager, _ = trained(name, graphed=False)
+    replayed, run = trained(name, graphed=True)
+    assert run.graphs, "nothing was captured"
+    assert same(eager, replayed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"opt": "adamw", "ema_decay": 0.9},
+        {"opt": "nesterov", "sched": "multistep", "decay_milestones": (3.0, 6.0), "clip_grad": 0.5},
+        {"grad_accum": 2, "ema_decay": 0.5, "sched": "step", "decay_epochs": 3},
+        {"amp_dtype": "bfloat16", "momentum": 0.0, "sched": "constant"},
+        {"amp_dtype": "float16", "smoothing": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["kd", "iakd", "dcm", "sokd"])
+def test_every_option(name, options):
+    eager, _ = trained(name, graphed=False, **options)
+    replayed, run = trained(name, graphed=True, **options)
+    assert run.graphs and same(eager, replayed)
+
+
+def test_one_graph_for_each_plan_and_the_oldest_use_goes():
+    method = build("iakd")
+    step = GraphedStep(Step(method, TrainOptions(lr=0.01), CPU), Graph, warm_up=0, largest=2)
+    paths = [(True, True, True), (True, False, True), (False, False, False)]
+    for path in (*paths[:2], *paths[:2], paths[0], paths[2], paths[2]):
+        step(*batch(0, 8), path)
+    assert [plan for plan, *_ in step.graphs] == [paths[0], paths[2]]
+
+
+def test_a_batch_of_another_size_runs_eagerly():
+    step = GraphedStep(Step(build("ce"), TrainOptions(lr=0.01), CPU), Graph, warm_up=0)
+    for size in (8, 8, 5, 5, 8):
+        step(*batch(0, size))
+    assert [shape[0] for _, shape, *_ in step.graphs] == [8]
+
+
+@pytest.mark.parametrize("fault", ["frozen rate", "stale input", "moved statistics"])
+def test_faults_are_caught(fault, monkeypatch):
+    """Each of the three classical mistakes makes the replayed run differ from the eager one."""
+    if fault == "stale input":
+        monkeypatch.setattr("fastkd.engine.graph._fill", lambda inputs, images, target: None)
+    if fault == "frozen rate":
+
+        def frozen(self, epoch):
+            for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
+                group["lr"] = base * self.at(epoch)
+
+        eager, _ = trained("kd", graphed=False)
+        monkeypatch.setattr(Schedule, "write", frozen)
+    else:
+        eager, _ = trained("kd", graphed=False)
+    if fault == "moved statistics":
+        capture = GraphedStep._capture
+
+        def warmed_up_without_putting_back(self, key, images, target, plan):
+            with torch.no_grad():
+                self.step.method(images, target, plan)  # a forward pass in train mode moves BatchNorm's statistics
+            capture(self, key, images, target, plan)
+
+        monkeypatch.setattr(GraphedStep, "_capture", warmed_up_without_putting_back)
+    replayed, run = trained("kd", graphed=True)
+    assert run.graphs and not same(eager, replayed)
+
+
+def test_the_inputs_are_copies():
+    step = GraphedStep(Step(build("ce"), TrainOptions(lr=0.01), CPU), Graph, warm_up=0)
+    images, target = batch(0, 8)
+    before = copy.deepcopy((images, target))
+    for _ in range(2):
+        step(images, target)
+    step(*batch(1, 8))
+    assert torch.equal(images, before[0]) and torch.equal(target, before[1])
