@@ -29,7 +29,7 @@ def as_in_life(name: str, folder: Path) -> dict:
 def exactly(name: str) -> dict:
     """BatchNorm in eval mode: two halves of a batch must train as the whole batch does in one process."""
     method = build(name, seed=5 + distributed.rank(), taught=False)
-    step = Step(method, TrainOptions(lr=0.02, weight_decay=0.01), CPU)
+    step = Step(method, TrainOptions(lr=0.02, weight_decay=0.5), CPU)
     prepare(method)
     freeze_statistics(method)
     for number in range(3):

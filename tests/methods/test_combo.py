@@ -144,9 +144,10 @@ def test_groups_hold_each_weight_once_at_its_own_rate(more_methods):
     assert list(method.networks()) == ["student", "peer1"]
 
 
-def test_a_part_may_lead_all_others_along_its_path(more_methods):
+@pytest.mark.parametrize("name", ["probe+skip+kd", "kd+skip+probe"])
+def test_a_part_may_lead_all_others_along_its_path(more_methods, name):
     student, teacher = create_model("resnet14", 4), create_model("resnet14", 4)
-    method = find_method("probe+skip+kd")(student, teacher).train()
+    method = find_method(name)(student, teacher, find_method(name).Options(kd_ce_weight=1.0)).train()
     assert method.partial and method.plan(1) == (None, True, None) and method.shares(range(4)) == {"skip_share": 0.5}
     images, target = batch(torch.float32, 16)
     for plan, path in ((method.plan(0), False), (method.plan(1), True)):
