@@ -94,8 +94,7 @@ def parallel(module: nn.Module, device: torch.device, partial: bool = False) -> 
     if world_size() == 1:
         return module
     ids = [device.index] if device.type == "cuda" else None
-    # views of the buckets would give unused weights a gradient of zeros
-    settings = {"broadcast_buffers": False, "find_unused_parameters": partial, "gradient_as_bucket_view": not partial}
+    settings = {"broadcast_buffers": False, "find_unused_parameters": partial, "gradient_as_bucket_view": True}
     return nn.parallel.DistributedDataParallel(module, device_ids=ids, **settings)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import checkpoint, distributed
-from .engine import Schedule, Step, TrainOptions
+from .engine import Schedule, Step, TrainOptions, choose_form, graphed
 from .engine.mix import Mixer
 from .errors import UserError
 from .evaluate import evaluate
@@ -56,7 +56,7 @@ class Trainer:
         self.mixer = Mixer(*alphas, len(train_loader.classes), config.seed, distributed.rank())
         self.data = describe(train_loader)
         self.report = Report(self.config, about or {}, self.data)
-        self.epoch, self.history = 0, []
+        self.epoch, self.history, self.form = 0, [], config.teacher_form
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
@@ -71,6 +71,7 @@ class Trainer:
     def fit(self) -> Result:
         self._prepare()
         self._resume()
+        self._speed_up()
         bar = Bar(self.config.epochs, self.epoch, len(self.train_loader))
         with bar.progress:
             while self.epoch < self.config.epochs:
@@ -101,6 +102,20 @@ class Trainer:
             ),
         )
         self.train_loader.load_state_dict(position)
+
+    def _speed_up(self) -> None:
+        """The teacher in its chosen form, the same in every process and after a resume; steps as graphs."""
+        if self.form == "auto" and self.device.type != "cuda":
+            self.form = "plain"
+        if self.form != "plain":
+            position = self.train_loader.state_dict()
+            images, _ = next(iter(self.train_loader))
+            self.train_loader.load_state_dict(position)
+            choose = partial(choose_form, self.method, images, precision=self.step.precision, say=say)
+            self.form = distributed.from_rank_zero(choose, self.form)
+            if distributed.rank():
+                choose(self.form)
+        self.step = graphed(self.step, self.config.graph, self.device, distributed.world_size(), say)
 
     def _train_epoch(self, bar: Bar) -> dict[str, float]:
         self.method.train()
@@ -139,6 +154,7 @@ class Trainer:
         loaders = distributed.gather(self.train_loader.state_dict())
         if distributed.rank() == 0:
             progress = {"epoch": self.epoch, "history": self.history, "data": self.data, "loaders": loaders}
+            progress["teacher_form"] = self.form
             state = progress | self.step.state_dict() | {"student": self.network.state_dict()}
             best = row["top1"] >= max(past["top1"] for past in self.history)
             checkpoint.save([self.report.out / name for name in [*(["best.pt"] if best else []), "last.pt"]], state)
@@ -149,7 +165,7 @@ class Trainer:
         if not (self.config.resume and last.exists()):
             return False
         state = checkpoint.load(last)
-        self.epoch, self.history = state["epoch"], state["history"]
+        self.epoch, self.history, self.form = state["epoch"], state["history"], state["teacher_form"]
         if len(state["loaders"]) != distributed.world_size():
             raise UserError(
                 f"{last} was written by {len(state['loaders'])} processes, now there are {distributed.world_size()}; "

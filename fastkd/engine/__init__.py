@@ -1,7 +1,9 @@
 """How a step is run: number formats, optimizers, the learning rate, the average of the weights."""
 
+from .graph import GraphedStep, graphed
 from .options import TrainOptions
 from .schedule import Schedule
 from .step import Step
+from .teacher import choose_form
 
-__all__ = ["Schedule", "Step", "TrainOptions"]
+__all__ = ["GraphedStep", "Schedule", "Step", "TrainOptions", "choose_form", "graphed"]

@@ -1,7 +1,7 @@
 """A whole step as one CUDA graph per (plan, shapes): the host then launches one thing where it launched hundreds.
 
 Forward, loss, backward, clipping, optimizer, average of the weights and the counters are in the graph. Outside are the
-schedule, which writes the learning rate's tensor, the mixing of images, and the copy of a batch into the graph's inputs.
+schedule, which writes the learning rate's tensor, the mixing of images, and the copy of a batch into its inputs.
 
 A plan's first steps run eagerly and count: they are the warm-up, so no state has to be put back. Then the step is
 captured, which changes nothing either, and replayed. A batch of another size runs eagerly.
@@ -13,6 +13,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .optim import can_skip
 from .step import Step
 
@@ -92,6 +93,21 @@ class GraphedStep:
 def _fill(inputs: tuple[Tensor, Tensor], images: Tensor, target: Tensor) -> None:
     inputs[0].copy_(images)
     inputs[1].copy_(target)
+
+
+def graphed(step: Step, wanted: str, device: torch.device, processes: int, say) -> "Step | GraphedStep":
+    """The step as `--graph` wants it. UserError for "on" where it cannot be."""
+    if wanted == "off":
+        return step
+    reason = why_not(step, device, processes)
+    if reason and wanted == "on":
+        raise UserError(f"--graph on: {reason}; use --graph auto or off")
+    if reason:
+        if device.type == "cuda":
+            say(f"steps run eagerly: {reason}")
+        return step
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    return GraphedStep(step, lambda: CudaGraph(pool, stream))
 
 
 def why_not(step: Step, device: torch.device, processes: int) -> str:

@@ -51,6 +51,13 @@ class TrainOptions:
     """Decay per step of the average of the weights; 0 is off. The average is evaluated and saved as the student."""
     amp_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of the forward passes: auto is bfloat16 on CUDA, float32 on the CPU."""
+    teacher_form: Literal["auto", "plain", "folded", "fused", "compiled"] = "auto"
+    """How the frozen teacher runs: as it is, without BatchNorm, with ReLU and addition in the convolutions, compiled.
+    auto takes the fastest on CUDA, and on the CPU the plain one, whose bits are the same in every run."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Replay whole steps as CUDA graphs; auto does where it is possible and says why where it is not."""
+    compile: bool = False
+    """Compile forward passes and losses by torch.compile; for one image size at a time."""
     channels_last: bool = True
     """Memory layout of the networks and images; the fast one for convolutions on GPUs."""
     device: str = "auto"

@@ -26,6 +26,8 @@ class Step:
     def __init__(self, method: Method, options: TrainOptions, device: torch.device):
         self.method, self.options = method, options
         self.statistics = Statistics(method)
+        if options.compile:
+            method.compile(dynamic=False)  # in place: names and weights stay
         self.module = distributed.parallel(method, device, method.partial)
         self.optimizer = create_optimizer(method.param_groups(options.lr), options, device)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
