@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one go: the GPU tests, the kernels' tests on the device, the losses' benchmarks.
+"""Everything that needs a GPU, in one go: the GPU tests, then the benchmarks of the losses.
 
     python bench/gpu_gate.py              bench/results/<gpu>/<date>-gate.json
     python bench/gpu_gate.py --quick      few rounds, without torch.compile
@@ -24,10 +24,7 @@ from fastkd.bench.report import losses
 from fastkd.report import say
 
 ROOT = Path(__file__).parent.parent
-TESTS = {
-    "gpu": ["-m", "gpu", "tests"],
-    "kernels": ["-m", "not gpu", "tests/kernels"],  # those marked are in the first; Triton compiles, nothing interprets
-}
+TESTS = {"gpu": ["-m", "gpu", "tests"]}
 
 
 def options() -> argparse.Namespace:
