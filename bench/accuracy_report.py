@@ -90,10 +90,11 @@ def draw(record: dict, path: Path) -> None:
         if values := list(scores(record, name).values()):
             axes.axvline(statistics.fmean(values), color="black", linestyle=style, label=NAMES[name])
     axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.7, len(names) - 0.3)
     axes.set(xlabel="top-1 %, mean and standard deviation over the seeds", title=record["settings"]["data"])
     axes.grid(axis="x", alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=2)  # where no dot can be
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     path.parent.mkdir(parents=True, exist_ok=True)
