@@ -1,0 +1,195 @@
+"""Forms of a frozen teacher: equal to the plain one, with fewer operations, refused where they are not."""
+
+import copy
+import re
+
+import pytest
+import torch
+from capture import Capture
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastkd import create_model
+from fastkd.engine import teacher as forms
+from fastkd.engine.fold import FusedConvolution, folded, fused
+from fastkd.engine.precision import Precision
+from fastkd.engine.teacher import choose_form
+from fastkd.errors import UserError
+from fastkd.methods import IEKD, KD, OFD, SOKD
+from fastkd.methods.iekd import IEKDOptions
+from fastkd.methods.sokd import SOKDOptions
+from fastkd.models import staged
+
+CPU = torch.device("cpu")
+FP32 = Precision("float32", CPU)
+NETS = ["resnet20", "wrn_16_2", "vgg8", "mobilenetv2", "torchvision/resnet18", "torchvision/mobilenet_v2",
+        "torchvision/vgg11_bn", "torchvision/efficientnet_b0", "timm/resnet34", "timm/resnet50", "timm/efficientnet_b0",
+        "timm/convnext_atto", "timm/regnetx_002"]  # fmt: skip
+
+
+def frozen(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A network with statistics that are not trivial, and images."""
+    torch.manual_seed(0)
+    net = create_model(name, 10).to(memory_format=torch.channels_last)
+    for norm in (module for module in net.modules() if isinstance(module, _BatchNorm)):
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 1.5)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, 0, 0.1)
+    images = torch.randn(2, 3, *(2 * [64 if "/" in name else 32])).contiguous(memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False), images
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", NETS)
+@torch.no_grad()
+def test_folded_and_fused_give_the_same_logits_and_maps(name):
+    net, images = frozen(name)
+    before = copy.deepcopy(net.state_dict())
+    logits, maps = staged(net).features(images)
+    twin = folded(net, images)
+    view = staged(twin)
+    parts, x = [fused(part) for part in (view.stem, *view.stages, view.head)], images
+    outputs = [x := part(x) for part in parts]
+    for found, mine in ((twin(images), view.features(images)[1]), (outputs[-1], outputs[1:-1])):
+        assert relative(found, logits) < 1e-4
+        for a, b in zip(mine, maps, strict=True):
+            assert relative(a, b) < 1e-4
+            assert a.is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def called(function) -> list[str]:
+    with torch.no_grad(), Capture() as graph:
+        function()
+    return graph.names
+
+
+def count(names: list[str], pattern: str) -> int:
+    return sum(bool(re.search(pattern, name)) for name in names)
+
+
+def test_what_a_folded_and_a_fused_resnet_50_run():
+    net, images = frozen("timm/resnet50")
+    plain = called(lambda: net(images))
+    assert count(plain, "batch_norm") == 53 and count(plain, "convolution") == 53
+    twin = folded(net, images)
+    fewer = called(lambda: twin(images))
+    assert count(fewer, "batch_norm") == 0 and count(fewer, "convolution") == 53
+    view = staged(twin)
+    parts = [fused(part) for part in (view.stem, *view.stages, view.head)]
+
+    def run():
+        x = images
+        for part in parts:
+            x = part(x)
+
+    least = called(run)
+    assert count(least, "convolution") == 53
+    assert count(least, "pool|mean") == 2 and count(least, "addmm|linear") == 1
+    assert count(least, r"relu|aten\.add[_.]|to_copy|batch_norm") == 0
+    assert len(least) < len(fewer) < len(plain)
+
+
+def test_a_norm_that_does_not_follow_a_convolution_stays():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+            self.first = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.fc(self.bn(self.conv(self.first(x)).relu()).mean((2, 3)))
+
+    net = Branching().eval()
+    twin = folded(net, torch.randn(2, 3, 8, 8))
+    assert isinstance(twin.bn, nn.BatchNorm2d) and isinstance(twin.first, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("wanted", ["folded", "fused", "compiled", "auto"])
+def test_every_form_under_a_method(wanted):
+    net, images = frozen("resnet20")
+    lines = []
+    method = SOKD(create_model("resnet8", 10), net, SOKDOptions(feature="at")).train()
+    target = torch.tensor([1, 2])
+    before = method(images, target)
+    name = choose_form(method, images, wanted, FP32, lines.append)
+    assert name == wanted or wanted == "auto"
+    assert (name == "plain") == (
+        method.teacher not in method.views or type(method.views[method.teacher]).__name__ == "Staged"
+    )
+    again = method(images, target)
+    torch.testing.assert_close(before["kd_at"], again["kd_at"], rtol=1e-3, atol=1e-4)
+    assert "same top class" in lines[0] and lines[-1] == f"teacher form: {name}"
+
+
+def test_a_form_that_is_wrong_is_refused(monkeypatch):
+    net, images = frozen("resnet20")
+    right = forms.folded
+
+    def broken(net, images):
+        twin = right(net, images)
+        twin.fc.weight.mul_(-5)
+        return twin
+
+    monkeypatch.setattr(forms, "folded", broken)
+    method, lines = KD(create_model("resnet8", 10), net), []
+    assert choose_form(method, images, "auto", FP32, lines.append) == "plain" and not method.views
+    assert any("refused: it differs by" in line for line in lines)
+    with pytest.raises(UserError, match="--teacher-form folded: refused"):
+        choose_form(method, images, "folded", FP32, lines.append)
+
+
+def test_a_net_that_cannot_be_traced_says_so():
+    class Asking(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x) if x.shape[0] > 0 else x
+
+    net, images = frozen("resnet20")
+    method, lines = KD(create_model("resnet8", 10), Asking(net)), []
+    name = choose_form(method, images, "auto", FP32, lines.append)
+    assert name in ("plain", "folded") and any("not possible" in line for line in lines)
+    with pytest.raises(UserError, match="--teacher-form fused"):
+        choose_form(method, images, "fused", FP32, lines.append)
+
+
+@pytest.mark.parametrize("method, word", [
+    (lambda s, t: SOKD(s, t, SOKDOptions(teacher_bn="batch")), "statistics of the batch"),
+    (lambda s, t: OFD(s, t), "before the activation"),
+])  # fmt: skip
+def test_teachers_that_must_stay_plain(method, word):
+    net, images = frozen("resnet20")
+    method, lines = method(create_model("resnet8", 10), net), []
+    assert choose_form(method, images, "auto", FP32, lines.append) == "plain" and word in lines[0]
+    with pytest.raises(UserError, match=word):
+        choose_form(method, images, "folded", FP32, lines.append)
+
+
+def test_a_fused_convolution_is_the_sequence():
+    torch.manual_seed(0)
+    for groups, stride in ((1, 1), (4, 2)):
+        convolution = nn.Conv2d(8, 8, 3, stride, 1, groups=groups).requires_grad_(False)
+        layer, x = FusedConvolution(convolution), torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+        z = torch.randn_like(convolution(x))
+        torch.testing.assert_close(layer(x), convolution(x).relu())
+        torch.testing.assert_close(layer(x, z), (convolution(x) + z).relu())
+        layer.fused = False
+        torch.testing.assert_close(layer(x, z.clone()), (convolution(x) + z).relu())
+
+
+def test_the_last_step_keeps_its_form(tiny_net):
+    """IE-KD takes the maps of the form: its terms stay those of the plain teacher."""
+    net, images = frozen("resnet20")
+    method = IEKD(create_model("resnet8", 10), net, IEKDOptions(variant="attention")).train()
+    target = torch.tensor([1, 2])
+    plain = method(images, target)
+    choose_form(method, images, "folded", FP32, lambda line: None)
+    for name, value in method(images, target).items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-4)
