@@ -119,6 +119,7 @@ class Method(nn.Module):
     needs_teacher = True  # a trained network, given as `teacher`
     needs_peers = False  # one or more networks that are trained beside the student, given as `peers`
     needs_stages = ""  # which networks must be divisible into stages, for `fastkd methods`
+    ce_option = "ce_weight"  # what weighs the term `ce` alone; "": nothing does; None: there is no such term
     partial = False  # a step may leave some weights without a gradient: they are then not touched at all
 
     def __init__(
@@ -164,7 +165,10 @@ class Method(nn.Module):
         return (self.plan(step),)
 
     def losses(self, out: Forwards, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        """Weighted terms, scalars on the device; their sum is the loss. target: [N] int64 or [N, C] floating."""
+        """Weighted terms, scalars on the device; their sum is the loss. target: [N] int64 or [N, C] floating.
+
+        `ce`, `ce_peer1`, ...: the cross-entropy of a network's own logits with the labels, which sums count once.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define losses()")
 
     def param_groups(self, lr: float) -> list[dict]:

@@ -2,8 +2,10 @@
 
     L = sum_m weight_m * L_m,    --method iekd+kd --iekd-weight 1 --kd-weight 0.5
 
-The plain cross-entropy is counted once: the term `ce` is that of the first method that has one. Every option of a
-method is there with its name in front: `--kd-temperature`, `--iekd-inheritance-weight`. All of this is ours.
+The cross-entropy of each network with the labels is counted once: the terms `ce` and `ce_peer1`, ... are those of the
+first method that has them. Every option of a method is there with its name in front: `--kd-temperature`,
+`--iekd-inheritance-weight`. There is one teacher: what `--iakd-teacher-bn batch` makes of it is what all see. All of
+this is ours.
 """
 
 import ast
@@ -74,7 +76,7 @@ class Combo(Method):
         terms = {}
         for (name, weight), (part, own) in zip(self.weights.items(), self._with(plan), strict=True):
             for term, value in part.losses(out, target, own).items():
-                if term != "ce" or "ce" not in terms:
+                if term not in terms or not (term == "ce" or term.startswith("ce_peer")):
                     terms[f"{name}_{term}" if term in terms else term] = weight * value
         return terms
 
@@ -128,10 +130,24 @@ def _sum_of_options(kinds: dict[str, type[Method]]) -> type:
             if not 0 < weight < math.inf:
                 raise UserError(f"--{part}-weight must be a number above 0, got {weight}; or leave {part} out")
             _own_options(self, part, kind)
+        _check_labels(self, kinds)
 
     return make_dataclass(
         "ComboOptions", options, frozen=True, namespace={"__post_init__": check, "__doc__": "\n".join(about)}
     )
+
+
+def _check_labels(options, kinds: dict[str, type[Method]]) -> None:
+    """UserError for the weight of a cross-entropy that is not counted."""
+    first, *others = [part for part, kind in kinds.items() if kind.ce_option is not None] or [""]
+    for part in others:
+        name = kinds[part].ce_option
+        default = {o.name: o.default for o in fields(kinds[part].Options)}.get(name)
+        if default is not None and getattr(options, f"{part}_{name}") != default:
+            raise UserError(
+                f"--{part}-{name.replace('_', '-')} has no effect: in a sum the student's cross-entropy is counted "
+                f"once, as {first} has it; leave the option out, or put {part} first"
+            )
 
 
 def _own_options(options, part: str, kind: type[Method]):

@@ -7,13 +7,15 @@ its own classifier) and q_j those of another:
 
 Heads and weights (all 1) are the authors' code's for Wide ResNets and its MobileNet. The heads are dropped after
 training: each network is saved with the keys of the plain one.
-Departures: heads of other networks, and what pair weights are for networks with unequal numbers of stages, are ours
-(see fastkd/models/auxiliary.py). With more than two networks the divergences are divided by the number of the others.
+Ours: the heads of other networks (see fastkd/models/auxiliary.py). Where networks have unequal numbers of stages, pairs
+are of the same stage by their number from the first; a network's own classifier has that of its last stage. With more
+than two networks the divergences are divided by the number of the others.
+Departures: none known.
 """
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import MutualLoss
@@ -56,6 +58,7 @@ class DCM(Method):
     Options = DCMOptions
     paper = "arXiv:2008.07816"
     needs_teacher, needs_peers = False, True
+    ce_option = ""
     needs_stages = "all staged"
 
     def __init__(self, student, teacher=None, options=None, peers=()):
@@ -68,9 +71,10 @@ class DCM(Method):
 
     def losses(self, out, target, plan):
         heads = [self.logits(out, *both) for both in zip(self._nets(), self.heads, strict=True)]
-        terms = self.loss.terms(heads, target)
-        names = ["heads", *(f"peer{number}" for number in range(1, len(heads)))]
-        return {f"{kind}_{name}": terms[f"{kind}{n}"] for n, name in enumerate(names, 1) for kind in ("ce", "kl")}
+        tables = self.loss.fused(heads, target).terms.split([len(own) for own in heads])
+        ends = ["", *(f"_peer{number}" for number in range(1, len(heads)))]
+        networks = zip(ends, tables, strict=True)
+        return {name + end: term for end, table in networks for name, term in _terms(table).items()}
 
     def logits(self, out, net: nn.Module, heads: nn.ModuleList) -> list:
         """[N, C] of each head of a network, the earliest first; the last is the network's own."""
@@ -78,3 +82,9 @@ class DCM(Method):
 
     def _nets(self) -> tuple[nn.Module, ...]:
         return self.student, *self.peers
+
+
+def _terms(table: Tensor) -> dict[str, Tensor]:
+    """Of a network, from [heads, 1 + all heads]: the cross-entropy of its own logits, of the others; divergences."""
+    ce, kl = table[:, 0], table[:, 1:].sum()
+    return {"ce": ce[-1]} | ({"ce_heads": ce[:-1].sum()} if len(ce) > 1 else {}) | {"kl": kl}

@@ -72,6 +72,7 @@ class SOKD(Method):
 
     Options = SOKDOptions
     paper = "arXiv:2111.11747"
+    ce_option = "ce_s"
     needs_stages = "teacher staged; for feature forms the student too, with equal last H x W"
 
     def __init__(self, student, teacher, options=None, peers=()):
@@ -105,6 +106,7 @@ class SOKD(Method):
         bottom, top = out.features(self.teacher)[-2:]
         maps = self.bridge["stage"](bottom.detach())
         terms = self.loss.terms(out(self.student), self.bridge["head"](maps), out(self.teacher), target)
+        terms = {"ce": terms.pop("ce_s")} | terms
         if self.options.feature != "none":
             mine = self.translator(out.features(self.student)[-1])
             terms["feature_s"] = self.options.feature_weight * self.feature_loss(mine, maps.detach())

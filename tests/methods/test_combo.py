@@ -27,6 +27,8 @@ def batch(dtype=torch.float64, side=8):
 class Probe(Method):
     """Last map of the student near that of the teacher; no cross-entropy of its own. For the tests."""
 
+    ce_option = None
+
     def __init__(self, student, teacher, options=None, peers=()):
         super().__init__(student, teacher, options, peers)
         self.tap(self.student)
@@ -107,6 +109,30 @@ def test_a_first_part_without_labels_leaves_the_ce_to_the_next(more_methods):
     assert list(terms) == ["probe", "ce", "kd"]
 
 
+@pytest.mark.parametrize("name", ["ce+sokd", "sokd+dkd", "kd+dcm", "dcm+at", "dml+iedml", "dml+dcm"])
+def test_the_labels_teach_each_network_once(name):
+    """Through its own logits; a bridge and hidden heads learn from them apart."""
+    kind = find_method(name)
+    student, peer = create_model("resnet8", 4), create_model("resnet8", 4)
+    needed = [create_model("resnet14", 4) if kind.needs_teacher else None, None, [peer] if kind.needs_peers else []]
+    method, (images, target) = kind(student, *needed).train(), batch(torch.float32, 32)
+    terms = method(images, target, method.plan(0))
+    own = [key for key in terms if "ce" in key.split("_") and not {"a", "heads"} & set(key.split("_"))]
+    assert own == (["ce", "ce_peer1"] if kind.needs_peers else ["ce"])
+    scale = 0.1 if name == "kd+dcm" else 1.0
+    torch.testing.assert_close(terms["ce"], scale * F.cross_entropy(student(images), target))
+    if kind.needs_peers:
+        torch.testing.assert_close(terms["ce_peer1"], F.cross_entropy(peer(images), target))
+
+
+def test_the_weight_of_a_cross_entropy_that_is_not_counted_is_refused():
+    for name, option in (("kd+at", "at_ce_weight"), ("dkd+sokd", "sokd_ce_s"), ("dcm+kd", "kd_ce_weight")):
+        with pytest.raises(UserError, match=f"--{option.replace('_', '-')} has no effect"):
+            options_of(name, **{option: 0.7})
+        options_of("+".join(reversed(name.split("+"))), **{option: 0.7})
+    options_of("kd+dcm", dcm_ce_weight=0.7)  # weighs hidden heads and peers
+
+
 def test_terms_of_equal_names_are_kept_apart(more_methods, monkeypatch):
     class Other(Probe):
         """The same again."""
@@ -147,7 +173,8 @@ def test_groups_hold_each_weight_once_at_its_own_rate(more_methods):
 @pytest.mark.parametrize("name", ["probe+skip+kd", "kd+skip+probe"])
 def test_a_part_may_lead_all_others_along_its_path(more_methods, name):
     student, teacher = create_model("resnet14", 4), create_model("resnet14", 4)
-    method = find_method(name)(student, teacher, find_method(name).Options(kd_ce_weight=1.0)).train()
+    first = {"kd_ce_weight": 1.0} if name.startswith("kd") else {}
+    method = find_method(name)(student, teacher, find_method(name).Options(**first)).train()
     assert method.partial and method.plan(1) == (None, True, None) and method.shares(range(4)) == {"skip_share": 0.5}
     images, target = batch(torch.float32, 16)
     for plan, path in ((method.plan(0), False), (method.plan(1), True)):

@@ -54,9 +54,11 @@ def test_six_cross_entropies_and_eighteen_divergences():
     assert len(p) == len(q) == 3
     terms = method(images, target)
     want = {
-        "ce_heads": sum(F.cross_entropy(z, target) for z in p),
-        "kl_heads": sum(kl(a, b) for a in p for b in q),
-        "ce_peer1": sum(F.cross_entropy(z, target) for z in q),
+        "ce": F.cross_entropy(p[-1], target),
+        "ce_heads": sum(F.cross_entropy(z, target) for z in p[:-1]),
+        "kl": sum(kl(a, b) for a in p for b in q),
+        "ce_peer1": F.cross_entropy(q[-1], target),
+        "ce_heads_peer1": sum(F.cross_entropy(z, target) for z in q[:-1]),
         "kl_peer1": sum(kl(b, a) for a in p for b in q),
     }
     assert terms.keys() == want.keys()
@@ -71,7 +73,7 @@ def test_pairs_of_the_same_and_of_different_stages(same, cross):
     p, q = all_logits(method, images)
     weight = [[same if i == j else cross for j in range(3)] for i in range(3)]
     want = sum(0.7 * weight[i][j] * kl(p[i], q[j]) for i in range(3) for j in range(3))
-    torch.testing.assert_close(method(images, target)["kl_heads"], want, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(method(images, target)["kl"], want, rtol=1e-10, atol=1e-12)
 
 
 def test_swapping_the_networks_leaves_the_loss_unchanged():
@@ -89,7 +91,7 @@ def test_equal_logits_have_nothing_to_teach(monkeypatch):
     same = torch.randn(5, 4, dtype=torch.float64)
     monkeypatch.setattr(method, "logits", lambda out, net, heads: [same.clone() for _ in range(3)])
     terms = method(*batch())
-    assert terms["kl_heads"].abs() < 1e-12 and terms["kl_peer1"].abs() < 1e-12
+    assert terms["kl"].abs() < 1e-12 and terms["kl_peer1"].abs() < 1e-12
 
 
 def test_every_logit_gradient_sums_to_zero_over_the_classes(monkeypatch):
@@ -120,7 +122,7 @@ def test_other_networks_and_more_of_them(names):
     method = method_of(names)
     terms = method(*batch())
     sum(terms.values()).backward()
-    assert list(terms)[:2] == ["ce_heads", "kl_heads"] and len(terms) == 2 * len(names)
+    assert list(terms)[:3] == ["ce", "ce_heads", "kl"] and len(terms) == 3 * len(names)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
 
 
