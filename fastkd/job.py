@@ -18,7 +18,7 @@ from .engine.precision import Precision
 from .errors import UserError
 from .evaluate import evaluate, speed
 from .methods import find_method
-from .methods.base import NoOptions
+from .methods.base import NoOptions, Run
 from .models import create_model, load_weights
 from .report import board_class, say, show_table
 from .train import Result, Trainer, describe
@@ -67,8 +67,10 @@ class Job:
             self.config = replace(config, networks=self.names)
         self.teacher = self._teacher() if kind.needs_teacher else None
         self.peers = [self._network(peer, "", number) for number, peer in enumerate(self.names.peers, 1)]
-        # Networks that do not fit the method are an error now, before a teacher is trained for it.
-        kind(*copy.deepcopy((self.student, self.teacher, self.config.method, self.peers)))
+        # What does not fit the method, networks or schedule, is an error now, before a teacher is trained for it.
+        trial = kind(*copy.deepcopy((self.student, self.teacher, self.config.method, self.peers)))
+        options = config.train
+        trial.check(Run(options.epochs, len(self.train_loader), options.drops, options.seed, self.device))
         self.rows: list[list[str]] = []
 
     def claim(self) -> None:

@@ -78,6 +78,8 @@ class Trainer:
                 torch.manual_seed(self.config.seed + 1_000_003 * self.epoch + 10_007 * distributed.rank())
                 row = {"epoch": self.epoch + 1, **self._train_epoch(bar), **self._evaluate()}
                 self._finish_epoch(row)
+        if end := self.step.close():
+            say(end)
         self.report.finish(self.history, self.networks)
         distributed.wait()  # the files are there for every process
         return Result(self.history, Path(self.config.out))

@@ -50,7 +50,8 @@ class GraphedStep:
     def __init__(self, step: Step, new_graph, warm_up: int = WARM_UP, largest: int = LARGEST):
         self.step, self.new_graph, self.warm_up, self.largest = step, new_graph, warm_up, largest
         self.graphs: OrderedDict[Hashable, tuple] = OrderedDict()
-        self.seen: dict[Hashable, int] = {}
+        self.seen: dict[Hashable, int] = {}  # steps by plan and shapes
+        self.eager = 0  # steps of them that ran eagerly
 
     def __getattr__(self, name: str):
         return getattr(self.step, name)
@@ -65,14 +66,14 @@ class GraphedStep:
         elif self._is_warm(key, images):
             self._capture(key, images, target, plan)
         else:
+            self.eager += 1
             self.step(images, target, plan)
+        self.seen[key] = self.seen.get(key, 0) + 1
 
     def _is_warm(self, key: Hashable, images: Tensor) -> bool:
         """Each plan once eagerly, `warm_up` steps in all, and only batches of the usual size."""
         self.usual = getattr(self, "usual", images.shape)
-        ready = images.shape == self.usual and sum(self.seen.values()) >= self.warm_up and key in self.seen
-        self.seen[key] = self.seen.get(key, 0) + 1
-        return ready
+        return images.shape == self.usual and self.eager >= self.warm_up and key in self.seen
 
     def _capture(self, key: Hashable, images: Tensor, target: Tensor, plan: Hashable) -> None:
         while len(self.graphs) >= self.largest:
@@ -85,9 +86,11 @@ class GraphedStep:
         if not graph.counts_at_once:
             graph.replay()
 
-    def close(self) -> None:
-        """Give the graphs' memory back, before the process tears CUDA down."""
+    def close(self) -> str:
+        """Give the graphs' memory back, before the process tears CUDA down; says how many there were."""
+        count, replays = len(self.graphs), sum(self.seen.values()) - self.eager
         self.graphs.clear()
+        return f"{count} CUDA graphs, replayed in {replays} of {replays + self.eager} steps"
 
 
 def _fill(inputs: tuple[Tensor, Tensor], images: Tensor, target: Tensor) -> None:

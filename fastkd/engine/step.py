@@ -45,6 +45,10 @@ class Step:
             self._backward(*part, plan, share=len(part[0]) / len(images))
         self._update()
 
+    def close(self) -> str:
+        """What there is to say at the end."""
+        return ""
+
     def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:
         with self.precision.autocast():
             terms = self.module(images, target, plan)

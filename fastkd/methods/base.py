@@ -57,7 +57,7 @@ class Forwards:
     """
 
     def __init__(self, images: Tensor, views: dict[nn.Module, nn.Module]):
-        self.images, self._views, self._memo = images, views, {}
+        self.images, self._views, self._memo, self._beside = images, views, {}, {}
 
     def __call__(self, net: nn.Module) -> Tensor:
         return self._run(net)[0]
@@ -67,7 +67,21 @@ class Forwards:
             raise ValueError(f"features of {type(net).__name__} were asked for, but the method has not tapped it")
         return self._run(net)[1]
 
+    def start(self, net: nn.Module) -> None:
+        """In a step that is being captured: run `net` on a stream of its own, beside the others, until it is asked."""
+        if self.images.is_cuda and torch.cuda.is_current_stream_capturing():
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                self._run(net)
+            self._beside[net] = beside
+
+    def join(self, net: nn.Module) -> None:
+        if net in self._beside:
+            torch.cuda.current_stream().wait_stream(self._beside.pop(net))
+
     def _run(self, net: nn.Module) -> tuple[Tensor, list[Tensor]]:
+        self.join(net)
         if net not in self._memo:
             with torch.no_grad() if isinstance(net, Frozen) else nullcontext():
                 view = self._views.get(net)
@@ -130,20 +144,27 @@ class Method(nn.Module):
         peers: Sequence[nn.Module] = (),
     ):
         super().__init__()
-        self._check_networks(teacher, peers)
+        self._check_networks(student, teacher, peers)
         self.student = student
         self.teacher = teacher if teacher is None or isinstance(teacher, Frozen) else Frozen(teacher)
         self.peers = nn.ModuleList(peers)
         self.options = options or self.Options()
         self.__dict__["views"] = {}  # outside of the module tree: a view shares its network's parameters
 
-    def _check_networks(self, teacher: nn.Module | None, peers: Sequence[nn.Module]) -> None:
+    def _check_networks(self, student: nn.Module, teacher: nn.Module | None, peers: Sequence[nn.Module]) -> None:
         name = type(self).__name__
         if self.needs_teacher != (teacher is not None):
             raise UserError(f"{name} {'needs a' if self.needs_teacher else 'takes no'} teacher")
         if self.needs_peers != bool(peers):
             wanted = "needs one or more peers, networks that learn beside the student" if self.needs_peers else ""
             raise UserError(f"{name} {wanted or f'takes no peers, got {len(peers)}'}")
+        learners = {"student": student} | {f"peer {number}": net for number, net in enumerate(peers, 1)}
+        for role, net in learners.items():
+            if isinstance(net, Frozen) or not any(p.requires_grad for p in net.parameters()):
+                raise UserError(f"{name} trains the {role}, whose weights are frozen: give a network that can learn")
+        nets = [*learners.values(), *([getattr(teacher, "net", teacher)] if teacher is not None else [])]
+        if len({id(net) for net in nets}) < len(nets):
+            raise UserError(f"{name} needs networks of their own for student, teacher and peers; one is there twice")
 
     def tap(self, net: nn.Module) -> None:
         """Ask for `out.features(net)`; `net` is one of the method's networks."""
@@ -152,6 +173,9 @@ class Method(nn.Module):
     def views_for(self, plan: Hashable) -> dict[nn.Module, nn.Module]:
         """How the networks run in a step: what has `features(images)` -> (logits, maps), by network."""
         return self.views
+
+    def check(self, run: Run) -> None:
+        """UserError where the options do not fit the run; asked before a teacher is trained for it."""
 
     def prepare(self, loader, run: Run = Run()) -> None:  # noqa: B008, frozen
         """Work before the first epoch, such as training a teacher's auto-encoder; also when a run is resumed."""
@@ -171,6 +195,11 @@ class Method(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define losses()")
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether `losses` asks `out` for the teacher."""
+        return self.teacher is not None
+
     def param_groups(self, lr: float) -> list[dict]:
         """Groups for the optimizer; a group may have a learning rate of its own."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
@@ -184,7 +213,13 @@ class Method(nn.Module):
         return {}
 
     def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
-        return self.losses(Forwards(images, self.views_for(plan)), target, plan)
+        out = Forwards(images, self.views_for(plan))
+        if self.asks_teacher:
+            out.start(self.teacher)
+        terms = self.losses(out, target, plan)
+        if self.asks_teacher:
+            out.join(self.teacher)
+        return terms
 
 
 def cross_entropy(logits_NC: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:

@@ -13,6 +13,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Hashable
+from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
 from textwrap import dedent
 
@@ -33,11 +34,19 @@ class Combo(Method):
         self.parts = nn.ModuleDict({name: self._part(name, kind) for name, kind in self.kinds.items()})
         self.weights = {name: getattr(self.options, f"{name}_weight") for name in self.parts}
         self.partial = any(part.partial for part in self.parts.values())
-        for name, part in self.parts.items():
-            if len(part.plans(0)) > 1:
-                raise UserError(f"--{name}-alternate makes several updates with a batch: that cannot be summed")
+        self._check_options()
         for net in {net for part in self.parts.values() for net in part.views}:
             self._check_views(net)
+
+    def _check_options(self) -> None:
+        parts = self.parts.items()
+        for name, part in parts:
+            if len(part.plans(0)) > 1:
+                raise UserError(f"--{name}-alternate makes several updates with a batch: that cannot be summed")
+        norms = {name: part.options.teacher_bn for name, part in parts if hasattr(part.options, "teacher_bn")}
+        if len(set(norms.values())) > 1:
+            given = " and ".join(f"--{name}-teacher-bn {norm}" for name, norm in norms.items())
+            raise UserError(f"{given}: there is one teacher in a sum; give both the same")
 
     def _check_views(self, net: nn.Module) -> None:
         """One forward pass gives a network's maps before the activation or after it."""
@@ -55,6 +64,11 @@ class Combo(Method):
     def _part(self, name: str, kind: type[Method]) -> Method:
         teacher, peers = self.teacher if kind.needs_teacher else None, self.peers if kind.needs_peers else ()
         return kind(self.student, teacher, _own_options(self.options, name, kind), peers)
+
+    def check(self, run):
+        for name, part in self.parts.items():
+            with _named(name):
+                part.check(run)
 
     def prepare(self, loader, run=Run()):  # noqa: B008, frozen
         for part in self.parts.values():
@@ -79,6 +93,10 @@ class Combo(Method):
                 if term not in terms or not (term == "ce" or term.startswith("ce_peer")):
                     terms[f"{name}_{term}" if term in terms else term] = weight * value
         return terms
+
+    @property
+    def asks_teacher(self):
+        return any(part.asks_teacher for part in self.parts.values())
 
     def param_groups(self, lr):
         groups, seen = [], set()
@@ -152,8 +170,15 @@ def _check_labels(options, kinds: dict[str, type[Method]]) -> None:
 
 def _own_options(options, part: str, kind: type[Method]):
     values = {o.name: getattr(options, f"{part}_{o.name}") for o in fields(kind.Options)}
-    try:
+    with _named(part):
         return kind.Options(**values)
+
+
+@contextmanager
+def _named(part: str):
+    """Errors about a part's options say how they are called in the sum."""
+    try:
+        yield
     except ValueError as error:
         raise UserError(f"{part} (here its options begin with --{part}-): {error}") from None
 

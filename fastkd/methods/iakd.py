@@ -78,7 +78,11 @@ class IAKD(Method):
         self.first = o.p * (len(gates) // len(o.p))
         self.kd = KDLoss(o.temperature, ce_weight=1.0, kd_weight=o.kd_weight)
 
-    def prepare(self, loader, run=Run()):  # noqa: B008, frozen
+    @property
+    def asks_teacher(self):
+        return bool(self.options.kd_weight)
+
+    def check(self, run):
         o = self.options
         if o.schedule == "review" and not run.drops:
             raise UserError(
@@ -87,6 +91,9 @@ class IAKD(Method):
             )
         if o.finish_epochs >= run.epochs and o.finish_epochs:
             raise UserError(f"--finish-epochs {o.finish_epochs:g} leaves nothing of --epochs {run.epochs}; lower it")
+
+    def prepare(self, loader, run=Run()):  # noqa: B008, frozen
+        self.check(run)
         self.__dict__["run"] = run
 
     def plan(self, step):

@@ -59,6 +59,8 @@ class SOKDOptions:
 
     def __post_init__(self):
         self.loss()  # checks the values
+        if not (self.ce_s or self.kd_sa or (self.feature != "none" and self.feature_weight)):
+            raise UserError("--ce-s and --kd-sa are both 0: the student learns nothing; give one of them above 0")
         for name in ("bridge_lr", "feature_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')} must be a number from 0, got {getattr(self, name)}")

@@ -83,3 +83,43 @@ def test_teacher_needed_or_refused(tiny_net):
         KD(tiny_net(), None)
     with pytest.raises(ValueError, match="CE takes no teacher"):
         CE(tiny_net(), tiny_net(1))
+
+
+def test_in_a_capture_the_teacher_runs_on_a_stream_of_its_own(tiny_net, monkeypatch):
+    """Forked before the student, joined before its logits are used, and at the end whether they were or not."""
+    events = []
+
+    class Stream:
+        def __init__(self, name="beside"):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self):
+            events.append("on beside")
+
+        def __exit__(self, *problem):
+            events.append("on main")
+
+    class Images(torch.Tensor):
+        is_cuda = True
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    student, teacher = tiny_net(0), tiny_net(1)
+    student.register_forward_hook(lambda *_: events.append("student"))
+    teacher.register_forward_hook(lambda *_: events.append("teacher"))
+    images = torch.randn(2, 3, 8, 8).as_subclass(Images)
+    method = KD(student, teacher)
+    method.losses = lambda out, target, plan: {"x": out(student).sum() + out(method.teacher).sum()}
+    method(images, None)
+    fork = ["beside waits for main", "on beside", "teacher", "on main"]
+    assert events == [*fork, "student", "main waits for beside"]
+    events.clear()
+    method.losses = lambda out, target, plan: {"x": out(student).sum()}
+    method(images, None)
+    assert events == [*fork, "student", "main waits for beside"]
