@@ -245,6 +245,23 @@ def test_networks_that_are_missing_or_too_many_are_named(name, tiny_net):
         kind(tiny_net(), teacher, None, [] if peers else [tiny_net(2)])
 
 
+@every_method
+def test_networks_that_learn_are_neither_frozen_nor_there_twice(name):
+    kind, made = kind_of(name), lambda: [create_model("resnet8", 10) for _ in range(3)]
+    for role, number in [("student", 0)] + ([("peer 1", 1)] if kind.needs_peers else []):
+        nets = made()
+        nets[number].requires_grad_(False)
+        with pytest.raises(UserError, match=f"trains the {role}, whose weights are frozen"):
+            kind(nets[0], nets[2] if kind.needs_teacher else None, None, nets[1:2] if kind.needs_peers else [])
+    if kind.needs_teacher or kind.needs_peers:
+        student, peer, _ = made()
+        with pytest.raises(UserError, match="twice"):
+            if kind.needs_peers:
+                kind(student, peer if kind.needs_teacher else None, None, [student])
+            else:
+                kind(student, student)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_options_are_explained_and_survive_a_file(name, fastkd):
     kind = METHODS[name].Options
@@ -295,6 +312,12 @@ def test_temperature_zero_is_refused(name):
         (["--method", "kd+dml", "--temperature", "2"], ["kd+dml has no option temperature", "--kd-temperature"]),
         (["--method", "kd+dml", "--dml-alternate"], ["--dml-alternate", "cannot be summed"]),
         (["--method", "iakd", "--student", "resnet8", "--teacher", "wrn_16_2"], ["stage 1", "--adapters"]),
+        (["--method", "iakd", "--schedule", "review"], ["--schedule review", "--sched"]),
+        (["--method", "iakd+at", "--iakd-schedule", "review"], ["--iakd-", "--schedule review", "--sched"]),
+        (["--method", "iakd", "--schedule", "uniform", "--finish-epochs", "12"], ["--finish-epochs 12", "--epochs 12"]),
+        (["--method", "kd+at", "--at-ce-weight", "0.5"], ["--at-ce-weight", "no effect", "at first"]),
+        (["--method", "iakd+sokd", "--sokd-teacher-bn", "batch"], ["--sokd-teacher-bn batch", "one teacher"]),
+        (["--method", "sokd", "--ce-s", "0", "--kd-sa", "0"], ["--ce-s and --kd-sa", "nothing"]),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_written(fastkd, tmp_path, arguments, words):
