@@ -18,7 +18,7 @@ FORMAT = 1
 
 # Options that may differ when a run is resumed: they say where and how fast, not what is computed.
 # (A moved data folder must still hold the same number of images and the same classes: the trainer checks that.)
-FREE_TO_CHANGE = ("data", "resume", "out", "workers", "tensorboard", "hw_decoder_load", "device")
+FREE_TO_CHANGE = ("data", "resume", "out", "workers", "tensorboard", "hw_decoder_load", "device", "graph")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass, make_dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ usage: fastkd COMMAND [OPTIONS]
 
   train     distill a student; with no option at all: handwritten digits, a few minutes on two CPU cores
   eval      top-1, top-5, loss and images/s of trained weights
-  bench     how long the fused losses take here, beside torch's: fastkd bench loss
+  bench     how long losses and whole training steps take here, beside other ways: fastkd bench loss | step
   doctor    what this machine has, and which paths fastkd will take on it
   methods   the methods by name, with their papers and what they need
 
@@ -119,56 +119,68 @@ BENCH_USAGE = """\
 usage: fastkd bench TARGET [OPTIONS]
 
   loss      every loss of fastkd beside the same in torch, eager and compiled: checked first, then timed
+  step      where the time of a method's training step goes, and images/s beside other ways to run it
 
 `fastkd bench loss --help` explains the options.
 """
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """Losses of fastkd beside other ways to compute them, on CUDA where there is a device and else on the CPU.
-
-    Each is first compared with the eager formulation in float64: what is wrong gets no time. In the table, `eager` and
-    `best baseline` are their time as a multiple of fastkd's, forward and backward: above 1, fastkd is faster.
-    """
-
-    cases: str = ""
-    """Only the cases whose name has this in it, such as "KD 256" or IE-KD."""
-    quick: bool = False
-    """Few rounds, and without torch.compile, whose compiling takes minutes: a first look."""
-    plot: str = ""
-    """A .png file for a picture of the ratios."""
-    json: str = ""
-    """A file for everything measured, with the versions and the commit."""
 
 
 def bench(arguments: list[str]) -> None:
     if arguments and arguments[0] in ("-h", "--help"):
         print(BENCH_USAGE, end="")
         return
-    if not arguments or arguments[0] != "loss":
-        asked = f"unknown target {arguments[0]!r}{nearest(arguments[0], ['loss'])}" if arguments else "which target?"
-        raise UserError(f"bench: {asked}; there is: loss; see `fastkd bench --help`")
+    targets = {"loss": bench_loss, "step": bench_step}
+    if not arguments or arguments[0] not in targets:
+        asked = f"unknown target {arguments[0]!r}{nearest(arguments[0], targets)}" if arguments else "which target?"
+        raise UserError(f"bench: {asked}; there are: {', '.join(targets)}; see `fastkd bench --help`")
+    targets[arguments[0]](arguments[1:])
+
+
+def bench_loss(arguments: list[str]) -> None:
+    from .bench.options import LossOptions
     from .parser import run_parser
 
-    kind = make_dataclass("Bench", [("bench", BenchOptions)], frozen=True)
-    options = run_parser(kind, arguments[1:], "fastkd bench loss").bench
+    kind = make_dataclass("Bench", [("bench", LossOptions)], frozen=True)
+    options = run_parser(kind, arguments, "fastkd bench loss").bench
     from .bench.command import run
 
     run(options.cases, options.quick, options.plot, options.json)
 
 
+def bench_step(arguments: list[str]) -> None:
+    from .bench.options import StepOptions
+    from .parser import run_parser
+
+    kind = make_dataclass("Bench", [("bench", StepOptions)], frozen=True)
+    o = run_parser(kind, arguments, "fastkd bench step").bench
+    from .bench.pair import Pair
+    from .bench.step import run
+
+    pair = Pair(o.method, o.teacher, o.student, o.peers, o.batch_size, o.image_size, o.classes)
+    run(pair, o.quick, o.compile, o.json, o.plot, o.trace)
+
+
 def doctor(arguments: list[str]) -> None:
-    from .doctor import findings
+    from .doctor import DoctorOptions, findings
+    from .parser import run_parser
     from .report import show_table
 
-    _take_none(arguments, "doctor", "What this machine has, and which paths fastkd will take on it. No options.")
+    kind = make_dataclass("Doctor", [("doctor", DoctorOptions)], frozen=True)
+    given = asdict(run_parser(kind, arguments, "fastkd doctor").doctor)
+    pair = {name: value for name, value in given.items() if value}
+    if pair:
+        from .bench.examine import examine
+
+        rows = examine(pair)  # an error comes before the first table
     show_table(["", "here", "what fastkd does with it"], findings())
+    if pair:
+        show_table(["a training step", "here", ""], rows)
 
 
 SUMS = """\
 Sums: --method iekd+kd adds the losses of both, on one teacher and one forward pass of each network.
 The options then begin with the method's name (--kd-temperature); --kd-weight is kd's factor.
+In a sum the cross-entropy with the labels is counted once, as its first method has it.
 Staged: one of fastkd's own networks, or a ResNet, MobileNet, VGG, ... of timm or torchvision.
 Peers: networks that learn beside the student, by default one of its kind.
 `fastkd train --method NAME --help` explains the options."""

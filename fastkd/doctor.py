@@ -3,10 +3,29 @@
 import importlib
 import os
 import platform
+from dataclasses import dataclass
 
 import torch
 
 from .environment import has, version
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """What this machine has, and which paths fastkd will take on it; for a method and its networks, how a step runs.
+
+    With one of the options: whether all convolutions run in the fast layout, host syncs, operators or kernels of a
+    step, the teacher's forms, and whether steps become CUDA graphs.
+    """
+
+    method: str = ""
+    """As in training; kd where only a network is given."""
+    teacher: str = ""
+    """A network by name; resnet56 where another option is given."""
+    student: str = ""
+    """A network by name; resnet20 where another option is given."""
+    peers: tuple[str, ...] = ()
+    """Networks that learn beside the student, by default one of its kind."""
 
 
 def findings() -> list[list[str]]:

@@ -65,7 +65,8 @@ def choose_form(method: Method, images: Tensor, wanted: str, precision: Precisio
 
     UserError where the wanted one is not possible or wrong.
     """
-    teachers = {m.teacher: m.teacher in m.views for m in method.modules() if isinstance(m, Method) and m.teacher}
+    parts = [m for m in method.modules() if isinstance(m, Method) and m.teacher]
+    teachers = {m.teacher: any(m.teacher in part.views for part in parts) for m in parts}  # one for all parts of a sum
     chosen = "plain"
     for teacher, tapped in teachers.items():
         reason = _must_be_plain(method, teacher)
@@ -135,7 +136,7 @@ def _built(name: str, net: nn.Module, images: Tensor, dtype: torch.dtype, tapped
         return None
     try:
         twin = folded(net, images[:2].float()).to(dtype, memory_format=torch.channels_last)
-        parts = _parts(twin, tapped or name == "fused")
+        parts = _parts(twin, tapped)
         if name == "fused":
             parts = [fused(part) for part in parts]
             _choose_layers(parts, images.to(dtype))

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
 from textwrap import dedent
 
+import torch
 from torch import nn
 
 from ..errors import UserError
@@ -71,8 +72,10 @@ class Combo(Method):
                 part.check(run)
 
     def prepare(self, loader, run=Run()):  # noqa: B008, frozen
-        for part in self.parts.values():
+        random = torch.get_rng_state()
+        for part in self.parts.values():  # each as if alone, whether or not another found its work done before
             position = loader.state_dict()
+            torch.set_rng_state(random)
             part.prepare(loader, run)
             loader.load_state_dict(position)
 

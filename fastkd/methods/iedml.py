@@ -9,7 +9,7 @@ there and the rest, each through an encoder of its own that gives as many channe
 From second-hand notes on IE-KD's paper (arXiv:2107.00181): that two networks each have both parts, against the other's
 factor, together with DML's KL; weights 50 and p = 1 are those of IE-KD. Ours: all else. No auto-encoder: the other
 network changes with every step, so its map itself is the factor.
-Departures: none that can be known. A term of weight 0 is left out.
+Departures: none that can be known. A distance of weight 0 is left out.
 """
 
 from dataclasses import dataclass
