@@ -200,7 +200,7 @@ def test_every_part_prepares_on_the_same_batches(monkeypatch, tiny_net, tiny_loa
             needs_teacher = False
 
             def prepare(self, loader, run):
-                seen[name] = (next(iter(loader))[0], run.seed)
+                seen[name] = (next(iter(loader))[0], run.seed, torch.rand(3))
 
         return Part
 
@@ -209,6 +209,7 @@ def test_every_part_prepares_on_the_same_batches(monkeypatch, tiny_net, tiny_loa
     loader, _ = tiny_loaders()
     find_method("one+two")(tiny_net()).prepare(loader, Run(seed=4))
     assert torch.equal(seen["one"][0], seen["two"][0]) and seen["one"][1] == seen["two"][1] == 4
+    assert torch.equal(seen["one"][2], seen["two"][2])  # so that a file found in the folder changes nothing for others
     assert loader.state_dict() == {"epoch": 0}
 
 
