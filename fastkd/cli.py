@@ -181,7 +181,6 @@ SUMS = """\
 Sums: --method iekd+kd adds the losses of both, on one teacher and one forward pass of each network.
 The options then begin with the method's name (--kd-temperature); --kd-weight is kd's factor.
 In a sum the cross-entropy with the labels is counted once, as its first method has it.
-In a sum the cross-entropy with the labels is counted once, as its first method has it.
 Staged: one of fastkd's own networks, or a ResNet, MobileNet, VGG, ... of timm or torchvision.
 Peers: networks that learn beside the student, by default one of its kind.
 `fastkd train --method NAME --help` explains the options."""
