@@ -8,8 +8,8 @@ import torch
 from fastkd.bench.cases import cases
 from fastkd.bench.common import write_json
 from fastkd.bench.report import COLUMNS, choose, draw, heading, losses, notes, rows
+from fastkd.bench.screen import say, show_table
 from fastkd.errors import UserError
-from fastkd.report import say, show_table
 
 
 def run(part: str, quick: bool, plot: str, json: str) -> None:

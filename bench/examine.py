@@ -1,0 +1,64 @@
+"""`fastkd doctor --method M --teacher T --student S`: how a training step of a pair runs on this machine."""
+
+import torch
+
+from fastkd.bench.contenders import options
+from fastkd.bench.count import counted, cuda_syncs, per_step
+from fastkd.bench.pair import Pair
+from fastkd.engine import Step, choose_form
+from fastkd.engine.graph import why_not
+
+IMAGES = 8
+
+
+def examine(given: dict) -> list[list[str]]:
+    """Rows of: what, what was found, what it means. `given`: fields of a Pair."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pair = Pair(**{"batch_size": IMAGES} | given).filled(device)
+    method, batch = pair.build(device), pair.batch(device)
+    plan = method.plans(0)[0]
+    step = Step(method, options(), device)
+
+    def run() -> None:
+        step(*batch, plan)
+
+    run()
+    shape = f"{pair.batch_size} images of {pair.image_size} px, {str(step.precision.dtype).removeprefix('torch.')}"
+    graph = why_not(step, device, 1)
+    return [
+        ["pair", pair.name, shape],
+        *counts(run, device),
+        *forms(step, batch[0]),
+        ["CUDA graph", "no" if graph else "yes", graph or "whole steps are replayed"],
+    ]
+
+
+def counts(run, device: torch.device) -> list[list[str]]:
+    """Layout, syncs, operators or kernels of an eager step."""
+    counter = counted(run)
+    layout = f"{counter.slow} of {counter.convolutions} convolutions, forward and backward, are not channels-last"
+    meaning = "each of them is likely to copy its maps" if counter.slow else "no layout is changed on the way"
+    found = per_step(run, 1, device)
+    name = "kernels" if device.type == "cuda" else "operators"
+    syncs = counter.syncs + (cuda_syncs(run) if device.type == "cuda" else 0)
+    waits = "the host waits for the device in a step" if syncs else "the host never waits for the device in a step"
+    kind = "on the device, in an eager step" if name == "kernels" else "in an eager step; one of fastkd's counts as one"
+    return [
+        ["layout", layout, meaning],
+        ["host syncs", str(syncs), waits],
+        [name, f"{found[name]:,.0f}", kind],
+    ]
+
+
+def forms(step: Step, images: torch.Tensor) -> list[list[str]]:
+    """The forms of the teacher, each with its figures or why it cannot be had."""
+    if step.method.teacher is None:
+        return [["teacher form", "none", "the method has no teacher"]]
+    lines = []
+    choose_form(step.method, images, "auto", step.precision, lines.append)
+    *tried, chosen = [line.removeprefix("teacher form").lstrip(": ") for line in lines]
+    rows = [["teacher form", *(part.strip() for part in (line + "  ").split("  ", 1))] for line in tried]
+    name, _, reason = chosen.partition(", ")
+    usual = "the fastest on these images" if tried else reason
+    on_cpu = "; training on the CPU takes plain unless --teacher-form says otherwise" * (images.device.type == "cpu")
+    return [*rows, ["fastest form" if tried else "teacher form", name, usual + on_cpu * bool(tried)]]

@@ -1,0 +1,18 @@
+"""What is printed; plainly where rich, which fastkd's own report needs, is not installed."""
+
+try:
+    from fastkd.report import say, show_table
+except ImportError:
+
+    def say(message: str) -> None:
+        print(message, flush=True)
+
+    def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0) -> None:
+        widths = [max(len(str(row[place])) for row in [columns, *rows]) for place in range(len(columns))]
+        for row in [columns, *rows]:
+            cells = (str(cell).rjust if place >= len(columns) - numbers else str(cell).ljust
+                     for place, cell in enumerate(row))  # fmt: skip
+            say("  ".join(align(width) for align, width in zip(cells, widths, strict=True)))
+
+
+__all__ = ["say", "show_table"]

@@ -1,0 +1,155 @@
+"""What the measurements of a step say: two tables, notes, a stacked bar."""
+
+import io
+from pathlib import Path
+
+from fastkd.bench.contenders import BOUNDS
+from fastkd.bench.parts import PARTS
+from fastkd.bench.screen import say, show_table
+
+PART_COLUMNS = ["part of a step", "what", "ms", "%"]
+BUSY = 1.5  # 80th over 20th percentile
+WORDS = (
+    "constant gradient: fastkd's eager step with fixed gradients into logits and maps in place of the loss; student "
+    "only: cross-entropy without teacher and peers. Both are bounds, not baselines."
+)
+
+
+def timed(record: dict) -> dict[str, dict]:
+    return {name: found for name, found in record["contenders"].items() if "times" in found}
+
+
+def ours(record: dict) -> str | None:
+    """The fastest way of fastkd."""
+    names = [name for name in timed(record) if name.startswith("fastkd")]
+    return min(names, key=lambda name: median(record, name), default=None)
+
+
+def best_baseline(record: dict) -> str | None:
+    names = [name for name in timed(record) if not name.startswith("fastkd") and name not in BOUNDS]
+    return min(names, key=lambda name: median(record, name), default=None)
+
+
+def median(record: dict, name: str) -> float:
+    return record["contenders"][name]["times"]["median"]
+
+
+def speed(record: dict, name: str, other: str) -> float | None:
+    """How many times as fast `name` is as `other`; None where one has no time."""
+    if {name, other} <= timed(record).keys():
+        return median(record, other) / median(record, name)
+    return None
+
+
+def part_rows(record: dict) -> list[list[str]]:
+    parts = record["parts"]
+    total = sum(parts[name]["median"] for name in PARTS)
+    shown = [(name, what, parts[name]["median"]) for name, what in PARTS.items() if parts[name]["median"]]
+    sums = [("sum", "of these medians", total), ("whole", "the same step, not cut", parts["whole"]["median"])]
+    return [[name, what, f"{ms:.2f}", f"{100 * ms / total:.1f}"] for name, what, ms in (*shown, *sums)]
+
+
+def count_name(record: dict) -> str:
+    return "operators" if record["device"] == "cpu" else "kernels"
+
+
+def columns(record: dict) -> list[str]:
+    memory = ["peak MB"] if record["device"] != "cpu" else []
+    return ["contender", "img/s", "ms a step", "20-80 %", "time", count_name(record), "syncs", *memory]
+
+
+def rows(record: dict) -> list[list[str]]:
+    """`time`: as a multiple of that of fastkd's fastest way."""
+    return [row(record, name, found) for name, found in record["contenders"].items()]
+
+
+def row(record: dict, name: str, found: dict) -> list[str]:
+    memory = [f"{found['peak_mb']:,.0f}"] if "peak_mb" in found else [] if record["device"] == "cpu" else ["-"]
+    if "times" not in found:
+        return [name, "-", found["status"], "-", "-", "-", "-", *memory]
+    times, best = found["times"], ours(record)
+    ratio = f"{times['median'] / median(record, best):.2f}x" if best else "-"
+    spread = f"{times['p20']:.2f}-{times['p80']:.2f}"
+    counts = [f"{found[what]:,g}" if what in found else "-" for what in (count_name(record), "syncs")]
+    return [name, f"{found['img_per_s']:,.0f}", f"{times['median']:.2f}", spread, ratio, *counts, *memory]
+
+
+def notes(record: dict) -> list[str]:
+    lines = [WORDS]
+    if loss := speed(record, "fastkd eager", "constant gradient"):
+        lines.append(f"fastkd's eager step runs at {loss:.3f} of the speed of that with a constant gradient")
+    mine, other = ours(record), best_baseline(record)
+    if mine and other:
+        lines.append(f"{mine} is {speed(record, mine, other):.2f} times as fast as the best baseline, {other}")
+    for name, found in record["contenders"].items():
+        if "reason" in found:
+            lines.append(f"{name} is {found['status']}: {found['reason']}")
+        lines += [f"{name}: {note}" for note in found["notes"]]
+    if not record["compiled"]:
+        lines.append("torch.compile took no part; --compile asks for it")
+    return lines + disturbances(record)
+
+
+def disturbances(record: dict) -> list[str]:
+    load, cpus = record["load_average"], record["environment"]["cpus"]
+    lines = [f"Other work disturbed these figures: the load before was {load:.1f} on {cpus} CPUs"] * (load > cpus)
+    unsteady = [name for name, found in timed(record).items() if found["times"]["p80"] > BUSY * found["times"]["p20"]]
+    if unsteady:
+        lines.append(f"Unsteady, the 80th percentile is above {BUSY:g} times the 20th: {', '.join(unsteady)}")
+    return lines
+
+
+def heading(record: dict) -> str:
+    shape = f"{record['batch_size']} images of {record['image_size']} px, {record['classes']} classes"
+    return f"{record['pair']}, {shape}, {record['device']}, {record['dtype']}, noise for data"
+
+
+def show_step(record: dict) -> None:
+    say(heading(record))
+    show_table(PART_COLUMNS, part_rows(record), numbers=2)
+    show_table(columns(record), rows(record), numbers=len(columns(record)) - 1)
+    for note in notes(record):
+        say(note)
+
+
+def markdown(record: dict) -> str:
+    """The same for a file."""
+    tables = [(PART_COLUMNS, part_rows(record)), (columns(record), rows(record))]
+    parts = [f"### {heading(record)}", *(table(*both) for both in tables), *(f"- {note}" for note in notes(record))]
+    return "\n\n".join(parts[:3]) + "\n\n" + "\n".join(parts[3:]) + "\n"
+
+
+def table(names: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (names, ["---"] * len(names), *lines))
+
+
+def draw_step(record: dict, path: Path) -> None:
+    """Above the parts of fastkd's eager step as one stacked bar; below a bar of img/s for each contender."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = timed(record)
+    figure = Figure(figsize=(9, 3.2 + 0.3 * len(found)), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, height_ratios=[1.2, 0.6 + 0.3 * len(found)])
+    stack(upper, record["parts"])
+    upper.set(title=heading(record), xlabel="ms, fastkd's eager step", yticks=[])
+    names = list(found)[::-1]
+    colours = ["C0" if name.startswith("fastkd") else "lightgrey" if name in BOUNDS else "grey" for name in names]
+    bars = lower.barh(names, [found[name]["img_per_s"] for name in names], color=colours)
+    lower.bar_label(bars, fmt="{:,.0f}", padding=3)
+    lower.margins(x=0.12)
+    lower.set(xlabel="images/s")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+
+
+def stack(axes, parts: dict) -> None:
+    start = 0.0
+    for number, name in enumerate(PARTS):
+        if width := parts[name]["median"]:
+            axes.barh(0, width, left=start, color=f"C{number}", label=f"{name} {width:.2f}")
+            start += width
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=4, frameon=False)
