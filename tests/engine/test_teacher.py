@@ -15,7 +15,7 @@ from fastkd.engine.fold import FusedConvolution, folded, fused
 from fastkd.engine.precision import Precision
 from fastkd.engine.teacher import choose_form
 from fastkd.errors import UserError
-from fastkd.methods import IEKD, KD, OFD, SOKD
+from fastkd.methods import IEKD, KD, OFD, SOKD, find_method
 from fastkd.methods.iekd import IEKDOptions
 from fastkd.methods.sokd import SOKDOptions
 from fastkd.models import staged
@@ -191,3 +191,14 @@ def test_the_last_step_keeps_its_form(tiny_net):
     choose_form(method, images, "folded", FP32, lambda line: None)
     for name, value in method(images, target).items():
         torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["at+kd", "kd+at"])
+def test_in_a_sum_one_part_needs_maps_and_another_does_not(name):
+    net, images = frozen("resnet20")
+    method = find_method(name)(create_model("resnet8", 10), net).train()
+    target = torch.tensor([1, 2])
+    plain = method(images, target)
+    assert choose_form(method, images, "folded", FP32, lambda line: None) == "folded"
+    for term, value in method(images, target).items():
+        torch.testing.assert_close(value, plain[term], rtol=1e-3, atol=1e-4)
