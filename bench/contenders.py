@@ -67,7 +67,7 @@ class Plain:
         return self.last.item()
 
     def close(self) -> None:
-        pass
+        torch._dynamo.reset()  # what is compiled may hold graphs; the others are compiled anew when they warm up
 
 
 class WithoutLoss(Step):
@@ -142,7 +142,6 @@ def by_hand(method: Method, device: torch.device, mode: str = "") -> Plain:
         return sum(own(images, target, plan).values())
 
     if mode:
-        torch._dynamo.reset()
         forward = torch.compile(forward, dynamic=False, mode=mode)
     return Plain(forward, own.param_groups(LR), device, official)
 

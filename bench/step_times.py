@@ -69,6 +69,20 @@ def peak(run, batch: tuple[Tensor, Tensor], steps: list[tuple], device: torch.de
     return torch.cuda.max_memory_reserved(device) / 2**20
 
 
+def crowded(found: dict[str, dict], device: torch.device) -> bool:
+    """Whether what is held now and the largest step beside it would fill the device's memory."""
+    if device.type != "cuda":
+        return False
+    largest = max(record.get("peak_mb", 0.0) for record in found.values())
+    return memory(device) + largest > 0.9 * torch.cuda.get_device_properties(device).total_memory / 2**20
+
+
+def release(run) -> None:
+    """Give back what a contender holds."""
+    if run is not None:
+        run.close()
+
+
 def compare(found: dict[str, dict], dtype: torch.dtype) -> None:
     """Contenders whose losses are not those of fastkd's plain step become wrong."""
     right = found["fastkd eager"].get("losses")

@@ -4,8 +4,8 @@ The losses of fastkd call the functions of fastkd.kernels by the names that they
 other functions for the time of a `with`.
 """
 
-from contextlib import ExitStack, contextmanager
-from unittest.mock import patch
+from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -63,13 +63,29 @@ OFFICIAL = {
 """Of the papers' codes, at the default options; rkd_loss and sp_loss are plain torch as they are."""
 
 
+PUBLISHED = [
+    (logits, {name: OFFICIAL[name] for name in LOGITS}),
+    (features, {name: OFFICIAL[name] for name in FEATURES if name in OFFICIAL}),
+]
+
+
+@contextmanager
+def swapped(homes: list[tuple[ModuleType, dict]]):
+    """In here each module has these names; quick, for it is part of a step that is timed."""
+    before = [{name: vars(home)[name] for name in names} for home, names in homes]
+    for home, names in homes:
+        vars(home).update(names)
+    try:
+        yield
+    finally:
+        for (home, _), names in zip(homes, before, strict=True):
+            vars(home).update(names)
+
+
 @contextmanager
 def official():
     """In here the losses are those of the papers' codes, differentiated by autograd."""
-    with ExitStack() as stack:
-        for names, home in ((LOGITS, logits), (FEATURES, features)):
-            for name in (name for name in names if name in OFFICIAL):
-                stack.enter_context(patch.object(home, name, OFFICIAL[name]))
+    with swapped(PUBLISHED):
         yield
 
 
@@ -80,18 +96,16 @@ class NoLoss:
         self.learners: dict[int, Tensor] = {}
         self.gradients: dict[tuple, Tensor] = {}
         self.zeros: dict[tuple, Tensor] = {}
+        homes = ((logits, LOGITS), (features, FEATURES), (F, ("cross_entropy",)))
+        self.homes = [(home, {name: getattr(self, name, self.scalar) for name in names}) for home, names in homes]
 
     def __enter__(self) -> None:
         self.learners.clear()
-        self.stack = ExitStack()
-        for name in LOGITS:
-            self.stack.enter_context(patch.object(logits, name, getattr(self, name, self.scalar)))
-        for name in FEATURES:
-            self.stack.enter_context(patch.object(features, name, getattr(self, name, self.scalar)))
-        self.stack.enter_context(patch.object(F, "cross_entropy", self.scalar))
+        self.swap = swapped(self.homes)
+        self.swap.__enter__()
 
     def __exit__(self, *problem) -> None:
-        self.stack.close()
+        self.swap.__exit__(*problem)
 
     def backward(self) -> None:
         tensors = list(self.learners.values())
