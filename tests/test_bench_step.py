@@ -248,3 +248,14 @@ def test_help_teaches(fastkd):
     out = fastkd("bench", "step", "--help")[1]
     assert "--trace" in out and "-b" not in out.split() or "--batch-size" in out
     assert "--teacher" in fastkd("doctor", "--help")[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["kd", "dcm", "iakd", "sokd"])
+def test_on_a_gpu_graphs_are_right_and_nothing_waits(name):
+    pair = Pair(name, "resnet14", "resnet8", (), 16, 32, 10)
+    record = measure_step(pair, torch.device("cuda"), quick=True, compiled=False)
+    for way in (way for way in record["contenders"] if way.startswith("fastkd")):
+        found = record["contenders"][way]
+        assert found["status"] == "right" and found["syncs"] == 0 < min(found["kernels"], found["peak_mb"]), found
+    assert "peak MB" in columns(record) and len({len(row) for row in rows(record)} | {len(columns(record))}) == 1
