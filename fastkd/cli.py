@@ -35,6 +35,9 @@ def main() -> None:
     except UserError as error:
         print(f"fastkd: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt as stop:  # job.run says how to go on
         print("; ".join(["fastkd: stopped", *stop.args]), file=sys.stderr)
         sys.exit(130)

@@ -134,8 +134,13 @@ def _stretched(recipe: str, files: list, arguments: list[str], say: Callable[[st
         return values
     factor = int(epochs) / values["epochs"]
     times = {name: _times(values[name], factor) for name in names}
-    say(f"recipe {recipe}: {', '.join(names)} stretched from {values['epochs']} epochs to {epochs}")
+    changes = ", ".join(f"{name} {_shown(values[name])} -> {_shown(times[name])}" for name in names)
+    say(f"recipe {recipe}, made for {values['epochs']} epochs, over {epochs}: {changes}")
     return values | times
+
+
+def _shown(value: float | list) -> str:
+    return " ".join(f"{item:.3g}" for item in (value if isinstance(value, list) else [value]))
 
 
 def _times(value: float | list, factor: float) -> float | list:

@@ -23,7 +23,7 @@ A run of fastkd.
     config.yaml           the effective options; `fastkd train --config config.yaml --out ELSEWHERE` repeats the run
     environment.json      versions, devices and the command
     history.csv, .jsonl   one row per epoch: learning rate, loss terms, accuracy in %, images/s
-    curves.png            the same as a picture
+    curves.png            the same as a picture, at the end of the run
     last.pt               everything `fastkd train --out HERE --resume` needs, after the last finished epoch
     best.pt               the same after the epoch with the best accuracy; `fastkd eval --weights best.pt --model NAME`
     student.safetensors   the trained student after the last epoch; `fastkd eval --weights student.safetensors`

@@ -101,11 +101,11 @@ def test_a_short_run_needs_one_option(fastkd):
     """The warm-up of the recipe shrinks with the epochs, said aloud; one that was typed does not."""
     status, out, _ = fastkd("train", "--epochs", "1", "--print-config")
     shown = yaml.safe_load(out)
-    assert status == 0 and "# recipe digits: warmup_epochs stretched from 12 epochs to 1" in out
+    assert status == 0 and "# recipe digits, made for 12 epochs, over 1: warmup_epochs 1 -> 0.0833" in out
     assert shown["epochs"] == 1 and shown["warmup_epochs"] == pytest.approx(1 / 12)
-    assert "stretched" not in fastkd("train", "--epochs", "12", "--print-config")[1]
+    assert "made for" not in fastkd("train", "--epochs", "12", "--print-config")[1]
     check_refused(fastkd("train", "--epochs", "1", "--warmup-epochs", "1"), "--warmup-epochs", "--epochs 1", "got 1.0")
-    assert "warmup_epochs stretched" in fastkd("train", "--epochs", "1", "--method", "ce", "--student", "resnet8")[1]
+    assert "made for 12 epochs, over 1" in fastkd("train", "--epochs", "1", "--method", "ce", "--student", "resnet8")[1]
 
 
 def test_teacher_and_average_are_the_same_fresh_and_resumed(fastkd):

@@ -122,7 +122,7 @@ def test_its_method_takes_its_networks(name):
 
 def test_the_command_prints_one(fastkd):
     status, out, _ = fastkd("train", "--recipe", "cifar-sokd", "--data", "DIR", "--epochs", "20", "--print-config")
-    assert status == 0 and "# recipe cifar-sokd: decay_milestones stretched from 200 epochs to 20" in out
+    assert status == 0 and "# recipe cifar-sokd, made for 200 epochs, over 20: decay_milestones 100 150 -> 10 15" in out
     effective = yaml.safe_load(out)
     assert effective["decay_milestones"] == [10, 15] and effective["bridge_lr"] == 0.1 and effective["data"] == "DIR"
 

@@ -121,7 +121,7 @@ class Combo(Method):
 def combine(kinds: dict[str, type[Method]], name: str) -> type[Combo]:
     """The class of the sum. UserError for a method given twice."""
     if name.count("+") + 1 != len(kinds):
-        raise UserError(f"method {name}: each part can be there once")
+        raise UserError(f"method {name}: each part can be there once; its share is --NAME-weight")
     needs = {flag: any(getattr(kind, flag) for kind in kinds.values()) for flag in ("needs_teacher", "needs_peers")}
     stages = "; ".join(f"{part}: {kind.needs_stages}" for part, kind in kinds.items() if kind.needs_stages)
     about = {

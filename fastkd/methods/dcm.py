@@ -41,6 +41,8 @@ class DCMOptions:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')} must be a number from 0, got {value}")
+        if not self.same_stage + self.cross_stage:
+            raise UserError("--same-stage and --cross-stage are both 0: no head learns from another; give one above 0")
         self.loss(heads=2)
         if not self.ce_weight + self.kl_weight * (self.same_stage + self.cross_stage):
             raise UserError("--ce-weight and --kl-weight (or both of its factors) are 0: nothing is learnt")

@@ -16,7 +16,7 @@ from .mobilenetv2 import CifarMobileNetV2
 from .preactivation import PreActivation
 from .resnet import DEPTHS, WIDTHS_X4, CifarResNet
 from .shapes import stage_shapes
-from .staged import Staged, staged
+from .staged import Staged, name_stages, staged
 from .vgg import CONVOLUTIONS, CifarVGG
 from .weights import SUFFIXES, load_weights, read_state_dict
 from .wrn import WideResNet
@@ -36,6 +36,7 @@ __all__ = [
     "gates_of",
     "load_weights",
     "model_names",
+    "name_stages",
     "read_state_dict",
     "stage_shapes",
     "staged",

@@ -35,7 +35,7 @@ def split_family(model: nn.Module) -> Split:
     family = next((cls for cls in type(model).__mro__ if f"{cls.__module__}.{cls.__name__}" in FAMILIES), None)
     name = type(model).__name__
     children = ", ".join(child for child, _ in model.named_children()) or "none"
-    advice = f"name its stages, stages=[...]; its top-level modules are {children}"
+    advice = f"name its stages, fastkd.models.name_stages(net, [...]); its top-level modules are {children}"
     if family is None:
         raise UserError(f"how {name} divides into stages is not known: {advice}")
     if not _runs_like(model, family):

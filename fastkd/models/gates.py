@@ -74,8 +74,9 @@ def adapters(student: nn.Module, teacher: nn.Module, gates: list[Gate], allowed:
     """
     pairs = nn.ModuleList()
     for gate, (ours, theirs) in zip(gates, gate_shapes(student, teacher, gates), strict=True):
-        if ours != theirs and not (allowed and all(a[1:] == b[1:] for a, b in zip(ours, theirs, strict=True))):
-            hint = "--adapters changes channels only" if allowed else "choose another pair, or --adapters for channels"
+        sizes_agree = all(a[1:] == b[1:] for a, b in zip(ours, theirs, strict=True))
+        if ours != theirs and not (allowed and sizes_agree):
+            hint = "use --adapters, or another pair" if sizes_agree else "choose a pair of equal H x W at every gate"
             raise UserError(
                 f"{gate.name}: the student's block takes {_named(ours)} and the teacher's {_named(theirs)} (C x H x W "
                 f"for a 64 x 64 image), so they cannot be swapped; {hint}"

@@ -47,7 +47,19 @@ def staged(model: nn.Module, stages: Sequence[str] | None = None) -> Staged:
     Without `stages` the net must be one of ours or of a family of timm or torchvision in `families.FAMILIES`. With
     `stages`, dotted module names in forward order such as `["features.denseblock1", "features.denseblock2"]`, a stage
     ends where the named module ends, and any net can be viewed whose forward, outside the named modules, torch.fx can
-    trace and where nothing but a stage's output crosses its end. UserError otherwise.
+    trace and where nothing but a stage's output crosses its end. UserError otherwise. `name_stages` says it once, for
+    the methods.
     """
+    stages = getattr(model, "_fastkd_stages", None) if stages is None else stages
     stem, parts, head = split_family(model) if stages is None else split_at(model, stages)
     return Staged(model, stem, parts, head)
+
+
+def name_stages(model: nn.Module, stages: Sequence[str]) -> nn.Module:
+    """Note where the stages of a network of your own end, by module name, for `staged(model)`; gives `model` back.
+
+    UserError where it cannot be divided so.
+    """
+    split_at(model, stages)
+    model._fastkd_stages = tuple(stages)
+    return model

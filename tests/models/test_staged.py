@@ -311,3 +311,29 @@ def test_nets_that_cannot_be_divided():
     assert "cannot trace Decides" in message(Decides(), ["first"])
     assert "called 2 times" in message(Twice(), ["act"])
     assert "takes 'mask' beside the images" in message(Masked(), ["first"])
+
+
+def test_a_network_of_ones_own_names_its_stages_once():
+    from fastkd.methods import SOKD
+    from fastkd.models import name_stages
+
+    def made():
+        layers = [
+            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(4, 6, 3, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(6, 8, 3),
+            nn.AdaptiveAvgPool2d(1),
+        ]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 4))
+
+    net, images = made(), torch.randn(2, 3, 16, 16)
+    with pytest.raises(ValueError, match="name_stages"):
+        staged(net)
+    assert name_stages(net, ["2", "3"]) is net
+    logits, maps = staged(net).features(images)
+    assert torch.equal(logits, net(images)) and [x.shape[1] for x in maps] == [6, 8]
+    terms = SOKD(made(), net)(images, torch.tensor([0, 1]))
+    assert set(net.state_dict()) == set(made().state_dict()) and sum(terms.values()).isfinite()
+    with pytest.raises(ValueError, match="no module '9'"):
+        name_stages(made(), ["9"])
