@@ -16,6 +16,8 @@ APEX = {"fusedsgd": "FusedSGD", "fusedlamb": "FusedLAMB", "fusedadam": "FusedAda
 def create_optimizer(groups: list[dict], options, device: torch.device) -> Optimizer:
     """`groups`: from Method.param_groups. `options`: opt, momentum, weight_decay. `base_lr` stays in each group."""
     groups = [{**group, "base_lr": group["lr"]} for group in groups]
+    if not options.decay_norms:
+        groups = [part for group in groups for part in _without_decay_of_vectors(group)]
     if options.opt in APEX:
         return _apex_optimizer(groups, options)
     groups = [{**group, "lr": torch.tensor(float(group["lr"]), device=device)} for group in groups]
@@ -28,6 +30,14 @@ def create_optimizer(groups: list[dict], options, device: torch.device) -> Optim
     for weight in (p for group in groups for p in group["params"] if options.momentum):
         optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer
+
+
+def _without_decay_of_vectors(group: dict) -> list[dict]:
+    """The group's matrices and kernels, and without weight decay its norms and biases."""
+    vectors = [p for p in group["params"] if p.dim() <= 1]
+    rest = [p for p in group["params"] if p.dim() > 1]
+    parts = [{**group, "params": rest}, {**group, "params": vectors, "weight_decay": 0.0}]
+    return [part for part in parts if part["params"]]
 
 
 def apex_optimizers():

@@ -23,6 +23,8 @@ class TrainOptions:
     """Of SGD."""
     weight_decay: float = 1e-4
     """On all weights (decoupled in adamw)."""
+    decay_norms: bool = True
+    """Apply it to norms and biases as well, as the papers do; --no-decay-norms spares them."""
     sched: Literal["cosine", "step", "multistep", "constant"] = "cosine"
     """How the learning rate falls."""
     warmup_epochs: float = 0.0

@@ -84,7 +84,7 @@ def _must_be_plain(method: Method, teacher: Frozen) -> str:
     if teacher.batch_statistics:
         return "its BatchNorm takes the statistics of the batch"
     views = [m.views[teacher] for m in method.modules() if isinstance(m, Method) and teacher in m.views]
-    if any(type(view) is not Staged for view in views):
+    if not all(isinstance(view, (Staged, Fast)) for view in views):
         return "the method needs its maps before the activation"
     return ""
 

@@ -75,3 +75,18 @@ def test_apex_present_is_used(opt, name, monkeypatch):
     assert isinstance(optimizer, StandIn) and not can_skip(optimizer)
     Schedule(options, optimizer).write(1)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_norms_and_biases_can_be_spared_from_decay(opt, tiny_net):
+    net = tiny_net()
+    options = TrainOptions(opt=opt, lr=0.1, weight_decay=0.5, momentum=0.0, decay_norms=False)
+    groups = [{"params": list(net.parameters()), "lr": 0.1}]
+    optimizer = create_optimizer(groups, options, CPU)
+    assert all(group["base_lr"] == 0.1 and isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)  # whatever moves now is moved by the decay
+    optimizer.step()
+    moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"conv.weight", "fc.weight"}

@@ -15,7 +15,7 @@ from fastkd.engine.fold import FusedConvolution, folded, fused
 from fastkd.engine.precision import Precision
 from fastkd.engine.teacher import choose_form
 from fastkd.errors import UserError
-from fastkd.methods import IEKD, KD, OFD, SOKD, find_method
+from fastkd.methods import IEKD, KD, OFD, SOKD, Forwards, find_method
 from fastkd.methods.iekd import IEKDOptions
 from fastkd.methods.sokd import SOKDOptions
 from fastkd.models import staged
@@ -23,7 +23,7 @@ from fastkd.models import staged
 CPU = torch.device("cpu")
 FP32 = Precision("float32", CPU)
 NETS = ["resnet20", "wrn_16_2", "vgg8", "mobilenetv2", "torchvision/resnet18", "torchvision/mobilenet_v2",
-        "torchvision/vgg11_bn", "torchvision/efficientnet_b0", "timm/resnet34", "timm/resnet50", "timm/efficientnet_b0",
+        "torchvision/convnext_tiny", "torchvision/vgg11_bn", "torchvision/efficientnet_b0", "timm/resnet34", "timm/resnet50", "timm/efficientnet_b0",
         "timm/convnext_atto", "timm/regnetx_002"]  # fmt: skip
 
 
@@ -92,6 +92,25 @@ def test_what_a_folded_and_a_fused_resnet_50_run():
     assert count(least, "pool|mean") == 2 and count(least, "addmm|linear") == 1
     assert count(least, r"relu|aten\.add[_.]|to_copy|batch_norm") == 0
     assert len(least) < len(fewer) < len(plain)
+
+
+def test_no_frozen_weight_is_cast_in_a_step():
+    """Under autocast the plain teacher casts its weights at every forward pass, a form only the images."""
+    net, images = frozen("resnet20")
+    bf16 = Precision("bfloat16", CPU)
+    method = KD(create_model("resnet8", 10), net)
+
+    def casts() -> int:
+        def run():
+            with torch.autocast("cpu", torch.bfloat16):
+                Forwards(images, method.views)(method.teacher)
+
+        return count(called(run), "_to_copy")
+
+    assert casts() > 20
+    for form in ("folded", "fused"):
+        choose_form(method, images, form, bf16, lambda line: None)
+        assert casts() == 1
 
 
 def test_a_norm_that_does_not_follow_a_convolution_stays():
