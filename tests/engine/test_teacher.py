@@ -22,9 +22,22 @@ from fastkd.models import staged
 
 CPU = torch.device("cpu")
 FP32 = Precision("float32", CPU)
-NETS = ["resnet20", "wrn_16_2", "vgg8", "mobilenetv2", "torchvision/resnet18", "torchvision/mobilenet_v2",
-        "torchvision/convnext_tiny", "torchvision/vgg11_bn", "torchvision/efficientnet_b0", "timm/resnet34", "timm/resnet50", "timm/efficientnet_b0",
-        "timm/convnext_atto", "timm/regnetx_002"]  # fmt: skip
+NETS = [
+    "resnet20",
+    "wrn_16_2",
+    "vgg8",
+    "mobilenetv2",
+    "torchvision/resnet18",
+    "torchvision/mobilenet_v2",
+    "torchvision/convnext_tiny",
+    "torchvision/vgg11_bn",
+    "torchvision/efficientnet_b0",
+    "timm/resnet34",
+    "timm/resnet50",
+    "timm/efficientnet_b0",
+    "timm/convnext_atto",
+    "timm/regnetx_002",
+]
 
 
 def frozen(name: str) -> tuple[nn.Module, torch.Tensor]:
