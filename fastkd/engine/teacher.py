@@ -66,7 +66,7 @@ def choose_form(method: Method, images: Tensor, wanted: str, precision: Precisio
     UserError where the wanted one is not possible or wrong.
     """
     parts = [m for m in method.modules() if isinstance(m, Method) and m.teacher]
-    teachers = {m.teacher: any(m.teacher in part.views for part in parts) for m in parts}  # one for all parts of a sum
+    teachers = {m.teacher: _is_tapped(m.teacher, parts) for m in parts}  # one for all parts of a sum
     chosen = "plain"
     for teacher, tapped in teachers.items():
         reason = _must_be_plain(method, teacher)
@@ -78,6 +78,11 @@ def choose_form(method: Method, images: Tensor, wanted: str, precision: Precisio
         tried = try_forms(teacher, images, wanted, precision, tapped)
         chosen = _put_in_place(method, teacher, tried, wanted, say)
     return chosen
+
+
+def _is_tapped(teacher: Frozen, parts: list[Method]) -> bool:
+    """Whether a part asks for its maps; a form that was put in place before for its logits alone is no sign of it."""
+    return any(getattr(part.views[teacher], "tapped", True) for part in parts if teacher in part.views)
 
 
 def _must_be_plain(method: Method, teacher: Frozen) -> str:
