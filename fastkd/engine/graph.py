@@ -52,6 +52,7 @@ class GraphedStep:
         self.graphs: OrderedDict[Hashable, tuple] = OrderedDict()
         self.seen: dict[Hashable, int] = {}  # steps by plan and shapes
         self.eager = 0  # steps of them that ran eagerly
+        self.usual: torch.Size | None = None  # shape of the first batch
 
     def __getattr__(self, name: str):
         return getattr(self.step, name)
@@ -72,7 +73,7 @@ class GraphedStep:
 
     def _is_warm(self, key: Hashable, images: Tensor) -> bool:
         """Each plan once eagerly, `warm_up` steps in all, and only batches of the usual size."""
-        self.usual = getattr(self, "usual", images.shape)
+        self.usual = self.usual or images.shape
         return images.shape == self.usual and self.eager >= self.warm_up and key in self.seen
 
     def _capture(self, key: Hashable, images: Tensor, target: Tensor, plan: Hashable) -> None:

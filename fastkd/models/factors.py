@@ -1,20 +1,18 @@
 """The encoder of a teacher's factors, for IE-KD and FT: trained once a run, kept in its folder, equal everywhere."""
 
 import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from .. import checkpoint, distributed
 from ..errors import UserError
 from .coder import ERRORS, AutoEncoder, train_auto_encoder
 
@@ -60,14 +58,14 @@ def fit_encoder(encoder: nn.Module, maps: Callable[[], Iterable[Tensor]], option
     """
     about = about | {key: getattr(options, key) for key in ("ae_epochs", "ae_lr", "ae_error")} | {"seed": run.seed}
     path = run.folder / name if run.folder else None
-    known = _of_rank_zero(_load, encoder, path, about, run.say)
+    known = distributed.from_rank_zero(_load, encoder, path, about, run.say)
     if not known:
         _train(encoder, maps, options, run)
     _send_from_rank_zero(encoder)
     if not all(tensor.isfinite().all() for tensor in encoder.state_dict().values()):
         raise UserError(f"the auto-encoder diverged: its weights are not finite; lower --ae-lr {options.ae_lr:g}")
-    if not known and path and _rank() == 0:
-        _write(path, encoder, about)
+    if not known and path and distributed.rank() == 0:
+        checkpoint.save_network(path, encoder, about)
 
 
 def _train(encoder: nn.Module, maps, options, run) -> None:
@@ -80,7 +78,7 @@ def _train(encoder: nn.Module, maps, options, run) -> None:
     errors = train_auto_encoder(run.parallel(auto_encoder), maps, *settings)
     run.say(f"mean {options.ae_error} error of the auto-encoder: {errors[0]:.4g} at first, {errors[-1]:.4g} at last")
     encoder.load_state_dict(auto_encoder.encoder.state_dict())
-    _average_statistics(encoder)
+    distributed.average_buffers(encoder)
 
 
 def _is_fp16(run) -> bool:
@@ -94,10 +92,8 @@ def _load(encoder: nn.Module, path: Path | None, about: dict, say: Callable[[str
     if path is None or not path.exists():
         return False
     try:
-        with safe_open(path, framework="pt") as file:
-            kept = json.loads((file.metadata() or {}).get("fastkd", "{}"))
-        weights = load_file(path)
-    except (SafetensorError, OSError, ValueError) as problem:
+        kept, weights = checkpoint.read_about(path), load_file(path)
+    except (UserError, SafetensorError, OSError, ValueError) as problem:
         say(f"{path} cannot be read ({problem}): the auto-encoder is trained anew")
         return False
     if other := [key for key in about | kept if kept.get(key) != about.get(key)]:
@@ -106,42 +102,6 @@ def _load(encoder: nn.Module, path: Path | None, about: dict, say: Callable[[str
     say(f"the auto-encoder was trained before with this teacher and these settings: taken from {path}")
     encoder.load_state_dict(weights)
     return True
-
-
-def _write(path: Path, encoder: nn.Module, about: dict) -> None:
-    """Beside the file, flushed, then renamed: whoever looks sees a whole file or none."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(safetensors_bytes(tensors, metadata={"fastkd": json.dumps(about)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as problem:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {problem.strerror}; make room or choose another --out") from None
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _of_rank_zero(function: Callable, *arguments):
-    """What `function` gives on rank 0, which alone calls it."""
-    found = [function(*arguments) if _rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, 0)
-    return found[0]
-
-
-@torch.no_grad()
-def _average_statistics(encoder: nn.Module) -> None:
-    """Of BatchNorm: each process has collected them from its own images."""
-    for buffer in encoder.buffers():
-        if dist.is_initialized() and buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= dist.get_world_size()
 
 
 @torch.no_grad()
