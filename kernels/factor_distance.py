@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .check import check_tensors
-from .dispatch import accumulator
+from .dispatch import accumulator, plain
 from .factor_distance_cpu import closed_form
 from .factor_distance_triton import launch, launch_backward
 
@@ -106,8 +106,7 @@ def _results(parts: Sequence[Tensor], teacher: Tensor) -> tuple[Tensor, Tensor, 
     return tuple(teacher.new_empty(shape, dtype=dtype) for shape in ((), (K,), (2 * K + 1, len(teacher))))
 
 
-@torch.library.custom_op("fastkd::factor_distance", mutates_args=())
-def _factor_distance(
+def _forward(
     parts: Sequence[Tensor], teacher: Tensor, weights: Sequence[float], p: int, learns: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of rows [N, D], whose elements are contiguous: (loss, terms, statistics, gradients of the learning parts)"""
@@ -119,13 +118,15 @@ def _factor_distance(
     return *results, grads
 
 
+_factor_distance = torch.library.custom_op("fastkd::factor_distance", _forward, mutates_args=())
+
+
 @_factor_distance.register_fake
 def _(parts, teacher, weights, p, learns):
     return *_results(parts, teacher), _empty_grads(parts, teacher, learns, p == 1)
 
 
-@torch.library.custom_op("fastkd::factor_distance_backward", mutates_args=("grads",))
-def _factor_distance_backward(
+def _write_gradients(
     grads: Tensor,
     parts: Sequence[Tensor],
     teacher: Tensor,
@@ -148,6 +149,11 @@ def _factor_distance_backward(
             closed_form(*settings, None, terms, statistics, grads, upstream, skip_ones)
 
 
+_factor_distance_backward = torch.library.custom_op(
+    "fastkd::factor_distance_backward", _write_gradients, mutates_args=("grads",)
+)
+
+
 def _setup(ctx, inputs, output):
     parts, teacher, *ctx.settings = inputs
     _, terms, statistics, grads = output
@@ -168,7 +174,8 @@ def _backward(ctx, loss_gradient, terms_gradient, *_):
     if not left:
         grads = _empty_grads(parts, teacher, learns)
     settings = (parts, teacher, terms, statistics, *ctx.settings)
-    _factor_distance_backward(grads, *settings, loss_gradient, terms_gradient, left)
+    write = _write_gradients if plain((grads, *parts, teacher)) else _factor_distance_backward
+    write(grads, *settings, loss_gradient, terms_gradient, left)
     rows = iter(grads.unbind())
     gradients = [next(rows).to(x.dtype) if learner else None for x, learner in zip(parts, learns, strict=True)]
     return gradients, *[None] * 4
@@ -189,9 +196,9 @@ class _Fused(torch.autograd.Function):
         weights, p, learns = settings
         # a compiled backward may run twice and would find what it wrote: there the gradients are left to it altogether
         at_once = p == 1 and not torch.compiler.is_compiling()
-        loss, terms, statistics, grads = _factor_distance(
-            parts, teacher, weights, p, learns if at_once else [False] * len(parts)
-        )
+        compute = _forward if plain((*parts, teacher)) else _factor_distance
+        learns = learns if at_once else [False] * len(parts)
+        loss, terms, statistics, grads = compute(parts, teacher, weights, p, learns)
         ctx.settings = settings
         ctx.save_for_backward(*parts, teacher, terms, statistics)
         ctx.set_materialize_grads(False)

@@ -7,6 +7,8 @@ differ by exactly 0. It is also the path of fp64 on every device.
 import torch
 from torch import Tensor
 
+from .scratch import scratch
+
 CHUNK = 1 << 20  # elements of a factor at a time: what the passes share stays in the last-level cache
 
 
@@ -27,24 +29,24 @@ def closed_form(
     if upstream and skip_ones and _all_ones(learns, *upstream):
         return  # the forward pass has left the gradients of this case
     N, D = teacher.shape
-    rows = N if teacher.device.type != "cpu" else max(1, CHUNK // D)
-    order = iter(range(len(parts)))
+    xs, t = [x.detach().to(terms.dtype) for x in parts], teacher.to(terms.dtype)
+    norms, dots = statistics[: len(xs) + 1], statistics[len(xs) + 1 :]
+    if not upstream:
+        for norm, x in zip(norms, (*xs, t), strict=True):
+            torch.linalg.vector_norm(x, dim=1, out=norm)
+    scales = _scales(norms, _factors(weights, p, N * D, terms, upstream))
+    sums = None if upstream else torch.empty_like(dots)
+    order = iter(grads)
     slots = [next(order) if learner and len(grads) else None for learner in learns]
-    factors = _factors(weights, p, N * D, terms, upstream)
-    sums = terms.new_empty(len(parts), N)
-    # one set of buffers for all chunks: fresh memory costs more than a pass
-    buffers = terms.new_empty(len(parts) + 1, min(rows, N), D)
+    rows = N if t.device.type != "cpu" else max(1, CHUNK // D)
     for start in range(0, N, rows):
-        chunk = slice(start, start + rows)
-        xs = [x[chunk].detach().to(terms.dtype) for x in (*parts, teacher)]
-        outs = [None if slot is None else grads[slot, chunk] for slot in slots]
-        own = [b[: len(xs[0])] for b in buffers]  # differences go where the gradient will be, if of this dtype
-        work = [b if out is None or out.dtype != b.dtype else out for b, out in zip(own, [*outs, None], strict=True)]
-        samples = Samples(xs, p, statistics[:, chunk], work)
-        if not upstream:
-            samples.measure(sums[:, chunk])
-        if any(slot is not None for slot in slots):
-            samples.gradients(factors, outs, measured=not upstream)
+        some = slice(start, start + rows)
+        for k, (x, slot) in enumerate(zip(xs, slots, strict=True)):
+            part = Part(x[some], t[some], p, scales[:, k, some], dots[k, some], None if slot is None else slot[some])
+            if not upstream:
+                part.measure(sums[k, some])
+            if slot is not None:
+                part.gradient(measured=not upstream)
     if not upstream:
         distances = sums.sum(1) / (N * D)
         distances = distances if p == 1 else distances.sqrt()
@@ -62,70 +64,59 @@ def _all_ones(learns: list[bool], loss_gradient: Tensor | None, terms_gradient: 
     return all(g == 1 for g, learner in zip(given.tolist(), learns, strict=True) if learner)
 
 
-def _factors(weights: list[float], p: int, elements: int, terms: Tensor, upstream) -> list:
+def _factors(weights: list[float], p: int, elements: int, terms: Tensor, upstream) -> Tensor:
     """What the gradients are multiplied by: weight / N_el, over the distance for p = 2, times what comes from above."""
-    factors = [w / elements for w in weights]
+    w = terms.new_tensor(weights)
+    factors = w / elements
     if upstream is None:
         return factors
     if p == 2:  # the distance is term / weight; at distance 0 the gradient is 0
-        factors = [torch.where(term == 0, 0, w * f / term) for f, w, term in zip(factors, weights, terms, strict=True)]
-    loss_gradient, terms_gradient = upstream
-    given = terms_gradient if loss_gradient is None else loss_gradient.expand(len(weights))
-    given = given + terms_gradient if loss_gradient is not None and terms_gradient is not None else given
-    return [f * g for f, g in zip(factors, given, strict=True)]
+        factors = torch.where(terms == 0, 0, w * factors / terms)
+    return factors * sum(gradient for gradient in upstream if gradient is not None)
 
 
-class Samples:
-    """Some samples: K parts and the teacher, each [n, D]; their statistics [2 K + 1, n] are written, or read."""
+def _scales(norms: Tensor, factors: Tensor) -> Tensor:
+    """[3, K, N, 1]: ||x|| / ||t||, which is exactly 1 for equal norms; 1 / ||x||; factor / ||x||, 0 at norm 0."""
+    clamped = norms.clamp(min=1e-12)
+    inverse, ratio = 1 / clamped[:-1], clamped[:-1] / clamped[-1]
+    return torch.stack([ratio, inverse, torch.where(norms[:-1] <= 1e-12, 0, inverse) * factors[:, None]])[..., None]
 
-    def __init__(self, xs: list[Tensor], p: int, statistics: Tensor, work: list[Tensor]):
-        *self.parts, self.teacher = xs
-        self.p, self.work = p, work
-        self.norms, self.dots = statistics[: len(xs)], statistics[len(xs) :]
 
-    def _scales(self) -> None:
-        """[K, n, 1]: 1 / ||x|| and ||x|| / ||t||, which is exactly 1 for equal norms."""
-        clamped = self.norms.clamp(min=1e-12)[:, :, None]
-        inverse = 1 / clamped
-        self.inverse, self.ratio = inverse[:-1], clamped[:-1] / clamped[-1]
+class Part:
+    """Some samples of one part, x [n, D], and of the teacher's factor t."""
 
-    def measure(self, sums: Tensor) -> None:
-        """Writes the statistics, and sum |x^ - t^|^p of every sample into sums [K, n]."""
-        for norm, x in zip(self.norms, (*self.parts, self.teacher), strict=True):
-            norm.copy_(torch.linalg.vector_norm(x, dim=1))
-        self._scales()
-        spare = self.work[-1]
-        for x, ratio, difference, total, dot in zip(self.parts, self.ratio, self.work, sums, self.dots, strict=False):
-            torch.addcmul(x, self.teacher, ratio, value=-1, out=difference)
-            if self.p == 1:  # torch's own 1-norm takes four times as long
-                torch.sum(torch.abs(difference, out=spare), 1, out=total)
-                difference.sign_()
-            else:
-                total.copy_(torch.linalg.vector_norm(difference, dim=1))
-            torch.sum(torch.mul(difference, x, out=spare), 1, out=dot)
-        inverse = self.inverse[:, :, 0]
-        sums *= inverse
-        self.dots *= inverse if self.p == 1 else inverse * inverse
-        self.dots += 0 * sums  # the sign of NaN is 0 in torch, the distance of its sample is NaN
-        if self.p == 2:
-            sums *= sums
+    def __init__(self, x: Tensor, t: Tensor, p: int, scales: Tensor, dot: Tensor, out: Tensor | None):
+        """scales [3, n, 1]; dot [n], <x^, direction>, is written or read; out [n, D]: where the gradient goes."""
+        self.x, self.t, self.p, self.dot, self.out = x, t, p, dot, out
+        self.ratio, self.inverse, self.scale = scales
+        fits = out is not None and out.dtype == x.dtype
+        self.work = out if fits else scratch("difference", x.shape, x)  # the gradient is made where it goes
 
-    def gradients(self, factors: list, outs: list[Tensor | None], measured: bool) -> None:
+    def _difference(self) -> Tensor:
+        return torch.addcmul(self.x, self.t, self.ratio, value=-1, out=self.work)
+
+    def measure(self, total: Tensor) -> None:
+        """Writes <x^, direction>, and sum |x^ - t^|^p of every sample into total [n]."""
+        difference, spare, inverse = self._difference(), scratch("spare", self.x.shape, self.x), self.inverse[:, 0]
+        if self.p == 1:  # torch's own 1-norm takes four times as long
+            torch.sum(torch.abs(difference, out=spare), 1, out=total)
+            total.mul_(inverse)
+            difference.sign_()
+        else:
+            torch.linalg.vector_norm(difference, dim=1, out=total)
+            total.mul_(inverse).square_()
+        torch.sum(torch.mul(difference, self.x, out=spare), 1, out=self.dot)
+        self.dot.mul_(inverse if self.p == 1 else inverse * inverse)
+        self.dot.add_(total, alpha=0)  # the sign of NaN is 0 in torch, the distance of its sample is NaN
+
+    def gradient(self, measured: bool) -> None:
         """factor * (direction - x^ dot) / ||x||"""
-        if not measured:
-            self._scales()
-        scales = torch.where(self.norms[:-1, :, None] <= 1e-12, 0, self.inverse)
-        pulls = -self.inverse * self.dots[:, :, None]
-        for k, (x, out, work) in enumerate(zip(self.parts, outs, self.work, strict=False)):
-            if out is None:
-                continue
-            if self.p == 1:
-                if not measured:
-                    torch.addcmul(x, self.teacher, self.ratio[k], value=-1, out=work).sign_()
-                work.addcmul_(x, pulls[k]).mul_(scales[k] * factors[k])
-            else:
-                scale = scales[k] * factors[k]
-                torch.mul(x, scale * (self.inverse[k] + pulls[k]), out=work)
-                work.addcmul_(self.teacher, scale * self.inverse[k] * self.ratio[k], value=-1)
-            if work is not out:
-                out.copy_(work)
+        x, work, pull = self.x, self.work, -self.inverse * self.dot[:, None]
+        if self.p == 1:
+            direction = work if measured else self._difference().sign_()
+            direction.addcmul_(x, pull).mul_(self.scale)
+        else:
+            torch.mul(x, self.scale * (self.inverse + pull), out=work)
+            work.addcmul_(self.t, self.scale * self.inverse * self.ratio, value=-1)
+        if work is not self.out:
+            self.out.copy_(work)
