@@ -34,15 +34,16 @@ def student_and_teacher(
     N, like = len(target), grads.new_empty((), dtype=accumulator([student, teacher]))
     z_s, z_t, label = student.to(like.dtype), teacher.to(like.dtype), target[:, None]
     p = grads[0] if grads.dtype == like.dtype else scratch("p", z_s.shape, like)
-    s, t, q = (scratch(name, z_s.shape, like) for name in ("s", "t", "q"))
-    torch.softmax(torch.mul(z_s, 1 / temperature, out=s), 1, out=p)
-    torch.softmax(torch.mul(z_t, 1 / temperature, out=t), 1, out=q)
+    q, spare = (scratch(name, z_s.shape, like) for name in ("q", "spare"))
+    torch.sub(torch.mul(z_t, 1 / temperature, out=q), torch.mul(z_s, 1 / temperature, out=p), out=spare)
     at_label = scratch("at_label", (5, N, 1), like)
-    for row, x in zip(at_label, (s, t, p, q), strict=False):
+    for row, x in zip(at_label, (p, q), strict=False):
         torch.gather(x, 1, label, out=row)
-    ratio = torch.linalg.vecdot(q, t.sub_(s)).sum(dtype=torch.float64).item()
+    for row, x in zip(at_label[2:], (p, q), strict=False):
+        torch.gather(torch.softmax(x, 1, out=x), 1, label, out=row)
+    ratio = spare.mul_(q).sum(1).sum(dtype=torch.float64).item()  # vecdot would make an [N, C] of its own
     p.sub_(q).mul_(kd_weight * temperature / N)
-    p1 = torch.softmax(z_s, 1, out=s)
+    p1 = torch.softmax(z_s, 1, out=spare)
     torch.gather(p1, 1, label, out=at_label[4])
     p.add_(p1, alpha=ce_weight / N).scatter_(1, label, -ce_weight / N, reduce="add")
     if p.dtype != grads.dtype:
