@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import accumulator, without_autocast
+from .scratch import scratch
 
 
 @without_autocast
@@ -57,7 +58,7 @@ def _rest(student: Tensor, teacher: Tensor, y: Tensor, temperature: float):
     their logits / T less the largest (the label's place holds 0), their softmax (the label's place holds anything),
     log-sum-exp of the shifted [.., 1], and whether one of them is above -inf [.., 1]."""
     dtype, inverse, places = accumulator([student, teacher]), 1 / temperature, y.expand(2, -1, 1)
-    z = torch.empty((2, *student.shape), dtype=dtype, device=student.device)
+    z = scratch("z", (2, *student.shape), student.new_empty((), dtype=dtype))
     for mine, logits in zip(z, (student, teacher), strict=True):
         torch.mul(logits.detach().to(dtype), inverse, out=mine)
     z_y = z.gather(2, places)
@@ -65,7 +66,7 @@ def _rest(student: Tensor, teacher: Tensor, y: Tensor, temperature: float):
     top = z.amax(2, keepdim=True)
     known = top != -torch.inf
     z.sub_(top.where(known, 0)).scatter_(2, places, torch.zeros_like(top).masked_fill_(known, -torch.inf))
-    r = z.softmax(2)
+    r = torch.softmax(z, 2, out=scratch("p", z.shape, z))
     # The largest is exp(0) / sum, which spares a pass of exponentials; xlogy(1, x) is log(x) on one thread.
     log_sum = -torch.special.xlogy(1.0, r.amax(2, keepdim=True))
     return z_y - top - log_sum, z.scatter_(2, places, 0), r, log_sum, known
@@ -73,8 +74,8 @@ def _rest(student: Tensor, teacher: Tensor, y: Tensor, temperature: float):
 
 def _divergence(r_t: Tensor, shifted: Tensor) -> Tensor:
     """[N]: sum of r_t (shifted_t - shifted_s); a class of probability 0 adds 0, not 0 * inf."""
-    difference = shifted[1] - shifted[0]
-    sums = torch.linalg.vecdot(r_t, difference)
+    spare = scratch("spare", r_t.shape, r_t)
+    sums = torch.sub(shifted[1], shifted[0], out=spare).mul_(r_t).sum(1)
     if sums.device.type != "cpu" or not sums.isfinite().all():
-        sums = torch.where(r_t == 0, 0, r_t * difference).sum(1)
+        sums = torch.where(r_t == 0, 0, r_t * (shifted[1] - shifted[0])).sum(1)
     return sums
