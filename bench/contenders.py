@@ -42,8 +42,7 @@ class Ours:
         return sum(terms.values())
 
     def close(self) -> None:
-        if isinstance(self.step, GraphedStep):
-            self.step.close()
+        self.step.close()
 
 
 class Plain:

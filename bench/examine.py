@@ -6,7 +6,7 @@ from fastkd.bench.contenders import options
 from fastkd.bench.count import counted, cuda_syncs, per_step
 from fastkd.bench.pair import Pair
 from fastkd.engine import Step, choose_form
-from fastkd.engine.graph import why_not
+from fastkd.engine.launch import why_not
 
 IMAGES = 8
 

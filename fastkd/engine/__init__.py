@@ -1,6 +1,7 @@
 """How a step is run: number formats, optimizers, the learning rate, the average of the weights."""
 
-from .graph import GraphedStep, graphed
+from .graph import GraphedStep
+from .launch import graphed
 from .options import TrainOptions
 from .schedule import Schedule
 from .step import Step

@@ -13,8 +13,6 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .optim import can_skip
 from .step import Step
 
 WARM_UP = 3  # eager steps before the first capture: cuDNN chooses its algorithms, the optimizer makes its state
@@ -32,10 +30,12 @@ class CudaGraph:
 
     def __enter__(self) -> "CudaGraph":
         self.context.__enter__()
+        self.megabytes = -torch.cuda.memory_reserved() / 2**20
         return self
 
     def __exit__(self, *problem) -> None:
         self.context.__exit__(*problem)
+        self.megabytes += torch.cuda.memory_reserved() / 2**20  # what the pool has grown by
 
     def replay(self) -> None:
         self.graph.replay()
@@ -53,6 +53,7 @@ class GraphedStep:
         self.seen: dict[Hashable, int] = {}  # steps by plan and shapes
         self.eager = 0  # steps of them that ran eagerly
         self.usual: torch.Size | None = None  # shape of the first batch
+        self.megabytes = 0.0  # of the pool of all graphs
 
     def __getattr__(self, name: str):
         return getattr(self.step, name)
@@ -84,6 +85,7 @@ class GraphedStep:
         with graph:
             self.step(*inputs, plan)
         self.graphs[key] = graph, inputs
+        self.megabytes += graph.megabytes
         if not graph.counts_at_once:
             graph.replay()
 
@@ -91,35 +93,9 @@ class GraphedStep:
         """Give the graphs' memory back, before the process tears CUDA down; says how many there were."""
         count, replays = len(self.graphs), sum(self.seen.values()) - self.eager
         self.graphs.clear()
-        return f"{count} CUDA graphs, replayed in {replays} of {replays + self.eager} steps"
+        return f"{count} CUDA graphs, {self.megabytes:,.0f} MB, replayed in {replays} of {replays + self.eager} steps"
 
 
 def _fill(inputs: tuple[Tensor, Tensor], images: Tensor, target: Tensor) -> None:
     inputs[0].copy_(images)
     inputs[1].copy_(target)
-
-
-def graphed(step: Step, wanted: str, device: torch.device, processes: int, say) -> "Step | GraphedStep":
-    """The step as `--graph` wants it. UserError for "on" where it cannot be."""
-    if wanted == "off":
-        return step
-    reason = why_not(step, device, processes)
-    if reason and wanted == "on":
-        raise UserError(f"--graph on: {reason}; use --graph auto or off")
-    if reason:
-        if device.type == "cuda":
-            say(f"steps run eagerly: {reason}")
-        return step
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-    return GraphedStep(step, lambda: CudaGraph(pool, stream))
-
-
-def why_not(step: Step, device: torch.device, processes: int) -> str:
-    """Why the steps cannot be captured, or the empty string."""
-    if device.type != "cuda":
-        return "there is no CUDA device"
-    if processes > 1:
-        return "several processes exchange gradients, which stays outside of a graph"
-    if not can_skip(step.optimizer):
-        return "the optimizer reads its learning rate on the host"
-    return ""

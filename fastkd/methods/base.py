@@ -208,6 +208,10 @@ class Method(nn.Module):
         """What is evaluated and saved, the student first; with the keys of the plain networks."""
         return {"student": self.student} | {f"peer{number}": net for number, net in enumerate(self.peers, 1)}
 
+    def segments(self) -> list[list[nn.Module]]:
+        """Where plans are paths: of every group a step runs one module, group after group. Else nothing."""
+        return []
+
     def shares(self, steps: range) -> dict[str, float]:
         """Shares between 0 and 1 for the history: how often something was chosen in these steps."""
         return {}

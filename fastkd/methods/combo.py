@@ -111,6 +111,9 @@ class Combo(Method):
     def networks(self):
         return {name: net for part in self.parts.values() for name, net in part.networks().items()}
 
+    def segments(self):
+        return [group for part in self.parts.values() for group in part.segments()]
+
     def shares(self, steps):
         return {name: share for part in self.parts.values() for name, share in part.shares(steps).items()}
 

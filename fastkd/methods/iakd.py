@@ -22,7 +22,7 @@ from typing import Literal
 
 from ..errors import UserError
 from ..losses import KDLoss
-from ..models import Swapped, adapters, gates_of, staged
+from ..models import Swapped, adapted, adapters, gates_of, staged
 from .base import Method, Run, cross_entropy
 
 
@@ -74,6 +74,7 @@ class IAKD(Method):
         if len(o.p) not in (1, len(gates)):
             raise UserError(f"--p has {len(o.p)} probabilities for {len(gates)} gates; give 1 or {len(gates)}")
         self.adapters = adapters(self.student, self.teacher.net, gates, allowed=o.adapters)
+        gates = adapted(gates, self.adapters)
         self.__dict__.update(gates=gates, view=staged(self.student), run=Run())  # views of registered modules
         self.first = o.p * (len(gates) // len(o.p))
         self.kd = KDLoss(o.temperature, ce_weight=1.0, kd_weight=o.kd_weight)
@@ -119,7 +120,11 @@ class IAKD(Method):
 
     def views_for(self, plan):
         own = plan or (True,) * len(self.gates)
-        return self.views | {self.student: Swapped(self.view, self.gates, self.adapters, own)}
+        return self.views | {self.student: Swapped(self.view, self.gates, own)}
+
+    def segments(self):
+        parts = [[gate.student, gate.teacher] for gate in self.gates]
+        return [[self.view.stem], *parts, [self.view.head]]
 
     def losses(self, out, target, plan):
         if not self.options.kd_weight:

@@ -10,7 +10,7 @@ from ..errors import UserError, nearest
 from .auxiliary import auxiliary_heads
 from .coder import AutoEncoder, Coder, train_auto_encoder
 from .fresh import fresh
-from .gates import Gate, Swapped, adapters, gates_of
+from .gates import Gate, Swapped, adapted, adapters, gates_of
 from .mobilenet import CifarMobileNet
 from .mobilenetv2 import CifarMobileNetV2
 from .preactivation import PreActivation
@@ -29,6 +29,7 @@ __all__ = [
     "Gate",
     "Staged",
     "Swapped",
+    "adapted",
     "adapters",
     "auxiliary_heads",
     "create_model",

@@ -89,6 +89,16 @@ def _named(shapes: tuple) -> str:
     return " to ".join(" x ".join(map(str, shape)) for shape in shapes)
 
 
+def adapted(gates: list[Gate], pairs: nn.ModuleList) -> list[Gate]:
+    """Gates whose teacher's part has its adapters around it; it shares their modules."""
+    return [
+        gate
+        if all(isinstance(adapter, nn.Identity) for adapter in pair)
+        else gate._replace(teacher=nn.Sequential(pair[0], gate.teacher, pair[1]))
+        for gate, pair in zip(gates, pairs, strict=True)
+    ]
+
+
 def _adapter(cin: int, cout: int) -> nn.Module:
     if cin == cout:
         return nn.Identity()
@@ -98,14 +108,14 @@ def _adapter(cin: int, cout: int) -> nn.Module:
 class Swapped(nn.Module):
     """The student along one path: at gate i its own part where `own[i]`, else the teacher's. Not for registering."""
 
-    def __init__(self, view: Staged, gates: list[Gate], pairs: nn.ModuleList, own: tuple[bool, ...]):
+    def __init__(self, view: Staged, gates: list[Gate], own: tuple[bool, ...]):
         super().__init__()
-        self.__dict__.update(view=view, gates=gates, pairs=pairs, own=own)
+        self.__dict__.update(view=view, gates=gates, own=own)
 
     def features(self, images):
         """Images [N, 3, H, W] -> logits [N, classes] and the output of every stage, as Staged.features."""
         x, taps = self.view.stem(images), []
-        for gate, (before, after), own in zip(self.gates, self.pairs, self.own, strict=True):
-            x = gate.student(x) if own else after(gate.teacher(before(x)))
+        for gate, own in zip(self.gates, self.own, strict=True):
+            x = gate.student(x) if own else gate.teacher(x)
             taps += [x] if gate.ends_stage else []
         return self.view.head(x), taps

@@ -4,54 +4,16 @@ import copy
 
 import pytest
 import torch
-from capture import Capture
-from every_method import NAMES, batch, build, prepare
+from every_method import NAMES, batch, build
+from replays import CPU, Graph, same, trained
 
-from fastkd.engine import Schedule, Step, TrainOptions
-from fastkd.engine.graph import GraphedStep
-
-CPU = torch.device("cpu")
-STEPS = 20
-
-
-class Graph(Capture):
-    """The imitation under the interface of CudaGraph: it runs what it records."""
-
-    counts_at_once = True
-
-
-def trained(name: str, graphed: bool, **options) -> tuple[dict, GraphedStep | Step]:
-    """All that the next step depends on after 20 steps, and the step."""
-    method = build(name)
-    prepare(method)
-    settings = TrainOptions(**{"lr": 0.05, "epochs": 10, "warmup_epochs": 2, "momentum": 0.9} | options)
-    step = Step(method, settings, CPU)
-    schedule = Schedule(settings, step.optimizer)
-    run = GraphedStep(step, Graph, warm_up=1) if graphed else step
-    for number in range(STEPS):
-        schedule.write(number / 2)
-        if number == 10:
-            step.meter.reset()
-        for plan in method.plans(number):
-            run(*batch(number % 3, 8), plan)
-    state = step.state_dict() | {"terms": step.meter.read(), "bad": step.nonfinite.clone()}
-    return state, run
-
-
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+from fastkd.engine import GraphedStep, Schedule, Step, TrainOptions
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method(name):
-    eager, _ = trained(name, graphed=False)
-    replayed, run = trained(name, graphed=True)
+    eager, _ = trained(name)
+    replayed, run = trained(name, GraphedStep)
     assert run.graphs, "nothing was captured"
     assert same(eager, replayed)
 
@@ -69,8 +31,8 @@ def test_every_method(name):
 )
 @pytest.mark.parametrize("name", ["kd", "iakd", "dcm", "sokd"])
 def test_every_option(name, options):
-    eager, _ = trained(name, graphed=False, **options)
-    replayed, run = trained(name, graphed=True, **options)
+    eager, _ = trained(name, **options)
+    replayed, run = trained(name, GraphedStep, **options)
     assert run.graphs and same(eager, replayed)
 
 
@@ -101,10 +63,10 @@ def test_faults_are_caught(fault, monkeypatch):
             for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
                 group["lr"] = base * self.at(epoch)
 
-        eager, _ = trained("kd", graphed=False)
+        eager, _ = trained("kd")
         monkeypatch.setattr(Schedule, "write", frozen)
     else:
-        eager, _ = trained("kd", graphed=False)
+        eager, _ = trained("kd")
     if fault == "moved statistics":
         capture = GraphedStep._capture
 
@@ -114,7 +76,7 @@ def test_faults_are_caught(fault, monkeypatch):
             capture(self, key, images, target, plan)
 
         monkeypatch.setattr(GraphedStep, "_capture", warmed_up_without_putting_back)
-    replayed, run = trained("kd", graphed=True)
+    replayed, run = trained("kd", GraphedStep)
     assert run.graphs and not same(eager, replayed)
 
 

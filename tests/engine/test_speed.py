@@ -5,7 +5,7 @@ import torch
 
 from fastkd import Trainer, TrainOptions, checkpoint
 from fastkd.engine import GraphedStep, Step
-from fastkd.engine.graph import why_not
+from fastkd.engine.launch import why_not
 from fastkd.errors import UserError
 from fastkd.methods import CE, KD
 
@@ -59,7 +59,7 @@ def test_a_graphed_step_is_a_step_to_the_trainer(tiny_net):
     step = Step(CE(tiny_net()), TrainOptions(lr=0.1), torch.device("cpu"))
     graphed = GraphedStep(step, new_graph=None)
     assert graphed.meter is step.meter and graphed.state_dict().keys() == step.state_dict().keys()
-    assert graphed.close() == "0 CUDA graphs, replayed in 0 of 0 steps"
+    assert graphed.close() == "0 CUDA graphs, 0 MB, replayed in 0 of 0 steps"
 
 
 def test_compiled_steps_learn_the_same(tiny_net, tiny_loaders, tmp_path):
