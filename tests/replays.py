@@ -18,20 +18,23 @@ class Graph(Capture):
     megabytes = 0.0
 
 
-def trained(name: str, how=None, steps: int = STEPS, **options) -> tuple[dict, GraphedStep | SegmentedStep | Step]:
+def trained(
+    name: str, how=None, steps: int = STEPS, device: torch.device = CPU, new_graph=Graph, **options
+) -> tuple[dict, GraphedStep | SegmentedStep | Step]:
     """All that the next step depends on after 20 steps, and the step. `how`: a class that replays."""
     method = build(name)
     prepare(method)
+    method.to(device)
     settings = TrainOptions(**{"lr": 0.05, "epochs": 10, "warmup_epochs": 2, "momentum": 0.9} | options)
-    step = Step(method, settings, CPU)
+    step = Step(method, settings, device)
     schedule = Schedule(settings, step.optimizer)
-    run = how(step, Graph, warm_up=1) if how else step
+    run = how(step, new_graph, warm_up=1) if how else step
     for number in range(steps):
         schedule.write(number / 2)
         if number == 10:
             step.meter.reset()
         for plan in method.plans(number):
-            run(*batch(number % 3, 8), plan)
+            run(*(x.to(device) for x in batch(number % 3, 8)), plan)
     state = step.state_dict() | {"terms": step.meter.read(), "bad": step.nonfinite.clone()}
     return state, run
 
