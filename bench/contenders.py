@@ -51,7 +51,7 @@ class Plain:
     def __init__(self, forward: Callable, groups: list[dict], device: torch.device, losses=nullcontext, asks=False):
         self.forward, self.losses, self.asks = forward, losses, asks
         self.precision = Precision("auto", device)
-        self.optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
+        self.optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, foreach=True)
 
     def __call__(self, images: Tensor, target: Tensor, plan) -> None:
         with self.precision.autocast(), self.losses():

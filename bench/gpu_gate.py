@@ -31,7 +31,7 @@ from fastkd.bench.common import commit, environment, write_json
 from fastkd.bench.fashion import FOLDER
 from fastkd.bench.gate_report import report
 from fastkd.bench.measure import first_line
-from fastkd.bench.pair import Pair
+from fastkd.bench.pair import CIFAR, IMAGENET, Pair
 from fastkd.bench.report import losses
 from fastkd.bench.screen import say
 from fastkd.bench.step import measure_step
@@ -41,20 +41,6 @@ ROOT = Path(__file__).parent.parent
 TESTS = {"gpu": ["-m", "gpu", "tests"]}
 SEEDS = 3
 GUESS = 60.0  # seconds of a job of which none has run
-R18, R34, R50, R152 = (f"timm/resnet{depth}" for depth in (18, 34, 50, 152))
-CIFAR = [
-    Pair("kd", "resnet56", "resnet20"),
-    Pair("iekd", "resnet56", "resnet20"),
-    Pair("sokd", "wrn_40_2", "wrn_40_1"),
-    Pair("dcm", "", "wrn_28_10", ("wrn_28_10",)),
-    Pair("iakd", "resnet44", "resnet26"),
-]  # batch 128, 32 px
-IMAGENET = [
-    Pair("kd", R50, R18),
-    Pair("kd", R152, R50),
-    *(Pair(method, R34, R18) for method in ("kd", "iakd", "iekd", "sokd")),
-    Pair("dcm", "", R18, (R34,)),
-]  # batch 256, 224 px
 Job = tuple[str, str, Callable[[], dict]]
 
 

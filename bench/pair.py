@@ -139,3 +139,19 @@ def cycle(method: Method) -> list[tuple]:
     """The plans of each step that is gone through in turn: one step, or several where the method draws."""
     steps = [tuple(method.plans(number)) for number in range(CYCLE)]
     return steps[:1] if len(set(steps)) == 1 else steps
+
+
+R18, R34, R50, R152 = (f"timm/resnet{depth}" for depth in (18, 34, 50, 152))
+CIFAR = [
+    Pair("kd", "resnet56", "resnet20"),
+    Pair("iekd", "resnet56", "resnet20"),
+    Pair("sokd", "wrn_40_2", "wrn_40_1"),
+    Pair("dcm", "", "wrn_28_10", ("wrn_28_10",)),
+    Pair("iakd", "resnet44", "resnet26"),
+]  # batch 128, 32 px
+IMAGENET = [
+    Pair("kd", R50, R18),
+    Pair("kd", R152, R50),
+    *(Pair(method, R34, R18) for method in ("kd", "iakd", "iekd", "sokd")),
+    Pair("dcm", "", R18, (R34,)),
+]  # batch 256, 224 px

@@ -11,6 +11,7 @@ import torch
 from fastkd.bench import contenders, swap
 from fastkd.bench.contenders import BOUNDS, Ours, Plain, WithoutLoss, makers, options
 from fastkd.bench.count import counted
+from fastkd.bench.operators import WAYS, count, table
 from fastkd.bench.pair import Pair, cycle
 from fastkd.bench.parts import PARTS, breakdown
 from fastkd.bench.step import measure_step, own_step
@@ -259,3 +260,12 @@ def test_on_a_gpu_graphs_are_right_and_nothing_waits(name):
         found = record["contenders"][way]
         assert found["status"] == "right" and found["syncs"] == 0 < min(found["kernels"], found["peak_mb"]), found
     assert "peak MB" in columns(record) and len({len(row) for row in rows(record)} | {len(columns(record))}) == 1
+
+
+def test_operators_of_a_step():
+    kd, dcm = count(small("kd")), count(small("dcm"))
+    norms = 15 + 2  # BatchNorms of a ResNet-14, of which each is an operator of the plain teacher
+    assert kd["fastkd"] - kd["fastkd, fused teacher"] >= norms
+    assert dcm["fastkd, fused teacher"] is None and dcm["fastkd"] < dcm["as published"]
+    lines = table({"dcm resnet8 | resnet8": dcm}).splitlines()
+    assert lines[-1] == f"| dcm resnet8 and resnet8 | {' | '.join(f'{dcm[way]:,}' for way in WAYS[:3])} | - |"
