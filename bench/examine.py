@@ -6,7 +6,8 @@ from fastkd.bench.contenders import options
 from fastkd.bench.count import counted, cuda_syncs, per_step
 from fastkd.bench.pair import Pair
 from fastkd.engine import Step, choose_form
-from fastkd.engine.launch import why_not
+from fastkd.engine.graph import LARGEST
+from fastkd.engine.launch import paths, why_not
 
 IMAGES = 8
 
@@ -29,7 +30,11 @@ def examine(given: dict) -> list[list[str]]:
         ["pair", pair.name, shape],
         *counts(run, device),
         *forms(step, batch[0]),
-        ["CUDA graph", "no" if graph else "yes", graph or "whole steps are replayed"],
+        [
+            "CUDA graph",
+            "no" if graph else "yes",
+            graph or f"{'parts of' if paths(method) > LARGEST else 'whole'} steps are replayed",
+        ],
     ]
 
 

@@ -52,6 +52,14 @@ def test_a_batch_of_another_size_runs_eagerly():
     assert [shape[0] for _, shape, *_ in step.graphs] == [8]
 
 
+def test_each_image_size_has_a_graph():
+    step = GraphedStep(Step(build("ce"), TrainOptions(lr=0.01), CPU), Graph, warm_up=0)
+    images, target = batch(0, 8)
+    for size in (16, 16, 12, 12, 16):
+        step(images[..., :size, :size], target)
+    assert [shape[-1] for _, shape, *_ in step.graphs] == [12, 16] and step.eager == 2
+
+
 @pytest.mark.parametrize("fault", ["frozen rate", "stale input", "moved statistics"])
 def test_faults_are_caught(fault, monkeypatch):
     """Each of the three classical mistakes makes the replayed run differ from the eager one."""
