@@ -26,15 +26,12 @@ def examine(given: dict) -> list[list[str]]:
     run()
     shape = f"{pair.batch_size} images of {pair.image_size} px, {str(step.precision.dtype).removeprefix('torch.')}"
     graph = why_not(step, device, 1)
+    replayed = "the parts of steps" if paths(method) > LARGEST else "whole steps"
     return [
         ["pair", pair.name, shape],
         *counts(run, device),
         *forms(step, batch[0]),
-        [
-            "CUDA graph",
-            "no" if graph else "yes",
-            graph or f"{'parts of' if paths(method) > LARGEST else 'whole'} steps are replayed",
-        ],
+        ["CUDA graph", "no" if graph else "yes", graph or f"{replayed} are replayed"],
     ]
 
 

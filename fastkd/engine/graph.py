@@ -5,8 +5,8 @@ schedule, which writes the learning rate's tensor, the mixing of images, and the
 
 A plan's first steps run eagerly and count: they are the warm-up, so no state has to be put back. Then the step is
 captured, which changes nothing either, and replayed. A batch of fewer images runs eagerly, one of another image size
-gets a graph of its own. A graph has one set of inputs: the copy into them takes some 0.3 % of an ImageNet step [estimated
-from bytes], a second set would need every graph twice.
+gets a graph of its own. A graph has one set of inputs: the copy into them takes some 0.3 % of an ImageNet step (by its
+bytes, not timed), a second set would need every graph twice.
 """
 
 from collections import OrderedDict
