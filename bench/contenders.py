@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastkd.bench.swap import NoLoss, official
 from fastkd.engine import GraphedStep, Step, TrainOptions, choose_form, graphed
-from fastkd.engine.precision import Precision
+from fastkd.engine.precision import Precision, cast_frozen
 from fastkd.errors import UserError
 from fastkd.methods import METHODS
 from fastkd.methods.base import Method
@@ -113,6 +113,7 @@ def best_form(method: Method, images: Tensor, notes: Notes, **more) -> Step:
     step = Step(copy.deepcopy(method), options(**more), images.device)
     lines = []
     form = choose_form(step.method, images, "auto", step.precision, lines.append)
+    cast_frozen(step.method, step.precision)
     notes += [f"teacher {form}", *(line for line in lines if "not possible" in line or "refused" in line)]
     return step
 

@@ -12,6 +12,7 @@ import torch
 from . import checkpoint, distributed
 from .engine import Schedule, Step, TrainOptions, choose_form, graphed
 from .engine.mix import Mixer
+from .engine.precision import cast_frozen
 from .errors import UserError
 from .evaluate import evaluate
 from .methods.base import Method, Run
@@ -117,6 +118,7 @@ class Trainer:
             self.form = distributed.from_rank_zero(choose, self.form)
             if distributed.rank():
                 choose(self.form)
+        cast_frozen(self.method, self.step.precision)
         self.step = graphed(self.step, self.config.graph, self.device, distributed.world_size(), say)
 
     def _train_epoch(self, bar: Bar) -> dict[str, float]:

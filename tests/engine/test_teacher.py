@@ -6,13 +6,15 @@ import re
 import pytest
 import torch
 from capture import Capture
+from every_method import batch, build, prepare
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastkd import create_model
+from fastkd.engine import Step, TrainOptions
 from fastkd.engine import teacher as forms
 from fastkd.engine.fold import FusedConvolution, folded, fused
-from fastkd.engine.precision import Precision
+from fastkd.engine.precision import Precision, cast_frozen
 from fastkd.engine.teacher import choose_form
 from fastkd.errors import UserError
 from fastkd.methods import IEKD, KD, OFD, SOKD, Forwards, find_method
@@ -234,3 +236,24 @@ def test_in_a_sum_one_part_needs_maps_and_another_does_not(name):
     assert choose_form(method, images, "folded", FP32, lambda line: None) == "folded"
     for term, value in method(images, target).items():
         torch.testing.assert_close(value, plain[term], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["iakd", "iakd --teacher-bn batch", "kd", "ofd", "iekd"])
+def test_frozen_weights_are_cast_once_without_changing_a_bit(name):
+    """After it a step casts none of them: IAKD's swapped-in blocks run as they were trained, under autocast."""
+    states, casts = [], []
+    for ready in (lambda method, precision: None, cast_frozen):
+        method = build(name)
+        prepare(method)
+        step = Step(method, TrainOptions(lr=0.05, amp_dtype="bfloat16"), torch.device("cpu"))
+        saved = {key: value.dtype for net in method.networks().values() for key, value in net.state_dict().items()}
+        ready(method, step.precision)
+        weights = {p.data_ptr() for p in method.teacher.net.parameters() if p.dim() > 1}
+        with Capture() as calls:
+            for number in range(3):
+                step(*batch(number, 8), method.plan(number))
+        casts.append(sum("_to_copy" in str(func) and args[0].data_ptr() in weights for func, args, *_ in calls.calls))
+        assert saved == {key: v.dtype for net in method.networks().values() for key, v in net.state_dict().items()}
+        states.append(step.state_dict()["method"])
+    assert casts[0] > 0 and casts[1] == 0
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
