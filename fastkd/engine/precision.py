@@ -24,8 +24,8 @@ class Precision:
 def cast_frozen(method: Method, precision: Precision) -> None:
     """Teachers' convolutions and matrices in the format to which autocast would cast them in every step.
 
-    Their results are the same to the bit. What is evaluated and saved keeps its weights: part of the teacher in SOKD, which
-    a faster form takes the place of.
+    Their results are the same to the bit. What is evaluated and saved keeps its weights: in SOKD a part of the teacher,
+    unless a faster form runs in its place.
     """
     saved = {module for net in method.networks().values() for module in net.modules()}
     for teacher in (module for module in method.modules() if isinstance(module, Frozen)):
