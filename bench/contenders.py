@@ -113,7 +113,7 @@ def best_form(method: Method, images: Tensor, notes: Notes, **more) -> Step:
     step = Step(copy.deepcopy(method), options(**more), images.device)
     lines = []
     form = choose_form(step.method, images, "auto", step.precision, lines.append)
-    cast_frozen(step.method, step.precision)
+    cast_frozen(step.method, images, step.precision)
     notes += [f"teacher {form}", *(line for line in lines if "not possible" in line or "refused" in line)]
     return step
 

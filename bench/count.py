@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastkd.bench.clock import Work, kernels
 
-QUESTIONS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "unique", "masked_select", "allclose")
+QUESTIONS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "allclose", "bincount")
+QUESTIONS += ("_unique2", "unique_dim", "unique_consecutive", "repeat_interleave")
 FREE = ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "split", "unbind", "detach")
 FREE += ("alias", "as_strided", "unsqueeze", "squeeze", "reshape", "split_with_sizes", "lift_fresh", "_reshape_alias")
 

@@ -7,6 +7,8 @@ an update of all weights together a few. The number of images changes nothing. A
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from fastkd.bench.count import counted
 from fastkd.bench.pair import CIFAR, IMAGENET, Pair
 from fastkd.bench.screen import say
 from fastkd.engine import Step, choose_form
+from fastkd.methods.base import Method
 
 CPU = torch.device("cpu")
 WAYS = ("as published", "by hand", "fastkd", "fastkd, fused teacher")
@@ -24,19 +27,23 @@ WAYS = ("as published", "by hand", "fastkd", "fastkd, fused teacher")
 
 def count(pair: Pair) -> dict[str, int | None]:
     """Operators of one step by the way it is run; None where there is no teacher to fuse."""
-    pair = Pair(pair.method, pair.teacher, pair.student, pair.peers, batch_size=4).filled(CPU)
-    batch, method = pair.batch(CPU), pair.build(CPU)
-    plan = method.plan(0)
-    found = {"as published": as_published(method, CPU), "by hand": by_hand(method, CPU)}
-    found["fastkd"] = Step(pair.build(CPU), options(), CPU)
-    if method.teacher is not None:
-        found["fastkd, fused teacher"] = step = Step(pair.build(CPU), options(), CPU)
-        choose_form(step.method, batch[0], "fused", step.precision, lambda line: None)
-    operators = {}
-    for name, step in found.items():
+    pair = replace(pair, batch_size=4).filled(CPU)
+    batch = pair.batch(CPU)
+
+    def operators(make: Callable[[Method], Callable]) -> int:
+        method = pair.build(CPU)
+        step, plan = make(method), method.plan(0)
         step(*batch, plan)  # the first makes the optimizer's state
-        operators[name] = counted(lambda step=step: step(*batch, plan)).operators
-    return {name: operators.get(name) for name in WAYS}
+        return counted(lambda: step(*batch, plan)).operators
+
+    def fused(method: Method) -> Step:
+        step = Step(method, options(), CPU)
+        choose_form(method, batch[0], "fused", step.precision, lambda line: None)
+        return step
+
+    ways = [lambda method: as_published(method, CPU), lambda method: by_hand(method, CPU)]
+    ways += [lambda method: Step(method, options(), CPU), fused if pair.kind.needs_teacher else None]
+    return {name: make and operators(make) for name, make in zip(WAYS, ways, strict=True)}
 
 
 def table(pairs: dict[str, dict]) -> str:

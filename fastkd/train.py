@@ -58,6 +58,7 @@ class Trainer:
         self.data = describe(train_loader)
         self.report = Report(self.config, about or {}, self.data)
         self.epoch, self.history, self.form = 0, [], config.teacher_form
+        self._put_back = lambda: None  # gives the teacher its own weights back
 
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
@@ -73,17 +74,24 @@ class Trainer:
         self._prepare()
         self._resume()
         self._speed_up()
+        try:
+            self._train()
+        finally:
+            end = self.step.close()
+            self._put_back()
+        if end:
+            say(end)
+        self.report.finish(self.history, self.networks)
+        distributed.wait()  # the files are there for every process
+        return Result(self.history, Path(self.config.out))
+
+    def _train(self) -> None:
         bar = Bar(self.config.epochs, self.epoch, len(self.train_loader))
         with bar.progress:
             while self.epoch < self.config.epochs:
                 torch.manual_seed(self.config.seed + 1_000_003 * self.epoch + 10_007 * distributed.rank())
                 row = {"epoch": self.epoch + 1, **self._train_epoch(bar), **self._evaluate()}
                 self._finish_epoch(row)
-        if end := self.step.close():
-            say(end)
-        self.report.finish(self.history, self.networks)
-        distributed.wait()  # the files are there for every process
-        return Result(self.history, Path(self.config.out))
 
     def _prepare(self) -> None:
         """The method's own work, on batches that the epochs then see as if it had not been."""
@@ -110,16 +118,20 @@ class Trainer:
         """The teacher in its chosen form, the same in every process and after a resume; steps as graphs."""
         if self.form == "auto" and self.device.type != "cuda":
             self.form = "plain"
-        if self.form != "plain":
+        if self.form != "plain" or self.step.precision.dtype != torch.float32:
             position = self.train_loader.state_dict()
             images, _ = next(iter(self.train_loader))
             self.train_loader.load_state_dict(position)
+            self._choose_form(images)
+            self._put_back = cast_frozen(self.method, images, self.step.precision)
+        self.step = graphed(self.step, self.config.graph, self.device, distributed.world_size(), say)
+
+    def _choose_form(self, images: torch.Tensor) -> None:
+        if self.form != "plain":
             choose = partial(choose_form, self.method, images, precision=self.step.precision, say=say)
             self.form = distributed.from_rank_zero(choose, self.form)
             if distributed.rank():
                 choose(self.form)
-        cast_frozen(self.method, self.step.precision)
-        self.step = graphed(self.step, self.config.graph, self.device, distributed.world_size(), say)
 
     def _train_epoch(self, bar: Bar) -> dict[str, float]:
         self.method.train()

@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-FORBIDDEN = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "unique", "masked_select", "allclose")
+FORBIDDEN = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "allclose", "bincount")
+FORBIDDEN += ("_unique2", "unique_dim", "unique_consecutive", "repeat_interleave")
 
 
 class Capture(TorchDispatchMode):
@@ -20,7 +21,9 @@ class Capture(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        masked = name in ("index", "index_put") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        masked = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
         if name in FORBIDDEN or masked:
             raise RuntimeError(f"host sync: {func} asks the device a question, which a captured graph cannot")
         result = func(*args, **(kwargs or {}))
@@ -32,7 +35,7 @@ class Capture(TorchDispatchMode):
         return [str(func) for func, *_ in self.calls]
 
     def replay(self) -> None:
-        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
             for func, args, kwargs, result in self.calls:
                 again = func(*args, **kwargs)
                 for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):

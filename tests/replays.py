@@ -19,16 +19,17 @@ class Graph(Capture):
 
 
 def trained(
-    name: str, how=None, steps: int = STEPS, device: torch.device = CPU, new_graph=Graph, **options
+    name: str, how=None, steps: int = STEPS, device: torch.device = CPU, new=Graph, ready=lambda step: None, **options
 ) -> tuple[dict, GraphedStep | SegmentedStep | Step]:
-    """All that the next step depends on after 20 steps, and the step. `how`: a class that replays."""
+    """All that the next step depends on after 20 steps, and the step. `how`: a class that replays, what `new` makes."""
     method = build(name)
     prepare(method)
     method.to(device)
     settings = TrainOptions(**{"lr": 0.05, "epochs": 10, "warmup_epochs": 2, "momentum": 0.9} | options)
     step = Step(method, settings, device)
+    ready(step)
     schedule = Schedule(settings, step.optimizer)
-    run = how(step, new_graph, warm_up=1) if how else step
+    run = how(step, new, warm_up=1) if how else step
     for number in range(steps):
         schedule.write(number / 2)
         if number == 10:

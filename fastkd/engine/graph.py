@@ -51,11 +51,12 @@ class GraphedStep:
 
     def __init__(self, step: Step, new_graph, warm_up: int = WARM_UP, largest: int = LARGEST):
         self.step, self.new_graph, self.warm_up, self.largest = step, new_graph, warm_up, largest
-        self.graphs: OrderedDict[Hashable, tuple] = OrderedDict()
+        self.graphs: OrderedDict[Hashable, CudaGraph] = OrderedDict()
         self.seen: dict[Hashable, int] = {}  # steps by plan and shapes
         self.eager = 0  # steps of them that ran eagerly
         self.usual = 0  # images of the first batch
         self.megabytes = 0.0  # of the pool of all graphs
+        self.inputs: dict[Hashable, tuple[Tensor, Tensor]] = {}  # by shapes: replays take turns
 
     def __getattr__(self, name: str):
         return getattr(self.step, name)
@@ -63,10 +64,9 @@ class GraphedStep:
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
         key = (plan, images.shape, images.dtype, target.shape, target.dtype)
         if key in self.graphs:
-            graph, inputs = self.graphs[key]
             self.graphs.move_to_end(key)
-            _fill(inputs, images, target)
-            graph.replay()
+            _fill(self.inputs[key[1:]], images, target)
+            self.graphs[key].replay()
         elif self._is_warm(key, images):
             self._capture(key, images, target, plan)
         else:
@@ -82,11 +82,12 @@ class GraphedStep:
     def _capture(self, key: Hashable, images: Tensor, target: Tensor, plan: Hashable) -> None:
         while len(self.graphs) >= self.largest:
             self.graphs.popitem(last=False)
-        inputs = images.clone(), target.clone()
+        inputs = self.inputs.setdefault(key[1:], (images.clone(), target.clone()))
+        _fill(inputs, images, target)
         graph = self.new_graph()
         with graph:
             self.step(*inputs, plan)
-        self.graphs[key] = graph, inputs
+        self.graphs[key] = graph
         self.megabytes += graph.megabytes
         if not graph.counts_at_once:
             graph.replay()

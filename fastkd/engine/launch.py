@@ -1,5 +1,7 @@
 """How steps are launched: each operation from the host, or as CUDA graphs; `--graph` decides."""
 
+from collections.abc import Callable
+
 import torch
 
 from ..errors import UserError
@@ -20,9 +22,21 @@ def graphed(step: Step, wanted: str, device: torch.device, processes: int, say) 
         if device.type == "cuda":
             say(f"steps run eagerly: {reason}")
         return step
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
-    kind = SegmentedStep if paths(step.method) > LARGEST else GraphedStep
-    return kind(step, lambda: CudaGraph(pool, stream))
+    capturable(step)
+    stream = torch.cuda.Stream(device)
+
+    def new_pool() -> Callable[[], CudaGraph]:
+        pool = torch.cuda.graph_pool_handle()
+        return lambda: CudaGraph(pool, stream)
+
+    return SegmentedStep(step, new_pool) if paths(step.method) > LARGEST else GraphedStep(step, new_pool())
+
+
+def capturable(step: Step) -> None:
+    """AdamW asks for a mark in its groups, also where its step is fused; a resumed run has that of its file."""
+    for group in step.optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = True
 
 
 def why_not(step: Step, device: torch.device, processes: int) -> str:

@@ -3,7 +3,8 @@
 K gates have 2^K paths, too many for a graph of each; but only 2 K + 2 parts. The parts of a step are replayed one after
 the other, the host in between; loss, optimizer and counters run eagerly. A part that a step leaves out gets no gradient
 and stays untouched. Results are those of eager steps bit for bit, unless the loss looks at maps between the parts:
-there gradients are summed in another order.
+there gradients are summed in another order. Memory is that of the dearest path, for each part of a place in it has its
+saved tensors where the others of that place have theirs.
 """
 
 import math
@@ -16,16 +17,20 @@ from .graph import WARM_UP
 from .step import Step
 from .teacher import Fast
 
+KINDS = 4  # of inputs, for each part: batches and micro-batches of two sizes
+
 
 class SegmentedStep:
-    """`step(images, target, plan)` as Step, whose parts are replayed. `close` makes the networks plain ones again."""
+    """`step(images, target, plan)` as Step, whose parts are replayed. `close` makes the networks plain ones again.
 
-    def __init__(self, step: Step, new_graph: Callable, warm_up: int = WARM_UP):
-        self.step = step
-        self.segments = []
+    `new_pool()` gives what makes graphs with memory of their own, such as `lambda: CudaGraph(pool, stream)`.
+    """
+
+    def __init__(self, step: Step, new_pool: Callable[[], Callable], warm_up: int = WARM_UP):
+        self.step, self.segments = step, []
         for groups, learns in ((step.method.segments(), True), (teacher_parts(step.method), False)):
             for group in groups:
-                shared = {}  # one part of a group runs in a step: inputs and gradients of results are in one place
+                shared, new_graph = {}, new_pool()  # one part of a group runs in a step
                 self.segments += [Segment(module, new_graph, warm_up, shared, learns) for module in group]
 
     def __getattr__(self, name: str):
@@ -35,14 +40,13 @@ class SegmentedStep:
         self.step(images, target, plan)
 
     def close(self) -> str:
+        captured = [part for segment in self.segments for part in segment.parts.values()]
+        megabytes = sum(graph.megabytes for part in captured for graph in part.graphs)
+        replays, eager = (sum(getattr(segment, count) for segment in self.segments) for count in ("replays", "eager"))
         for segment in self.segments:
-            del segment.module.forward  # that of its class comes back
-        captured = [segment for segment in self.segments if segment.key]
-        replays, megabytes = sum(s.replays for s in captured), sum(s.megabytes for s in captured)
-        for segment in captured:
-            segment.release()
-        parts = f"{len(captured)} of {len(self.segments)} parts"
-        return f"CUDA graphs of {parts}, {megabytes:,.0f} MB, replayed {replays:,} times"
+            segment.close()
+        parts = f"{len(captured)} for {len(self.segments)} parts"
+        return f"CUDA graphs: {parts}, {megabytes:,.0f} MB, replayed in {replays:,} of {replays + eager:,} calls"
 
 
 def paths(method) -> int:
@@ -57,11 +61,12 @@ def teacher_parts(method) -> list[list[nn.Module]]:
     view = method.views_for(method.plan(0)).get(method.teacher)
     if view is None:
         return [[method.teacher.net]]
-    return [[part] for part in view.parts] if isinstance(view, Fast) else []
+    compiled = "run" in vars(view)  # the compiler would look into the parts
+    return [[part] for part in view.parts] if isinstance(view, Fast) and not compiled else []
 
 
 class Segment:
-    """The forward of a module, [N, ...] -> [N, ...]: eager at first, then replayed for inputs like the first.
+    """The forward of a module, [N, ...] -> [N, ...]: eager at first, then replayed, for each kind of input.
 
     `learns`: with autograd; the module may also run without, as part of the teacher, which is then left alone.
     """
@@ -69,75 +74,84 @@ class Segment:
     busy = False  # a module inside of another's segment belongs to that
 
     def __init__(self, module: nn.Module, new_graph: Callable, warm_up: int, shared: dict, learns: bool):
-        self.module, self.eager, self.new_graph, self.shared = module, module.forward, new_graph, shared
-        self.learns = learns
+        self.module, self.forward, self.new_graph = module, module.forward, new_graph
+        self.shared, self.warm_up, self.learns = shared, warm_up, learns
+        self.seen, self.parts = {}, {}  # eager calls and what is captured, by kind of input
+        self.replays, self.eager = 0, 0
         module.forward = self
-        self.left = warm_up  # eager calls still to come
-        self.usual, self.key = None, None  # inputs like the first one, once captured
-        self.replays, self.megabytes = 0, 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
         if Segment.busy or torch.is_grad_enabled() != self.learns:
-            return self.eager(x)
-        kind = x.device.type
-        key = (x.shape, x.dtype, x.stride(), x.requires_grad, self.module.training)
-        key += (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        self.usual = self.usual or key
-        if key != self.usual or self.left:
-            self.left -= key == self.usual
+            return self.forward(x)
+        device = x.device.type
+        kind = (x.shape, x.dtype, x.stride(), x.requires_grad, self.module.training)
+        kind += (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        if kind not in self.parts and not self._is_warm(kind):
+            self.eager += 1
             return self._run(x)
-        if self.key is None:
-            self._capture(x, key)
-        return _Replay.apply(self.anchor, x, self) if self.learns else self.forward(x)
+        if kind not in self.parts:
+            self.parts[kind] = Part(self._run, list(self.module.parameters()), self.new_graph, self.shared, x)
+        part, self.replays = self.parts[kind], self.replays + 1
+        return _Replay.apply(part.anchor, x, part) if part.learns else part.forward(x)
+
+    def _is_warm(self, kind: tuple) -> bool:
+        self.seen[kind] = self.seen.get(kind, 0) + 1
+        return self.seen[kind] > self.warm_up and len(self.parts) < KINDS
 
     def _run(self, x: Tensor) -> Tensor:
         Segment.busy = True
         try:
-            return self.eager(x)
+            return self.forward(x)
         finally:
             Segment.busy = False
 
-    def _capture(self, x: Tensor, key: tuple) -> None:
-        self.key, self.x = key, self._static("x", x).requires_grad_(x.requires_grad)
-        self.anchor = torch.empty(0, device=x.device, requires_grad=True)  # makes the result ask for a gradient
+    def close(self) -> None:
+        self.parts.clear()
+        del self.module.forward  # that of its class comes back
+
+
+class Part:
+    """The two graphs of a module for one kind of input, and what goes in and comes out."""
+
+    def __init__(self, run: Callable, parameters: list[Tensor], new_graph: Callable, shared: dict, x: Tensor):
+        self.shared = shared  # inputs, and gradients of results, are in one place for all parts of a group
+        self.x = self._place("x", x).requires_grad_(x.requires_grad)
         with torch.no_grad():
             self.x.copy_(x)
-        self.graph, cached = self.new_graph(), torch.is_autocast_cache_enabled()
+        graph, cached = new_graph(), torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # weights that were cast before would be those of this step for ever
         try:
-            with self.graph:
-                self.y = self._run(self.x)
+            with graph:
+                y = run(self.x)
         finally:
             torch.set_autocast_cache_enabled(cached)
-        self.fresh = self.graph.counts_at_once
-        self.megabytes = self.graph.megabytes
-        if self.y.requires_grad:
-            self._capture_backward()
+        self.graphs, self.fresh, self.learns = [graph], graph.counts_at_once, y.requires_grad
+        if self.learns:
+            self.anchor = torch.empty(0, device=x.device, requires_grad=True)  # makes the result ask for a gradient
+            self._capture_backward(y, [p for p in parameters if p.requires_grad], new_graph())
+        self.y = y.detach()
 
-    def _capture_backward(self) -> None:
-        """The saved tensors stay (retain_graph): another part's graph must not find their memory free."""
-        self.dy = self._static("dy", self.y)
-        self.learners = [p for p in self.module.parameters() if p.requires_grad]
-        inputs = [*self.learners, *([self.x] if self.x.requires_grad else [])]
-        self.back = self.new_graph()
-        with self.back:
-            found = torch.autograd.grad(self.y, inputs, self.dy, retain_graph=True, allow_unused=True)
+    def _capture_backward(self, y: Tensor, learners: list[Tensor], graph) -> None:
+        self.dy, self.learners = self._place("dy", y), learners
+        inputs = [*learners, *([self.x] if self.x.requires_grad else [])]
+        with graph, torch.autocast(y.device.type, enabled=False):  # as autograd runs
+            found = torch.autograd.grad(y, inputs, self.dy, allow_unused=True)
             found = [_laid_out_as(x, g) for x, g in zip(inputs, found, strict=True)]
-        self.grads, self.dx = found[: len(self.learners)], found[-1] if self.x.requires_grad else None
-        self.megabytes += self.back.megabytes
+        self.grads, self.dx = found[: len(learners)], found[-1] if self.x.requires_grad else None
+        self.graphs.append(graph)
 
-    def _static(self, name: str, like: Tensor) -> Tensor:
+    def _place(self, name: str, like: Tensor) -> Tensor:
         key = (name, like.shape, like.dtype, like.stride())
         if key not in self.shared:
             self.shared[key] = torch.zeros_like(like)
         return self.shared[key].detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """A view of the graph's own result, good until the next step."""
+        """The graph's own result, good until the next step."""
         if not self.fresh:
             self.x.detach().copy_(x)
-            self.graph.replay()
-        self.fresh, self.replays = False, self.replays + 1
+            self.graphs[0].replay()
+        self.fresh = False
         return self.y.detach()
 
     def backward(self, dy: Tensor) -> Tensor | None:
@@ -145,13 +159,10 @@ class Segment:
         before = [p.grad for p in self.learners]  # of this step's earlier micro-batches
         kept = [g if g is None or g is not own else g.clone() for g, own in zip(before, self.grads, strict=True)]
         self.dy.copy_(dy)
-        self.back.replay()
+        self.graphs[1].replay()
         for p, g, own in zip(self.learners, kept, self.grads, strict=True):
             p.grad = own if g is None else g if own is None else g.add_(own)
         return self.dx
-
-    def release(self) -> None:
-        self.__dict__.update(graph=None, back=None, y=None, grads=None, dx=None)
 
 
 def _laid_out_as(weight: Tensor, gradient: Tensor | None) -> Tensor | None:
@@ -163,10 +174,10 @@ def _laid_out_as(weight: Tensor, gradient: Tensor | None) -> Tensor | None:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchor, x, segment):
-        ctx.segment = segment
-        return segment.forward(x)
+    def forward(ctx, anchor, x, part):
+        ctx.part = part
+        return part.forward(x)
 
     @staticmethod
     def backward(ctx, dy):
-        return None, ctx.segment.backward(dy), None
+        return None, ctx.part.backward(dy), None

@@ -4,6 +4,7 @@ A step is: images -> `out`, the memo of this step's forward passes -> `method.lo
 The engine calls the method eagerly, compiled or captured; the method does not know which.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -69,8 +70,10 @@ class Forwards:
 
     def start(self, net: nn.Module) -> None:
         """In a step that is being captured: run `net` on a stream of its own, beside the others, until it is asked."""
+        if torch.compiler.is_compiling():  # it would compile anew within the capture
+            return
         if self.images.is_cuda and torch.cuda.is_current_stream_capturing():
-            beside = torch.cuda.Stream()
+            beside = _stream_beside(self.images.device)
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):
                 self._run(net)
@@ -87,6 +90,12 @@ class Forwards:
                 view = self._views.get(net)
                 self._memo[net] = view.features(self.images) if view else (_logits(net, self.images), [])
         return self._memo[net]
+
+
+@functools.cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: memory that was freed is used again within a stream."""
+    return torch.cuda.Stream(device)
 
 
 def _logits(net: nn.Module, images: Tensor) -> Tensor:

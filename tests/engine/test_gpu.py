@@ -11,14 +11,14 @@ from fastkd.bench.contenders import as_graph, options
 from fastkd.bench.pair import Pair
 from fastkd.engine import GraphedStep, Schedule, Step, TrainOptions
 from fastkd.engine.graph import CudaGraph
+from fastkd.engine.launch import capturable
 from fastkd.engine.segments import SegmentedStep
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 
 
-@pytest.fixture
-def new_graph():
+def new_pool():
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
     return lambda: CudaGraph(pool, stream)
 
@@ -45,7 +45,9 @@ def test_no_host_sync_in_a_step(name):
 
 def parameters(name: str, how=None, **settings) -> dict[str, torch.Tensor]:
     """Of the method after `steps`; slowly learnt, for a difference grows with every update."""
-    state, run = trained(name, how, **{"device": CUDA, "lr": 0.002, "clip_grad": 1.0, "epochs": 30} | settings)
+    state, run = trained(
+        name, how, ready=capturable, **{"device": CUDA, "lr": 0.002, "clip_grad": 1.0, "epochs": 30} | settings
+    )
     if how:
         captured = run.graphs if how is GraphedStep else [segment for segment in run.segments if segment.replays]
         assert captured, "nothing was captured"
@@ -59,17 +61,35 @@ def distance(a: dict, b: dict) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_graphs_learn_what_eager_steps_learn(name, new_graph):
+def test_graphs_learn_what_eager_steps_learn(name):
     """50 steps in bf16, where the order of additions is not always the same: less apart than bf16 is from fp32."""
     eager, exact = (parameters(name, steps=50, amp_dtype=dtype) for dtype in ("bfloat16", "float32"))
-    replayed = parameters(name, GraphedStep, new_graph=new_graph, steps=50, amp_dtype="bfloat16")
+    replayed = parameters(name, GraphedStep, new=new_pool(), steps=50, amp_dtype="bfloat16")
+    assert distance(replayed, eager) < distance(eager, exact)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"opt": "adamw", "ema_decay": 0.9},
+        {"opt": "nesterov", "grad_accum": 2, "ema_decay": 0.5},
+        {"amp_dtype": "float16", "clip_grad": 0.0},
+        {"compile": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["kd", "iakd", "sokd", "dcm"])
+def test_graphs_with_every_option(name, options):
+    settings = {"steps": 12, "amp_dtype": "bfloat16"} | options
+    eager, exact = (parameters(name, **settings | {"amp_dtype": dtype}) for dtype in (settings["amp_dtype"], "float32"))
+    replayed = parameters(name, GraphedStep, new=new_pool(), **settings)
     assert distance(replayed, eager) < distance(eager, exact)
 
 
 @pytest.mark.parametrize("name", ["iakd", "iakd+at", "iakd --teacher-bn batch"])
-def test_parts_learn_what_eager_steps_learn(name, new_graph):
+def test_parts_learn_what_eager_steps_learn(name):
     eager, exact = (parameters(name, amp_dtype=dtype) for dtype in ("bfloat16", "float32"))
-    replayed = parameters(name, SegmentedStep, new_graph=new_graph, amp_dtype="bfloat16")
+    replayed = parameters(name, SegmentedStep, new=new_pool, amp_dtype="bfloat16")
     assert distance(replayed, eager) < distance(eager, exact)
 
 

@@ -29,7 +29,7 @@ def test_every_method(name):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["kd", "iakd", "dcm", "sokd"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_option(name, options):
     eager, _ = trained(name, **options)
     replayed, run = trained(name, GraphedStep, **options)

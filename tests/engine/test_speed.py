@@ -1,13 +1,19 @@
 """The engine's forms from the trainer's side: options, resume, errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from every_method import Loader
+from replays import Graph, same
 
-from fastkd import Trainer, TrainOptions, checkpoint
+from fastkd import Trainer, TrainOptions, checkpoint, create_model
 from fastkd.engine import GraphedStep, Step
 from fastkd.engine.launch import why_not
+from fastkd.engine.precision import Precision, cast_frozen
+from fastkd.engine.segments import SegmentedStep
 from fastkd.errors import UserError
-from fastkd.methods import CE, KD
+from fastkd.methods import CE, IAKD, KD, Forwards
 
 
 def trainer(tiny_net, tiny_loaders, folder, **options) -> Trainer:
@@ -69,3 +75,81 @@ def test_compiled_steps_learn_the_same(tiny_net, tiny_loaders, tmp_path):
         run.fit()
     torch.testing.assert_close(*(dict(weights(run)) for run in runs), rtol=1e-3, atol=1e-4)
     assert checkpoint.load(tmp_path / "compiled/last.pt")["student"].keys() == weights(runs[0]).keys()
+
+
+@pytest.mark.parametrize("kind", ["whole", "parts"])
+def test_replayed_runs_resume_exactly(kind, tmp_path, monkeypatch, capsys):
+    """The trainer with graphs, as on CUDA; the imitation stands for them. What ends a run leaves plain networks."""
+
+    def replayed(step, *_):
+        return SegmentedStep(step, lambda: Graph, warm_up=1) if kind == "parts" else GraphedStep(step, Graph, warm_up=1)
+
+    def trainer(folder: str, **options) -> Trainer:
+        torch.manual_seed(0)
+        method = IAKD(create_model("resnet8", 10), create_model("resnet14", 10), IAKD.Options(schedule="uniform"))
+        settings = TrainOptions(epochs=4, lr=0.05, out=str(tmp_path / folder), device="cpu", ema_decay=0.9, **options)
+        return Trainer(method, Loader(), Loader(), settings)
+
+    def fit(run: Trainer) -> dict:
+        run.fit()
+        return run.step.state_dict()
+
+    eager = fit(trainer("eager"))
+    monkeypatch.setattr("fastkd.train.graphed", replayed)
+    assert same(fit(trainer("whole")), eager)
+    assert "replayed in 0 of" not in capsys.readouterr().out
+    finish = Trainer._finish_epoch
+
+    def killed(self, row):
+        finish(self, row)
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_finish_epoch", killed)
+    half = trainer("half")
+    with pytest.raises(KeyboardInterrupt):
+        fit(half)
+    assert not any("forward" in vars(module) for module in half.method.modules())
+    monkeypatch.setattr(Trainer, "_finish_epoch", finish)
+    assert same(fit(trainer("half", resume=True)), eager)
+
+
+def test_a_run_gives_the_teacher_its_weights_back(tiny_net, tiny_loaders, tmp_path):
+    """In bf16 its weights are cast for the time of the run; a second run, in another form, starts from them."""
+    teacher, loaders = tiny_net(1), tiny_loaders()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    for form in ("plain", "folded"):
+        settings = TrainOptions(epochs=1, lr=0.05, out=str(tmp_path / form), device="cpu", amp_dtype="bfloat16")
+        Trainer(KD(tiny_net(0), teacher), *loaders, replace(settings, teacher_form=form)).fit()
+        assert same(before, dict(teacher.state_dict()))
+
+
+def test_teachers_that_leave_autocast_are_not_cast():
+    class Exact(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(12, 4)
+
+        def forward(self, images):
+            with torch.autocast("cpu", enabled=False):
+                return self.fc(images.float().flatten(1))
+
+    images, precision = torch.randn(2, 3, 2, 2), Precision("bfloat16", torch.device("cpu"))
+    for teacher, dtype in ((Exact(), torch.float32), (torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2)), torch.bfloat16)):
+        method = KD(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4)), teacher)
+        put_back = cast_frozen(method, images, precision)
+        assert {p.dtype for p in teacher.parameters()} == {dtype}
+        put_back()
+        assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+
+
+def test_a_compiled_step_does_not_ask_whether_it_is_captured(monkeypatch):
+    """The answer would be a guard: compiled once for eager steps, and again in the middle of the capture."""
+
+    class Images:
+        @property
+        def is_cuda(self):
+            raise AssertionError("asked")
+
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    Forwards(Images(), {}).start(torch.nn.Identity())

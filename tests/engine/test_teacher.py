@@ -242,12 +242,12 @@ def test_in_a_sum_one_part_needs_maps_and_another_does_not(name):
 def test_frozen_weights_are_cast_once_without_changing_a_bit(name):
     """After it a step casts none of them: IAKD's swapped-in blocks run as they were trained, under autocast."""
     states, casts = [], []
-    for ready in (lambda method, precision: None, cast_frozen):
+    for ready in (lambda *given: None, cast_frozen):
         method = build(name)
         prepare(method)
         step = Step(method, TrainOptions(lr=0.05, amp_dtype="bfloat16"), torch.device("cpu"))
         saved = {key: value.dtype for net in method.networks().values() for key, value in net.state_dict().items()}
-        ready(method, step.precision)
+        ready(method, batch(0, 8)[0], step.precision)
         weights = {p.data_ptr() for p in method.teacher.net.parameters() if p.dim() > 1}
         with Capture() as calls:
             for number in range(3):
