@@ -91,7 +91,7 @@ def makers(method: Method, batch: tuple[Tensor, Tensor], compiled: bool) -> dict
     """By name what makes a contender, fastkd's first; it may raise, and note what it chose. `method` stays as it is."""
     device = batch[0].device
     found = {"fastkd eager": lambda notes: Ours(Step(copy.deepcopy(method), options(), device))}
-    if method.teacher is not None:
+    if method.asks_teacher:
         found["fastkd best teacher form"] = lambda notes: Ours(best_form(method, batch[0], notes))
     if device.type == "cuda":
         found["fastkd graph"] = lambda notes: Ours(as_graph(method, batch[0], notes))

@@ -25,7 +25,7 @@ def examine(given: dict) -> list[list[str]]:
 
     run()
     shape = f"{pair.batch_size} images of {pair.image_size} px, {str(step.precision.dtype).removeprefix('torch.')}"
-    graph = why_not(step, device, 1)
+    graph = why_not(step.options, device, 1)
     replayed = "the parts of steps" if paths(method) > LARGEST else "whole steps"
     return [
         ["pair", pair.name, shape],
@@ -38,7 +38,8 @@ def examine(given: dict) -> list[list[str]]:
 def counts(run, device: torch.device) -> list[list[str]]:
     """Layout, syncs, operators or kernels of an eager step."""
     counter = counted(run)
-    layout = f"{counter.slow} of {counter.convolutions} convolutions, forward and backward, are not channels-last"
+    fast = counter.convolutions - counter.slow
+    layout = f"{fast} of {counter.convolutions} convolutions, forward and backward, are channels-last"
     meaning = "each of them is likely to copy its maps" if counter.slow else "no layout is changed on the way"
     found = per_step(run, 1, device)
     name = "kernels" if device.type == "cuda" else "operators"

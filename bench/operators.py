@@ -4,6 +4,7 @@
 
 Counted on the CPU, where no GPU is needed: each operator is one or several kernels on a GPU, an operator of fastkd one,
 an update of all weights together a few. The number of images changes nothing. A `.md` with the table comes beside.
+Takes some minutes.
 """
 
 import argparse
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import torch
 
+from fastkd.bench.command import make_room
 from fastkd.bench.common import commit, environment, write_json
 from fastkd.bench.contenders import as_published, by_hand, options
 from fastkd.bench.count import counted
 from fastkd.bench.pair import CIFAR, IMAGENET, Pair
 from fastkd.bench.screen import say
 from fastkd.engine import Step, choose_form
+from fastkd.errors import UserError
 from fastkd.methods.base import Method
 
 CPU = torch.device("cpu")
@@ -26,7 +29,7 @@ WAYS = ("as published", "by hand", "fastkd", "fastkd, fused teacher")
 
 
 def count(pair: Pair) -> dict[str, int | None]:
-    """Operators of one step by the way it is run; None where there is no teacher to fuse."""
+    """Operators of one step by the way it is run; None where no teacher's forward pass is to fuse."""
     pair = replace(pair, batch_size=4).filled(CPU)
     batch = pair.batch(CPU)
 
@@ -42,7 +45,7 @@ def count(pair: Pair) -> dict[str, int | None]:
         return step
 
     ways = [lambda method: as_published(method, CPU), lambda method: by_hand(method, CPU)]
-    ways += [lambda method: Step(method, options(), CPU), fused if pair.kind.needs_teacher else None]
+    ways += [lambda method: Step(method, options(), CPU), fused if pair.build(CPU).asks_teacher else None]
     return {name: make and operators(make) for name, make in zip(WAYS, ways, strict=True)}
 
 
@@ -55,9 +58,16 @@ def table(pairs: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--file", type=Path, help="JSON, with a .md beside it")
     path = parser.parse_args().file
+    if path:
+        try:
+            make_room("--file", path)
+        except UserError as error:
+            parser.error(str(error))
     pairs = {}
     for pair in (*CIFAR, *IMAGENET):
         say(pair.name)

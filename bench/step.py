@@ -107,7 +107,10 @@ def run(pair: Pair, quick: bool, compiled: bool, json: str, plot: str, trace_fil
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if plot and Path(plot).suffix != ".png":
         raise UserError(f"--plot must be a .png file, got {plot!r}")
-    for flag, file in (("--plot", plot), ("--json", json), ("--trace", trace_file)):
+    files = {"--plot": plot, "--json": json, "--trace": trace_file}
+    if len(given := [file for file in files.values() if file]) > len(set(given)):
+        raise UserError(f"two of {', '.join(files)} name one file, {max(given, key=given.count)!r}; give each its own")
+    for flag, file in files.items():
         if file:
             make_room(flag, Path(file))
     measured = measure_step(pair, device, quick, compiled or device.type == "cuda" and not quick, say)

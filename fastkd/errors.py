@@ -9,5 +9,6 @@ def nearest(word: str, choices) -> str:
     """`" (did you mean 'x'?)"` for the closest of `choices`, or the empty string."""
     from difflib import get_close_matches
 
-    match = get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+    by_letters = {choice.lower(): choice for choice in choices}
+    match = get_close_matches(word.lower(), list(by_letters), n=1, cutoff=0.5)
+    return f" (did you mean {by_letters[match[0]]!r}?)" if match else ""

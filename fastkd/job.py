@@ -13,8 +13,10 @@ from . import checkpoint, distributed
 from .config import NetworkOptions, RunOptions, flat
 from .data import create_loaders
 from .engine import TrainOptions
+from .engine.launch import check_compile, check_graph
 from .engine.optim import APEX, apex_optimizers
 from .engine.precision import Precision
+from .engine.teacher import check_form
 from .errors import UserError
 from .evaluate import evaluate, speed
 from .methods import find_method
@@ -62,6 +64,7 @@ class Job:
         self.student = self._network(self.names.student, self.names.student_weights)
         kind = find_method(config.run.method)
         _check_roles(kind, config)
+        _check_parts(config)
         if kind.needs_peers and not self.names.peers:
             self.names = replace(self.names, peers=(self.names.student,))
             self.config = replace(config, networks=self.names)
@@ -71,6 +74,9 @@ class Job:
         trial = kind(*copy.deepcopy((self.student, self.teacher, self.config.method, self.peers)))
         options = config.train
         trial.check(Run(options.epochs, len(self.train_loader), options.drops, options.seed, self.device))
+        check_form(trial, options.teacher_form)
+        check_compile(trial, options)
+        check_graph(options, self.device, distributed.world_size())
         self.rows: list[list[str]] = []
 
     def claim(self) -> None:
@@ -160,7 +166,7 @@ class Job:
             run=RunOptions(method="ce"),
             networks=NetworkOptions(student=name),
             method=NoOptions(),
-            train=replace(options, out=str(self.out / folder)),
+            train=replace(options, out=str(self.out / folder), teacher_form="auto"),  # it has no teacher
         )
 
     def _fit(
@@ -194,6 +200,13 @@ def _check_optional_parts(options) -> None:
         board_class()
     if options.opt in APEX:
         apex_optimizers()
+
+
+def _check_parts(config) -> None:
+    parts, images = config.train.grad_accum, config.data.batch_size
+    if images < 2 * parts:
+        most = images // 2
+        raise UserError(f"--grad-accum {parts}: a batch of {images} has {most} parts at most, of 2 images or more")
 
 
 def _check_roles(kind, config) -> None:

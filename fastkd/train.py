@@ -11,8 +11,10 @@ import torch
 
 from . import checkpoint, distributed
 from .engine import Schedule, Step, TrainOptions, choose_form, graphed
+from .engine.launch import check_compile
 from .engine.mix import Mixer
 from .engine.precision import cast_frozen
+from .engine.teacher import check_form
 from .errors import UserError
 from .evaluate import evaluate
 from .methods.base import Method, Run
@@ -47,8 +49,11 @@ class Trainer:
 
     def __init__(self, method: Method, train_loader, val_loader, config: TrainOptions, about: dict | None = None):
         _check_loaders(train_loader, val_loader)
+        check_form(method, config.teacher_form)
+        check_compile(method, config)
         self.device = distributed.device_for(config.device)
-        self.config = replace(config, out=config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run"))
+        out = config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run")
+        self.config = replace(config, out=str(out))
         self.train_loader, self.val_loader = train_loader, val_loader
         self.method = method.to(self.device, memory_format=config.memory_format)
         self.step = Step(method, config, self.device)

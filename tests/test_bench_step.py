@@ -227,7 +227,7 @@ def test_doctor_of_a_pair(fastkd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     status, out, err = fastkd("doctor", "--method", "kd", "--teacher", "resnet14", "--student", "resnet8")
     assert (status, err) == (0, "") and "kd resnet14 -> resnet8" in out
-    assert "0 of 33 convolutions, forward and backward, are not channels-last" in out
+    assert "33 of 33 convolutions, forward and backward, are channels-last" in out
     assert "the host never waits" in out and "operators" in out and "folded" in out and "fused" in out
     assert torch.cuda.is_available() or "there is no CUDA device" in out
 

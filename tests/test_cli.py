@@ -382,3 +382,31 @@ def test_folder_end_to_end(fastkd, images):
     status, out, _ = fastkd("eval", "--data", images, *weights)
     assert status == 0 and "│      6 │" in out and "as in training: --image-size 32 --mean 0.485" in out
     assert "--image-size" not in fastkd("eval", "--data", images, *weights, "--image-size", "64")[1]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--graph", "on", "--device", "cpu"], "--graph on: there is no CUDA device"),
+        (["--method", "iakd", "--teacher-form", "fused"], "never runs the teacher as a whole"),
+        (["--method", "ofd", "--teacher-form", "fused"], "before the activation"),
+        (["--method", "dml", "--teacher-form", "folded"], "the method has no teacher"),
+        (
+            ["--method", "iakd", "--gates", "block", "--student", "resnet56", "--teacher", "resnet56", "--compile"],
+            "paths",
+        ),
+        (["--grad-accum", "100"], "--grad-accum 100: a batch of 64"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_said_before_anything_is_written(fastkd, tmp_path, words, said):
+    status, _, err = fastkd("train", "--out", "run", "--teacher", "resnet56", *words)
+    assert status == 2 and said in err and not (tmp_path / "run").exists()
+
+
+def test_a_teacher_serves_for_other_forms_and_epochs(fastkd, few_digits, tmp_path):
+    """The cached one is taken whatever says nothing of it: the form it runs in, epochs of a schedule without steps."""
+    short = ["--teacher-epochs", "1", "--no-baseline", "--method", "kd"]
+    fastkd("train", "--out", "a", "--epochs", "1", *short)
+    status, out, _ = fastkd("train", "--out", "b", "--epochs", "2", "--teacher-form", "fused", *short)
+    assert status == 0 and "trained before with these settings" in out

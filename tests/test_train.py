@@ -7,15 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from fastkd import Trainer, TrainOptions, checkpoint
+from fastkd import Trainer, TrainOptions, checkpoint, create_model
 from fastkd.errors import UserError
-from fastkd.methods import CE, KD
+from fastkd.methods import CE, IAKD, KD
 from fastkd.models import load_weights
 
 
@@ -237,3 +238,23 @@ def test_tensorboard_missing_is_said_before_anything_is_written(tiny_net, tiny_l
 def test_bad_options_are_named_with_their_values(options, words):
     with pytest.raises(UserError, match=words):
         TrainOptions(**options)
+
+
+def test_options_in_python_are_checked_as_on_the_command_line(tiny_net, tiny_loaders, tmp_path, monkeypatch):
+    wrong = {"teacher_form": "fusd", "graph": "yes", "opt": "SGD", "lr": "a", "epochs": 1.5, "grad_accum": True}
+    for name, value in wrong.items():
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} must be .*{value}"):
+            TrainOptions(**{name: value})
+    monkeypatch.chdir(tmp_path)
+    result = Trainer(KD(tiny_net(0), tiny_net(1)), *tiny_loaders(), TrainOptions(epochs=1, device="cpu")).fit()
+    assert result.student.exists() and result.out == Path("runs/run")
+
+
+def test_a_form_that_would_not_be_used_is_an_error(tiny_net, tiny_loaders):
+    for method, reason in ((CE(tiny_net()), "no teacher"), (iakd(), "never runs the teacher as a whole")):
+        with pytest.raises(UserError, match=f"--teacher-form fused: the method .*{reason}"):
+            Trainer(method, *tiny_loaders(), TrainOptions(teacher_form="fused", device="cpu"))
+
+
+def iakd() -> IAKD:
+    return IAKD(create_model("resnet8", 4), create_model("resnet14", 4))

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import torch
 
 from ..errors import UserError
+from ..methods.base import Method
 from .graph import LARGEST, CudaGraph, GraphedStep
-from .optim import can_skip
+from .optim import APEX
+from .options import TrainOptions
 from .segments import SegmentedStep, paths
 from .step import Step
 
@@ -15,10 +17,8 @@ def graphed(step: Step, wanted: str, device: torch.device, processes: int, say) 
     """The step as `--graph` wants it. UserError for "on" where it cannot be."""
     if wanted == "off":
         return step
-    reason = why_not(step, device, processes)
-    if reason and wanted == "on":
-        raise UserError(f"--graph on: {reason}; use --graph auto or off")
-    if reason:
+    if reason := why_not(step.options, device, processes):
+        check_graph(step.options, device, processes)
         if device.type == "cuda":
             say(f"steps run eagerly: {reason}")
         return step
@@ -39,14 +39,32 @@ def capturable(step: Step) -> None:
             group["capturable"] = True
 
 
-def why_not(step: Step, device: torch.device, processes: int) -> str:
-    """Why the steps cannot be captured, or the empty string."""
+def check_graph(options: TrainOptions, device: torch.device, processes: int) -> None:
+    """UserError where `--graph on` cannot be; known before anything is done."""
+    reason = why_not(options, device, processes)
+    if reason and options.graph == "on":
+        raise UserError(f"--graph on: {reason}; use --graph auto or off")
+
+
+def why_not(options: TrainOptions, device: torch.device, processes: int) -> str:
+    """Why steps cannot be captured, or the empty string."""
     if device.type != "cuda":
         return "there is no CUDA device"
     if processes > 1:
         return "several processes exchange gradients, which stays outside of a graph"
-    if not can_skip(step.optimizer):
-        return "the optimizer reads its learning rate on the host"
-    if step.options.compile and paths(step.method) > LARGEST:
-        return f"a step takes one of {paths(step.method)} paths, whose parts are captured, which --compile cannot see"
+    if options.opt in APEX:
+        return f"--opt {options.opt} reads its learning rate on the host"
     return ""
+
+
+def check_compile(method: Method, options: TrainOptions) -> None:
+    """UserError where there are too many steps to compile; else torch is told how many there will be."""
+    if not options.compile:
+        return
+    if paths(method) > LARGEST:
+        raise UserError(
+            f"--compile: a step takes one of {paths(method):,} paths and each would be compiled by itself, "
+            f"{LARGEST} at most; use --gates stage, or leave --compile out"
+        )
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 4 * paths(method))  # of a path: its batch sizes, its autocast

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from numbers import Integral, Real
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ class TrainOptions:
     """How the frozen teacher runs: as it is, without BatchNorm, with ReLU and addition in the convolutions, compiled.
     auto takes the fastest on CUDA, and on the CPU the plain one, whose bits are the same in every run."""
     graph: Literal["auto", "on", "off"] = "auto"
-    """Replay whole steps as CUDA graphs; auto does where it is possible and says why where it is not."""
+    """Replay steps as CUDA graphs; auto does on a GPU where it is possible and says why where it is not: with several
+    processes, and with apex's optimizers."""
     compile: bool = False
-    """Compile forward passes and losses by torch.compile; for one image size at a time."""
+    """Compile forward passes and losses by torch.compile, also in graphs; once for each image size and path."""
     channels_last: bool = True
     """Memory layout of the networks and images; the fast one for convolutions on GPUs."""
     device: str = "auto"
@@ -74,6 +76,7 @@ class TrainOptions:
     """Write TensorBoard events into the run folder."""
 
     def __post_init__(self):
+        self._check_kinds()
         _require(self.epochs >= 1, f"--epochs must be 1 or more, got {self.epochs}")
         _require(0 < self.lr < float("inf"), f"--lr must be a number above 0, got {self.lr}")
         _require(0 <= self.seed < 2**32, f"--seed must be >= 0 and below 2**32, got {self.seed}")
@@ -95,6 +98,18 @@ class TrainOptions:
             self.opt != "nesterov" or self.momentum > 0, f"--opt nesterov needs --momentum above 0, got {self.momentum}"
         )
 
+    def _check_kinds(self) -> None:
+        """What the command line sees to: numbers are numbers, and words are those there are."""
+        for name, kind in get_type_hints(type(self)).items():
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            if get_origin(kind) is Literal:
+                words = get_args(kind)
+                near = nearest(str(value), words)
+                _require(value in words, f"{option} must be one of {', '.join(words)}, got {value!r}{near}")
+            elif kind in (int, float):
+                right = isinstance(value, Real if kind is float else Integral) and not isinstance(value, bool)
+                _require(right, f"{option} must be {'a' if kind is float else 'a whole'} number, got {value!r}")
+
     def _check_milestones(self) -> None:
         _require(
             self.decay_milestones,
@@ -114,7 +129,7 @@ class TrainOptions:
             self,
             epochs=epochs,
             warmup_epochs=self.warmup_epochs * factor,
-            decay_epochs=self.decay_epochs * factor,
+            decay_epochs=self.decay_epochs * (factor if self.sched == "step" else 1),
             decay_milestones=tuple(milestone * factor for milestone in self.decay_milestones),
         )
 

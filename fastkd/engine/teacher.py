@@ -68,16 +68,25 @@ def choose_form(method: Method, images: Tensor, wanted: str, precision: Precisio
     parts = [m for m in method.modules() if isinstance(m, Method) and m.teacher]
     teachers = {m.teacher: _is_tapped(m.teacher, parts) for m in parts}  # one for all parts of a sum
     chosen = "plain"
+    check_form(method, wanted)
     for teacher, tapped in teachers.items():
         reason = _must_be_plain(method, teacher)
         if reason or wanted == "plain":
-            if reason and wanted not in ("auto", "plain"):
-                raise UserError(f"--teacher-form {wanted}: {reason}; use --teacher-form plain")
             say(f"teacher form: plain{', ' + reason if reason else ''}")
             continue
         tried = try_forms(teacher, images, wanted, precision, tapped)
         chosen = _put_in_place(method, teacher, tried, wanted, say)
     return chosen
+
+
+def check_form(method: Method, wanted: str) -> None:
+    """UserError where the `wanted` form would not be used; known before anything is done."""
+    if wanted in ("auto", "plain"):
+        return
+    teachers = {m.teacher for m in method.modules() if isinstance(m, Method) and m.teacher}
+    reasons = [_must_be_plain(method, teacher) for teacher in teachers] or ["the method has no teacher"]
+    if reason := next(filter(None, reasons), ""):
+        raise UserError(f"--teacher-form {wanted}: {reason}; use --teacher-form auto or plain")
 
 
 def _is_tapped(teacher: Frozen, parts: list[Method]) -> bool:
@@ -86,6 +95,8 @@ def _is_tapped(teacher: Frozen, parts: list[Method]) -> bool:
 
 
 def _must_be_plain(method: Method, teacher: Frozen) -> str:
+    if not any(m.asks_teacher for m in method.modules() if isinstance(m, Method) and m.teacher is teacher):
+        return "the method never runs the teacher as a whole"
     if teacher.batch_statistics:
         return "its BatchNorm takes the statistics of the batch"
     views = [m.views[teacher] for m in method.modules() if isinstance(m, Method) and teacher in m.views]

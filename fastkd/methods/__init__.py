@@ -44,6 +44,8 @@ def find_method(name: str) -> type[Method]:
     """Of a name, or of several with + between them, which becomes their weighted sum. UserError for unknown ones."""
     parts = name.split("+")
     for part in parts:
+        if not part:
+            raise UserError(f"method {name!r}: a sum has a method on both sides of each +")
         if part not in METHODS:
             raise UserError(f"unknown method {part!r}{nearest(part, METHODS)}; there are {', '.join(METHODS)}")
     return METHODS[name] if len(parts) == 1 else combine({part: METHODS[part] for part in parts}, name)
