@@ -176,7 +176,8 @@ def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0) -> N
     """A table on the screen; the last `numbers` columns are numbers and stand to the right."""
     table = Table()
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < len(columns) - numbers else "right")
+        justify = "left" if place < len(columns) - numbers else "right"
+        table.add_column(column, justify=justify, overflow="fold")  # nothing is cut off
     for row in rows:
         table.add_row(*row)
     console().print(table)
