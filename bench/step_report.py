@@ -11,8 +11,8 @@ PART_COLUMNS = ["part of a step", "what", "ms", "%"]
 BUSY = 1.5  # 80th over 20th percentile
 WORDS = (
     "constant gradient: fastkd's eager step with fixed gradients into logits and maps in place of the loss; student "
-    "only: cross-entropy without teacher and peers. Both are bounds, not baselines. x fastkd: the time as a multiple of "
-    "that of fastkd's fastest way, above 1 is slower."
+    "only: cross-entropy without teacher and peers. Both are bounds, not baselines. x fastkd: the time as a multiple "
+    "of that of fastkd's fastest way, above 1 is slower."
 )
 
 
