@@ -1,5 +1,6 @@
 """Several processes under torchrun; everything here is the identity when there is only one."""
 
+import inspect
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -94,8 +95,10 @@ def parallel(module: nn.Module, device: torch.device, partial: bool = False) -> 
     if world_size() == 1:
         return module
     ids = [device.index] if device.type == "cuda" else None
-    settings = {"broadcast_buffers": False, "find_unused_parameters": partial, "gradient_as_bucket_view": True}
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, **settings)
+    ddp = nn.parallel.DistributedDataParallel
+    old = "forward_sync_buffers" not in inspect.signature(ddp).parameters  # torch before 2.15
+    settings = {"broadcast_buffers" if old else "forward_sync_buffers": False, "gradient_as_bucket_view": True}
+    return ddp(module, device_ids=ids, find_unused_parameters=partial, **settings)
 
 
 @contextmanager
