@@ -1,5 +1,6 @@
 """What bench/gpu_gate.py has found, as Markdown."""
 
+from fastkd.bench.forms import table as forms_table
 from fastkd.bench.report import COLUMNS, heading, notes, rows
 from fastkd.bench.step_report import best_baseline, markdown, ours, speed, table, timed
 
@@ -8,7 +9,7 @@ STEPS = ["step", "fastkd", "img/s", "best baseline", "times as fast", "official 
 
 def report(record: dict) -> str:
     about = f"{record['gpu']}, commit {(record['commit'] or 'unknown')[:12]}, torch {record['environment']['torch']}"
-    parts = [f"# GPU gate: {about}", tests(record), losses(record), steps(record), accuracy(record)]
+    parts = [f"# GPU gate: {about}", tests(record), losses(record), steps(record), forms(record), accuracy(record)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -46,6 +47,14 @@ def step_row(name: str, found: dict) -> list[str]:
     ratios = [speed(found, mine, way) for way in (other, "official eager", "timm task", fastest)]
     shown = [f"{ratio:.2f}x" if ratio else "-" for ratio in ratios]
     return [name, mine, f"{found['contenders'][mine]['img_per_s']:,.0f}", other or "-", *shown]
+
+
+def forms(record: dict) -> str:
+    """How many times as fast as the plain teacher each form is."""
+    found = {name: forms for name, forms in record["forms"].items() if "plain" in forms}
+    if not record["forms"]:
+        return ""
+    return f"## Forms of a teacher\n\n{forms_table(found).rstrip()}{errors(record['forms'])}"
 
 
 def accuracy(record: dict) -> str:

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one go: the GPU tests, then benchmarks of losses and of steps, then accuracy.
+"""Everything that needs a GPU, in one go: GPU tests, then benchmarks of losses, steps and teachers, then accuracy.
 
     python bench/gpu_gate.py                bench/results/<gpu>/<date>-gate.json, and a .md beside it
     python bench/gpu_gate.py --minutes 9    stops in time; the same line goes on where it stopped
@@ -29,6 +29,7 @@ from fastkd.bench.cases import cases
 from fastkd.bench.command import show
 from fastkd.bench.common import commit, environment, write_json
 from fastkd.bench.fashion import FOLDER
+from fastkd.bench.forms import NETWORKS, measure
 from fastkd.bench.gate_report import report
 from fastkd.bench.measure import first_line
 from fastkd.bench.pair import CIFAR, IMAGENET, Pair
@@ -65,6 +66,7 @@ def main() -> int:
     jobs = [("tests", name, partial(run_tests, words)) for name, words in TESTS.items()]
     jobs += [("losses", c.name, partial(losses, [c], device, args.quick)) for c in cases(device)]
     jobs += [("steps", pair.name, partial(run_step, pair, device, args.quick)) for pair in (*CIFAR, *IMAGENET)]
+    jobs += [("forms", name, partial(measure, name, device)) for name in NETWORKS]
     jobs.append(("accuracy", "fashion", partial(run_accuracy, args.fashion, path, end)))
     status = work_off(jobs, record, path, end)
     say(f"{said(status, record)}; {path}")
@@ -73,7 +75,7 @@ def main() -> int:
 
 def new_record(gpu: str, quick: bool) -> dict:
     about = {"gpu": gpu, "commit": commit(), "quick": quick, "environment": environment()}
-    return about | {"tests": {}, "losses": {}, "steps": {}, "accuracy": {}, "seconds": {}}
+    return about | {"tests": {}, "losses": {}, "steps": {}, "forms": {}, "accuracy": {}, "seconds": {}}
 
 
 def place(folder: Path, quick: bool) -> Path:
@@ -183,7 +185,8 @@ def all_right(record: dict) -> bool:
     whole = [case["contenders"]["fastkd"] for case in record["losses"].get("cases", [])]
     for found in record["steps"].values():
         whole += [way for name, way in found.get("contenders", {}).items() if name.startswith("fastkd")]
-    broken = [run for kind in ("tests", "steps", "accuracy") for run in record[kind].values() if "error" in run]
+    others = ("tests", "steps", "forms", "accuracy")
+    broken = [run for kind in others for run in record[kind].values() if "error" in run]
     return not broken and not record["losses"].get("errors") and all(found["status"] == "right" for found in whole)
 
 

@@ -14,6 +14,7 @@ import torch
 from fastkd.bench import gpu_gate
 from fastkd.bench.cases import Case, logits
 from fastkd.bench.eager import kd
+from fastkd.bench.forms import IMAGES, measure
 from fastkd.bench.gate_report import report
 from fastkd.bench.gpu_gate import CIFAR, IMAGENET, new_record, place, run_accuracy, run_step, work_off
 from fastkd.bench.pair import Pair
@@ -153,3 +154,14 @@ def test_its_tests_are_found_without_what_a_machine_for_measuring_lacks(tmp_path
     run = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
     assert "test_gpu.py::test_graphs_learn" in run.stdout and "test_logit_loss.py::" in run.stdout
+
+
+def test_forms_of_a_teacher(monkeypatch):
+    monkeypatch.setitem(IMAGES["cpu"], 32, 2)
+    found = measure("resnet8", CPU)
+    assert found["plain"]["ratio"] == 1 and found["folded"]["error"] < 1e-4
+    record = new_record("CPU", True) | {"forms": {"resnet8": found | {"fused": {"reason": "not possible"}}}}
+    record["forms"]["broken"] = {"error": "no memory"}
+    said = report(record)
+    assert f"| resnet8 | {found['plain']['ms']:.1f} | {found['folded']['ratio']:.2f}x | - | - |" in said
+    assert "broken failed: no memory" in said
