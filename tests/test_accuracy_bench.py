@@ -155,10 +155,13 @@ def test_it_keeps_each_run_and_goes_on(small, tmp_path, capsys, monkeypatch):
 
 def test_runs_repeat_to_the_bit_and_again_replaces(small, tmp_path):
     accuracy.main(words(tmp_path, "--methods", "kd"))
-    first = json.loads((tmp_path / "a.json").read_text())["pairs"]["kd"]["0"]
+    record = json.loads((tmp_path / "a.json").read_text())
+    first = record["pairs"]["kd"]["0"]
+    first["seconds"] = -1
+    (tmp_path / "a.json").write_text(json.dumps(record))
     accuracy.main(words(tmp_path, "--methods", "kd", "--again"))
     second = json.loads((tmp_path / "a.json").read_text())["pairs"]["kd"]["0"]
-    assert (first["top1"], first["val_loss"]) == (second["top1"], second["val_loss"]) and first != second
+    assert (first["top1"], first["val_loss"]) == (second["top1"], second["val_loss"]) and second["seconds"] >= 0
 
 
 def test_other_settings_are_refused_and_failures_kept(small, tmp_path, monkeypatch):

@@ -217,7 +217,7 @@ def test_bad_sums(tiny_net):
     for name, words in {
         "kd+kd": "kd.kd: each part .* once",
         "kd+kdd": "unknown method 'kdd'",
-        "kd+": "unknown",
+        "kd+": "both sides of each",
     }.items():
         with pytest.raises(UserError, match=words):
             find_method(name)
