@@ -76,7 +76,7 @@ class Job:
         trial.check(Run(options.epochs, len(self.train_loader), options.drops, options.seed, self.device))
         check_form(trial, options.teacher_form)
         check_compile(trial, options)
-        check_graph(options, self.device, distributed.world_size())
+        check_graph(options.graph, options, self.device, distributed.world_size())
         self.rows: list[list[str]] = []
 
     def claim(self) -> None:

@@ -78,8 +78,8 @@ class Trainer:
     def fit(self) -> Result:
         self._prepare()
         self._resume()
-        self._speed_up()
         try:
+            self._speed_up()
             self._train()
         finally:
             end = self.step.close()

@@ -17,8 +17,8 @@ def graphed(step: Step, wanted: str, device: torch.device, processes: int, say) 
     """The step as `--graph` wants it. UserError for "on" where it cannot be."""
     if wanted == "off":
         return step
+    check_graph(wanted, step.options, device, processes)
     if reason := why_not(step.options, device, processes):
-        check_graph(step.options, device, processes)
         if device.type == "cuda":
             say(f"steps run eagerly: {reason}")
         return step
@@ -39,10 +39,10 @@ def capturable(step: Step) -> None:
             group["capturable"] = True
 
 
-def check_graph(options: TrainOptions, device: torch.device, processes: int) -> None:
+def check_graph(wanted: str, options: TrainOptions, device: torch.device, processes: int) -> None:
     """UserError where `--graph on` cannot be; known before anything is done."""
     reason = why_not(options, device, processes)
-    if reason and options.graph == "on":
+    if reason and wanted == "on":
         raise UserError(f"--graph on: {reason}; use --graph auto or off")
 
 

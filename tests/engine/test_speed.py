@@ -8,7 +8,7 @@ from every_method import Loader
 from replays import Graph, same
 
 from fastkd import Trainer, TrainOptions, checkpoint, create_model
-from fastkd.engine import GraphedStep, Step
+from fastkd.engine import GraphedStep, Step, graphed
 from fastkd.engine.launch import why_not
 from fastkd.engine.precision import Precision, cast_frozen
 from fastkd.engine.segments import SegmentedStep
@@ -49,6 +49,9 @@ def test_on_a_cpu_auto_is_plain_and_eager(tiny_net, tiny_loaders, tmp_path):
 
 
 def test_a_graph_that_cannot_be_is_an_error(tiny_net, tiny_loaders, tmp_path):
+    step = Step(CE(tiny_net()), TrainOptions(lr=0.1), torch.device("cpu"))
+    with pytest.raises(UserError, match="--graph on: there is no CUDA device"):
+        graphed(step, "on", torch.device("cpu"), 1, print)
     with pytest.raises(UserError, match="--graph on: there is no CUDA device"):
         trainer(tiny_net, tiny_loaders, tmp_path / "run", graph="on").fit()
 
@@ -62,9 +65,9 @@ def test_why_there_is_no_graph():
 
 def test_a_graphed_step_is_a_step_to_the_trainer(tiny_net):
     step = Step(CE(tiny_net()), TrainOptions(lr=0.1), torch.device("cpu"))
-    graphed = GraphedStep(step, new_graph=None)
-    assert graphed.meter is step.meter and graphed.state_dict().keys() == step.state_dict().keys()
-    assert graphed.close() == "0 CUDA graphs, 0 MB, replayed in 0 of 0 steps"
+    replayed = GraphedStep(step, new_graph=None)
+    assert replayed.meter is step.meter and replayed.state_dict().keys() == step.state_dict().keys()
+    assert replayed.close() == "0 CUDA graphs, 0 MB, replayed in 0 of 0 steps"
 
 
 def test_compiled_steps_learn_the_same(tiny_net, tiny_loaders, tmp_path):
