@@ -1,5 +1,6 @@
 """`fastkd bench loss`: measure, show the table, write the files."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -39,6 +40,21 @@ def show(measured: dict) -> None:
 
 def names(device: torch.device) -> str:
     return ", ".join(case.name for case in cases(device))
+
+
+def asked_file(about: str) -> Path | None:
+    """The value of --file, the one option of a script that `about` describes; its folder is there."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--file", type=Path, help="JSON, with a .md beside it")
+    path = parser.parse_args().file
+    try:
+        if path:
+            make_room("--file", path)
+    except UserError as error:
+        parser.error(str(error))
+    return path
 
 
 def make_room(flag: str, file: Path) -> None:

@@ -6,19 +6,16 @@ On CUDA with 256 images of 32 px, 64 of 224, compiled too; on the CPU with 32 an
 Weights are random, BatchNorm statistics are those of noise.
 """
 
-import argparse
 import statistics
-from pathlib import Path
 
 import torch
 
-from fastkd.bench.command import make_room
+from fastkd.bench.command import asked_file
 from fastkd.bench.common import commit, environment, load_average, write_json
 from fastkd.bench.pair import Pair, settle
 from fastkd.bench.screen import say
 from fastkd.engine.precision import Precision
 from fastkd.engine.teacher import FORMS, try_forms
-from fastkd.errors import UserError
 from fastkd.methods import Frozen
 from fastkd.models import create_model
 
@@ -56,16 +53,7 @@ def table(found: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--file", type=Path, help="JSON, with a .md beside it")
-    path = parser.parse_args().file
-    try:
-        if path:
-            make_room("--file", path)
-    except UserError as error:
-        parser.error(str(error))
+    path = asked_file(__doc__)
     device, load, found = torch.device("cuda" if torch.cuda.is_available() else "cpu"), load_average(), {}
     for name in NETWORKS:
         say(name)

@@ -7,21 +7,18 @@ an update of all weights together a few. The number of images changes nothing. A
 Takes some minutes.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from fastkd.bench.command import make_room
+from fastkd.bench.command import asked_file
 from fastkd.bench.common import commit, environment, write_json
 from fastkd.bench.contenders import as_published, by_hand, options
 from fastkd.bench.count import counted
 from fastkd.bench.pair import CIFAR, IMAGENET, Pair
 from fastkd.bench.screen import say
 from fastkd.engine import Step, choose_form
-from fastkd.errors import UserError
 from fastkd.methods.base import Method
 
 CPU = torch.device("cpu")
@@ -58,16 +55,7 @@ def table(pairs: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--file", type=Path, help="JSON, with a .md beside it")
-    path = parser.parse_args().file
-    if path:
-        try:
-            make_room("--file", path)
-        except UserError as error:
-            parser.error(str(error))
+    path = asked_file(__doc__)
     pairs = {}
     for pair in (*CIFAR, *IMAGENET):
         say(pair.name)

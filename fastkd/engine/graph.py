@@ -82,8 +82,11 @@ class GraphedStep:
     def _capture(self, key: Hashable, images: Tensor, target: Tensor, plan: Hashable) -> None:
         while len(self.graphs) >= self.largest:
             self.graphs.popitem(last=False)
-        inputs = self.inputs.setdefault(key[1:], (images.clone(), target.clone()))
-        _fill(inputs, images, target)
+        inputs = self.inputs.get(key[1:])
+        if inputs is None:
+            inputs = self.inputs[key[1:]] = images.clone(), target.clone()
+        else:
+            _fill(inputs, images, target)
         graph = self.new_graph()
         with graph:
             self.step(*inputs, plan)

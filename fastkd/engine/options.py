@@ -104,8 +104,9 @@ class TrainOptions:
             value, option = getattr(self, name), f"--{name.replace('_', '-')}"
             if get_origin(kind) is Literal:
                 words = get_args(kind)
-                near = nearest(str(value), words)
-                _require(value in words, f"{option} must be one of {', '.join(words)}, got {value!r}{near}")
+                if value not in words:
+                    near = nearest(str(value), words)
+                    raise UserError(f"{option} must be one of {', '.join(words)}, got {value!r}{near}")
             elif kind in (int, float):
                 right = isinstance(value, Real if kind is float else Integral) and not isinstance(value, bool)
                 _require(right, f"{option} must be {'a' if kind is float else 'a whole'} number, got {value!r}")

@@ -211,14 +211,14 @@ def test_faults_are_caught(fault, monkeypatch):
     assert not same(eager, replayed)
 
 
-def by_blocks() -> IAKD:
+def by_stages() -> IAKD:
     return IAKD(create_model("resnet26", 10), create_model("resnet44", 10), IAKDOptions(gates="stage"))
 
 
 def test_when_the_parts_are_captured(monkeypatch):
     cuda, made = torch.device("cuda"), []
     method = IAKD(create_model("resnet56", 10), create_model("resnet56", 10), IAKDOptions(gates="block"))
-    assert paths(method) == 2**27 and paths(by_blocks()) == 8
+    assert paths(method) == 2**27 and paths(by_stages()) == 8
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     monkeypatch.setattr("torch.cuda.Stream", lambda device: None)
     step = graphed(Step(method, TrainOptions(lr=0.1), CPU), "on", cuda, 1, made.append)
