@@ -125,7 +125,7 @@ def check_labels(
         return
     if not target.numel():
         return
-    lowest, highest = target.aminmax()
+    lowest, highest = (label.item() for label in target.aminmax())
     if lowest >= 0 and highest < classes:
         return
     wrong = (target < 0) | (target >= classes)

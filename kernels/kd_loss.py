@@ -90,4 +90,5 @@ def kd_loss(
         standardize=standardize,
         count_hits=count_hits,
     )
-    return KDTerms(fused.loss, fused.terms[0, 0], fused.terms[0, 2], fused.hits[:, 0] if count_hits else None)
+    ce, _, kd = fused.terms[0].unbind()
+    return KDTerms(fused.loss, ce, kd, fused.hits[:, 0] if count_hits else None)

@@ -31,27 +31,29 @@ def student_and_teacher(
     None where this would not be exact: the caller then computes with more care. That is where logits are large, or a
     class is ruled out (logit -inf).
     """
-    N, like = len(target), grads.new_empty((), dtype=accumulator([student, teacher]))
-    z_s, z_t, label = student.to(like.dtype), teacher.to(like.dtype), target[:, None]
-    p = grads[0] if grads.dtype == like.dtype else scratch("p", z_s.shape, like)
-    q, spare = (scratch(name, z_s.shape, like) for name in ("q", "spare"))
-    torch.sub(torch.mul(z_t, 1 / temperature, out=q), torch.mul(z_s, 1 / temperature, out=p), out=spare)
-    at_label = scratch("at_label", (5, N, 1), like)
-    for row, x in zip(at_label, (p, q), strict=False):
-        torch.gather(x, 1, label, out=row)
-    for row, x in zip(at_label[2:], (p, q), strict=False):
-        torch.gather(torch.softmax(x, 1, out=x), 1, label, out=row)
-    ratio = spare.mul_(q).sum(1).sum(dtype=torch.float64).item()  # vecdot would make an [N, C] of its own
-    p.sub_(q).mul_(kd_weight * temperature / N)
-    p1 = torch.softmax(z_s, 1, out=spare)
-    torch.gather(p1, 1, label, out=at_label[4])
-    p.add_(p1, alpha=ce_weight / N).scatter_(1, label, -ce_weight / N, reduce="add")
-    if p.dtype != grads.dtype:
-        grads[0].copy_(p)
+    (N, C), dtype = student.shape, accumulator([student, teacher])
+    like = grads if grads.dtype == dtype else grads.new_empty((), dtype=dtype)
+    z_s, z_t = student.to(dtype), teacher.to(dtype)
+    p = scratch("p", (3, N, C), like)
+    both, (p_s, p_t, p_1) = p[:2], p.unbind()  # student and teacher at T, the student at 1
+    at_label, label = scratch("at_label", (5, N, 1), like), target[:, None]
+    labels = label.expand(3, N, 1)
+    torch.mul(z_s, 1 / temperature, out=p_s)
+    torch.mul(z_t, 1 / temperature, out=p_t)
+    torch.gather(both, 2, labels[:2], out=at_label[:2])
+    torch.softmax(both, 2, out=both)
+    torch.softmax(z_s, 1, out=p_1)
+    torch.gather(p, 2, labels, out=at_label[2:])
+    ahead = torch.sub(z_t, z_s, out=scratch("ahead", (N, C), like))
+    ratio = ahead.mul_(p_t).sum(1).sum(dtype=torch.float64).item() / temperature
+    p_s.sub_(p_t).mul_(kd_weight * temperature / N)
+    p_1.scatter_(1, label, -1, reduce="add")
+    torch.add(p_s, p_1, alpha=ce_weight / N, out=grads[0])
     at_label = at_label.double()  # the divergence of nearly equal heads is a small difference of these
     at_label[2:].log_()
     at_label[:2].sub_(at_label[2:4])  # log sum exp = z - log p, at any class
-    if not (at_label.abs().amax() <= WIDEST and math.isfinite(ratio)):
+    lowest, highest = at_label.aminmax()
+    if not (-WIDEST <= lowest.item() and highest.item() <= WIDEST and math.isfinite(ratio)):
         return None
     log_sum_s, log_sum_t, _, _, log_p = at_label.sum((1, 2)).tolist()
     return -ce_weight / N * log_p, kd_weight * temperature**2 / N * (ratio + log_sum_s - log_sum_t)
