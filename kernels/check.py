@@ -125,8 +125,8 @@ def check_labels(
         return
     if not target.numel():
         return
-    lowest, highest = (label.item() for label in target.aminmax())
-    if lowest >= 0 and highest < classes:
+    lowest, highest = target.aminmax()
+    if lowest.item() >= 0 and highest.item() < classes:
         return
     wrong = (target < 0) | (target >= classes)
     if ignore_index is not None:

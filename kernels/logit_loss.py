@@ -224,10 +224,10 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, target, *heads):
         if plain((*heads, target)):
-            results = _forward(heads, target, *settings)
+            *results, grads = _forward(heads, target, *settings)
             _setup(ctx, (heads, target, *settings), results)
-            ctx.grads = results[3]  # not saved_tensors: the first backward writes it, a second one must not use it
-            return results
+            ctx.grads = grads  # not saved_tensors: the first backward writes it, a second one must not use it
+            return tuple(results)
         *others, learns, count_hits = settings
         results = _logit_loss(list(heads), target, *others, [False] * len(learns), count_hits)
         _setup(ctx, (heads, target, *settings), results)
