@@ -1,6 +1,7 @@
 """How an operation is computed: in which dtype, outside autocast, and when at once, past torch's dispatcher."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +24,17 @@ def plain(tensors: tuple[Tensor, ...]) -> bool:
 def accumulator(tensors: list[Tensor]) -> torch.dtype:
     """fp64 where a tensor is fp64, else fp32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def all_ones(counts: Sequence[object], loss_gradient: Tensor | None, terms_gradient: Tensor | None) -> bool:
+    """Whether 1 comes from above for every term that counts; asked on the CPU only, where the answer costs nothing."""
+    first, *both = (gradient for gradient in (loss_gradient, terms_gradient) if gradient is not None)
+    if first.device.type != "cpu":
+        return False
+    if terms_gradient is None:
+        return first.item() == 1
+    given = (first + both[0] if both else first).flatten().tolist()
+    return all(gradient == 1 for gradient, counted in zip(given, counts, strict=True) if counted)
 
 
 def without_autocast(function):

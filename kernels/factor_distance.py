@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .check import check_tensors
-from .dispatch import accumulator, plain
+from .dispatch import accumulator, all_ones, plain
 from .factor_distance_cpu import closed_form
 from .factor_distance_triton import launch, launch_backward
 
@@ -145,8 +145,8 @@ def _write_gradients(
         upstream = (loss_gradient, terms_gradient)
         if _on_gpu([*parts, teacher]):
             launch_backward(*settings, terms, statistics, grads, upstream, skip_ones)
-        else:
-            closed_form(*settings, None, terms, statistics, grads, upstream, skip_ones)
+        elif not (skip_ones and all_ones(learns, *upstream)):
+            closed_form(*settings, None, terms, statistics, grads, upstream)
 
 
 _factor_distance_backward = torch.library.custom_op(

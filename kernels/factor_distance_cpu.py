@@ -23,11 +23,8 @@ def closed_form(
     statistics: Tensor,
     grads: Tensor,
     upstream: tuple[Tensor | None, Tensor | None] | None = None,
-    skip_ones: bool = False,
 ) -> None:
     """Forward (no `upstream`): loss, terms, statistics, and for p = 1 grads, are written. Backward: grads are."""
-    if upstream and skip_ones and _all_ones(learns, *upstream):
-        return  # the forward pass has left the gradients of this case
     N, D = teacher.shape
     xs, t = [x.detach().to(terms.dtype) for x in parts], teacher.to(terms.dtype)
     norms, dots = statistics[: len(xs) + 1], statistics[len(xs) + 1 :]
@@ -52,16 +49,6 @@ def closed_form(
         distances = distances if p == 1 else distances.sqrt()
         torch.stack([d * w if w else torch.zeros_like(d) for d, w in zip(distances, weights, strict=True)], out=terms)
         torch.sum(terms, 0, out=loss)
-
-
-def _all_ones(learns: list[bool], loss_gradient: Tensor | None, terms_gradient: Tensor | None) -> bool:
-    """Asked on the CPU only, where the answer costs nothing."""
-    if (loss_gradient if terms_gradient is None else terms_gradient).device.type != "cpu":
-        return False
-    if terms_gradient is None:
-        return loss_gradient.item() == 1
-    given = terms_gradient if loss_gradient is None else terms_gradient + loss_gradient
-    return all(g == 1 for g, learner in zip(given.tolist(), learns, strict=True) if learner)
 
 
 def _factors(weights: list[float], p: int, elements: int, terms: Tensor, upstream) -> Tensor:

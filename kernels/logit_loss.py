@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_labels, check_logits, check_settings, check_target, check_weights
-from .dispatch import accumulator, plain
+from .dispatch import accumulator, all_ones, plain
 from .logit_loss_cpu import closed_form
 from .logit_loss_triton import launch
 
@@ -177,10 +177,11 @@ def _write_gradients(
     skip_ones: bool,
 ) -> None:
     """Write grads, unless skip_ones and the gradients that come from above are all 1."""
-    if len(target):
+    compute, upstream = _compute(heads), (loss_gradient, terms_gradient)
+    done = skip_ones and compute is closed_form and all_ones(weights, *upstream)  # the kernel looks by itself
+    if target.shape[0] and not done:
         settings = (weights, temperature, smoothing, ignore_index, standardize, learns, False)
-        upstream = (loss_gradient, terms_gradient)
-        _compute(heads)(heads, target, *settings, grads, upstream, skip_ones)
+        compute(heads, target, *settings, grads, upstream, skip_ones)
 
 
 _logit_loss_backward = torch.library.custom_op("fastkd::logit_loss_backward", _write_gradients, mutates_args=("grads",))
@@ -201,11 +202,11 @@ def _backward(ctx, loss_gradient, terms_gradient, *_):
     if loss_gradient is None and terms_gradient is None:
         return [None] * len(heads), *[None] * 8
     learns = ctx.settings[-1]
-    grads, ctx.grads, first = ctx.grads, None, ctx.grads is not None
-    if not first:
+    grads, ctx.grads, left = ctx.grads, None, ctx.grads is not None
+    if not left:
         grads = _empty_grads(heads, learns)
     write = _write_gradients if plain((grads, *heads, target)) else _logit_loss_backward
-    write(grads, heads, target, *ctx.settings, loss_gradient, terms_gradient, first)
+    write(grads, heads, target, *ctx.settings, loss_gradient, terms_gradient, left)
     rows = iter(grads.unbind())
     gradients = [next(rows).to(head.dtype) if learner else None for head, learner in zip(heads, learns, strict=True)]
     return gradients, *[None] * 8

@@ -30,12 +30,10 @@ def closed_form(
     upstream: tuple[Tensor | None, Tensor | None] | None = None,
     skip_ones: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The same arguments and results as the kernel's `launch`."""
+    """The same arguments and results as the kernel's `launch`; nothing is skipped here."""
     on_cpu, backward = heads[0].device.type == "cpu", upstream is not None
     if backward and on_cpu:
         given = _given(*upstream, weights)
-        if skip_ones and all(gradient == 1 for gradient, w in zip(given, weights, strict=True) if w):
-            return None  # the forward pass has left the gradients of this case
         weights, upstream = [w * gradient if w else 0.0 for w, gradient in zip(weights, given, strict=True)], None
     H, (N, C) = len(heads), heads[0].shape
     plain = not (smoothing or standardize or count_hits or target.is_floating_point()) and ignore_index is None
