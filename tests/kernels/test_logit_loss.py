@@ -536,8 +536,8 @@ def test_reference_is_the_equation():
     assert torch.equal(got.hits, logit_loss(heads, y, *SOKD, count_hits=True).hits)
 
 
-def test_mask_of_gradients_in_half_the_launches(monkeypatch):
-    """With an upstream gradient of 1 the backward pass computes nothing."""
+def test_an_upstream_gradient_of_1_computes_nothing(monkeypatch):
+    """The kernel, which is not counted here, looks by itself."""
     calls = []
 
     def counted(*args, closed_form=module.closed_form):
@@ -547,7 +547,7 @@ def test_mask_of_gradients_in_half_the_launches(monkeypatch):
     monkeypatch.setattr(module, "closed_form", counted)
     heads, y = make(3, 4, 6, learners=1)
     logit_loss(heads, y, *SOKD).loss.backward()
-    assert len(calls) == 1
+    assert len(calls) == (DEVICE == "cpu")
 
 
 BAD = [
