@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .attention_transfer_triton import launch, launch_backward
 from .check import check_tensors
-from .dispatch import accumulator
+from .dispatch import accumulator, savable
 
 
 def attention_transfer_reference(student: Tensor, teacher: Tensor, weight: float = 1.0) -> Tensor:
@@ -38,7 +38,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, weight: float = 1.0) ->
     _check(student, teacher)
     if not torch.is_grad_enabled() or not student.requires_grad:
         return _attention_transfer(student.detach(), teacher.detach(), float(weight))[0]
-    return _Fused.apply(student, teacher.detach(), float(weight))
+    return _Fused.apply(student, savable(teacher.detach()), float(weight))
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:
@@ -131,7 +131,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, loss_gradient, _=None):
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "attention_transfer has no second derivative; differentiate attention_transfer_reference instead"
+            "attention_transfer has no second derivative; fastkd.kernels.attention_transfer_reference has one"
         )
     if loss_gradient is None:
         return None, None, None

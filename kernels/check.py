@@ -23,6 +23,8 @@ def _way_to_tensor(x: object) -> str:
         return f" with the keys {list(x)}; take the tensor out of it, as in output['logits']"
     if isinstance(x, list | tuple):
         return f" of {len(x)}; take the tensor out of it, as in output[0], or make one with torch.as_tensor()"
+    if isinstance(getattr(x, "logits", None), Tensor):
+        return "; take the tensor out of it: output.logits"
     return "; make one with torch.as_tensor()" if hasattr(x, "__array__") else ""
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .check import check_logits
-from .dispatch import accumulator
+from .dispatch import accumulator, savable
 from .dist_loss_cpu import closed_form
 from .dist_loss_triton import launch, launch_backward
 
@@ -54,7 +54,7 @@ def dist_loss(
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     learns = torch.is_grad_enabled() and student.requires_grad
-    return _dist_loss(student, teacher.detach(), float(beta), float(gamma), float(temperature), learns)[0]
+    return _dist_loss(student, savable(teacher.detach()), float(beta), float(gamma), float(temperature), learns)[0]
 
 
 def _on_gpu(student: Tensor, teacher: Tensor) -> bool:
@@ -116,7 +116,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, upstream, *_):
     if torch.is_grad_enabled():
-        raise RuntimeError("dist_loss has no second derivative; differentiate dist_loss_reference twice instead")
+        raise RuntimeError("dist_loss has no second derivative; fastkd.kernels.dist_loss_reference has one")
     if upstream is None:
         return (None,) * 6
     return _dist_loss_backward(*ctx.saved_tensors, upstream, ctx.temperature), *[None] * 5

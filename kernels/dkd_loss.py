@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_labels, check_logits, check_target
-from .dispatch import accumulator
+from .dispatch import accumulator, savable
 from .dkd_loss_cpu import closed_form
 from .dkd_loss_triton import launch
 
@@ -63,7 +63,9 @@ def dkd_loss(
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     learns = torch.is_grad_enabled() and student.requires_grad
-    return _Fused.apply(student, teacher.detach(), target, float(alpha), float(beta), float(temperature), learns)
+    return _Fused.apply(
+        student, savable(teacher.detach()), target, float(alpha), float(beta), float(temperature), learns
+    )
 
 
 def _compute(student: Tensor, teacher: Tensor):
@@ -120,7 +122,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, upstream, _=None):
     if torch.is_grad_enabled():
-        raise RuntimeError("dkd_loss has no second derivative; differentiate dkd_loss_reference twice instead")
+        raise RuntimeError("dkd_loss has no second derivative; fastkd.kernels.dkd_loss_reference has one")
     if upstream is None or not ctx.learns:
         return (None,) * 7
     student, teacher, target = ctx.saved_tensors

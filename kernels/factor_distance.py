@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .check import check_tensors
-from .dispatch import accumulator, all_ones, plain
+from .dispatch import accumulator, plain, savable, scaled
 from .factor_distance_cpu import closed_form
 from .factor_distance_triton import launch, launch_backward
 
@@ -63,7 +63,7 @@ def factor_distance(parts: list[Tensor], teacher: Tensor, weights: list[float], 
     _check(parts, teacher, weights, p)
     weights = [float(w) for w in weights]
     learns = [torch.is_grad_enabled() and x.requires_grad and w != 0 for x, w in zip(parts, weights, strict=True)]
-    return FactorDistance(*_Fused.apply((weights, p, learns), teacher, *parts))
+    return FactorDistance(*_Fused.apply((weights, p, learns), savable(teacher), *parts))
 
 
 def _check(parts: list[Tensor], teacher: Tensor, weights: list[float], p: int) -> None:
@@ -73,21 +73,18 @@ def _check(parts: list[Tensor], teacher: Tensor, weights: list[float], p: int) -
         )
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p}")
-    for x in parts:
+    for k, x in enumerate(parts, 1):
         check_tensors(student_factor=x, teacher_factor=teacher)
+        which = "student_factor" if len(parts) == 1 else f"student_factor {k} of {len(parts)}"
         if x.dim() != 4 or x.shape != teacher.shape:
             raise ValueError(
-                f"student_factor and teacher_factor must be [N, C, H, W] of one shape, got {list(x.shape)} and "
+                f"{which} and teacher_factor must be [N, C, H, W] of one shape, got {list(x.shape)} and "
                 f"{list(teacher.shape)}"
             )
         if x.device != teacher.device:
-            raise ValueError(
-                f"student_factor and teacher_factor must be on one device, got {x.device} and {teacher.device}"
-            )
+            raise ValueError(f"{which} and teacher_factor must be on one device, got {x.device} and {teacher.device}")
         if not (x.is_floating_point() and teacher.is_floating_point()):
-            raise ValueError(
-                f"student_factor and teacher_factor must be floating point, got {x.dtype} and {teacher.dtype}"
-            )
+            raise ValueError(f"{which} and teacher_factor must be floating point, got {x.dtype} and {teacher.dtype}")
 
 
 def _on_gpu(tensors: list[Tensor]) -> bool:
@@ -145,7 +142,7 @@ def _write_gradients(
         upstream = (loss_gradient, terms_gradient)
         if _on_gpu([*parts, teacher]):
             launch_backward(*settings, terms, statistics, grads, upstream, skip_ones)
-        elif not (skip_ones and all_ones(learns, *upstream)):
+        elif not (skip_ones and scaled(grads, learns, *upstream)):
             closed_form(*settings, None, terms, statistics, grads, upstream)
 
 
@@ -165,7 +162,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, loss_gradient, terms_gradient, *_):
     if torch.is_grad_enabled():
-        raise RuntimeError("factor_distance has no second derivative; differentiate factor_distance_reference instead")
+        raise RuntimeError("factor_distance has no second derivative; fastkd.kernels.factor_distance_reference has one")
     *parts, teacher, terms, statistics = ctx.saved_tensors
     learns = ctx.settings[2]
     if loss_gradient is None and terms_gradient is None:

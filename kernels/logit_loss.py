@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_labels, check_logits, check_settings, check_target, check_weights
-from .dispatch import accumulator, all_ones, plain
+from .dispatch import accumulator, plain, savable, scaled
 from .logit_loss_cpu import closed_form
 from .logit_loss_triton import launch
 
@@ -117,7 +117,7 @@ def logit_loss(
     learns = [torch.is_grad_enabled() and z.requires_grad and any(weights[i * (H + 1) : (i + 1) * (H + 1)])
               for i, z in enumerate(heads)]  # fmt: skip
     settings = (weights, temperature, label_smoothing, ignore_index, standardize, learns, count_hits)
-    return LogitLoss(*_Fused.apply(settings, target, *heads)[:3])
+    return LogitLoss(*_Fused.apply(settings, target, *map(savable, heads))[:3])
 
 
 def _compute(heads: list[Tensor]):
@@ -176,9 +176,9 @@ def _write_gradients(
     terms_gradient: Tensor | None,
     skip_ones: bool,
 ) -> None:
-    """Write grads, unless skip_ones and the gradients that come from above are all 1."""
+    """Write grads; with skip_ones they hold those of upstream gradients of 1, which then need not be computed."""
     compute, upstream = _compute(heads), (loss_gradient, terms_gradient)
-    done = skip_ones and compute is closed_form and all_ones(weights, *upstream)  # the kernel looks by itself
+    done = skip_ones and compute is closed_form and scaled(grads, weights, *upstream)  # the kernel looks by itself
     if target.shape[0] and not done:
         settings = (weights, temperature, smoothing, ignore_index, standardize, learns, False)
         compute(heads, target, *settings, grads, upstream, skip_ones)
@@ -197,7 +197,9 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, loss_gradient, terms_gradient, *_):
     if torch.is_grad_enabled():
-        raise RuntimeError("logit_loss has no second derivative; differentiate logit_loss_reference twice instead")
+        raise RuntimeError(
+            "logit_loss has no second derivative; fastkd.kernels.logit_loss_reference has one, and kd_loss_reference"
+        )
     *heads, target = ctx.saved_tensors
     if loss_gradient is None and terms_gradient is None:
         return [None] * len(heads), *[None] * 8

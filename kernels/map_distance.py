@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_tensors
-from .dispatch import accumulator
+from .dispatch import accumulator, savable
 from .map_distance_cpu import closed_form
 from .map_distance_triton import launch
 
@@ -115,8 +115,8 @@ def _unlike(s: list[int], t: list[int]) -> str:
 
 def _distance(student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float) -> Tensor:
     learns = torch.is_grad_enabled() and student.requires_grad
-    margin = None if margin is None else margin.detach()
-    return _Fused.apply(student, teacher.detach(), margin, float(weight), learns)
+    margin = None if margin is None else savable(margin.detach())
+    return _Fused.apply(student, savable(teacher.detach()), margin, float(weight), learns)
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -180,7 +180,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, upstream, _=None):
     if torch.is_grad_enabled():
-        raise RuntimeError("no second derivative here; differentiate the distance's _reference twice instead")
+        raise RuntimeError("no second derivative here; the distance's _reference in fastkd.kernels has one")
     if upstream is None or not ctx.learns:
         return None, None, None, None, None
     grad, ctx.grad, left = ctx.grad, None, ctx.grad is not None

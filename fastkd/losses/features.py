@@ -14,8 +14,9 @@ from ..kernels import (
     rkd_loss,
     sp_loss,
 )
+from ..kernels.check import check_tensors
 from .base import Loss
-from .checks import check_weight
+from .checks import check_order, check_weight
 
 
 class FactorTransferLoss(Loss):
@@ -24,11 +25,10 @@ class FactorTransferLoss(Loss):
     Called with student_factor and teacher_factor [N, C, H, W], of translator and paraphraser. p is 1 or 2.
     """
 
+    checks = {"p": check_order, "weight": check_weight}
+
     def __init__(self, p: int = 1, weight: float = 500.0):
         super().__init__()
-        if p not in (1, 2):
-            raise ValueError(f"p must be 1 or 2, got {p}")
-        check_weight("weight", weight)
         self.p, self.weight = p, weight
 
     def forward(self, student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
@@ -53,9 +53,11 @@ class ExplorationLoss(Loss):
     resemblance.
     """
 
+    checks = {"p": check_order}
+
     def __init__(self, p: int = 1):
         super().__init__()
-        self.p = InheritanceLoss(p).p  # checked
+        self.p = p
 
     def forward(self, student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
         return factor_distance([student_factor], teacher_factor, [-1.0], self.p).loss
@@ -64,26 +66,26 @@ class ExplorationLoss(Loss):
 class InheritanceExplorationLoss(Loss):
     """inheritance_weight * L_inh + exploration_weight * L_exp, both in one pass over the teacher's factor; IE-KD.
 
-    Called with student_inheritance, student_exploration, teacher_factor [N, C, H, W]; 50 each with p = 1 is said to be
-    best. A part of weight 0 may be None.
+    Called with the student's two factors, inheritance and exploration, and the teacher's, all [N, C, H, W]; 50 each
+    with p = 1 is said to be best. A part of weight 0 may be None.
     """
+
+    checks = {"p": check_order, "inheritance_weight": check_weight, "exploration_weight": check_weight}
 
     def __init__(self, p: int = 1, inheritance_weight: float = 50.0, exploration_weight: float = 50.0):
         super().__init__()
-        self.p = InheritanceLoss(p).p
-        check_weight("inheritance_weight", inheritance_weight)
-        check_weight("exploration_weight", exploration_weight)
-        self.inheritance_weight, self.exploration_weight = inheritance_weight, exploration_weight
-        self.weights = {"inheritance": inheritance_weight, "exploration": -exploration_weight}
+        self.p, self.inheritance_weight, self.exploration_weight = p, inheritance_weight, exploration_weight
 
     def terms(self, inheritance: Tensor | None, exploration: Tensor | None, teacher: Tensor) -> dict[str, Tensor]:
         """The weighted terms by name, those of weight 0 left out; their sum is the loss."""
+        weights = {"inheritance": self.inheritance_weight, "exploration": -self.exploration_weight}
         parts = {"inheritance": inheritance, "exploration": exploration}
-        used = {name: part for name, part in parts.items() if self.weights[name]}
+        used = {name: parts[name] for name, weight in weights.items() if weight}
         if not used:
             return {}
-        weights = [self.weights[name] for name in used]
-        return dict(zip(used, factor_distance([*used.values()], teacher, weights, self.p).terms.unbind(), strict=True))
+        check_tensors(**used, teacher=teacher)
+        fused = factor_distance([*used.values()], teacher, [weights[name] for name in used], self.p)
+        return dict(zip(used, fused.terms.unbind(), strict=True))
 
     def forward(self, inheritance: Tensor | None, exploration: Tensor | None, teacher: Tensor) -> Tensor:
         return sum(self.terms(inheritance, exploration, teacher).values(), teacher.new_zeros(()))
@@ -95,9 +97,10 @@ class AttentionTransferLoss(Loss):
     Called with the maps of one stage, or two lists of maps, stage by stage: [N, Cs, H, W] and [N, Ct, H, W].
     """
 
+    checks = {"weight": check_weight}
+
     def __init__(self, weight: float = 1000.0):
         super().__init__()
-        check_weight("weight", weight)
         self.weight = weight
 
     def forward(self, student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor]) -> Tensor:
@@ -110,17 +113,21 @@ class OverhaulLoss(Loss):
     """weight * sum over L stages l of 2^-(L-l) partial-L2(f_s, max(f_t, margin)); OFD, arXiv:1904.01866.
 
     Called with maps before the ReLU, stage by stage, the student's through its connectors, and the teacher's margins
-    [C] (`margins`): of one stage, or three lists. A sum over elements, a mean over the batch.
+    [C], from `OverhaulLoss.margins(batch_norms)`: of one stage, or three lists. A sum over elements, a mean over the
+    batch.
     """
+
+    checks = {"weight": check_weight}
 
     def __init__(self, weight: float = 1e-3):
         super().__init__()
-        check_weight("weight", weight)
         self.weight = weight
 
     @staticmethod
     def margins(norms: Iterable[nn.Module]) -> list[Tensor]:
         """The margins [C] from the teacher's BatchNorms, of which each gives one map; as they are now."""
+        if isinstance(norms, nn.Module) and not isinstance(norms, Iterable):
+            raise TypeError(f"margins needs a list of BatchNorms, one for each map, got one {type(norms).__name__}")
         return [bn_margin(norm.weight, norm.bias) for norm in norms]
 
     def forward(
@@ -141,9 +148,10 @@ class HintLoss(Loss):
     Called with the student's map through its regressor and the teacher's, both [N, C, H, W].
     """
 
+    checks = {"weight": check_weight}
+
     def __init__(self, weight: float = 100.0):
         super().__init__()
-        check_weight("weight", weight)
         self.weight = weight
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
@@ -156,10 +164,10 @@ class RKDLoss(Loss):
     Called with pooled features [N, D] and [N, D2].
     """
 
+    checks = {"distance_weight": check_weight, "angle_weight": check_weight}
+
     def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0):
         super().__init__()
-        check_weight("distance_weight", distance_weight)
-        check_weight("angle_weight", angle_weight)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
@@ -173,9 +181,10 @@ class SPLoss(Loss):
     Called with maps or features [N, ...]; only N must agree.
     """
 
+    checks = {"weight": check_weight}
+
     def __init__(self, weight: float = 3000.0):
         super().__init__()
-        check_weight("weight", weight)
         self.weight = weight
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
@@ -183,6 +192,9 @@ class SPLoss(Loss):
 
 
 def _stages(*maps: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    for stages in maps:
+        if not isinstance(stages, Iterable):
+            raise TypeError(f"maps and margins must be a tensor of one stage or a list, got {type(stages).__name__}")
     lists = [[stages] if isinstance(stages, Tensor) else list(stages) for stages in maps]
     if not lists[0] or len({len(stages) for stages in lists}) > 1:
         raise ValueError(f"as many maps are needed of each, one or more: got {[len(stages) for stages in lists]}")

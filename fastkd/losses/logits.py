@@ -7,27 +7,20 @@ from torch import Tensor
 from ..kernels import dist_loss, dkd_loss, kd_loss, logit_loss
 from ..kernels.check import check_tensors
 from .base import Loss
-from .checks import check_positive, check_weight
+from .checks import check_ignored, check_pairs, check_positive, check_smoothing, check_weight
 
 
 class LogitLossModule(Loss):
-    """What the losses from logits have in common: the options of the cross-entropy, checked."""
+    """What the losses from logits have in common: the options of the cross-entropy."""
 
-    def __init__(self, temperature: float, label_smoothing: float, ignore_index: int | None, **weights: float):
+    checks = {"temperature": check_positive, "label_smoothing": check_smoothing, "ignore_index": check_ignored}
+
+    def __init__(self, temperature: float, label_smoothing: float, ignore_index: int | None):
         super().__init__()
-        check_positive("temperature", temperature)
-        for name, weight in weights.items():
-            check_weight(name, weight)
-            setattr(self, name, weight)
-        check_weight("label_smoothing", label_smoothing)
-        if not label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         self.temperature, self.label_smoothing, self.ignore_index = temperature, label_smoothing, ignore_index
-        self.settings = {
-            "temperature": temperature,
-            "label_smoothing": label_smoothing,
-            "ignore_index": ignore_index,
-        }
+
+    def settings(self) -> dict:
+        return {name: getattr(self, name) for name in LogitLossModule.checks}
 
 
 class KDLoss(LogitLossModule):
@@ -35,12 +28,16 @@ class KDLoss(LogitLossModule):
 
     The defaults are the usual ones for CIFAR; for ImageNet temperature 1 and weights 0.5 / 0.5 are common.
     `standardize=True` is logit standardisation (arXiv:2403.01427), usually with temperature 2 and kd_weight 9.
-    Called with student_logits [N, C], teacher_logits [N, C], target [N] int64 or [N, C] floating. The gradient goes to
-    the student's logits only. Rows labelled `ignore_index` have no cross-entropy; the teacher still teaches there.
-    A floating target is used as it is: it is not normalised, and what its rows sum to weighs them.
+    Called with student_logits and teacher_logits [N, C], which are no probabilities, and target [N] int64 or [N, C]
+    floating. The gradient goes to the student's logits only. Rows labelled `ignore_index` have no cross-entropy; the
+    teacher still teaches there.
+    A floating target is used as it is: it is not normalised, and what its rows sum to weighs them; `ignore_index` is
+    of no effect there, and `label_smoothing` smooths it once more, also one that mixup has smoothed.
     A label that is no class is a ValueError on the CPU. On a GPU nobody asks, for that would wait for the device: the
     loss and the gradient of that row are NaN. FASTKD_DEBUG=1 in the environment checks there too.
     """
+
+    checks = LogitLossModule.checks | {"ce_weight": check_weight, "kd_weight": check_weight}
 
     def __init__(
         self,
@@ -51,17 +48,20 @@ class KDLoss(LogitLossModule):
         standardize: bool = False,
         ignore_index: int | None = None,
     ):
-        super().__init__(temperature, label_smoothing, ignore_index, ce_weight=ce_weight, kd_weight=kd_weight)
-        self.standardize = standardize
-        self.settings |= {"ce_weight": ce_weight, "kd_weight": kd_weight, "standardize": standardize}
+        super().__init__(temperature, label_smoothing, ignore_index)
+        self.ce_weight, self.kd_weight, self.standardize = ce_weight, kd_weight, standardize
+
+    def settings(self) -> dict:
+        own = {"ce_weight": self.ce_weight, "kd_weight": self.kd_weight, "standardize": self.standardize}
+        return super().settings() | own
 
     def terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The weighted terms by name; their sum is the loss."""
-        fused = kd_loss(student_logits, teacher_logits, target, **self.settings)
+        fused = kd_loss(student_logits, teacher_logits, target, **self.settings())
         return {"ce": fused.ce, "kd": fused.kd}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        return kd_loss(student_logits, teacher_logits, target, **self.settings).loss
+        return kd_loss(student_logits, teacher_logits, target, **self.settings()).loss
 
 
 class MutualLoss(LogitLossModule):
@@ -74,6 +74,12 @@ class MutualLoss(LogitLossModule):
     that requires a gradient gets one; as a target it is a constant.
     """
 
+    checks = LogitLossModule.checks | {
+        "ce_weight": check_weight,
+        "kl_weight": check_weight,
+        "pair_weights": check_pairs,
+    }
+
     def __init__(
         self,
         temperature: float = 1.0,
@@ -83,8 +89,8 @@ class MutualLoss(LogitLossModule):
         label_smoothing: float = 0.0,
         ignore_index: int | None = None,
     ):
-        super().__init__(temperature, label_smoothing, ignore_index, ce_weight=ce_weight, kl_weight=kl_weight)
-        self.pair_weights = None if pair_weights is None else _square(pair_weights)
+        super().__init__(temperature, label_smoothing, ignore_index)
+        self.ce_weight, self.kl_weight, self.pair_weights = ce_weight, kl_weight, pair_weights
 
     def fused(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> Tensor:
         """The terms [H, 1 + H] and the loss of all heads in a row, those of the first network first."""
@@ -97,7 +103,7 @@ class MutualLoss(LogitLossModule):
         places = [(n, k) for n, net in enumerate(heads) for k in range(len(net))]
         table = [[self._weight(*i, *j, networks=len(heads)) for j in places] for i in places]
         every = [z for net in heads for z in net]
-        return logit_loss(every, target, [self.ce_weight] * len(every), table, **self.settings)
+        return logit_loss(every, target, [self.ce_weight] * len(every), table, **self.settings())
 
     def _weight(self, n: int, k: int, m: int, other_k: int, networks: int) -> float:
         if n == m:
@@ -118,23 +124,12 @@ class MutualLoss(LogitLossModule):
         return self.fused(heads, target).loss
 
 
-def _square(table: Sequence[Sequence[float]] | Tensor) -> list[list[float]]:
-    """The weights as lists. ValueError unless they are [K, K] and from 0."""
-    try:
-        rows = [[float(weight) for weight in row] for row in table]
-    except (TypeError, ValueError):
-        raise ValueError(f"pair_weights must be numbers [K, K] for K heads a network, got {table!r}") from None
-    lengths = [len(row) for row in rows]
-    if not rows or set(lengths) != {len(rows)}:
-        raise ValueError(f"pair_weights must be [K, K] for K heads a network, got {len(rows)} rows of {lengths}")
-    for k, row in enumerate(rows):
-        for other, weight in enumerate(row):
-            check_weight(f"pair_weights[{k}][{other}]", weight)
-    return rows
-
-
 def _counts(heads: Sequence[Sequence[Tensor]]) -> list[int]:
     """How many heads each network has. TypeError or ValueError unless they are given network by network."""
+    if isinstance(heads, dict) or not hasattr(heads, "__len__"):
+        raise TypeError(
+            f"heads must be a list with the logits of each network, heads[n][k], got {type(heads).__name__}"
+        )
     for net in heads:
         if isinstance(net, Tensor) and net.dim() < 3:
             shapes = [list(net.shape) if isinstance(net, Tensor) else type(net).__name__ for net in heads]
@@ -156,6 +151,8 @@ class BridgeLoss(LogitLossModule):
     gradients, each from its own loss only; the teacher none.
     """
 
+    checks = LogitLossModule.checks | dict.fromkeys(("ce_s", "kd_sa", "ce_a", "kd_at", "kd_as"), check_weight)
+
     def __init__(
         self,
         temperature: float = 4.0,
@@ -167,14 +164,14 @@ class BridgeLoss(LogitLossModule):
         label_smoothing: float = 0.0,
         ignore_index: int | None = None,
     ):
-        weights = {"ce_s": ce_s, "kd_sa": kd_sa, "ce_a": ce_a, "kd_at": kd_at, "kd_as": kd_as}
-        super().__init__(temperature, label_smoothing, ignore_index, **weights)
+        super().__init__(temperature, label_smoothing, ignore_index)
+        self.ce_s, self.kd_sa, self.ce_a, self.kd_at, self.kd_as = ce_s, kd_sa, ce_a, kd_at, kd_as
 
     def fused(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor):
         check_tensors(student=student, bridge=bridge, teacher=teacher, target=target)
         table = [[0.0, self.kd_sa, 0.0], [self.kd_as, 0.0, self.kd_at], [0.0, 0.0, 0.0]]
         heads = [student, bridge, teacher.detach()]
-        return logit_loss(heads, target, [self.ce_s, self.ce_a, 0.0], table, **self.settings)
+        return logit_loss(heads, target, [self.ce_s, self.ce_a, 0.0], table, **self.settings())
 
     def terms(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The five weighted terms by name."""
@@ -189,33 +186,35 @@ class DKDLoss(Loss):
     """T^2 (alpha TCKD + beta NCKD), decoupled distillation; Zhao et al. 2022, arXiv:2203.08679. No cross-entropy.
 
     Called with student_logits, teacher_logits [N, C], C >= 2, target [N] int64. Gradient to the student only.
+    The authors' code multiplies it by min(epoch / 20, 1) (on ImageNet from the first epoch on by 1): with beta 8 and a
+    large rate the first steps may diverge without.
     """
+
+    checks = {"alpha": check_weight, "beta": check_weight, "temperature": check_positive}
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0):
         super().__init__()
-        check_weight("alpha", alpha)
-        check_weight("beta", beta)
-        check_positive("temperature", temperature)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+        check_tensors(student_logits=student_logits, teacher_logits=teacher_logits, target=target)
         settings = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
         return dkd_loss(student_logits, teacher_logits, target, **settings)
 
 
 class DISTLoss(Loss):
-    """beta (1 - mean row correlation) + gamma (1 - mean column correlation) of the softmaxes; arXiv:2205.10536.
+    """T^2 [beta (1 - mean row correlation) + gamma (1 - mean column correlation)] of the softmaxes; arXiv:2205.10536.
 
     Called with student_logits, teacher_logits [N, C]. Gradient to the student only. No cross-entropy.
     """
 
+    checks = {"beta": check_weight, "gamma": check_weight, "temperature": check_positive}
+
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0):
         super().__init__()
-        check_weight("beta", beta)
-        check_weight("gamma", gamma)
-        check_positive("temperature", temperature)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        check_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
         settings = {"beta": self.beta, "gamma": self.gamma, "temperature": self.temperature}
         return dist_loss(student_logits, teacher_logits, **settings)
