@@ -17,7 +17,7 @@ def run(part: str, quick: bool, plot: str, json: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = choose(part, device)
     if not chosen:
-        raise UserError(f"--cases {part!r}: no case has this in its name; there are {names(device)}")
+        raise UserError(f"--cases {part!r}: in no case's name does a word begin so; there are {names(device)}")
     if plot and Path(plot).suffix != ".png":
         raise UserError(f"--plot must be a .png file, got {plot!r}")
     for flag, file in (("--plot", plot), ("--json", json)):

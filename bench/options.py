@@ -12,7 +12,7 @@ class LossOptions:
     """
 
     cases: str = ""
-    """Only the cases whose name has this in it, such as "KD 256" or IE-KD."""
+    """Only the cases in whose name a word begins so: KD, "KD 256", IE-KD; in quotes if it is more than one word."""
     quick: bool = False
     """Few rounds, and without torch.compile, whose compiling takes minutes: a first look."""
     plot: str = ""

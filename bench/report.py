@@ -1,6 +1,7 @@
 """What the measurements say: rows of ratios, notes, a picture."""
 
 import io
+import re
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from fastkd.bench.measure import measure, precision
 COLUMNS = ["case", "fastkd ms", "eager", "best baseline", "verdict", "% copy"]
 SPREAD = 1.5
 WORDS = (
-    "even: the middle 60 % of the times overlap with the best baseline's; % copy: what part of the speed of copying "
-    "fastkd reaches, by the least bytes that the operation must move"
+    "even: the middle 60 % of the times overlap with the best baseline's; ?: the 80th percentile of one of the two is "
+    f"above {SPREAD:g} times the 20th; % copy: what part of the speed of copying fastkd reaches, by the bytes "
+    "that must be moved"
 )
 QUICK = "torch.compile was left out (--quick)"
 
@@ -41,7 +43,9 @@ def losses(chosen: list[Case], device: torch.device, quick: bool, tell=lambda li
 
 
 def choose(part: str, device: torch.device) -> list[Case]:
-    return [case for case in cases(device) if part.lower() in case.name.lower()]
+    """Those in whose name a word begins so: KD is not DKD."""
+    begins = re.compile(rf"(?<![\w-]){re.escape(part)}", re.IGNORECASE)
+    return [case for case in cases(device) if begins.search(case.name)]
 
 
 def medians(record: dict, way: str) -> dict[str, dict]:
@@ -58,14 +62,18 @@ def ratios(record: dict, way: str) -> dict[str, float]:
 
 
 def verdict(record: dict, way: str) -> str:
-    """faster or slower than the best baseline, even where their middle 60 % overlap; or why there is none."""
+    """faster or slower than the best baseline, even where their middle 60 % overlap; or why there is none.
+
+    With a question mark where one of the two was unsteady.
+    """
     found, ours = medians(record, way), record["contenders"]["fastkd"]
     if ours["status"] != "right":
         return ours["status"]
     others = [times for name, times in found.items() if name != "fastkd"]
     if "fastkd" not in found or not others:
         return "no time" if "fastkd" not in found else "no baseline"
-    return compared(found["fastkd"], min(others, key=lambda times: times["median"]))
+    both = found["fastkd"], min(others, key=lambda times: times["median"])
+    return compared(*both) + " ?" * any(times["p80"] > SPREAD * times["p20"] for times in both)
 
 
 def compared(fused: dict, other: dict) -> str:
@@ -115,18 +123,10 @@ def disturbances(run: dict) -> list[str]:
     load, cpus, lines = run["load_average"], run["environment"]["cpus"], []
     if load > cpus:
         lines.append(f"Other work disturbed these figures: the load before was {load:.1f} on {cpus} CPUs")
-    spread = [record["case"] for record in run["cases"] if any(unsteady(record, way) for way in ("call", "graph"))]
-    if spread:
-        lines.append(
-            f"Other work may have disturbed {', '.join(spread)}: fastkd's 80th percentile is above {SPREAD:g} times "
-            "its 20th"
-        )
+    doubtful = [r["case"] for r in run["cases"] if any(verdict(r, way).endswith("?") for way in ("call", "graph"))]
+    if doubtful:
+        lines.append(f"Other work may have disturbed {', '.join(doubtful)}: measure again")
     return lines
-
-
-def unsteady(record: dict, way: str) -> bool:
-    ours = medians(record, way).get("fastkd")
-    return bool(ours) and ours["p80"] > SPREAD * ours["p20"]
 
 
 def heading(run: dict) -> str:

@@ -130,6 +130,8 @@ def _wanted(kind: type) -> str:
 
 
 def _near(kind: type, words: list[str]) -> str:
+    if kind is str and len(words) > 1:
+        return "; in quotes it is one"
     return nearest(words[0], get_args(kind)) if get_origin(kind) is Literal and words else ""
 
 

@@ -1,8 +1,6 @@
 """How an operation is computed: in which dtype, outside autocast, and when at once, past torch's dispatcher."""
 
 import functools
-import itertools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,26 +30,6 @@ def savable(x: Tensor) -> Tensor:
 def accumulator(tensors: list[Tensor]) -> torch.dtype:
     """fp64 where a tensor is fp64, else fp32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
-def scaled(
-    grads: Tensor, counts: Sequence[object], loss_gradient: Tensor | None, terms_gradient: Tensor | None
-) -> bool:
-    """Whether grads, those of upstream gradients of 1, could be made the wanted ones by one factor, and now are.
-
-    counts: which terms have a gradient at all. Asked on the CPU only, where the answer costs nothing.
-    """
-    first, *both = (gradient for gradient in (loss_gradient, terms_gradient) if gradient is not None)
-    if first.device.type != "cpu":
-        return False
-    given = (first + both[0] if both else first).flatten().tolist()
-    given = set(given if terms_gradient is None else itertools.compress(given, counts))
-    if given <= {1.0}:
-        return True
-    if len(given) > 1 or grads.dtype.itemsize < 4:  # 16 bits may have lost what a large factor would have kept
-        return False
-    grads.mul_(given.pop())
-    return True
 
 
 def without_autocast(function):

@@ -2,7 +2,7 @@
 
     L = T^2 (alpha TCKD + beta NCKD), means over the batch
     TCKD = KL(b_t || b_s), b = (p_y, 1 - p_y), p = softmax(z / T);  NCKD = KL(r_t || r_s), r = softmax over classes != y
-    dL/dz_s,k = T / N [ (beta + alpha (p_t,y - p_s,y)) r_s,k - beta r_t,k ],  k != y
+    dL/dz_s,k = T / N [ beta (r_s,k - r_t,k) - alpha (p_s,y - p_t,y) r_s,k ],  k != y
     dL/dz_s,y = T / N alpha (p_s,y - p_t,y)
 
 Everything follows from d = z_y / T - logsumexp(z_rest / T): log p_y = -softplus(-d), log(1 - p_y) = -softplus(d), exact

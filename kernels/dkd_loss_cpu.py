@@ -36,9 +36,9 @@ def closed_form(
     if grads is not None:
         gap = torch.where(d[0] > 0, q[1] - q[0], p[0] - p[1])  # p_s - p_t without cancellation near 1
         scale = d.new_tensor(temperature / N) * (1 if upstream is None else upstream)
-        out = grads if grads.dtype == r.dtype else r[0]
-        torch.addcmul(r[0].mul_(scale * (beta - alpha * gap)), r[1], -beta * scale, out=out)
-        out.scatter_(1, y, scale * alpha * gap)
+        out = grads if grads.dtype == r.dtype else scratch("gradient", grads.shape, r)
+        torch.sub(*r, out=out).mul_(beta * scale).addcmul_(r[0], -alpha * scale * gap)
+        out.scatter_(1, y, alpha * scale * gap)
         if out is not grads:
             grads.copy_(out)
     if upstream is not None:

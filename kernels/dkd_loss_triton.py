@@ -63,7 +63,7 @@ def _rest_terms(z_s, z_t, cols, label, top_s, sum_s, top_t, sum_t, inverse):
 
 @triton.jit
 def _write(grads, cols, label, C, r_s, r_t, gap, alpha, beta, scale):
-    others = (beta - alpha * gap) * r_s - beta * r_t
+    others = beta * (r_s - r_t) - alpha * gap * r_s
     tl.store(grads + cols, scale * tl.where(cols == label, alpha * gap, others), mask=cols < C)
 
 

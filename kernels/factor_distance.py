@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from .check import check_tensors
-from .dispatch import accumulator, plain, savable, scaled
+from .dispatch import accumulator, plain, savable
 from .factor_distance_cpu import closed_form
 from .factor_distance_triton import launch, launch_backward
+from .upstream_cpu import scaled
 
 
 class FactorDistance(NamedTuple):
@@ -63,7 +64,7 @@ def factor_distance(parts: list[Tensor], teacher: Tensor, weights: list[float], 
     _check(parts, teacher, weights, p)
     weights = [float(w) for w in weights]
     learns = [torch.is_grad_enabled() and x.requires_grad and w != 0 for x, w in zip(parts, weights, strict=True)]
-    return FactorDistance(*_Fused.apply((weights, p, learns), savable(teacher), *parts))
+    return FactorDistance(*_Fused.apply((weights, p, learns), savable(teacher.detach()), *parts))
 
 
 def _check(parts: list[Tensor], teacher: Tensor, weights: list[float], p: int) -> None:

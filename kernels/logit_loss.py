@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_labels, check_logits, check_settings, check_target, check_weights
-from .dispatch import accumulator, plain, savable, scaled
+from .dispatch import accumulator, plain, savable
 from .logit_loss_cpu import closed_form
 from .logit_loss_triton import launch
+from .upstream_cpu import scaled
 
 
 class LogitLoss(NamedTuple):

@@ -375,3 +375,67 @@ def test_the_teacher_gets_no_gradient(name):
     EVERY[name](z, f, y).backward()
     assert all(teacher.grad is None for teacher in teachers)
     assert any(student.grad is not None for student in (z[0], f[0]))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_no_graph_of_the_teacher_is_kept(name):
+    """With a student that does not learn there is nothing to go back through."""
+    (z, y), f = logits(4), maps(*[(5, 4, 3, 3)] * 2)
+    if name in ("MutualLoss", "BridgeLoss"):
+        pytest.skip("several learn")
+    loss = EVERY[name]([z[0].detach(), *(head * 2 for head in z[1:])], [f[0].detach(), *(x * 2 for x in f[1:])], y)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_teacher_from_inference_mode(name):
+    (z, y), f = logits(4), maps(*[(5, 4, 3, 3)] * 2)
+    learning = {"MutualLoss": 1, "BridgeLoss": 2}.get(name, 1)
+    with torch.inference_mode():
+        late_z, late_f = [x + 0 for x in z[learning:]], [x + 0 for x in f[1:]]
+    loss = EVERY[name]([*z[:learning], *late_z], [f[0], *late_f], y)
+    want = EVERY[name]([*z[:learning], *(x.detach() for x in z[learning:])], [f[0], *(x.detach() for x in f[1:])], y)
+    assert torch.equal(loss, want)
+    inputs = [z[0], f[0]]
+    got, wanted = (torch.autograd.grad(2 * x, inputs, allow_unused=True) for x in (loss, want))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_options_may_change_between_calls(name):
+    """As in a schedule: what is printed is what counts, and what could not be given at first cannot be given later."""
+    kind = getattr(fastkd.losses, name)
+    changed = {"p": 2, "pair_weights": [[2.0]], "ignore_index": 1, "standardize": True, "label_smoothing": 0.1}
+    (z, y), f = logits(4), maps(*[(5, 4, 3, 3)] * 2)
+    for option, default in ((o.name, o.default) for o in inspect.signature(kind).parameters.values()):
+        value = changed[option] if option in changed else 1.5 * default
+        loss, fresh = kind(), kind(**{option: value})
+        setattr(loss, option, value)
+        assert repr(loss) == repr(fresh)
+        assert torch.equal(called(loss, z, f, y), called(fresh, z, f, y))
+        assert not torch.equal(called(loss, z, f, y), called(kind(), z, f, y)), option
+        if option != "standardize":
+            with pytest.raises(ValueError, match=option):
+                setattr(loss, option, "much")
+
+
+def called(loss, z, f, y):
+    if isinstance(loss, MutualLoss):
+        return loss([[z[0]], [z[1]]], y)
+    if isinstance(loss, BridgeLoss):
+        return loss(*z[:3], y)
+    if isinstance(loss, InheritanceExplorationLoss):
+        return loss(f[0], 2 - f[0], f[1])
+    if isinstance(loss, OverhaulLoss):
+        return loss(*f, -torch.ones(4))
+    if isinstance(loss, RKDLoss):
+        return loss(f[0].mean((2, 3)), f[1].mean((2, 3)))
+    if isinstance(loss, KDLoss | DKDLoss):
+        return loss(*z[:2], y)
+    return loss(*z[:2]) if isinstance(loss, DISTLoss) else loss(*f)
+
+
+@pytest.mark.parametrize("value", ["a", 255.0, True])
+def test_an_ignored_label_is_a_whole_number(value):
+    with pytest.raises(ValueError, match=f"ignore_index must be the label .* got {value!r}"):
+        KDLoss(ignore_index=value)

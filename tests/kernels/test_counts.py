@@ -5,6 +5,7 @@ even where it would come from a cache; what one load gives to many elements, a m
 """
 
 import importlib
+import traceback
 from typing import NamedTuple
 
 import numpy as np
@@ -140,6 +141,31 @@ def test_losses_from_maps(counts, name):
 def test_bytes_of_a_pair_of_logits(counts, name, C, most):
     _, each = run(LOGITS[name], counts, N, C)
     assert most - 0.5 <= each <= most
+
+
+@pytest.mark.parametrize("name", [*LOGITS, *MAPS])
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+def test_no_launch_asks_the_device(counts, monkeypatch, name, upstream):
+    """A capture sees no further than the op that calls it."""
+    case, shape = (LOGITS[name], (N, 1000)) if name in LOGITS else (MAPS[name], (N, 256, 4, 4))
+    given = tensors(case, *shape)
+    asked, file = [], interpreter.__file__
+
+    def refused(name, original):
+        def asks(*args, **kwargs):
+            frames = traceback.extract_stack()
+            if not any(frame.filename == file for frame in frames):  # the interpreter plays the device
+                asked.append(f"{name}, {frames[-2].filename}:{frames[-2].lineno}")
+            return original(*args, **kwargs)
+
+        return asks
+
+    for module in ("logit_loss", "dkd_loss"):  # labels are looked at on a CPU only, and these are
+        monkeypatch.setattr(importlib.import_module(f"fastkd.kernels.{module}"), "check_labels", lambda *target: None)
+    for asking in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, asking, refused(asking, getattr(torch.Tensor, asking)))
+    (upstream * case.loss(*given)).backward()
+    assert counts.launches >= 2 and asked == []
 
 
 def test_an_upstream_gradient_costs_the_reads_and_the_write_again(counts):

@@ -258,13 +258,26 @@ def test_a_default_device_of_the_caller_does_not_matter(name):
 
 
 @pytest.mark.parametrize("gap", [60.0, 99.0, 102.3, 150.0])
-def test_a_label_of_vanishing_probability(path, gap):
-    """At temperature 1 it is no normal number of fp32, at 4 it is."""
-    heads, y = [torch.zeros(4, 10, device=DEVICE) for _ in range(3)], torch.zeros(4, dtype=torch.int64, device=DEVICE)
-    for head in heads:
+@pytest.mark.parametrize("name, learning", [("SOKD", 3), ("KD", 2), ("KD", 1)])
+def test_a_label_of_vanishing_probability(path, name, learning, gap):
+    """At temperature 1 it is no normal number of fp32, at 4 it is; `learning` heads are so sure of another class."""
+    table = TABLES[name]
+    heads = [torch.zeros(4, 10, device=DEVICE) for _ in table[0]]
+    for head in heads[:learning]:
         head[:, 9] = gap
     heads[0].requires_grad_()
-    check(heads, y, *SOKD, temperature=4.0)
+    check(heads, torch.zeros(4, dtype=torch.int64, device=DEVICE), *table, temperature=4.0)
+
+
+@pytest.mark.parametrize("name", ["KD", "SOKD"])
+def test_nearly_equal_heads_far_from_0(path, name):
+    """Their divergence is a small difference of log-sums, which are large here."""
+    table = TABLES[name]
+    heads, y = make(len(table[0]), 4, 10, scale=0.1)
+    heads = [(head + 1e5).requires_grad_(place == 0) for place, head in enumerate(heads)]
+    wanted, _ = independent(heads, y, *table, T=3.0)
+    found = logit_loss(heads, y, *table, temperature=3.0).terms
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-3, atol=1e-9)
 
 
 EXTREME = {

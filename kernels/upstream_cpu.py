@@ -1,0 +1,26 @@
+"""What comes from above, on the CPU, where asking for it costs nothing."""
+
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def scaled(
+    grads: Tensor, counts: Sequence[object], loss_gradient: Tensor | None, terms_gradient: Tensor | None
+) -> bool:
+    """Whether grads, those of upstream gradients of 1, could be made the wanted ones by one factor, and now are.
+
+    counts: which terms have a gradient at all. Elsewhere than on the CPU: no.
+    """
+    first, *both = (gradient for gradient in (loss_gradient, terms_gradient) if gradient is not None)
+    if first.device.type != "cpu":
+        return False
+    given = (first + both[0] if both else first).flatten().tolist()
+    given = set(given if terms_gradient is None else itertools.compress(given, counts))
+    if given <= {1.0}:
+        return True
+    if len(given) > 1 or grads.dtype.itemsize < 4:  # 16 bits may have lost what a large factor would have kept
+        return False
+    grads.mul_(given.pop())
+    return True
