@@ -65,6 +65,16 @@ def test_value_and_gradient(path, shape, dtype):
     check(*make(*shape, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "path, C",
+    [("closed form", 1001), ("closed form", 8192), ("closed form", 32768), ("kernel", 1000), ("kernel", 1001)],
+    indirect=["path"],
+)
+def test_many_classes(path, C, dtype):
+    check(*make(3, C, dtype))
+
+
 def test_more_rows_than_a_tile(path):
     check(*make(130, 24))
 

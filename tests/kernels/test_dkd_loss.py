@@ -85,6 +85,14 @@ def test_value_and_gradient(path, shape, dtype):
     check(*make(*shape, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", ["closed form", "kernel"], indirect=True)
+@pytest.mark.parametrize("C", [2, 1000, 1001, 8192, 21841, 32768])
+def test_many_classes(path, C, dtype):
+    """Above 8,192 the kernel reads a row in pieces."""
+    check(*make(3, C, dtype))
+
+
 @pytest.mark.parametrize("options", [{"alpha": 0.0}, {"beta": 0.0}, {"alpha": 2.5, "beta": 1.0, "temperature": 1.0},
                                      {"temperature": 0.7}, {"temperature": 20.0}])  # fmt: skip
 def test_options(path, options):

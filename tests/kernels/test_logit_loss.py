@@ -549,8 +549,13 @@ def test_reference_is_the_equation():
     assert torch.equal(got.hits, logit_loss(heads, y, *SOKD, count_hits=True).hits)
 
 
-def test_an_upstream_gradient_of_1_computes_nothing(monkeypatch):
-    """The kernel, which is not counted here, looks by itself."""
+@pytest.mark.parametrize(
+    "upstream, computed",
+    [(lambda fused: fused.loss, 1), (lambda fused: fused.loss / 4, 1), (lambda fused: 3 * fused.terms[:2].sum(), 1),
+     (lambda fused: fused.terms[:2].sum() + fused.loss, 1), (lambda fused: fused.terms[0].sum(), 2)],
+)  # fmt: skip
+def test_one_factor_from_above_computes_nothing_anew(monkeypatch, upstream, computed):
+    """The kernel, which is not counted here, looks by itself. Nothing of the third head counts."""
     calls = []
 
     def counted(*args, closed_form=module.closed_form):
@@ -559,8 +564,9 @@ def test_an_upstream_gradient_of_1_computes_nothing(monkeypatch):
 
     monkeypatch.setattr(module, "closed_form", counted)
     heads, y = make(3, 4, 6, learners=1)
-    logit_loss(heads, y, *SOKD).loss.backward()
-    assert len(calls) == (DEVICE == "cpu")
+    got = torch.autograd.grad(upstream(logit_loss(heads, y, *SOKD)), heads[0])
+    assert len(calls) == (computed if DEVICE == "cpu" else 0)
+    torch.testing.assert_close(got, torch.autograd.grad(upstream(logit_loss_reference(heads, y, *SOKD)), heads[0]))
 
 
 BAD = [

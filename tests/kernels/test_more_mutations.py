@@ -1,0 +1,154 @@
+"""The same as test_mutations.py for the other operations: each is compared with the eager formulation in float64."""
+
+import shutil
+
+import pytest
+import torch
+from test_mutations import KERNELS, load, mutant
+
+from fastkd.bench import eager
+
+N, C = 5, 10
+NAN = torch.nan
+
+
+def wanted(formula, learners, *tensors):
+    """(value, gradients of the first `learners`) in float64"""
+    copies = [x.double() if x.is_floating_point() else x for x in tensors]
+    copies = [x.requires_grad_(place < learners) for place, x in enumerate(copies)]
+    value = formula(*copies)
+    return [value.detach(), *torch.autograd.grad(value, copies[:learners])]
+
+
+def logits(count):
+    generator = torch.Generator().manual_seed(0)
+    wide = [torch.randn(N, C + 6, generator=generator) * 3 for _ in range(count)]
+    return [x[:, :C] for x in wide]  # padded rows
+
+
+def maps(count, *shape):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last) for _ in range(count)]
+
+
+def dkd(modules):
+    s, t = logits(2)
+    y, want = torch.arange(N), wanted(eager.dkd, 1, s, t, torch.arange(N))
+    for compute in (modules["dkd_loss_triton"].launch, modules["dkd_loss_cpu"].closed_form):
+        grads, again = torch.full((2, N, C), NAN)
+        value = compute(s, t, y, 1.0, 8.0, 4.0, grads)
+        compute(s, t, y, 1.0, 8.0, 4.0, again, torch.tensor(0.5))
+        yield from zip((value, grads, 2 * again), (*want, want[1]), strict=True)
+
+
+def factors(modules):
+    shape = (N, 3, 2, 2)
+    a, b, t = maps(3, *shape)
+    want = wanted(eager.factor_pair, 2, a, b, t)
+    rows = [x.permute(0, 2, 3, 1).flatten(1) for x in (a, b, t)]
+    for compute in (modules["factor_distance_triton"].launch, modules["factor_distance_cpu"].closed_form):
+        loss, terms, statistics, grads = (torch.full(s, NAN) for s in ((), (2,), (5, N), (2, N, 12)))
+        compute(rows[:2], rows[2], [1.0, -1.0], 1, [True, True], loss, terms, statistics, grads)
+        back = [g.view(N, 2, 2, 3).permute(0, 3, 1, 2) for g in grads]
+        yield from zip((loss, terms.sum(), *back), (want[0], *want), strict=True)
+
+
+def residuals(modules):
+    s, t = maps(2, N, 8, 3, 3)
+    margin = -torch.rand(8, generator=torch.Generator().manual_seed(1))
+    for compute in (modules["map_distance_triton"].launch, modules["map_distance_cpu"].closed_form):
+        for floor, scale in ((None, 1 / s.numel()), (margin, 1 / N)):
+            grad, again = torch.full_like(s, NAN), torch.full_like(s, NAN)
+            value = compute(s, t, floor, scale, grad)
+            compute(s, t, floor, scale, again, torch.tensor(0.5))
+            want = wanted(eager.hint, 1, s, t) if floor is None else wanted(eager.overhaul, 1, s, t, floor)
+            yield from zip((value.squeeze(), grad, 2 * again), (*want, want[1]), strict=True)
+
+
+def correlations(modules):
+    s, t = (x.contiguous() for x in logits(2))
+    want = wanted(eager.dist, 1, s, t)
+    kernels, closed = modules["dist_loss_triton"], modules["dist_loss_cpu"]
+    value, rows, columns, grads = (torch.full(shape, NAN) for shape in ((), (6, N), (4, C), (N, C)))
+    kernels.launch(s, t, 1.0, 1.0, 1.0, value, rows, columns)
+    kernels.launch_backward(s, t, rows, columns, torch.tensor(1.0), 1.0, grads)
+    yield from zip((value, grads), want, strict=True)
+    value, grads = torch.full((), NAN), torch.full((N, C), NAN)
+    closed.closed_form(s, t, 1.0, 1.0, 1.0, value, grads, columns)
+    yield from zip((value, grads), want, strict=True)
+
+
+def attention(modules):
+    s, t = maps(2, N, 8, 3, 3)
+    want = wanted(eager.attention_transfer, 1, s, t)
+    value, k, grad = torch.full((), NAN), torch.full((N, 9), NAN), torch.full_like(s, NAN)
+    kernels = modules["attention_transfer_triton"]
+    kernels.launch(s, t, 1.0, value, k)
+    kernels.launch_backward(s, k, torch.tensor(0.5), grad)
+    yield from zip((value, 2 * grad), want, strict=True)
+
+
+OPERATIONS = {
+    "dkd_loss": (dkd, ("triton", "cpu")),
+    "factor_distance": (factors, ("triton", "cpu")),
+    "map_distance": (residuals, ("triton", "cpu")),
+    "dist_loss": (correlations, ("triton", "cpu")),
+    "attention_transfer": (attention, ("triton",)),
+}
+MUTATIONS = [
+    ("dkd_loss_triton", "beta * (r_s - r_t)", "beta * (r_s + r_t)"),
+    ("dkd_loss_triton", "scale * tl.where(cols == label, alpha * gap, others)", "scale * others"),  # no label
+    ("dkd_loss_triton", "scale *= tl.load(upstream).to(tl.float32)", "scale *= 1.0"),
+    ("dkd_loss_triton", "inverse, scale = 1 / temperature, temperature / N", "inverse, scale = 1 / temperature, 1 / N"),
+    ("dkd_loss_triton", "row * (student_stride * UNIT)", "row * C"),
+    ("dkd_loss_triton", "row += tl.num_programs(0)", "row += N"),
+    ("dkd_loss_cpu", "addcmul_(r[0], -alpha * scale * gap)", "addcmul_(r[0], alpha * scale * gap)"),
+    ("dkd_loss_cpu", "(1 if upstream is None else upstream)", "1"),
+    ("dkd_loss_cpu", "temperature**2 / N", "temperature / N"),
+    ("factor_distance_triton", "_direction(x - t, P) - x * dots[k]", "_direction(x - t, P)"),  # the length counts
+    ("factor_distance_triton", "factors[k] * _inverse(norms[k])", "factors[k]"),
+    ("factor_distance_triton", "(weights[k] * inverse_elements,)", "(inverse_elements,)"),
+    ("factor_distance_cpu", "-self.inverse * self.dot[:, None]", "0 * self.inverse"),
+    ("factor_distance_cpu", "sums.sum(1) / (N * D)", "sums.sum(1) / N"),
+    ("factor_distance_cpu", "w / elements", "w / elements * 2"),
+    ("map_distance_triton", "(t <= 0) & (residual <= 0)", "residual <= 0"),
+    ("map_distance_triton", "factor = 2 * scale", "factor = scale"),
+    ("map_distance_triton", "factor *= above", "factor *= 1.0"),
+    ("map_distance_triton", "tl.where((t < margin) | (margin != margin), margin, t)", "t"),
+    ("map_distance_cpu", "torch.maximum(t, margin)", "t"),
+    ("map_distance_cpu", "2 * scale * upstream", "2 * scale"),
+    ("dist_loss_triton", "a * (gamma / C)", "a * gamma"),
+    ("dist_loss_triton", "gamma * (1 - tl.sum(everything, 0) / C)", "gamma * (1 - tl.sum(everything, 0))"),
+    ("attention_transfer_triton", "scale * (e - a * pull)", "scale * e"),
+    ("attention_transfer_triton", "tl.sum(everything, 0) * loss_scale", "tl.sum(everything, 0)"),
+    ("attention_transfer_triton", "factor = scale * tl.load(k", "factor = tl.load(k"),
+    ("dist_loss_cpu", "gamma * (1 - r_columns.mean())", "gamma * (1 - r_rows.mean())"),
+    ("dist_loss_cpu", "-temperature * gamma / C", "-temperature * gamma / N"),
+    ("dist_loss_cpu", "addcmul_(p_s, beta * a)", "addcmul_(p_s, a)"),
+]
+
+
+def right(op: str, modules: dict) -> bool:
+    pairs = OPERATIONS[op][0](modules)
+    return all(torch.allclose(x.double(), y, rtol=1e-4, atol=1e-4 * max(y.abs().max().item(), 1e-30)) for x, y in pairs)
+
+
+def files(op: str) -> list[str]:
+    return [f"{op}_{path}" for path in OPERATIONS[op][1]]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    shutil.copytree(KERNELS, tmp_path / "mutant")
+    return tmp_path / "mutant"
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_the_comparison_accepts_the_operation(copy, op):
+    assert right(op, load(copy, f"unchanged_{op}", *files(op)))
+
+
+@pytest.mark.parametrize("file, before, after", MUTATIONS)
+def test_a_mutation_is_caught(copy, file, before, after):
+    op = file.rpartition("_")[0]
+    assert not right(op, mutant(copy, file, before, after, *files(op)))
