@@ -83,7 +83,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def logits(heads: int, learners: int, N: int, C: int, dtype=torch.bfloat16, **options) -> Callable[[], None]:
+def logits(
+    heads: int, learners: int, N: int, C: int, dtype=torch.bfloat16, backward=False, **options
+) -> Callable[[], None]:
     from fastkd.kernels.logit_loss_triton import launch
 
     dense = heads > 2 or learners > 1
@@ -95,7 +97,8 @@ def logits(heads: int, learners: int, N: int, C: int, dtype=torch.bfloat16, **op
     settings = {"temperature": 4.0, "standardize": False} | options
     return lambda: launch(
         [meta(N, C, dtype=dtype) for _ in range(heads)], meta(N, dtype=torch.int64), weights, settings["temperature"],
-        0.0, None, settings["standardize"], learns, True, meta(learners, N, C, dtype=dtype),
+        0.0, None, settings["standardize"], learns, not backward, meta(learners, N, C, dtype=dtype),
+        *((meta(dtype=torch.float32), None), True) * backward,
     )  # fmt: skip
 
 
@@ -105,6 +108,7 @@ def cases() -> dict[str, Callable[[], None]]:
         "KD 128 x 100": logits(2, 1, 128, 100),
         "KD 256 x 1000": logits(2, 1, 256, 1000),
         "KD 256 x 1000 standardised": logits(2, 1, 256, 1000, standardize=True),
+        "KD 256 x 1000 backward": logits(2, 1, 256, 1000, backward=True),
         "KD 4096 x 1000 fp32": logits(2, 1, 4096, 1000, dtype=torch.float32),
         "KD 256 x 8192": logits(2, 1, 256, 8192),
         "KD 256 x 21841": logits(2, 1, 256, 21841),
@@ -113,6 +117,7 @@ def cases() -> dict[str, Callable[[], None]]:
         "SOKD 256 x 1000": logits(3, 2, 256, 1000),
         "DCM 2 x 2 128 x 100": logits(4, 4, 128, 100, temperature=1.0),
         "DCM 2 x 3 256 x 1000": logits(6, 6, 256, 1000, temperature=1.0),
+        "DCM 2 x 3 256 x 1000 backward": logits(6, 6, 256, 1000, temperature=1.0, backward=True),
         "DCM 2 x 4 256 x 1000": logits(8, 8, 256, 1000, temperature=1.0),
         **{f"{name} {shape[0]} x {shape[1]}": call for name, shape, call in more_logits()},
         **{f"{name} {' x '.join(map(str, shape))}": call for name, shape, call in maps()},
@@ -124,7 +129,9 @@ def more_logits() -> Iterator[tuple[str, tuple, Callable[[], None]]]:
 
     for N, C in ((256, 1000), (256, 32000)):
         s, t, grads, y = meta(N, C), meta(N, C), meta(N, C), meta(N, dtype=torch.int64)
-        yield "DKD", (N, C), partial(dkd_loss_triton.launch, s, t, y, 1.0, 8.0, 4.0, grads)
+        dkd = partial(dkd_loss_triton.launch, s, t, y, 1.0, 8.0, 4.0, grads)
+        yield "DKD", (N, C), dkd
+        yield "DKD backward", (N, C), partial(dkd, meta(dtype=torch.float32), True)
         value, rows, columns = (meta(*shape, dtype=torch.float32) for shape in ((), (6, N), (4, C)))
         yield "DIST", (N, C), partial(dist_loss_triton.launch, s, t, 1.0, 1.0, 1.0, value, rows, columns)
         yield (
@@ -140,14 +147,20 @@ def maps() -> Iterator[tuple[str, tuple, Callable[[], None]]]:
         N, D = shape[0], math.prod(shape[1:])
         parts, learns = [meta(N, D), meta(N, D)], [True, True]
         results = scalar, meta(2, dtype=torch.float32), meta(5, N, dtype=torch.float32)
-        launch = partial(factor_distance_triton.launch, parts, meta(N, D), [50.0, -50.0], 1, learns)
-        yield "IE-KD pair", shape, partial(launch, *results, meta(2, N, D))
+        _, terms, statistics = results
+        for p in (1, 2):
+            settings = (parts, meta(N, D), [50.0, -50.0], p, learns)
+            name = "IE-KD pair" + ", p = 2" * (p == 2)
+            yield name, shape, partial(factor_distance_triton.launch, *settings, *results, meta(2 * (p == 1), N, D))
+            back = partial(factor_distance_triton.launch_backward, *settings, terms, statistics, meta(2, N, D))
+            yield f"{name} backward", shape, partial(back, (scalar, None), p == 1)
     for shape in ((256, 64, 56, 56), (256, 2048, 7, 7)):
         s, t, grad = (meta(*shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
         k = meta(shape[0], shape[2] * shape[3], dtype=torch.float32)
         yield "AT", shape, partial(attention_transfer_triton.launch, s, t, 1000.0, scalar, k)
         yield "AT backward", shape, partial(attention_transfer_triton.launch_backward, s, k, scalar, grad)
         yield "hint", shape, partial(map_distance_triton.launch, s, t, None, 1.0, grad)
+        yield "hint backward", shape, partial(map_distance_triton.launch, s, t, None, 1.0, grad, scalar, True)
         margin = meta(shape[1], dtype=torch.float32)
         yield "overhaul", shape, partial(map_distance_triton.launch, s, t, margin, 1.0, grad)
     images, out = meta(256, 256, 256, 3, dtype=torch.uint8), meta(256, 3, 224, 224)
