@@ -377,12 +377,10 @@ def test_the_teacher_gets_no_gradient(name):
     assert any(student.grad is not None for student in (z[0], f[0]))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", sorted(set(EVERY) - {"MutualLoss", "BridgeLoss"}))  # of which several learn
 def test_no_graph_of_the_teacher_is_kept(name):
     """With a student that does not learn there is nothing to go back through."""
     (z, y), f = logits(4), maps(*[(5, 4, 3, 3)] * 2)
-    if name in ("MutualLoss", "BridgeLoss"):
-        pytest.skip("several learn")
     loss = EVERY[name]([z[0].detach(), *(head * 2 for head in z[1:])], [f[0].detach(), *(x * 2 for x in f[1:])], y)
     assert not loss.requires_grad
 
