@@ -143,7 +143,7 @@ def _write_gradients(
         upstream = (loss_gradient, terms_gradient)
         if _on_gpu([*parts, teacher]):
             launch_backward(*settings, terms, statistics, grads, upstream, skip_ones)
-        elif not (skip_ones and scaled(grads, learns, *upstream)):
+        elif not (skip_ones and scaled(grads, *upstream, learns)):
             closed_form(*settings, None, terms, statistics, grads, upstream)
 
 

@@ -179,7 +179,7 @@ def _write_gradients(
 ) -> None:
     """Write grads; with skip_ones they hold those of upstream gradients of 1, which then need not be computed."""
     compute, upstream = _compute(heads), (loss_gradient, terms_gradient)
-    done = skip_ones and compute is closed_form and scaled(grads, weights, *upstream)  # the kernel looks by itself
+    done = skip_ones and compute is closed_form and scaled(grads, *upstream, weights)  # the kernel looks by itself
     if target.shape[0] and not done:
         settings = (weights, temperature, smoothing, ignore_index, standardize, learns, False)
         compute(heads, target, *settings, grads, upstream, skip_ones)

@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def scaled(
-    grads: Tensor, counts: Sequence[object], loss_gradient: Tensor | None, terms_gradient: Tensor | None
+    grads: Tensor, loss_gradient: Tensor | None, terms_gradient: Tensor | None = None, counts: Sequence[object] = ()
 ) -> bool:
     """Whether grads, those of upstream gradients of 1, could be made the wanted ones by one factor, and now are.
 
-    counts: which terms have a gradient at all. Elsewhere than on the CPU: no.
+    counts: which of the terms have a gradient at all. Elsewhere than on the CPU: no.
     """
     first, *both = (gradient for gradient in (loss_gradient, terms_gradient) if gradient is not None)
     if first.device.type != "cpu":
