@@ -1,8 +1,12 @@
 """factor_distance.py where there is no GPU: value and gradient together, in few passes of torch operations.
 
 x^ - t^ is taken as (x - r t) / ||x|| with r = ||x|| / ||t||: no normalised copy is ever written, and equal factors
-differ by exactly 0. It is also the path of fp64 on every device.
+differ by exactly 0. It is also the path of fp64 on every device. Few calls on the numbers of a sample, [n, 1], count
+as well: each costs as much as a pass over some 100 KB.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +14,7 @@ from torch import Tensor
 from .scratch import scratch
 
 CHUNK = 1 << 20  # elements of a factor at a time: what the passes share stays in the last-level cache
+NO_NORM = 1e-12
 
 
 def closed_form(
@@ -26,84 +31,88 @@ def closed_form(
 ) -> None:
     """Forward (no `upstream`): loss, terms, statistics, and for p = 1 grads, are written. Backward: grads are."""
     N, D = teacher.shape
-    xs, t = [x.detach().to(terms.dtype) for x in parts], teacher.to(terms.dtype)
-    norms, dots = statistics[: len(xs) + 1], statistics[len(xs) + 1 :]
-    if not upstream:
-        for norm, x in zip(norms, (*xs, t), strict=True):
-            torch.linalg.vector_norm(x, dim=1, out=norm)
-    scales = _scales(norms, _factors(weights, p, N * D, terms, upstream))
-    sums = None if upstream else torch.empty_like(dots)
-    order = iter(grads)
-    slots = [next(order) if learner and len(grads) else None for learner in learns]
-    rows = N if t.device.type != "cpu" else max(1, CHUNK // D)
+    w, rows = terms.new_tensor(weights), max(1, CHUNK // D) if teacher.device.type == "cpu" else N
+    factors = w / (N * D) if upstream is None else _factors(w, p, N * D, terms, upstream)
+    slots = iter(grads.unbind())
+    outs = [next(slots) if learner and len(grads) else None for learner in learns]
+    sums = []
     for start in range(0, N, rows):
-        some = slice(start, start + rows)
-        for k, (x, slot) in enumerate(zip(xs, slots, strict=True)):
-            part = Part(x[some], t[some], p, scales[:, k, some], dots[k, some], None if slot is None else slot[some])
-            if not upstream:
-                part.measure(sums[k, some])
-            if slot is not None:
-                part.gradient(measured=not upstream)
-    if not upstream:
-        distances = sums.sum(1) / (N * D)
-        distances = distances if p == 1 else distances.sqrt()
-        torch.stack([d * w if w else torch.zeros_like(d) for d, w in zip(distances, weights, strict=True)], out=terms)
+        some = slice(start, start + rows) if rows < N else ...
+        xs, t = [x[some].detach().to(terms.dtype) for x in parts], teacher[some].to(terms.dtype)
+        here = [out if out is None else out[some] for out in outs]
+        sums.append(_samples(xs, t, p, statistics[:, some, None], factors[:, None, None], here, upstream is None))
+    if upstream is None:
+        sums = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+        torch.mul(*(sums, factors) if p == 1 else ((sums / (N * D)).sqrt_(), w), out=terms)
+        if 0.0 in weights:
+            terms.masked_fill_(w == 0, 0)
         torch.sum(terms, 0, out=loss)
 
 
-def _factors(weights: list[float], p: int, elements: int, terms: Tensor, upstream) -> Tensor:
+def _factors(w: Tensor, p: int, elements: int, terms: Tensor, upstream: tuple[Tensor | None, Tensor | None]) -> Tensor:
     """What the gradients are multiplied by: weight / N_el, over the distance for p = 2, times what comes from above."""
-    w = terms.new_tensor(weights)
     factors = w / elements
-    if upstream is None:
-        return factors
     if p == 2:  # the distance is term / weight; at distance 0 the gradient is 0
         factors = torch.where(terms == 0, 0, w * factors / terms)
     return factors * sum(gradient for gradient in upstream if gradient is not None)
 
 
-def _scales(norms: Tensor, factors: Tensor) -> Tensor:
-    """[3, K, N, 1]: ||x|| / ||t||, which is exactly 1 for equal norms; 1 / ||x||; factor / ||x||, 0 at norm 0."""
-    clamped = norms.clamp(min=1e-12)
-    inverse, ratio = 1 / clamped[:-1], clamped[:-1] / clamped[-1]
-    return torch.stack([ratio, inverse, torch.where(norms[:-1] <= 1e-12, 0, inverse) * factors[:, None]])[..., None]
+def _samples(
+    xs: list[Tensor], t: Tensor, p: int, statistics: Tensor, factors: Tensor, outs: list[Tensor | None], forward: bool
+) -> Tensor:
+    """[K]: sum |x^ - t^|^p of some samples of each part, [n, D]; gradients go into outs, where there is one."""
+    norms, dots = statistics[: len(xs) + 1], statistics[len(xs) + 1 :]
+    if forward:
+        for x, norm in zip((*xs, t), norms.unbind(), strict=True):
+            torch.linalg.vector_norm(x, dim=1, keepdim=True, out=norm)
+    norms = norms.clamp(min=NO_NORM)
+    own, totals = norms[:-1], torch.empty_like(dots)
+    ratios, scales = own / norms[-1], factors / torch.threshold(own, NO_NORM, math.inf)  # 1 for equal norms; 0 for none
+    each = (tensor.unbind() for tensor in (own, ratios, scales, dots, totals))
+    for x, out, norm, ratio, scale, dot, total in zip(xs, outs, *each, strict=True):
+        in_place = out is not None and out.dtype == x.dtype
+        part = Part(x, t, out if in_place else scratch("difference", x.shape, x), norm, ratio, dot)
+        if forward:
+            part.measure(p, total)
+        if out is not None:
+            part.gradient(p, scale, measured=forward)
+        if out is not None and not in_place:
+            out.copy_(part.work)
+    return totals.div_(own).pow_(p).sum((1, 2)) if forward else totals
 
 
-class Part:
-    """Some samples of one part, x [n, D], and of the teacher's factor t."""
+class Part(NamedTuple):
+    """Some samples of one part."""
 
-    def __init__(self, x: Tensor, t: Tensor, p: int, scales: Tensor, dot: Tensor, out: Tensor | None):
-        """scales [3, n, 1]; dot [n], <x^, direction>, is written or read; out [n, D]: where the gradient goes."""
-        self.x, self.t, self.p, self.dot, self.out = x, t, p, dot, out
-        self.ratio, self.inverse, self.scale = scales
-        fits = out is not None and out.dtype == x.dtype
-        self.work = out if fits else scratch("difference", x.shape, x)  # the gradient is made where it goes
+    x: Tensor
+    t: Tensor
+    work: Tensor
+    """[n, D], where the gradient is made"""
+    norm: Tensor
+    ratio: Tensor
+    """||x|| / ||t||"""
+    dot: Tensor
+    """<x^, direction>"""
 
     def _difference(self) -> Tensor:
         return torch.addcmul(self.x, self.t, self.ratio, value=-1, out=self.work)
 
-    def measure(self, total: Tensor) -> None:
-        """Writes <x^, direction>, and sum |x^ - t^|^p of every sample into total [n]."""
-        difference, spare, inverse = self._difference(), scratch("spare", self.x.shape, self.x), self.inverse[:, 0]
-        if self.p == 1:  # torch's own 1-norm takes four times as long
-            torch.sum(torch.abs(difference, out=spare), 1, out=total)
-            total.mul_(inverse)
+    def measure(self, p: int, total: Tensor) -> None:
+        """Writes <x^, direction>, and |x - r t| of every sample into total, in the norm of p."""
+        difference, spare = self._difference(), scratch("spare", self.x.shape, self.x)
+        if p == 1:  # torch's own 1-norm takes four times as long
+            torch.sum(torch.abs(difference, out=spare), 1, keepdim=True, out=total)
             difference.sign_()
         else:
-            torch.linalg.vector_norm(difference, dim=1, out=total)
-            total.mul_(inverse).square_()
-        torch.sum(torch.mul(difference, self.x, out=spare), 1, out=self.dot)
-        self.dot.mul_(inverse if self.p == 1 else inverse * inverse)
+            torch.linalg.vector_norm(difference, dim=1, keepdim=True, out=total)
+        torch.sum(torch.mul(difference, self.x, out=spare), 1, keepdim=True, out=self.dot)
+        self.dot.div_(self.norm if p == 1 else self.norm * self.norm)
         self.dot.add_(total, alpha=0)  # the sign of NaN is 0 in torch, the distance of its sample is NaN
 
-    def gradient(self, measured: bool) -> None:
-        """factor * (direction - x^ dot) / ||x||"""
-        x, work, pull = self.x, self.work, -self.inverse * self.dot[:, None]
-        if self.p == 1:
-            direction = work if measured else self._difference().sign_()
-            direction.addcmul_(x, pull).mul_(self.scale)
+    def gradient(self, p: int, scale: Tensor, measured: bool) -> None:
+        """work becomes scale * (direction - x^ dot); for p = 1 measuring left the direction there."""
+        if p == 1:
+            direction = self.work if measured else self._difference().sign_()
+            direction.addcmul_(self.x, self.dot / self.norm, value=-1).mul_(scale)
         else:
-            torch.mul(x, self.scale * (self.inverse + pull), out=work)
-            work.addcmul_(self.t, self.scale * self.inverse * self.ratio, value=-1)
-        if work is not self.out:
-            self.out.copy_(work)
+            self._difference().addcmul_(self.x, self.dot, value=-1).mul_(scale / self.norm)
