@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .dispatch import accumulator, without_autocast
-from .kd_loss_cpu import student_and_teacher
 from .mutual_loss_cpu import many_heads
 from .scratch import scratch
+from .student_teacher_cpu import student_and_teacher
 
 
 @without_autocast

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .dispatch import accumulator
-from .kd_loss_cpu import WIDEST
 from .scratch import scratch
+from .student_teacher_cpu import WIDEST
 
 
 def many_heads(
@@ -26,7 +26,7 @@ def many_heads(
 ) -> Tensor | None:
     """The weighted terms [H, 1 + H], means over the batch, in fp64; the gradients go into grads [learners, N, C].
 
-    None where this would not be exact, as in kd_loss_cpu.py.
+    None where this would not be exact, as in student_teacher_cpu.py.
     """
     H, (N, C), dtype = len(heads), heads[0].shape, accumulator(heads)
     scale, towards, from_label = _constants(tuple(weights), tuple(learns), temperature, N, dtype)

@@ -17,10 +17,14 @@ def scaled(
     if first.device.type != "cpu":
         return False
     given = (first + both[0] if both else first).flatten().tolist()
-    given = set(given if terms_gradient is None else itertools.compress(given, counts))
-    if given <= {1.0}:
+    return multiplied(grads, set(given if terms_gradient is None else itertools.compress(given, counts)))
+
+
+def multiplied(grads: Tensor, factors: set[float]) -> bool:
+    """Whether one factor, or none, makes of grads what all of these ask for; it then has done so."""
+    if factors <= {1.0}:
         return True
-    if len(given) > 1 or grads.dtype.itemsize < 4:  # 16 bits may have lost what a large factor would have kept
+    if len(factors) > 1 or grads.dtype.itemsize < 4:  # 16 bits may have lost what a large factor would have kept
         return False
-    grads.mul_(given.pop())
+    grads.mul_(factors.pop())
     return True

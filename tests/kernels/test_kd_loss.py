@@ -1,10 +1,12 @@
 """The fused loss against a formulation of our own in float64: written from the formulas, with numpy-style softmaxes."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkd.kernels import kd_loss, kd_loss_reference
+from fastkd.kernels import kd_loss, kd_loss_reference, logit_loss
 
 
 def log_softmax(z):
@@ -132,6 +134,86 @@ def test_public_function_is_its_reference():
     torch.testing.assert_close(got[:3], want[:3])
 
 
+def general(student, teacher, target, temperature=4.0, ce_weight=0.1, kd_weight=0.9):
+    """(loss, ce, kd) by the loss of which `kd_loss` is a case."""
+    table = [[0.0, kd_weight], [0.0, 0.0]]
+    fused = logit_loss([student, teacher], target, [ce_weight, 0.0], table, temperature=temperature)
+    return fused.loss, fused.terms[0, 0], fused.terms[0, 2]
+
+
+UPSTREAM = {
+    "loss": lambda loss, ce, kd: loss,
+    "half": lambda loss, ce, kd: loss / 2,
+    "terms": lambda loss, ce, kd: ce + kd,
+    "ce": lambda loss, ce, kd: 3 * ce,
+    "kd": lambda loss, ce, kd: kd,
+    "each": lambda loss, ce, kd: loss + 0.5 * ce - 2 * kd,
+}
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("weights", [(0.1, 0.9), (0.0, 1.0), (1.0, 0.0)])
+def test_the_short_way_gives_what_the_general_one_gives(dtype, upstream, weights):
+    """Logits of 300 take the careful computation; the second backward finds the first one's gradient gone."""
+    for scale in (3.0, 300.0):
+        z_s, z_t, y = batch(5, 9, dtype, scale)
+        found = []
+        for way in (kd_loss, general):
+            student = z_s.clone().requires_grad_()
+            terms = way(student, z_t, y, temperature=3.0, ce_weight=weights[0], kd_weight=weights[1])[:3]
+            value = UPSTREAM[upstream](*terms)
+            first, second = (torch.autograd.grad(value, student, retain_graph=True)[0] for _ in range(2))
+            found.append((*terms[1:], first, second))
+            torch.testing.assert_close(terms[0], terms[1] + terms[2])
+        for got, wanted in zip(*found, strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_the_short_way_is_taken(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("fastkd.kernels.kd_loss"), "logit_loss", None)
+    z_s, z_t, y = batch(3, 5)
+    assert kd_loss(z_s.requires_grad_(), z_t, y).loss.isfinite()
+
+
+@pytest.mark.parametrize("option", [{"label_smoothing": 0.1}, {"standardize": True}, {"ignore_index": 2}])
+def test_options_count_where_a_student_learns(option):
+    z_s, z_t, y = batch(6, 3)
+    found = []
+    for way in (kd_loss, lambda *given, **settings: logit_loss(
+        [given[0], given[1]], given[2], [0.1, 0.0], [[0.0, 0.9], [0.0, 0.0]], temperature=4.0, **settings
+    )):  # fmt: skip
+        loss = way(z_s.requires_grad_(), z_t, y, **option).loss
+        found.append((loss.detach(), *torch.autograd.grad(loss, z_s)))
+    torch.testing.assert_close(*found)
+    assert not torch.equal(found[0][0], kd_loss(z_s, z_t, y).loss)
+
+
+def test_a_loss_may_be_changed_in_place():
+    z_s, z_t, y = batch(3, 5)
+    loss = kd_loss(z_s.requires_grad_(), z_t, y).loss
+    loss *= 2
+    loss += z_s.sum()
+    want = 2 * independent(z_s.detach(), z_t, y)[2] + 1
+    torch.testing.assert_close(torch.autograd.grad(loss, z_s)[0].double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_no_second_derivative():
+    z_s, z_t, y = batch(3, 5)
+    with pytest.raises(RuntimeError, match="kd_loss_reference"):
+        torch.autograd.grad(kd_loss(z_s.requires_grad_(), z_t, y).loss, z_s, create_graph=True)
+
+
+def test_autocast_changes_nothing():
+    z_s, z_t, y = batch(4, 6)
+    want = kd_loss(z_s.requires_grad_(), z_t, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = kd_loss(z_s, z_t, y)
+    assert all(map(torch.equal, got[:3], want[:3]))
+    assert torch.equal(torch.autograd.grad(got.loss, z_s)[0], torch.autograd.grad(want.loss, z_s)[0])
+
+
+@pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize(
     "student, teacher, target, words",
     [
@@ -144,6 +226,24 @@ def test_public_function_is_its_reference():
         (torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2).int(), "int32"),
     ],
 )
-def test_bad_input_names_shapes(student, teacher, target, words):
+def test_bad_input_names_shapes(student, teacher, target, words, learns):
     with pytest.raises(ValueError, match=words):
-        kd_loss(student, teacher, target)
+        kd_loss(student.clone().requires_grad_(learns and student.is_floating_point()), teacher, target)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"ce_weight": -1.0}, r"ce_weights\[0\] must be zero or a positive number, got -1.0"),
+        ({"kd_weight": float("nan")}, r"table\[0\]\[1\] must be zero or a positive number, got nan"),
+        ({"target": torch.tensor([0, 5, 1])}, r"1 label\(s\) are not from 0 to 4, first in row 1: 5"),
+        ({"target": torch.tensor([0, 4])}, r"int64 \[2\]"),
+    ],
+)
+def test_bad_settings(change, words, learns):
+    student, teacher, target = batch(3, 5)
+    given = {"student": student.requires_grad_(learns), "teacher": teacher, "target": target} | change
+    with pytest.raises(ValueError, match=words):
+        kd_loss(**given)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_mutations import KERNELS, load, mutant
 
 from fastkd.bench import eager
@@ -41,16 +42,48 @@ def dkd(modules):
         yield from zip((value, grads, 2 * again), (*want, want[1]), strict=True)
 
 
+def kd(modules):
+    s, t = logits(2)
+    y = torch.arange(N)
+    for upstream in (lambda loss, ce, kd: loss / 2, lambda loss, ce, kd: 2 * ce + kd - 3 * loss):
+
+        def formula(s, t, y, upstream=upstream):
+            ce, kd = 0.1 * F.cross_entropy(s, y), 0.9 * 16 * eager.kl(s / 4, t / 4)
+            return upstream(ce + kd, ce, kd)
+
+        student = s.clone().requires_grad_()
+        value = upstream(*modules["kd_loss_cpu"].kd_terms(student, t, y, 0.1, 0.9, 4.0))
+        first, again = (torch.autograd.grad(value, student, retain_graph=True)[0] for _ in range(2))
+        want = wanted(formula, 1, s, t, y)
+        yield from zip((value.detach(), first, again), (*want, want[1]), strict=True)
+
+
 def factors(modules):
-    shape = (N, 3, 2, 2)
-    a, b, t = maps(3, *shape)
-    want = wanted(eager.factor_pair, 2, a, b, t)
-    rows = [x.permute(0, 2, 3, 1).flatten(1) for x in (a, b, t)]
-    for compute in (modules["factor_distance_triton"].launch, modules["factor_distance_cpu"].closed_form):
-        loss, terms, statistics, grads = (torch.full(s, NAN) for s in ((), (2,), (5, N), (2, N, 12)))
-        compute(rows[:2], rows[2], [1.0, -1.0], 1, [True, True], loss, terms, statistics, grads)
-        back = [g.view(N, 2, 2, 3).permute(0, 3, 1, 2) for g in grads]
-        yield from zip((loss, terms.sum(), *back), (want[0], *want), strict=True)
+    maps_3 = maps(3, N, 3, 2, 2)
+    rows = [x.permute(0, 2, 3, 1).flatten(1) for x in maps_3]
+    kernels, closed = modules["factor_distance_triton"], modules["factor_distance_cpu"]
+    for p, formula in ((1, eager.factor_pair), (2, factor_pair_of_squares)):
+        want, settings = wanted(formula, 2, *maps_3), (rows[:2], rows[2], [1.0, -1.0], p, [True, True])
+        for forward, backward in (
+            (kernels.launch, kernels.launch_backward),
+            (closed.closed_form, lambda *given: closed.closed_form(*given[:5], None, *given[5:-1])),
+        ):
+            loss, terms, statistics, grads = (torch.full(s, NAN) for s in ((), (2,), (5, N), (2, N, 12)))
+            forward(*settings, loss, terms, statistics, grads[: 2 * (p == 1)])
+            yield from ((loss, want[0]), (terms.sum(), want[0]))
+            yield from zip(back(grads), want[1:], strict=True) if p == 1 else ()
+            grads.fill_(NAN)
+            backward(*settings, terms, statistics, grads, (torch.tensor(0.5), None), False)
+            yield from zip(back(2 * grads), want[1:], strict=True)
+
+
+def factor_pair_of_squares(near, far, teacher):
+    near, far, t = (F.normalize(x.flatten(1)) for x in (near, far, teacher))
+    return (near - t).square().mean().sqrt() - (far - t).square().mean().sqrt()
+
+
+def back(grads):
+    return [g.view(N, 2, 2, 3).permute(0, 3, 1, 2) for g in grads]
 
 
 def residuals(modules):
@@ -89,6 +122,7 @@ def attention(modules):
 
 
 OPERATIONS = {
+    "kd_loss": (kd, ("cpu",)),
     "dkd_loss": (dkd, ("triton", "cpu")),
     "factor_distance": (factors, ("triton", "cpu")),
     "map_distance": (residuals, ("triton", "cpu")),
@@ -102,15 +136,26 @@ MUTATIONS = [
     ("dkd_loss_triton", "inverse, scale = 1 / temperature, temperature / N", "inverse, scale = 1 / temperature, 1 / N"),
     ("dkd_loss_triton", "row * (student_stride * UNIT)", "row * C"),
     ("dkd_loss_triton", "row += tl.num_programs(0)", "row += N"),
+    ("kd_loss_cpu", "(ce + kd, ce, kd)", "(ce + kd, kd, ce)"),
+    ("kd_loss_cpu", "both + gradient", "gradient"),
+    ("kd_loss_cpu", "[weight * gradient for", "[weight for"),
+    ("kd_loss_cpu", "grads, ctx.grads = ctx.grads, None", "grads = ctx.grads"),
+    ("kd_loss_cpu", "or not multiplied(", "or multiplied("),
     ("dkd_loss_cpu", "addcmul_(r[0], -alpha * scale * gap)", "addcmul_(r[0], alpha * scale * gap)"),
     ("dkd_loss_cpu", "(1 if upstream is None else upstream)", "1"),
     ("dkd_loss_cpu", "temperature**2 / N", "temperature / N"),
     ("factor_distance_triton", "_direction(x - t, P) - x * dots[k]", "_direction(x - t, P)"),  # the length counts
     ("factor_distance_triton", "factors[k] * _inverse(norms[k])", "factors[k]"),
     ("factor_distance_triton", "(weights[k] * inverse_elements,)", "(inverse_elements,)"),
-    ("factor_distance_cpu", "-self.inverse * self.dot[:, None]", "0 * self.inverse"),
-    ("factor_distance_cpu", "sums.sum(1) / (N * D)", "sums.sum(1) / N"),
+    ("factor_distance_cpu", "self.x, self.dot / self.norm", "self.x, 0 * self.norm"),
+    ("factor_distance_cpu", "self.x, self.dot, value=-1", "self.x, self.dot"),
+    ("factor_distance_cpu", "self.x, self.t, self.ratio", "self.x, self.t, 1 / self.ratio"),
+    ("factor_distance_cpu", "mul_(scale / self.norm)", "mul_(scale)"),
+    ("factor_distance_cpu", "self.norm if p == 1 else self.norm * self.norm", "self.norm"),
+    ("factor_distance_cpu", "w / (N * D)", "w / N"),
+    ("factor_distance_cpu", "sums / (N * D)", "sums / N"),
     ("factor_distance_cpu", "w / elements", "w / elements * 2"),
+    ("factor_distance_cpu", "pow_(p)", "pow_(1)"),
     ("map_distance_triton", "(t <= 0) & (residual <= 0)", "residual <= 0"),
     ("map_distance_triton", "factor = 2 * scale", "factor = scale"),
     ("map_distance_triton", "factor *= above", "factor *= 1.0"),

@@ -15,7 +15,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 if not KERNELS.exists():  # installed, without the source tree
     pytest.skip("needs the source tree", allow_module_level=True)
 
-KERNEL, CLOSED, PAIR, MANY = "logit_loss_triton", "logit_loss_cpu", "kd_loss_cpu", "mutual_loss_cpu"
+KERNEL, CLOSED, PAIR, MANY = "logit_loss_triton", "logit_loss_cpu", "student_teacher_cpu", "mutual_loss_cpu"
 MUTATIONS = [
     (KERNEL, "at_t = tl.sum(tl.exp((z - top) * inverse), 0)", "at_t = tl.sum(tl.exp(z * inverse), 0)"),  # no maximum
     (KERNEL, "gradient = kl_scale * temperature * pull", "gradient = kl_scale * pull"),  # T dropped
