@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ class _Scratch(threading.local):
     """
 
     def __init__(self):
-        self.buffers, self.views = {}, {}
+        self.buffers, self.views, self.rooms = {}, {}, {}
 
     def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         if like.device.type != "cpu":
@@ -27,6 +28,15 @@ class _Scratch(threading.local):
             with torch.inference_mode(False):
                 view = self.views[key] = self._buffer(key, math.prod(shape), like).view(shape)
         return view
+
+    def kept(self, make: Callable, shape: tuple[int, ...], like: Tensor) -> object:
+        """make(*shape, like), which is made once for as long as the shape stays."""
+        found, room = self.rooms.get((make, like.dtype), (None, None))
+        if found != shape:
+            with torch.inference_mode(False):
+                room = make(*shape, like)
+            self.rooms[make, like.dtype] = shape, room
+        return room
 
     def _buffer(self, key: tuple[str, torch.dtype], size: int, like: Tensor) -> Tensor:
         buffer = self.buffers.get(key)

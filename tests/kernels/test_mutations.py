@@ -35,7 +35,7 @@ MUTATIONS = [
     (CLOSED, "w * gradient if w else 0.0", "w if w else 0.0"),
     (PAIR, "mul_(kd_weight * temperature / N)", "mul_(kd_weight / N)"),
     (PAIR, "kd_weight * temperature**2 / N", "kd_weight * temperature / N"),
-    (PAIR, "at_label[:2].sub_(at_label[2:4])", "at_label[:2]"),
+    (PAIR, "room.log_sum.sub_(room.log_p_T)", "room.log_sum"),
     (PAIR, "-WIDEST <= lowest.item()", "True"),
     (PAIR, "highest.item() <= WIDEST", "True"),
     (PAIR, "alpha=ce_weight / N", "alpha=ce_weight"),
