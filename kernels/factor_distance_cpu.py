@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .scratch import scratch
 
-CHUNK = 1 << 20  # elements of a factor at a time: what the passes share stays in the last-level cache
+CHUNK = 1 << 19  # elements of a factor at a time: what the passes share stays in the last-level cache
 NO_NORM = 1e-12
 
 
@@ -31,7 +31,8 @@ def closed_form(
 ) -> None:
     """Forward (no `upstream`): loss, terms, statistics, and for p = 1 grads, are written. Backward: grads are."""
     N, D = teacher.shape
-    w, rows = terms.new_tensor(weights), max(1, CHUNK // D) if teacher.device.type == "cpu" else N
+    w, chunks = terms.new_tensor(weights), -(-N * D // CHUNK) if teacher.device.type == "cpu" else 1
+    rows = -(-N // chunks)
     factors = w / (N * D) if upstream is None else _factors(w, p, N * D, terms, upstream)
     slots = iter(grads.unbind())
     outs = [next(slots) if learner and len(grads) else None for learner in learns]
