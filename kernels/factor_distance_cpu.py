@@ -13,8 +13,10 @@ from torch import Tensor
 
 from .scratch import scratch
 
-CHUNK = 1 << 19  # elements of a factor at a time: what the passes share stays in the last-level cache
+CHUNK = 1 << 19
+"""Elements of a factor at a time: what the passes share stays in the last-level cache."""
 NO_NORM = 1e-12
+"""A norm up to here counts as this, and its part gets no gradient."""
 
 
 def closed_form(
@@ -31,8 +33,8 @@ def closed_form(
 ) -> None:
     """Forward (no `upstream`): loss, terms, statistics, and for p = 1 grads, are written. Backward: grads are."""
     N, D = teacher.shape
-    w, chunks = terms.new_tensor(weights), -(-N * D // CHUNK) if teacher.device.type == "cpu" else 1
-    rows = -(-N // chunks)
+    chunks = math.ceil(N * D / CHUNK) if teacher.device.type == "cpu" else 1
+    rows, w = math.ceil(N / chunks), terms.new_tensor(weights)
     factors = w / (N * D) if upstream is None else _factors(w, p, N * D, terms, upstream)
     slots = iter(grads.unbind())
     outs = [next(slots) if learner and len(grads) else None for learner in learns]
@@ -43,8 +45,8 @@ def closed_form(
         here = [out if out is None else out[some] for out in outs]
         sums.append(_samples(xs, t, p, statistics[:, some, None], factors[:, None, None], here, upstream is None))
     if upstream is None:
-        sums = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
-        torch.mul(*(sums, factors) if p == 1 else ((sums / (N * D)).sqrt_(), w), out=terms)
+        distances = torch.stack(sums).sum(0) / (N * D)
+        torch.mul(distances if p == 1 else distances.sqrt_(), w, out=terms)
         if 0.0 in weights:
             terms.masked_fill_(w == 0, 0)
         torch.sum(terms, 0, out=loss)

@@ -153,7 +153,7 @@ MUTATIONS = [
     ("factor_distance_cpu", "mul_(scale / self.norm)", "mul_(scale)"),
     ("factor_distance_cpu", "self.norm if p == 1 else self.norm * self.norm", "self.norm"),
     ("factor_distance_cpu", "w / (N * D)", "w / N"),
-    ("factor_distance_cpu", "sums / (N * D)", "sums / N"),
+    ("factor_distance_cpu", "sum(0) / (N * D)", "sum(0) / N"),
     ("factor_distance_cpu", "w / elements", "w / elements * 2"),
     ("factor_distance_cpu", "pow_(p)", "pow_(1)"),
     ("map_distance_triton", "(t <= 0) & (residual <= 0)", "residual <= 0"),
