@@ -16,8 +16,10 @@ from .upstream_cpu import multiplied
 
 def fits(student: Tensor, teacher: Tensor, target: Tensor) -> bool:
     """Whether `kd_terms` is for these, of which nothing is known but that they are tensors."""
-    learns = student.device.type == "cpu" and student.requires_grad and torch.is_grad_enabled() and len(student)
-    return learns and not target.is_floating_point() and plain((student, teacher, target))
+    if not plain((student, teacher, target)):  # first: a compiler would make the size it is asked for a constant
+        return False
+    learns = student.requires_grad and torch.is_grad_enabled()
+    return learns and student.device.type == "cpu" and student.numel() > 0 and not target.is_floating_point()
 
 
 def kd_terms(

@@ -204,6 +204,22 @@ def test_no_second_derivative():
         torch.autograd.grad(kd_loss(z_s.requires_grad_(), z_t, y).loss, z_s, create_graph=True)
 
 
+def test_exported_for_any_batch():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 5)
+
+        def forward(self, x, z_t, y):
+            return kd_loss(self.linear(x), z_t, y).loss
+
+    net, n = Net(), torch.export.Dim("n")
+    _, z_t, y = batch(6, 5)
+    program = torch.export.export(net, (torch.randn(6, 4), z_t, y), dynamic_shapes=({0: n}, {0: n}, {0: n}))
+    x, (_, z_t, y) = torch.randn(3, 4), batch(3, 5, seed=1)
+    torch.testing.assert_close(program.module()(x, z_t, y), net(x, z_t, y))
+
+
 def test_autocast_changes_nothing():
     z_s, z_t, y = batch(4, 6)
     want = kd_loss(z_s.requires_grad_(), z_t, y)
@@ -219,6 +235,7 @@ def test_autocast_changes_nothing():
     [
         (torch.ones(2, 3), torch.ones(2, 4), torch.zeros(2).long(), r"\[2, 3\], \[2, 4\]"),
         (torch.ones(3), torch.ones(3), torch.zeros(3).long(), r"\[3\]"),
+        (torch.ones(()), torch.ones(()), torch.zeros(3).long(), r"\[\[\], \[\]\]"),
         (torch.ones(2, 3).long(), torch.ones(2, 3), torch.zeros(2).long(), "int64"),
         (torch.ones(2, 1), torch.ones(2, 1), torch.zeros(2).long(), r"1 class\(es\), \[2, 1\]"),
         (torch.ones(2, 3), torch.ones(2, 3), torch.zeros(3).long(), r"int64 \[3\]"),
