@@ -35,13 +35,33 @@ def closed_form(
     if backward and on_cpu:
         given = _given(*upstream, weights)
         weights, upstream = [w * gradient if w else 0.0 for w, gradient in zip(weights, given, strict=True)], None
-    H, (N, C) = len(heads), heads[0].shape
+    H = len(heads)
     plain = not (smoothing or standardize or count_hits or target.is_floating_point()) and ignore_index is None
     if plain and on_cpu:
         terms = _quick(heads, target, weights, temperature, learns, grads)
         if terms is not None:
             terms = terms.to(accumulator(heads))
             return terms.sum(), terms, terms.new_zeros(2, H)
+    settings = (weights, temperature, smoothing, ignore_index, standardize, learns, count_hits)
+    return careful(heads, target, *settings, grads, upstream, terms_too=not backward)
+
+
+def careful(
+    heads: list[Tensor],
+    target: Tensor,
+    weights: list[float],
+    temperature: float,
+    smoothing: float,
+    ignore_index: int | None,
+    standardize: bool,
+    learns: list[bool],
+    count_hits: bool,
+    grads: Tensor,
+    upstream: tuple[Tensor | None, Tensor | None] | None = None,
+    terms_too: bool = True,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The same for every case: all options, large logits, classes that are ruled out. None without the terms."""
+    H, (N, C) = len(heads), heads[0].shape
     like = torch.empty((), dtype=accumulator(heads), device=heads[0].device)
     z = scratch("z", (H, N, C), like)
     for mine, head in zip(z, heads, strict=True):
@@ -56,7 +76,7 @@ def closed_form(
     learners = [i for i in range(H) if learns[i]]
     if learners:
         _gradients(rows, labels, table, learners, temperature, grads)
-    if backward:
+    if not terms_too:
         return None
     terms = _terms(rows, labels, table, temperature)
     return terms.sum(), terms, hits

@@ -30,13 +30,13 @@ class _Scratch(threading.local):
         return view
 
     def kept(self, make: Callable, shape: tuple[int, ...], like: Tensor) -> object:
-        """make(*shape, like), which is made once for as long as the shape stays."""
-        found, room = self.rooms.get((make, like.dtype), (None, None))
-        if found != shape:
+        """make(*shape, like), which is made once for as long as the shape stays; `like` on the CPU."""
+        key = (make, like.dtype)
+        if self.rooms.get(key, (None,))[0] != shape:
+            self.rooms.pop(key, None)  # before the new one is made
             with torch.inference_mode(False):
-                room = make(*shape, like)
-            self.rooms[make, like.dtype] = shape, room
-        return room
+                self.rooms[key] = shape, make(*shape, like)
+        return self.rooms[key][1]
 
     def _buffer(self, key: tuple[str, torch.dtype], size: int, like: Tensor) -> Tensor:
         buffer = self.buffers.get(key)

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo import compiled_autograd
 
 from fastkd.kernels import kd_loss, kd_loss_reference, logit_loss
 
@@ -202,6 +203,33 @@ def test_no_second_derivative():
     z_s, z_t, y = batch(3, 5)
     with pytest.raises(RuntimeError, match="kd_loss_reference"):
         torch.autograd.grad(kd_loss(z_s.requires_grad_(), z_t, y).loss, z_s, create_graph=True)
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM)
+def test_compiled_autograd(upstream):
+    z_s, z_t, y = batch(4, 6)
+    value = 3 * UPSTREAM[upstream](*kd_loss(z_s.requires_grad_(), z_t, y)[:3])
+    want = torch.autograd.grad(3 * UPSTREAM[upstream](*kd_loss(z_s, z_t, y)[:3]), z_s)[0]
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        for backward in (1, 2):
+            value.backward(retain_graph=True)
+            torch.testing.assert_close(z_s.grad, backward * want)
+
+
+def test_without_weights_there_is_no_gradient():
+    z_s, z_t, y = batch(4, 6)
+    kd_loss(z_s.requires_grad_(), z_t, y, ce_weight=0.0, kd_weight=0.0).loss.backward()
+    assert z_s.grad is None
+
+
+def test_large_logits_are_computed_once(monkeypatch):
+    module, calls = importlib.import_module("fastkd.kernels.kd_loss_cpu"), []
+    quick = module.student_and_teacher
+    for name in ("kd_loss_cpu", "logit_loss_cpu"):
+        where = importlib.import_module(f"fastkd.kernels.{name}")
+        monkeypatch.setattr(where, "student_and_teacher", lambda *given: calls.append(given) or quick(*given))
+    z_s, z_t, y = batch(4, 6, scale=300.0)
+    assert kd_loss(z_s.requires_grad_(), z_t, y).loss.isfinite() and len(calls) == 1
 
 
 def test_exported_for_any_batch():
