@@ -27,6 +27,15 @@ def savable(x: Tensor) -> Tensor:
     return x.clone()
 
 
+def taken(ctx) -> Tensor | None:
+    """The gradients that the forward pass left: for the first backward, which may write them, and for no second one.
+
+    None under compiled autograd, whose ctx is a copy of the real one, so that a second backward would find them again.
+    """
+    grads, ctx.grads = ctx.grads, None
+    return None if torch.compiler.is_compiling() else grads
+
+
 def accumulator(tensors: list[Tensor]) -> torch.dtype:
     """fp64 where a tensor is fp64, else fp32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_labels, check_logits, check_target
-from .dispatch import accumulator, savable
+from .dispatch import accumulator, savable, taken
 from .dkd_loss_cpu import closed_form
 from .dkd_loss_triton import launch
 
@@ -126,7 +126,8 @@ def _backward(ctx, upstream, _=None):
     if upstream is None or not ctx.learns:
         return (None,) * 7
     student, teacher, target = ctx.saved_tensors
-    grads, ctx.grads, first = ctx.grads, None, ctx.grads is not None
+    grads = taken(ctx)
+    first = grads is not None
     if not first:
         grads = torch.empty_like(student, memory_format=torch.contiguous_format)
     _dkd_loss_backward(grads, student, teacher, target, *ctx.settings, upstream, first)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .check import check_tensors
-from .dispatch import accumulator, plain, savable
+from .dispatch import accumulator, plain, savable, taken
 from .factor_distance_cpu import closed_form
 from .factor_distance_triton import launch, launch_backward
 from .upstream_cpu import scaled
@@ -168,7 +168,8 @@ def _backward(ctx, loss_gradient, terms_gradient, *_):
     learns = ctx.settings[2]
     if loss_gradient is None and terms_gradient is None:
         return [None] * len(parts), *[None] * 4
-    grads, ctx.grads, left = ctx.grads, None, ctx.grads is not None
+    grads = taken(ctx)
+    left = grads is not None
     if not left:
         grads = _empty_grads(parts, teacher, learns)
     settings = (parts, teacher, terms, statistics, *ctx.settings)

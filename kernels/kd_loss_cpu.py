@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .check import check_labels, check_logits, check_settings, check_target, check_weights
-from .dispatch import accumulator, plain, savable, without_autocast
+from .dispatch import accumulator, plain, savable, taken, without_autocast
 from .logit_loss import _logit_loss_backward
 from .logit_loss_cpu import careful
 from .student_teacher_cpu import student_and_teacher
@@ -80,7 +80,7 @@ class _Terms(torch.autograd.Function):
             return None, None, None, _by_the_op(ctx, *gradients), None, None
         both, *own = (0.0 if gradient is None else gradient.item() for gradient in gradients)
         given = [both + gradient if weight else 0.0 for gradient, weight in zip(own, ctx.weights, strict=True)]
-        grads, ctx.grads = ctx.grads, None
+        grads = taken(ctx)
         if grads is None or not multiplied(grads, {g for g, weight in zip(given, ctx.weights, strict=True) if weight}):
             student, teacher, target = ctx.saved_tensors
             grads = student.new_empty((1, *student.shape))

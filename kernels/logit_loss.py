@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_labels, check_logits, check_settings, check_target, check_weights
-from .dispatch import accumulator, plain, savable
+from .dispatch import accumulator, plain, savable, taken
 from .logit_loss_cpu import closed_form
 from .logit_loss_triton import launch
 from .upstream_cpu import scaled
@@ -205,7 +205,8 @@ def _backward(ctx, loss_gradient, terms_gradient, *_):
     if loss_gradient is None and terms_gradient is None:
         return [None] * len(heads), *[None] * 8
     learns = ctx.settings[-1]
-    grads, ctx.grads, left = ctx.grads, None, ctx.grads is not None
+    grads = taken(ctx)
+    left = grads is not None
     if not left:
         grads = _empty_grads(heads, learns)
     write = _write_gradients if plain((grads, *heads, target)) else _logit_loss_backward

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_tensors
-from .dispatch import accumulator, savable
+from .dispatch import accumulator, savable, taken
 from .map_distance_cpu import closed_form
 from .map_distance_triton import launch
 
@@ -173,7 +173,7 @@ def _map_distance_backward(
 def _setup(ctx, inputs, output):
     student, teacher, margin, ctx.weight, ctx.learns = inputs
     ctx.save_for_backward(student, teacher, margin)
-    ctx.grad = None
+    ctx.grads = None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -183,7 +183,8 @@ def _backward(ctx, upstream, _=None):
         raise RuntimeError("no second derivative here; the distance's _reference in fastkd.kernels has one")
     if upstream is None or not ctx.learns:
         return None, None, None, None, None
-    grad, ctx.grad, left = ctx.grad, None, ctx.grad is not None
+    grad = taken(ctx)
+    left = grad is not None
     if not left:
         grad = _empty_grad(ctx.saved_tensors[0])
     _map_distance_backward(grad, *ctx.saved_tensors, ctx.weight, upstream, left)
@@ -205,7 +206,7 @@ class _Fused(torch.autograd.Function):
         value, grad = _map_distance(student, teacher, margin, weight, at_once)
         ctx.weight, ctx.learns = weight, learns
         ctx.save_for_backward(student, teacher, margin)
-        ctx.grad = grad if at_once else None
+        ctx.grads = grad if at_once else None
         ctx.set_materialize_grads(False)
         return value
 

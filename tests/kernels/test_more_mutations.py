@@ -139,7 +139,7 @@ MUTATIONS = [
     ("kd_loss_cpu", "(ce + kd, ce, kd)", "(ce + kd, kd, ce)"),
     ("kd_loss_cpu", "both + gradient", "gradient"),
     ("kd_loss_cpu", "[weight * gradient for", "[weight for"),
-    ("kd_loss_cpu", "grads, ctx.grads = ctx.grads, None", "grads = ctx.grads"),
+    ("kd_loss_cpu", "grads = taken(ctx)", "grads = ctx.grads"),
     ("kd_loss_cpu", "or not multiplied(", "or multiplied("),
     ("dkd_loss_cpu", "addcmul_(r[0], -alpha * scale * gap)", "addcmul_(r[0], alpha * scale * gap)"),
     ("dkd_loss_cpu", "(1 if upstream is None else upstream)", "1"),
