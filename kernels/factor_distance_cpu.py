@@ -1,8 +1,8 @@
 """factor_distance.py where there is no GPU: value and gradient together, in few passes of torch operations.
 
 x^ - t^ is taken as (x - r t) / ||x|| with r = ||x|| / ||t||: no normalised copy is ever written, and equal factors
-differ by exactly 0. It is also the path of fp64 on every device. Few calls on the numbers of a sample, [n, 1], count
-as well: each costs as much as a pass over some 100 KB.
+differ by exactly 0. It is also the path of fp64 on every device. Calls on the numbers of a sample, [n, 1], take time as
+well: there are few.
 """
 
 import math
@@ -62,8 +62,8 @@ def _factors(w: Tensor, p: int, elements: int, terms: Tensor, upstream: tuple[Te
 
 def _samples(
     xs: list[Tensor], t: Tensor, p: int, statistics: Tensor, factors: Tensor, outs: list[Tensor | None], forward: bool
-) -> Tensor:
-    """[K]: sum |x^ - t^|^p of some samples of each part, [n, D]; gradients go into outs, where there is one."""
+) -> Tensor | None:
+    """Forward [K]: sum |x^ - t^|^p of some samples of each part, [n, D]. Gradients go into outs, where there is one."""
     norms, dots = statistics[: len(xs) + 1], statistics[len(xs) + 1 :]
     if forward:
         for x, norm in zip((*xs, t), norms.unbind(), strict=True):
@@ -81,7 +81,7 @@ def _samples(
             part.gradient(p, scale, measured=forward)
         if out is not None and not in_place:
             out.copy_(part.work)
-    return totals.div_(own).pow_(p).sum((1, 2)) if forward else totals
+    return totals.div_(own).pow_(p).sum((1, 2)) if forward else None
 
 
 class Part(NamedTuple):
