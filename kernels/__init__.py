@@ -4,6 +4,16 @@ Each operation `<op>` has its specification `<op>_reference` beside it: plain to
 and `sp_loss` are plain torch themselves.
 """
 
+import sys
+
+import torch
+
+if hasattr(torch.ops.fastkd, "logit_loss") and f"{__name__}.logit_loss" not in sys.modules:
+    raise ImportError(  # torch would free the operators under the copy that uses them, and crash at its next call
+        f"{__name__} is a second copy of fastkd.kernels, whose operators this process has registered already; "
+        "import fastkd.kernels alone"
+    )
+
 from .attention_transfer import attention_transfer, attention_transfer_reference
 from .augment import augment, augment_reference
 from .dist_loss import dist_loss, dist_loss_reference

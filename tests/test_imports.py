@@ -88,3 +88,10 @@ def test_importing_fastkd_needs_no_extra():
     hidden = ["nvidia.dali", "tensorboard", "apex", "tyro", "matplotlib", "timm", "sklearn", "pytest"]
     code = f"import sys; sys.modules.update(dict.fromkeys({hidden}, None)); import fastkd, fastkd.losses, fastkd.train"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_second_copy_of_the_kernels_is_refused():
+    """Registered twice, an operator is freed under its first owner, whose next call reads freed memory."""
+    code = "import importlib, fastkd.kernels as k; importlib.reload(k); import kernels"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "kernels is a second copy of fastkd.kernels" in run.stderr.splitlines()[-1]
