@@ -1,5 +1,6 @@
 """The kernels of attention_transfer.py: a tile is some places (of H W) of one sample times some channels."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -7,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import programs, ticket, total
+from .reduce import power_of_2, programs, ticket, total
 
 
 @triton.jit
@@ -162,13 +163,13 @@ def _divided(strides: tuple[int, int, int], unit: int, last: bool) -> tuple[int,
 def _places(maps: list[tuple[int, bool]], places: int) -> int:
     """Places of a tile, of maps with (channels, are they contiguous): 4,096 elements, 16 a thread."""
     if not all(last for _, last in maps):
-        return min(128, max(16, triton.next_power_of_2(places)))
-    widest = max(triton.next_power_of_2(channels) for channels, _ in maps)
-    return min(max(8, 4096 // widest), triton.next_power_of_2(places), 256)
+        return min(128, max(16, power_of_2(places)))
+    widest = max(power_of_2(channels) for channels, _ in maps)
+    return min(max(8, 4096 // widest), power_of_2(places), 256)
 
 
 def _channels(channels: int, places: int) -> int:
-    return max(1, min(triton.next_power_of_2(channels), 4096 // places))
+    return max(1, min(power_of_2(channels), 4096 // places))
 
 
 def launch(student: Tensor, teacher: Tensor, weight: float, loss: Tensor, k: Tensor) -> None:
@@ -177,10 +178,10 @@ def launch(student: Tensor, teacher: Tensor, weight: float, loss: Tensor, k: Ten
     (student, strides_s, last_s), (teacher, strides_t, last_t) = _readable(student), _readable(teacher)
     unit_s, unit_t = _units(strides_s, last_s, Cs, HW), _units(strides_t, last_t, Ct, HW)
     places = _places([(Cs, last_s), (Ct, last_t)], HW)
-    pieces, unit_hw = triton.cdiv(HW, places), 8 if HW % 8 == 0 else 1
+    pieces, unit_hw = math.ceil(HW / places), 8 if HW % 8 == 0 else 1
     part_s, part_t = unit_s if last_s else 1, unit_t if last_t else 1
     q = torch.empty((2, N, HW), dtype=torch.float32, device=device)
-    block, grid = min(2048, max(16, triton.next_power_of_2(HW))), programs(N, 8, device)
+    block, grid = min(2048, max(16, power_of_2(HW))), programs(N, 8, device)
     partials = torch.empty((grid, 2), dtype=torch.float32, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _mean_square_kernel[(programs(N * pieces, 8, device),)](
@@ -209,7 +210,7 @@ def launch_backward(student: Tensor, k: Tensor, upstream: Tensor, gradient: Tens
         strides_g = _layout(gradient)[0]
     unit = min(_units(strides, last, C, HW), _units(strides_g, last, C, HW))
     places = _places([(C, last)], HW)
-    pieces, unit_hw = triton.cdiv(HW, places), 8 if HW % 8 == 0 else 1
+    pieces, unit_hw = math.ceil(HW / places), 8 if HW % 8 == 0 else 1
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _backward_kernel[(programs(N * pieces, 8, device),)](
             student, given, _divided(strides, unit, last), _divided(strides_g, unit, last), k, upstream,

@@ -1,5 +1,6 @@
 """The kernel of augment.py: one program takes a block of pixels of an image, with all channels and normalisations."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -61,7 +62,7 @@ def launch(
     (N, H, W, _), (h, w), device = images.shape, outputs[0].shape[2:], images.device
     if sum((size - 1) * stride for size, stride in zip(images.shape[1:], images.stride()[1:], strict=True)) >= 2**31:
         images = images.contiguous()  # places within an image are counted in 32 bits
-    blocks = triton.cdiv(h * w, _BLOCK)
+    blocks = math.ceil(h * w / _BLOCK)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _kernel[(N * blocks,)](
             images, images.stride(), boxes.contiguous(), flips.contiguous().view(torch.uint8), tuple(outputs),

@@ -1,5 +1,6 @@
 """The kernels of dist_loss.py: rows' statistics, columns' statistics, gradient."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -232,7 +233,7 @@ def launch(
     inputs, unit = _inputs(student, teacher)
     block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
     wide = 16 if C <= 4096 else 64  # enough programs for few classes, whole cache lines for many
-    grids = programs(N, warps, device), triton.cdiv(C, wide)
+    grids = programs(N, warps, device), math.ceil(C / wide)
     row_sum, *partials = (torch.empty(n, dtype=torch.float32, device=device) for n in (1, *grids))
     with _on(device):
         _rows_kernel[grids[:1]](

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import programs, ticket, total
+from .reduce import power_of_2, programs, ticket, total
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def row_shape(classes: int, itemsize: int) -> tuple[int, int]:
 
     8 classes a thread make 128-bit accesses in 16 bits; 16 warps have 128 registers a thread.
     """
-    each, block = 32 // itemsize, max(16, triton.next_power_of_2(classes))
+    each, block = 32 // itemsize, max(16, power_of_2(classes))
     if block > each * 32 * 16:
         return 2048, 8  # in pieces
     return block, min(max(1, block // 256), 16)

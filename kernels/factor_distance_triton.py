@@ -1,5 +1,6 @@
 """The kernels of factor_distance.py: one program takes samples; a sample sits in registers where it fits."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -7,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import programs, ticket, total
+from .reduce import power_of_2, programs, ticket, total
 
 
 @triton.jit
@@ -194,7 +195,7 @@ def _shape(elements: int, maps: int) -> tuple[int, int]:
     8 elements a thread make 128-bit accesses in 16 bits; 16 a thread keep a sample of a pair in registers up to 8,192.
     """
     each = 16 if maps <= 3 else 8
-    block = max(16, triton.next_power_of_2(elements))
+    block = max(16, power_of_2(elements))
     if block > each * 32 * 16:  # in pieces
         return 8 * 32 * 16, 16
     return block, min(max(1, block // (32 * 8)), 16)
@@ -228,7 +229,7 @@ def launch(
     (N, D), K, device = teacher.shape, len(parts), teacher.device
     maps, strides, unit, learner = _arguments(parts, teacher, learns)
     block, warps = _shape(D, len(maps))
-    slots = max(2, triton.next_power_of_2(K))
+    slots = max(2, power_of_2(K))
     grid = programs(N, warps, device)
     partials = torch.empty((grid, slots), dtype=torch.float32, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -256,8 +257,8 @@ def launch_backward(
     """Writes grads [learners, N, D]; with skip_ones not if the upstream gradients (of loss, of terms) are 1."""
     (N, D), device = teacher.shape, teacher.device
     maps, strides, unit, learner = _arguments(parts, teacher, learns)
-    block, warps = min(2048, max(16, triton.next_power_of_2(D))), 8
-    pieces = triton.cdiv(D, block)
+    block, warps = min(2048, max(16, power_of_2(D))), 8
+    pieces = math.ceil(D / block)
     g_loss, g_terms = upstream
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _backward_kernel[(programs(N * pieces, warps, device),)](

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import programs, ticket, total
+from .reduce import power_of_2, programs, ticket, total
 
 
 @triton.jit
@@ -297,8 +297,8 @@ def _shape(classes: int, heads: int, learners: int, itemsize: int) -> tuple[int,
 
     8 classes a thread make 128-bit accesses in 16 bits; more heads leave room for fewer.
     """
-    each = triton.next_power_of_2(96 // ((heads + learners) * itemsize) + 1) // 2
-    block, most = max(16, triton.next_power_of_2(classes)), 16 if learners == 1 else 8
+    each = power_of_2(96 // ((heads + learners) * itemsize) + 1) // 2
+    block, most = max(16, power_of_2(classes)), 16 if learners == 1 else 8
     if block > each * 32 * most:  # in pieces
         block, warps = min(each, 8) * 256, 8
     else:
@@ -328,7 +328,7 @@ def launch(
     target = target if target.stride(-1) == 1 else target.contiguous()
     unit = 8 if C % 8 == 0 and all(head.stride(0) % 8 == 0 for head in heads) else 1
     block, warps, registers = _shape(C, H, sum(learns), max(head.element_size() for head in heads))
-    slots, forward = triton.next_power_of_2(H * (H + 3)), upstream is None
+    slots, forward = power_of_2(H * (H + 3)), upstream is None
     grid = programs(N, warps, device)
     g_loss, g_terms = upstream or (None, None)
     g_terms = None if g_terms is None else g_terms.contiguous()  # of terms.sum() it is expanded

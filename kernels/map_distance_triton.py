@@ -1,5 +1,6 @@
 """The kernel of map_distance.py: both maps as flat arrays, 8 elements at a time."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -87,7 +88,7 @@ def launch(
     block = 1024 if unit == 1 else 1024 // max(student.element_size(), teacher.element_size())  # in units
     warps = 8
     # half the threads that would fit: each has 64 registers, and 32 bytes or more of each map under way
-    grid = programs(triton.cdiv(units, block), 2 * warps, device)
+    grid = programs(math.ceil(units / block), 2 * warps, device)
     period, inner = (C // unit, 1) if last else (C * H * W // unit, max(1, H * W // unit))
     margin = margin if margin is None else margin.contiguous()
     partials, value = (

@@ -26,6 +26,11 @@ def ticket(device: torch.device) -> Tensor:
     return _tickets[key]
 
 
+def power_of_2(least: int) -> int:
+    """The smallest power of 2 from `least` on; Triton's own takes 3 us on the host, three times a launch."""
+    return 1 << (least - 1).bit_length()
+
+
 def programs(rows: int, warps: int, device: torch.device) -> int:
     """How many programs share `rows` rows: as many as are resident at once, each then takes several rows."""
     if device.type != "cuda":
