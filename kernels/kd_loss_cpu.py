@@ -17,10 +17,10 @@ from .upstream_cpu import multiplied
 
 def fits(student: Tensor, teacher: Tensor, target: Tensor) -> bool:
     """Whether `kd_terms` is for these, of which nothing is known but that they are tensors."""
-    if not plain((student, teacher, target)):  # first: a compiler would make the size it is asked for a constant
-        return False
+    if student.device.type != "cpu" or not plain((student, teacher, target)):
+        return False  # before the size: a compiler would make what it is asked for a constant
     learns = student.requires_grad and torch.is_grad_enabled()
-    return learns and student.device.type == "cpu" and student.numel() > 0 and not target.is_floating_point()
+    return learns and student.numel() > 0 and not target.is_floating_point()
 
 
 def kd_terms(
