@@ -6,11 +6,13 @@ and `sp_loss` are plain torch themselves.
 
 import sys
 
-import torch
-
-if hasattr(torch.ops.fastkd, "logit_loss") and f"{__name__}.logit_loss" not in sys.modules:
-    raise ImportError(  # torch would free the operators under the copy that uses them, and crash at its next call
-        f"{__name__} is a second copy of fastkd.kernels, whose operators this process has registered already; "
+if _others := {
+    module.__package__
+    for name, module in list(sys.modules.items())
+    if name.endswith(".logit_loss") and hasattr(module, "_logit_loss")
+} - {__name__}:
+    raise ImportError(  # torch would free the operators under the first copy, whose next call would crash
+        f"{__name__} is a second copy of {_others.pop()}, whose operators this process has registered; "
         "import fastkd.kernels alone"
     )
 

@@ -90,8 +90,21 @@ def test_importing_fastkd_needs_no_extra():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_second_copy_of_the_kernels_is_refused():
+@pytest.mark.parametrize("first, second", [("fastkd.kernels", "kernels"), ("kernels", "fastkd.kernels")])
+def test_a_second_copy_of_the_kernels_is_refused(first, second):
     """Registered twice, an operator is freed under its first owner, whose next call reads freed memory."""
-    code = "import importlib, fastkd.kernels as k; importlib.reload(k); import kernels"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1 and "kernels is a second copy of fastkd.kernels" in run.stderr.splitlines()[-1]
+    run = python(f"import {first}, {second}")
+    assert run.returncode == 1 and f"{second} is a second copy of {first}, whose" in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "again", ["importlib.reload(k)", "[sys.modules.pop(n) for n in set(sys.modules) if 'fastkd' in n]"]
+)
+def test_the_kernels_can_be_imported_again(again):
+    code = f"import importlib, sys, torch, fastkd.kernels as k; {again}; import fastkd.kernels as k"
+    run = python(code + "; assert k.kd_loss(*torch.eye(2, 4)[None].expand(2, 2, 4), torch.arange(2)).loss > 0")
+    assert run.returncode == 0, run.stderr
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
