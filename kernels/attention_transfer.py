@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .attention_transfer_triton import launch, launch_backward
 from .check import check_tensors
-from .dispatch import accumulator, savable
+from .dispatch import accumulator, plain, savable
 
 
 def attention_transfer_reference(student: Tensor, teacher: Tensor, weight: float = 1.0) -> Tensor:
@@ -58,8 +58,7 @@ def _on_gpu(tensors: list[Tensor]) -> bool:
     return tensors[0].device.type == "cuda" and accumulator(tensors) == torch.float32
 
 
-@torch.library.custom_op("fastkd::attention_transfer", mutates_args=())
-def _attention_transfer(student: Tensor, teacher: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+def _forward(student: Tensor, teacher: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """(loss, k [N, HW])"""
     loss, k = _results(student, teacher)
     if k.numel() == 0:
@@ -69,6 +68,9 @@ def _attention_transfer(student: Tensor, teacher: Tensor, weight: float) -> tupl
     else:
         _closed_form(student, teacher, weight, loss, k)
     return loss, k
+
+
+_attention_transfer = torch.library.custom_op("fastkd::attention_transfer", _forward, mutates_args=())
 
 
 def _results(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +102,7 @@ def _mean_square(f_NCHW: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(f_NCHW, dim=1, dtype=dtype).square_().div_(f_NCHW.shape[1]).flatten(1)
 
 
-@torch.library.custom_op("fastkd::attention_transfer_backward", mutates_args=())
-def _attention_transfer_backward(student: Tensor, k: Tensor, upstream: Tensor) -> Tensor:
+def _gradient(student: Tensor, k: Tensor, upstream: Tensor) -> Tensor:
     """upstream * k * student, in the student's layout and dtype"""
     gradient = torch.empty_like(student)
     if student.numel() == 0:
@@ -115,6 +116,11 @@ def _attention_transfer_backward(student: Tensor, k: Tensor, upstream: Tensor) -
             student, scale, out=gradient
         )
     return gradient
+
+
+_attention_transfer_backward = torch.library.custom_op(
+    "fastkd::attention_transfer_backward", _gradient, mutates_args=()
+)
 
 
 @_attention_transfer_backward.register_fake
@@ -135,7 +141,9 @@ def _backward(ctx, loss_gradient, _=None):
         )
     if loss_gradient is None:
         return None, None, None
-    return _attention_transfer_backward(*ctx.saved_tensors, loss_gradient), None, None
+    student, k = ctx.saved_tensors
+    compute = _gradient if plain((student, k)) else _attention_transfer_backward
+    return compute(student, k, loss_gradient), None, None
 
 
 _attention_transfer.register_autograd(_backward, setup_context=_setup)
@@ -146,7 +154,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, weight):
-        loss, k = _attention_transfer(student, teacher, weight)
+        compute = _forward if plain((student, teacher)) else _attention_transfer
+        loss, k = compute(student, teacher, weight)
         ctx.save_for_backward(student, k)
         return loss
 

@@ -5,8 +5,10 @@ import functools
 import torch
 from torch import Tensor
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
-def plain(tensors: tuple[Tensor, ...]) -> bool:
+
+def plain(tensors: tuple[Tensor | None, ...]) -> bool:
     """Nobody watches: no compiler, no dispatch mode, no function transform, no tensor subclass.
 
     Then an op's function is called as it is, which saves 20 to 60 us of host time per call. Else the registered op is,
@@ -16,7 +18,7 @@ def plain(tensors: tuple[Tensor, ...]) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 

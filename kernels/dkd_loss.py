@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_labels, check_logits, check_target
-from .dispatch import accumulator, savable, taken
+from .dispatch import accumulator, plain, savable, taken
 from .dkd_loss_cpu import closed_form
 from .dkd_loss_triton import launch
 
@@ -72,8 +72,7 @@ def _compute(student: Tensor, teacher: Tensor):
     return launch if student.is_cuda and accumulator([student, teacher]) == torch.float32 else closed_form
 
 
-@torch.library.custom_op("fastkd::dkd_loss", mutates_args=())
-def _dkd_loss(
+def _forward(
     student: Tensor, teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float, learns: bool
 ) -> tuple[Tensor, Tensor]:
     check_labels(target, student.shape[1], None, "leave rows without a label out")
@@ -82,6 +81,9 @@ def _dkd_loss(
         return loss.zero_(), grads
     settings = (alpha, beta, temperature)
     return _compute(student, teacher)(student, teacher, target, *settings, grads if learns else None), grads
+
+
+_dkd_loss = torch.library.custom_op("fastkd::dkd_loss", _forward, mutates_args=())
 
 
 def _results(student: Tensor, teacher: Tensor, learns: bool) -> tuple[Tensor, Tensor]:
@@ -94,8 +96,7 @@ def _(student, teacher, target, alpha, beta, temperature, learns):
     return _results(student, teacher, learns)
 
 
-@torch.library.custom_op("fastkd::dkd_loss_backward", mutates_args=("grads",))
-def _dkd_loss_backward(
+def _write_gradients(
     grads: Tensor,
     student: Tensor,
     teacher: Tensor,
@@ -110,6 +111,9 @@ def _dkd_loss_backward(
     if len(target):
         settings = (alpha, beta, temperature, grads, upstream, written)
         _compute(student, teacher)(student, teacher, target, *settings)
+
+
+_dkd_loss_backward = torch.library.custom_op("fastkd::dkd_loss_backward", _write_gradients, mutates_args=("grads",))
 
 
 def _setup(ctx, inputs, output):
@@ -130,7 +134,8 @@ def _backward(ctx, upstream, _=None):
     first = grads is not None
     if not first:
         grads = torch.empty_like(student, memory_format=torch.contiguous_format)
-    _dkd_loss_backward(grads, student, teacher, target, *ctx.settings, upstream, first)
+    write = _write_gradients if plain((student, teacher, target)) else _dkd_loss_backward
+    write(grads, student, teacher, target, *ctx.settings, upstream, first)
     return grads, *[None] * 6
 
 
@@ -146,7 +151,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, target, alpha, beta, temperature, learns):
         at_once = learns and not torch.compiler.is_compiling()
-        results = _dkd_loss(student, teacher, target, alpha, beta, temperature, at_once)
+        compute = _forward if plain((student, teacher, target)) else _dkd_loss
+        results = compute(student, teacher, target, alpha, beta, temperature, at_once)
         ctx.save_for_backward(student, teacher, target)
         ctx.settings, ctx.learns = (alpha, beta, temperature), learns
         ctx.grads = results[1] if at_once else None

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_tensors
-from .dispatch import accumulator, savable, taken
+from .dispatch import accumulator, plain, savable, taken
 from .map_distance_cpu import closed_form
 from .map_distance_triton import launch
 
@@ -139,8 +139,7 @@ def _empty_grad(student: Tensor) -> Tensor:
     return torch.empty_like(student, memory_format=_format(student))
 
 
-@torch.library.custom_op("fastkd::map_distance", mutates_args=())
-def _map_distance(
+def _forward(
     student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float, learns: bool
 ) -> tuple[Tensor, Tensor]:
     grad = _empty_grad(student) if learns else student.new_empty(0)
@@ -149,14 +148,16 @@ def _map_distance(
     return _run(student, teacher, margin, weight, grad if learns else None), grad
 
 
+_map_distance = torch.library.custom_op("fastkd::map_distance", _forward, mutates_args=())
+
+
 @_map_distance.register_fake
 def _(student, teacher, margin, weight, learns):
     value = student.new_empty((), dtype=accumulator([student, teacher]))
     return value, _empty_grad(student) if learns else student.new_empty(0)
 
 
-@torch.library.custom_op("fastkd::map_distance_backward", mutates_args=("grad",))
-def _map_distance_backward(
+def _write_gradient(
     grad: Tensor,
     student: Tensor,
     teacher: Tensor,
@@ -168,6 +169,11 @@ def _map_distance_backward(
     """Write grad, unless skip_one and the gradient that comes from above is 1."""
     if student.numel():
         _run(student, teacher, margin, weight, grad, upstream, skip_one)
+
+
+_map_distance_backward = torch.library.custom_op(
+    "fastkd::map_distance_backward", _write_gradient, mutates_args=("grad",)
+)
 
 
 def _setup(ctx, inputs, output):
@@ -183,11 +189,13 @@ def _backward(ctx, upstream, _=None):
         raise RuntimeError("no second derivative here; the distance's _reference in fastkd.kernels has one")
     if upstream is None or not ctx.learns:
         return None, None, None, None, None
+    student, teacher, margin = ctx.saved_tensors
     grad = taken(ctx)
     left = grad is not None
     if not left:
-        grad = _empty_grad(ctx.saved_tensors[0])
-    _map_distance_backward(grad, *ctx.saved_tensors, ctx.weight, upstream, left)
+        grad = _empty_grad(student)
+    write = _write_gradient if plain((student, teacher, margin)) else _map_distance_backward
+    write(grad, student, teacher, margin, ctx.weight, upstream, left)
     return grad, None, None, None, None
 
 
@@ -203,7 +211,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, margin, weight, learns):
         at_once = learns and not torch.compiler.is_compiling()
-        value, grad = _map_distance(student, teacher, margin, weight, at_once)
+        compute = _forward if plain((student, teacher, margin)) else _map_distance
+        value, grad = compute(student, teacher, margin, weight, at_once)
         ctx.weight, ctx.learns = weight, learns
         ctx.save_for_backward(student, teacher, margin)
         ctx.grads = grad if at_once else None
