@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo import compiled_autograd
 
 from fastkd.kernels import kd_loss, kd_loss_reference, logit_loss
+from fastkd.kernels.dispatch import accumulator
 
 
 def log_softmax(z):
@@ -38,24 +39,28 @@ def batch(n, c, dtype=torch.float32, scale=3.0, seed=0):
     return z_s.to(dtype), z_t.to(dtype), torch.randint(c, (n,), generator=g)
 
 
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(1, 2), (3, 10), (5, 1000), (2, 1001)])
 @pytest.mark.parametrize("temperature", [0.5, 4.0, 20.0])
-def test_value_and_gradient(dtype, shape, temperature):
-    z_s, z_t, y = batch(*shape, dtype)
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_value_and_gradient(device, dtype, shape, temperature):
+    z_s, z_t, y = (x.to(device) for x in batch(*shape, dtype))
     z_s.requires_grad_()
     _, ce, kd, _ = kd_loss(z_s, z_t, y, temperature=temperature)
-    want_ce, want_kd, want_grad = independent(z_s.detach(), z_t, y, T=temperature)
+    want_ce, want_kd, want_grad = independent(z_s.detach().cpu(), z_t.cpu(), y.cpu(), T=temperature)
     tolerance = TOLERANCE[dtype]
     assert ce.dtype == kd.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(ce.double(), want_ce, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(kd.double(), want_kd, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ce.cpu().double(), want_ce, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(kd.cpu().double(), want_kd, rtol=tolerance, atol=tolerance)
     (ce + kd).backward()
     own_rounding = torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else tolerance
-    torch.testing.assert_close(z_s.grad.double(), want_grad, rtol=2 * own_rounding, atol=max(tolerance / 10, 1e-7))
+    torch.testing.assert_close(
+        z_s.grad.cpu().double(), want_grad, rtol=2 * own_rounding, atol=max(tolerance / 10, 1e-7)
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -152,17 +157,30 @@ UPSTREAM = {
 }
 
 
+@pytest.fixture(params=["closed form", "interpreted kernel", GPU])
+def way(request, monkeypatch):
+    """The device, after a choice of what computes there: on a GPU the kernel, which Triton may interpret on a CPU."""
+    if request.param == "interpreted kernel":
+        if torch.cuda.is_available():
+            pytest.skip("where there is a GPU nothing is interpreted")
+        module = importlib.import_module("fastkd.kernels.logit_loss")
+        compute = {torch.float32: module.launch, torch.float64: module.closed_form}
+        monkeypatch.setattr(module, "_compute", lambda heads: compute[accumulator(heads)])
+        monkeypatch.setattr(importlib.import_module("fastkd.kernels.kd_loss_eager"), "_on_cpu", lambda student: False)
+    return "cuda" if request.param == "cuda" else "cpu"
+
+
 @pytest.mark.parametrize("upstream", UPSTREAM)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("weights", [(0.1, 0.9), (0.0, 1.0), (1.0, 0.0)])
-def test_the_short_way_gives_what_the_general_one_gives(dtype, upstream, weights):
+def test_the_short_way_gives_what_the_general_one_gives(way, dtype, upstream, weights):
     """Logits of 300 take the careful computation; the second backward finds the first one's gradient gone."""
     for scale in (3.0, 300.0):
-        z_s, z_t, y = batch(5, 9, dtype, scale)
+        z_s, z_t, y = (x.to(way) for x in batch(5, 9, dtype, scale))
         found = []
-        for way in (kd_loss, general):
+        for loss_of in (kd_loss, general):
             student = z_s.clone().requires_grad_()
-            terms = way(student, z_t, y, temperature=3.0, ce_weight=weights[0], kd_weight=weights[1])[:3]
+            terms = loss_of(student, z_t, y, temperature=3.0, ce_weight=weights[0], kd_weight=weights[1])[:3]
             value = UPSTREAM[upstream](*terms)
             first, second = (torch.autograd.grad(value, student, retain_graph=True)[0] for _ in range(2))
             found.append((*terms[1:], first, second))
@@ -171,9 +189,9 @@ def test_the_short_way_gives_what_the_general_one_gives(dtype, upstream, weights
             assert torch.equal(got, wanted)
 
 
-def test_the_short_way_is_taken(monkeypatch):
+def test_the_short_way_is_taken(way, monkeypatch):
     monkeypatch.setattr(importlib.import_module("fastkd.kernels.kd_loss"), "logit_loss", None)
-    z_s, z_t, y = batch(3, 5)
+    z_s, z_t, y = (x.to(way) for x in batch(3, 5))
     assert kd_loss(z_s.requires_grad_(), z_t, y).loss.isfinite()
 
 
@@ -190,13 +208,13 @@ def test_options_count_where_a_student_learns(option):
     assert not torch.equal(found[0][0], kd_loss(z_s, z_t, y).loss)
 
 
-def test_a_loss_may_be_changed_in_place():
-    z_s, z_t, y = batch(3, 5)
+def test_a_loss_may_be_changed_in_place(way):
+    z_s, z_t, y = (x.to(way) for x in batch(3, 5))
     loss = kd_loss(z_s.requires_grad_(), z_t, y).loss
     loss *= 2
     loss += z_s.sum()
-    want = 2 * independent(z_s.detach(), z_t, y)[2] + 1
-    torch.testing.assert_close(torch.autograd.grad(loss, z_s)[0].double(), want, rtol=1e-5, atol=1e-6)
+    want = 2 * independent(z_s.detach().cpu(), z_t.cpu(), y.cpu())[2] + 1
+    torch.testing.assert_close(torch.autograd.grad(loss, z_s)[0].cpu().double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_no_second_derivative():
@@ -206,8 +224,8 @@ def test_no_second_derivative():
 
 
 @pytest.mark.parametrize("upstream", UPSTREAM)
-def test_compiled_autograd(upstream):
-    z_s, z_t, y = batch(4, 6)
+def test_compiled_autograd(way, upstream):
+    z_s, z_t, y = (x.to(way) for x in batch(4, 6))
     value = 3 * UPSTREAM[upstream](*kd_loss(z_s.requires_grad_(), z_t, y)[:3])
     want = torch.autograd.grad(3 * UPSTREAM[upstream](*kd_loss(z_s, z_t, y)[:3]), z_s)[0]
     with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
@@ -223,9 +241,9 @@ def test_without_weights_there_is_no_gradient():
 
 
 def test_large_logits_are_computed_once(monkeypatch):
-    module, calls = importlib.import_module("fastkd.kernels.kd_loss_cpu"), []
+    module, calls = importlib.import_module("fastkd.kernels.kd_loss_eager"), []
     quick = module.student_and_teacher
-    for name in ("kd_loss_cpu", "logit_loss_cpu"):
+    for name in ("kd_loss_eager", "logit_loss_cpu"):
         where = importlib.import_module(f"fastkd.kernels.{name}")
         monkeypatch.setattr(where, "student_and_teacher", lambda *given: calls.append(given) or quick(*given))
     z_s, z_t, y = batch(4, 6, scale=300.0)

@@ -1,5 +1,6 @@
 """The same as test_mutations.py for the other operations: each is compared with the eager formulation in float64."""
 
+import itertools
 import shutil
 
 import pytest
@@ -45,14 +46,16 @@ def dkd(modules):
 def kd(modules):
     s, t = logits(2)
     y = torch.arange(N)
-    for upstream in (lambda loss, ce, kd: loss / 2, lambda loss, ce, kd: 2 * ce + kd - 3 * loss):
+    module, on_cpu = modules["kd_loss_eager"], modules["kd_loss_eager"]._on_cpu
+    ups = (lambda loss, ce, kd: loss / 2, lambda loss, ce, kd: 2 * ce + kd - 3 * loss)
+    for upstream, module._on_cpu in itertools.product(ups, (on_cpu, lambda student: False)):
 
         def formula(s, t, y, upstream=upstream):
             ce, kd = 0.1 * F.cross_entropy(s, y), 0.9 * 16 * eager.kl(s / 4, t / 4)
             return upstream(ce + kd, ce, kd)
 
         student = s.clone().requires_grad_()
-        value = upstream(*modules["kd_loss_cpu"].kd_terms(student, t, y, 0.1, 0.9, 4.0))
+        value = upstream(*module.kd_terms(student, t, y, 0.1, 0.9, 4.0))
         first, again = (torch.autograd.grad(value, student, retain_graph=True)[0] for _ in range(2))
         want = wanted(formula, 1, s, t, y)
         yield from zip((value.detach(), first, again), (*want, want[1]), strict=True)
@@ -122,7 +125,7 @@ def attention(modules):
 
 
 OPERATIONS = {
-    "kd_loss": (kd, ("cpu",)),
+    "kd_loss": (kd, ("eager",)),
     "dkd_loss": (dkd, ("triton", "cpu")),
     "factor_distance": (factors, ("triton", "cpu")),
     "map_distance": (residuals, ("triton", "cpu")),
@@ -136,11 +139,14 @@ MUTATIONS = [
     ("dkd_loss_triton", "inverse, scale = 1 / temperature, temperature / N", "inverse, scale = 1 / temperature, 1 / N"),
     ("dkd_loss_triton", "row * (student_stride * UNIT)", "row * C"),
     ("dkd_loss_triton", "row += tl.num_programs(0)", "row += N"),
-    ("kd_loss_cpu", "(ce + kd, ce, kd)", "(ce + kd, kd, ce)"),
-    ("kd_loss_cpu", "both + gradient", "gradient"),
-    ("kd_loss_cpu", "[weight * gradient for", "[weight for"),
-    ("kd_loss_cpu", "grads = taken(ctx)", "grads = ctx.grads"),
-    ("kd_loss_cpu", "or not multiplied(", "or multiplied("),
+    ("kd_loss_eager", "(ce + kd, ce, kd)", "(ce + kd, kd, ce)"),
+    ("kd_loss_eager", "both + gradient", "gradient"),
+    ("kd_loss_eager", "weight * given if", "weight if"),
+    ("kd_loss_eager", "taken(ctx)", "ctx.grads"),
+    ("kd_loss_eager", "or not multiplied(", "or multiplied("),
+    ("kd_loss_eager", "ce, _, kd = terms[0].unbind()", "kd, _, ce = terms[0].unbind()"),
+    ("kd_loss_eager", "loss, terms, left)", "loss, None, left)"),
+    ("kd_loss_eager", "none if kd is None else kd", "none if ce is None else ce"),
     ("dkd_loss_cpu", "addcmul_(r[0], -alpha * scale * gap)", "addcmul_(r[0], alpha * scale * gap)"),
     ("dkd_loss_cpu", "(1 if upstream is None else upstream)", "1"),
     ("dkd_loss_cpu", "temperature**2 / N", "temperature / N"),
