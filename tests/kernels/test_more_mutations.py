@@ -125,7 +125,7 @@ def attention(modules):
 
 
 OPERATIONS = {
-    "kd_loss": (kd, ("eager",)),
+    "kd_loss": (kd, ("eager", "cpu")),
     "dkd_loss": (dkd, ("triton", "cpu")),
     "factor_distance": (factors, ("triton", "cpu")),
     "map_distance": (residuals, ("triton", "cpu")),
@@ -140,10 +140,10 @@ MUTATIONS = [
     ("dkd_loss_triton", "row * (student_stride * UNIT)", "row * C"),
     ("dkd_loss_triton", "row += tl.num_programs(0)", "row += N"),
     ("kd_loss_eager", "(ce + kd, ce, kd)", "(ce + kd, kd, ce)"),
-    ("kd_loss_eager", "both + gradient", "gradient"),
-    ("kd_loss_eager", "weight * given if", "weight if"),
+    ("kd_loss_cpu", "both + g", "g"),
+    ("kd_loss_cpu", "weight * given if", "weight if"),
     ("kd_loss_eager", "taken(ctx)", "ctx.grads"),
-    ("kd_loss_eager", "or not multiplied(", "or multiplied("),
+    ("kd_loss_cpu", "or not multiplied(", "or multiplied("),
     ("kd_loss_eager", "ce, _, kd = terms[0].unbind()", "kd, _, ce = terms[0].unbind()"),
     ("kd_loss_eager", "loss, terms, left)", "loss, None, left)"),
     ("kd_loss_eager", "none if kd is None else kd", "none if ce is None else ce"),

@@ -1,0 +1,42 @@
+"""kd_loss_eager.py on the CPU, where asking a tensor for its value costs nothing."""
+
+from torch import Tensor
+
+from .dispatch import without_autocast
+from .logit_loss_cpu import careful
+from .student_teacher_cpu import student_and_teacher
+from .upstream_cpu import multiplied
+
+
+@without_autocast
+def compute(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    ce_weight: float,
+    kd_weight: float,
+    temperature: float,
+    grads: Tensor,
+) -> tuple[float, float]:
+    """(ce, kd); the gradient goes into grads [1, N, C]."""
+    terms = student_and_teacher(student, teacher, target, ce_weight, kd_weight, temperature, grads)
+    if terms is not None:
+        return terms
+    options = {"smoothing": 0.0, "ignore_index": None, "standardize": False, "count_hits": False}
+    weights = [ce_weight, 0.0, kd_weight, 0.0, 0.0, 0.0]
+    _, table, _ = careful(
+        [student, teacher], target, weights, temperature, learns=[True, False], grads=grads, **options
+    )
+    ce, _, kd = table[0].tolist()
+    return ce, kd
+
+
+def gradient(settings: tuple, tensors: tuple[Tensor, ...], grads: Tensor | None, *gradients: Tensor | None) -> Tensor:
+    """The student's; grads: what the forward pass left, gradients: those of loss, ce and kd that come from above."""
+    (ce_weight, _, kd_weight, *_), temperature, *_ = settings
+    both, *own = (0.0 if g is None else g.item() for g in gradients)
+    terms = [(weight, both + g) for weight, g in zip((ce_weight, kd_weight), own, strict=True)]
+    if grads is None or not multiplied(grads, {given for weight, given in terms if weight}):
+        grads = tensors[0].new_empty((1, *tensors[0].shape))
+        compute(*tensors, *(weight * given if weight else 0.0 for weight, given in terms), temperature, grads)
+    return grads[0]
