@@ -38,7 +38,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, weight: float = 1.0) ->
     _check(student, teacher)
     if not torch.is_grad_enabled() or not student.requires_grad:
         return _attention_transfer(student.detach(), teacher.detach(), float(weight))[0]
-    return _Fused.apply(student, savable(teacher.detach()), float(weight))
+    return _FusedAttentionTransfer.apply(student, savable(teacher.detach()), float(weight))
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:
@@ -142,14 +142,14 @@ def _backward(ctx, loss_gradient, _=None):
     if loss_gradient is None:
         return None, None, None
     student, k = ctx.saved_tensors
-    compute = _gradient if plain((student, k)) else _attention_transfer_backward
+    compute = _gradient if plain((student, k, loss_gradient)) else _attention_transfer_backward
     return compute(student, k, loss_gradient), None, None
 
 
 _attention_transfer.register_autograd(_backward, setup_context=_setup)
 
 
-class _Fused(torch.autograd.Function):
+class _FusedAttentionTransfer(torch.autograd.Function):
     """The same autograd with less time on the host."""
 
     @staticmethod
@@ -157,6 +157,7 @@ class _Fused(torch.autograd.Function):
         compute = _forward if plain((student, teacher)) else _attention_transfer
         loss, k = compute(student, teacher, weight)
         ctx.save_for_backward(student, k)
+        ctx.set_materialize_grads(False)
         return loss
 
     @staticmethod

@@ -5,11 +5,9 @@ import functools
 import torch
 from torch import Tensor
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
-
 
 def plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Nobody watches: no compiler, no dispatch mode, no function transform, no tensor subclass.
+    """Nobody watches: no compiler, no dispatch mode, no function transform, no special tensor.
 
     Then an op's function is called as it is, which saves 20 to 60 us of host time per call. Else the registered op is,
     so that compilers and captures see it.
@@ -17,9 +15,17 @@ def plain(tensors: tuple[Tensor | None, ...]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and _PLAIN.issuperset(map(type, tensors))
+        and not any(map(_special, tensors))
     )
+
+
+def _special(x: Tensor | None) -> bool:
+    """A subclass, a tensor without data, or a batch of gradients that looks like one (is_grads_batched)."""
+    if x is None:
+        return False
+    return type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def savable(x: Tensor) -> Tensor:
@@ -29,13 +35,14 @@ def savable(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def taken(ctx) -> Tensor | None:
+def taken(ctx, gradients: tuple[Tensor | None, ...]) -> Tensor | None:
     """The gradients that the forward pass left: for the first backward, which may write them, and for no second one.
 
-    None under compiled autograd, whose ctx is a copy of the real one, so that a second backward would find them again.
+    gradients: what comes from above. None where the same call may find what it has written: under compiled autograd,
+    whose ctx is a copy of the real one, and where special tensors from above run an operator several times.
     """
     grads, ctx.grads = ctx.grads, None
-    return None if torch.compiler.is_compiling() else grads
+    return None if torch.compiler.is_compiling() or any(map(_special, gradients)) else grads
 
 
 def accumulator(tensors: list[Tensor]) -> torch.dtype:

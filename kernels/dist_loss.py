@@ -54,7 +54,8 @@ def dist_loss(
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     learns = torch.is_grad_enabled() and student.requires_grad
-    return _Fused.apply(student, savable(teacher.detach()), float(beta), float(gamma), float(temperature), learns)
+    inputs = student, savable(teacher.detach()), float(beta), float(gamma), float(temperature), learns
+    return _FusedDIST.apply(*inputs) if plain((student, teacher)) else _dist_loss(*inputs)[0]
 
 
 def _on_gpu(student: Tensor, teacher: Tensor) -> bool:
@@ -123,21 +124,20 @@ def _backward(ctx, upstream, *_):
         raise RuntimeError("dist_loss has no second derivative; fastkd.kernels.dist_loss_reference has one")
     if upstream is None:
         return (None,) * 6
-    saved = ctx.saved_tensors
-    compute = _gradient if plain(saved) else _dist_loss_backward
-    return compute(*saved, upstream, ctx.temperature), *[None] * 5
+    inputs = *ctx.saved_tensors, upstream
+    compute = _gradient if plain(inputs) else _dist_loss_backward
+    return compute(*inputs, ctx.temperature), *[None] * 5
 
 
 _dist_loss.register_autograd(_backward, setup_context=_setup)
 
 
-class _Fused(torch.autograd.Function):
+class _FusedDIST(torch.autograd.Function):
     """The same autograd with less time on the host."""
 
     @staticmethod
     def forward(ctx, student, teacher, beta, gamma, temperature, learns):
-        inputs = student, teacher, beta, gamma, temperature, learns
-        results = (_forward if plain((student, teacher)) else _dist_loss)(*inputs)
+        results = _forward(student, teacher, beta, gamma, temperature, learns)
         ctx.save_for_backward(student, teacher, *results[1:])
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)

@@ -63,7 +63,7 @@ def dkd_loss(
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     learns = torch.is_grad_enabled() and student.requires_grad
-    return _Fused.apply(
+    return _FusedDKD.apply(
         student, savable(teacher.detach()), target, float(alpha), float(beta), float(temperature), learns
     )
 
@@ -130,11 +130,11 @@ def _backward(ctx, upstream, _=None):
     if upstream is None or not ctx.learns:
         return (None,) * 7
     student, teacher, target = ctx.saved_tensors
-    grads = taken(ctx)
+    grads = taken(ctx, (upstream,))
     first = grads is not None
     if not first:
         grads = torch.empty_like(student, memory_format=torch.contiguous_format)
-    write = _write_gradients if plain((student, teacher, target)) else _dkd_loss_backward
+    write = _write_gradients if plain((student, teacher, target, upstream)) else _dkd_loss_backward
     write(grads, student, teacher, target, *ctx.settings, upstream, first)
     return grads, *[None] * 6
 
@@ -142,7 +142,7 @@ def _backward(ctx, upstream, _=None):
 _dkd_loss.register_autograd(_backward, setup_context=_setup)
 
 
-class _Fused(torch.autograd.Function):
+class _FusedDKD(torch.autograd.Function):
     """The same autograd, and eagerly the gradient that the forward pass has left is used: nobody else sees it here.
 
     A compiled backward may run twice and would find what it wrote: there it computes the gradient.

@@ -64,7 +64,7 @@ def factor_distance(parts: list[Tensor], teacher: Tensor, weights: list[float], 
     _check(parts, teacher, weights, p)
     weights = [float(w) for w in weights]
     learns = [torch.is_grad_enabled() and x.requires_grad and w != 0 for x, w in zip(parts, weights, strict=True)]
-    return FactorDistance(*_Fused.apply((weights, p, learns), savable(teacher.detach()), *parts))
+    return FactorDistance(*_FusedFactorDistance.apply((weights, p, learns), savable(teacher.detach()), *parts))
 
 
 def _check(parts: list[Tensor], teacher: Tensor, weights: list[float], p: int) -> None:
@@ -168,12 +168,12 @@ def _backward(ctx, loss_gradient, terms_gradient, *_):
     learns = ctx.settings[2]
     if loss_gradient is None and terms_gradient is None:
         return [None] * len(parts), *[None] * 4
-    grads = taken(ctx)
+    grads = taken(ctx, (loss_gradient, terms_gradient))
     left = grads is not None
     if not left:
         grads = _empty_grads(parts, teacher, learns)
     settings = (parts, teacher, terms, statistics, *ctx.settings)
-    write = _write_gradients if plain((grads, *parts, teacher)) else _factor_distance_backward
+    write = _write_gradients if plain((*parts, teacher, loss_gradient, terms_gradient)) else _factor_distance_backward
     write(grads, *settings, loss_gradient, terms_gradient, left)
     rows = iter(grads.unbind())
     gradients = [next(rows).to(x.dtype) if learner else None for x, learner in zip(parts, learns, strict=True)]
@@ -183,7 +183,7 @@ def _backward(ctx, loss_gradient, terms_gradient, *_):
 _factor_distance.register_autograd(_backward, setup_context=_setup)
 
 
-class _Fused(torch.autograd.Function):
+class _FusedFactorDistance(torch.autograd.Function):
     """The same autograd with less time on the host (no walk through nested arguments), of maps instead of rows."""
 
     @staticmethod

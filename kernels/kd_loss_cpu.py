@@ -31,12 +31,24 @@ def compute(
     return ce, kd
 
 
-def gradient(settings: tuple, tensors: tuple[Tensor, ...], grads: Tensor | None, *gradients: Tensor | None) -> Tensor:
-    """The student's; grads: what the forward pass left, gradients: those of loss, ce and kd that come from above."""
-    (ce_weight, _, kd_weight, *_), temperature, *_ = settings
+def gradient(ctx, grads: Tensor | None, gradients: tuple[Tensor | None, ...]) -> Tensor:
+    """The student's; gradients: those of loss, ce and kd that come from above.
+
+    The tensors that ctx holds may have been changed since: they are asked for only if grads, what the forward pass has
+    left, cannot be made the wanted ones.
+    """
+    (ce_weight, _, kd_weight, *_), temperature, *_ = ctx.settings
     both, *own = (0.0 if g is None else g.item() for g in gradients)
     terms = [(weight, both + g) for weight, g in zip((ce_weight, kd_weight), own, strict=True)]
     if grads is None or not multiplied(grads, {given for weight, given in terms if weight}):
-        grads = tensors[0].new_empty((1, *tensors[0].shape))
-        compute(*tensors, *(weight * given if weight else 0.0 for weight, given in terms), temperature, grads)
+        student, teacher, target = ctx.saved_tensors
+        grads = student.new_empty((1, *student.shape))
+        compute(
+            student,
+            teacher,
+            target,
+            *(weight * given if weight else 0.0 for weight, given in terms),
+            temperature,
+            grads,
+        )
     return grads[0]

@@ -31,14 +31,14 @@ def kd_terms(
     weights = [float(ce_weight), 0.0, float(kd_weight), 0.0, 0.0, 0.0]
     check_weights(weights, 2)
     settings = weights, temperature, 0.0, None, False, [True, False]
-    return _Terms.apply(settings, savable(student), savable(teacher.detach()), target)
+    return _FusedKD.apply(settings, savable(student), savable(teacher.detach()), target)
 
 
 def _on_cpu(student: Tensor) -> bool:
     return student.device.type == "cpu"
 
 
-class _Terms(torch.autograd.Function):
+class _FusedKD(torch.autograd.Function):
     """The first backward takes the gradient of the forward pass if that is what is wanted, or one factor makes it so.
 
     settings: weights of all terms, temperature, and so on, as the operation in logit_loss.py takes them.
@@ -49,7 +49,8 @@ class _Terms(torch.autograd.Function):
         ctx.settings = settings
         ctx.save_for_backward(student, teacher, target)
         ctx.set_materialize_grads(False)
-        if not _on_cpu(student):
+        ctx.on_cpu = _on_cpu(student)
+        if not ctx.on_cpu:
             loss, terms, _, ctx.grads = _forward([student, teacher], target, *settings, False)
             ce, _, kd = terms[0].unbind()
             return loss, ce, kd
@@ -64,27 +65,21 @@ class _Terms(torch.autograd.Function):
     def backward(ctx, *gradients):
         if torch.is_grad_enabled():
             raise RuntimeError("kd_loss has no second derivative; fastkd.kernels.kd_loss_reference has one")
-        tensors, grads = ctx.saved_tensors, taken(ctx)
-        by_value = _on_cpu(tensors[0]) and not torch.compiler.is_compiling()
-        return None, (gradient if by_value else _by_the_kernel)(ctx.settings, tensors, grads, *gradients), None, None
+        by_value, grads = ctx.on_cpu and plain(gradients), taken(ctx, gradients)
+        return None, (gradient if by_value else _by_the_kernel)(ctx, grads, gradients), None, None
 
 
-def _by_the_kernel(
-    settings: tuple,
-    tensors: tuple[Tensor, ...],
-    grads: Tensor | None,
-    loss: Tensor | None,
-    ce: Tensor | None,
-    kd: Tensor | None,
-) -> Tensor:
-    """On a GPU, and for compiled autograd: neither may ask a tensor for its value, and a compiler sees operators."""
-    student, teacher, target = tensors
-    left, terms = grads is not None, None
+def _by_the_kernel(ctx, grads: Tensor | None, gradients: tuple[Tensor | None, ...]) -> Tensor:
+    """The same where no tensor may be asked for its value: on a GPU, and where somebody watches, as compilers do."""
+    student, teacher, target = ctx.saved_tensors
+    (loss, ce, kd), left, terms = gradients, grads is not None, None
     if not (ce is None and kd is None):
         none = student.new_zeros((), dtype=accumulator([student, teacher]))
         terms = torch.stack([none if ce is None else ce, none, none if kd is None else kd, none, none, none]).view(2, 3)
+    elif loss is None:
+        return torch.zeros_like(student)
     if not left:
         grads = student.new_empty((1, *student.shape))
-    write = _logit_loss_backward if torch.compiler.is_compiling() else _write_gradients
-    write(grads, [student, teacher], target, *settings, loss, terms, left)
+    write = _write_gradients if plain((student, teacher, target, *gradients)) else _logit_loss_backward
+    write(grads, [student, teacher], target, *ctx.settings, loss, terms, left)
     return grads[0]

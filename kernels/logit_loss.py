@@ -118,7 +118,7 @@ def logit_loss(
     learns = [torch.is_grad_enabled() and z.requires_grad and any(weights[i * (H + 1) : (i + 1) * (H + 1)])
               for i, z in enumerate(heads)]  # fmt: skip
     settings = (weights, temperature, label_smoothing, ignore_index, standardize, learns, count_hits)
-    return LogitLoss(*_Fused.apply(settings, target, *map(savable, heads))[:3])
+    return LogitLoss(*_FusedLogitLoss.apply(settings, target, *map(savable, heads))[:3])
 
 
 def _compute(heads: list[Tensor]):
@@ -205,11 +205,11 @@ def _backward(ctx, loss_gradient, terms_gradient, *_):
     if loss_gradient is None and terms_gradient is None:
         return [None] * len(heads), *[None] * 8
     learns = ctx.settings[-1]
-    grads = taken(ctx)
+    grads = taken(ctx, (loss_gradient, terms_gradient))
     left = grads is not None
     if not left:
         grads = _empty_grads(heads, learns)
-    write = _write_gradients if plain((grads, *heads, target)) else _logit_loss_backward
+    write = _write_gradients if plain((*heads, target, loss_gradient, terms_gradient)) else _logit_loss_backward
     write(grads, heads, target, *ctx.settings, loss_gradient, terms_gradient, left)
     rows = iter(grads.unbind())
     gradients = [next(rows).to(head.dtype) if learner else None for head, learner in zip(heads, learns, strict=True)]
@@ -219,7 +219,7 @@ def _backward(ctx, loss_gradient, terms_gradient, *_):
 _logit_loss.register_autograd(_backward, setup_context=_setup)
 
 
-class _Fused(torch.autograd.Function):
+class _FusedLogitLoss(torch.autograd.Function):
     """What `logit_loss` goes through. Eagerly the first backward takes the gradients of the forward pass over in place.
 
     A compiler may run one backward graph twice over what it has saved, so for it the backward pass computes them, as

@@ -116,7 +116,7 @@ def _unlike(s: list[int], t: list[int]) -> str:
 def _distance(student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float) -> Tensor:
     learns = torch.is_grad_enabled() and student.requires_grad
     margin = None if margin is None else savable(margin.detach())
-    return _Fused.apply(student, savable(teacher.detach()), margin, float(weight), learns)
+    return _FusedMapDistance.apply(student, savable(teacher.detach()), margin, float(weight), learns)
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -190,11 +190,11 @@ def _backward(ctx, upstream, _=None):
     if upstream is None or not ctx.learns:
         return None, None, None, None, None
     student, teacher, margin = ctx.saved_tensors
-    grad = taken(ctx)
+    grad = taken(ctx, (upstream,))
     left = grad is not None
     if not left:
         grad = _empty_grad(student)
-    write = _write_gradient if plain((student, teacher, margin)) else _map_distance_backward
+    write = _write_gradient if plain((student, teacher, margin, upstream)) else _map_distance_backward
     write(grad, student, teacher, margin, ctx.weight, upstream, left)
     return grad, None, None, None, None
 
@@ -202,7 +202,7 @@ def _backward(ctx, upstream, _=None):
 _map_distance.register_autograd(_backward, setup_context=_setup)
 
 
-class _Fused(torch.autograd.Function):
+class _FusedMapDistance(torch.autograd.Function):
     """The same autograd, and eagerly the gradient that the forward pass has left is used: nobody else sees it here.
 
     A compiled backward may run twice and would find what it wrote: there it computes the gradient.

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd.kernels import (
@@ -16,26 +18,31 @@ from fastkd.kernels import (
 )
 from fastkd.kernels.map_distance import _map_distance
 
-LOSSES = {
-    "attention_transfer": lambda m, z, y: attention_transfer(m[0], m[1]),
-    "dist_loss": lambda m, z, y: dist_loss(z[0], z[1]),
-    "dkd_loss": lambda m, z, y: dkd_loss(z[0], z[1], y),
-    "factor_distance": lambda m, z, y: factor_distance(m[:1], m[1], [1.0]).loss,
-    "logit_loss": lambda m, z, y: logit_loss(z, y, [1.0, 0.0], [[0.0, 1.0], [0.0, 0.0]]).loss,
-    "logit_loss of two": lambda m, z, y: kd_loss(z[0], z[1], y).loss,
-    "map_distance": lambda m, z, y: hint_distance(m[0], m[1]),
-    "map_distance with a margin": lambda m, z, y: overhaul_distance(m[0], m[1], torch.full((3,), -1.0)),
+MAPS, LOGITS = (4, 3, 2, 2), (4, 5)
+LOSSES = {  # of a student, a teacher, and labels or a margin
+    "attention_transfer": (MAPS, lambda s, t, _: attention_transfer(s, t)),
+    "dist_loss": (LOGITS, lambda s, t, _: dist_loss(s, t)),
+    "dkd_loss": (LOGITS, lambda s, t, y: dkd_loss(s, t, y)),
+    "factor_distance": (MAPS, lambda s, t, _: factor_distance([s], t, [1.0]).loss),
+    "logit_loss": (LOGITS, lambda s, t, y: logit_loss([s, t], y, [1.0, 0.0], [[0.0, 1.0], [0.0, 0.0]]).loss),
+    "logit_loss of two": (LOGITS, lambda s, t, y: kd_loss(s, t, y).loss),
+    "map_distance": (MAPS, lambda s, t, _: hint_distance(s, t)),
+    "map_distance with a margin": (MAPS, lambda s, t, margin: overhaul_distance(s, t, margin)),
 }
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
-def gradients(name):
-    g = torch.Generator().manual_seed(0)
-    maps, logits = torch.randn(2, 4, 3, 2, 2, generator=g), torch.randn(2, 4, 5, generator=g)
-    student = [x[0].clone().requires_grad_() for x in (maps, logits)]
-    m, z = ([x, both[1]] for x, both in zip(student, (maps, logits), strict=True))
-    LOSSES[name](m, z, torch.tensor([0, 1, 2, 4])).backward()
-    return [x.grad for x in student if x.grad is not None]
+def case(name, device="cpu"):
+    """(the loss, its three arguments)"""
+    shape, loss = LOSSES[name]
+    student, teacher = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    third = torch.arange(4) if shape == LOGITS else torch.full((3,), -1.0)
+    return loss, student.clone().requires_grad_(), teacher, third.to(device)
+
+
+def gradient(name):
+    loss, student, *others = case(name)
+    return torch.autograd.grad(loss(student, *others), student)[0]
 
 
 class Watch(TorchDispatchMode):
@@ -44,17 +51,28 @@ class Watch(TorchDispatchMode):
         self.seen = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.add(function.name())
+        if function.namespace == "fastkd":
+            self.seen.add(function.name())
         return function(*args, **(kwargs or {}))
 
 
 @each_loss
 def test_who_watches_sees_the_operators(name):
     with Watch() as watch:
-        watched = gradients(name)
+        watched = gradient(name)
     op = "fastkd::" + name.split()[0]
-    assert {seen for seen in watch.seen if seen.startswith("fastkd::")} == {op, op + "_backward"}
-    torch.testing.assert_close(watched, gradients(name))
+    assert watch.seen == {op, op + "_backward"}
+    torch.testing.assert_close(watched, gradient(name))
+
+
+@each_loss
+def test_who_watches_the_backward_pass_alone_sees_its_operator(name):
+    loss, student, *others = case(name)
+    value = 2 * loss(student, *others)
+    with Watch() as watch:
+        watched = torch.autograd.grad(value, student)[0]
+    assert watch.seen == {"fastkd::" + name.split()[0] + "_backward"}
+    torch.testing.assert_close(watched, 2 * gradient(name))
 
 
 @each_loss
@@ -63,4 +81,60 @@ def test_an_eager_call_takes_no_way_through_the_operators(name, monkeypatch):
         raise AssertionError(f"{op} was called")
 
     monkeypatch.setattr(type(_map_distance), "__call__", refuse)
-    assert gradients(name)
+    assert gradient(name).abs().sum() > 0
+
+
+@each_loss
+def test_a_tracer_before_dispatch_sees_the_operator(name):
+    loss, student, *others = case(name)
+    graph = make_fx(lambda x: loss(x, *others), pre_dispatch=True)(student.detach()).graph
+    assert f"fastkd.{name.split()[0]}.default" in [str(node.target) for node in graph.nodes]
+
+
+@each_loss
+def test_tensors_without_data(name):
+    loss, student, *others = case(name, "meta")
+    value = loss(student, *others)
+    assert value.shape == () and value.is_meta
+    assert torch.autograd.grad(value, student)[0].shape == student.shape
+
+
+class Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+@each_loss
+def test_nothing_from_above_is_no_gradient(name):
+    loss, student, *others = case(name)
+    Stop.apply(loss(student, *others)).backward()
+    assert student.grad is None or not student.grad.any()
+
+
+@each_loss
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_subclass_from_above(name):
+    loss, student, *others = case(name)
+    two = TwoTensor(torch.tensor(2.0), torch.tensor(2.0))
+    got = torch.autograd.grad(loss(student, *others) * two, student)[0]
+    torch.testing.assert_close(got.a if isinstance(got, TwoTensor) else got, 2 * gradient(name))
+
+
+@pytest.mark.parametrize("name", ["attention_transfer", "dist_loss"])
+def test_a_batch_of_gradients(name):
+    loss, student, *others = case(name)
+    value = loss(student, *others)
+    batch = torch.autograd.grad(value, student, torch.tensor([1.0, 2.0]), is_grads_batched=True)[0]
+    torch.testing.assert_close(batch, torch.stack([gradient(name), 2 * gradient(name)]))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_dist_of_a_batch_of_batches():
+    loss, student, teacher, _ = case("dist_loss")
+    two = torch.func.vmap(dist_loss)(torch.stack([student, 2 * student]), torch.stack([teacher, teacher]))
+    torch.testing.assert_close(two, torch.stack([dist_loss(student, teacher), dist_loss(2 * student, teacher)]))

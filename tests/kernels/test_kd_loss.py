@@ -310,3 +310,30 @@ def test_bad_settings(change, words, learns):
     given = {"student": student.requires_grad_(learns), "teacher": teacher, "target": target} | change
     with pytest.raises(ValueError, match=words):
         kd_loss(**given)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_on_the_cpu_the_logits_may_be_changed_after_the_call(changed):
+    given = list(batch(4, 6))
+    want = independent(*given)[2]
+    leaf = given[0].requires_grad_()
+    given[0] = leaf * 1
+    loss = kd_loss(*given).loss
+    with torch.no_grad():
+        given[changed].zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0].double(), want, rtol=2e-5, atol=1e-6)
+
+
+def test_nothing_from_above_is_no_gradient(way):
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *terms):
+            return sum(terms)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None, None, None
+
+    z_s, z_t, y = (x.to(way) for x in batch(4, 6))
+    Stop.apply(*kd_loss(z_s.requires_grad_(), z_t, y)[:3]).backward()
+    assert z_s.grad is None or not z_s.grad.any()

@@ -142,7 +142,7 @@ MUTATIONS = [
     ("kd_loss_eager", "(ce + kd, ce, kd)", "(ce + kd, kd, ce)"),
     ("kd_loss_cpu", "both + g", "g"),
     ("kd_loss_cpu", "weight * given if", "weight if"),
-    ("kd_loss_eager", "taken(ctx)", "ctx.grads"),
+    ("kd_loss_eager", "taken(ctx, gradients)", "ctx.grads"),
     ("kd_loss_cpu", "or not multiplied(", "or multiplied("),
     ("kd_loss_eager", "ce, _, kd = terms[0].unbind()", "kd, _, ce = terms[0].unbind()"),
     ("kd_loss_eager", "loss, terms, left)", "loss, None, left)"),
