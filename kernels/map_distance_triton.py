@@ -92,7 +92,7 @@ def launch(
     period, inner = (C // unit, 1) if last else (C * H * W // unit, max(1, H * W // unit))
     margin = margin if margin is None else margin.contiguous()
     partials, value = (
-        torch.empty(shape, dtype=torch.float32, device=device) if forward else None for shape in ((grid, 1), (1,))
+        torch.empty(shape, dtype=torch.float32, device=device) if forward else None for shape in ((grid, 1), ())
     )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _kernel[(grid,)](
@@ -100,4 +100,4 @@ def launch(
             units, max(1, period), inner, grid * block % max(1, period), scale,
             LAST=last, SKIP_ONE=skip_one, UNIT=unit, BLOCK=block, ROWS=256, enable_fp_fusion=True, num_warps=warps,
         )  # fmt: skip
-    return value[0] if forward else None
+    return value

@@ -99,6 +99,15 @@ def test_tensors_without_data(name):
     assert torch.autograd.grad(value, student)[0].shape == student.shape
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@each_loss
+def test_a_loss_may_be_changed_in_place(name, device):
+    loss, student, *others = case(name, device)
+    value = loss(student, *others)
+    value /= 4
+    torch.testing.assert_close(torch.autograd.grad(value, student)[0].cpu(), gradient(name) / 4)
+
+
 class Stop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
