@@ -43,12 +43,6 @@ def gradient(ctx, grads: Tensor | None, gradients: tuple[Tensor | None, ...]) ->
     if grads is None or not multiplied(grads, {given for weight, given in terms if weight}):
         student, teacher, target = ctx.saved_tensors
         grads = student.new_empty((1, *student.shape))
-        compute(
-            student,
-            teacher,
-            target,
-            *(weight * given if weight else 0.0 for weight, given in terms),
-            temperature,
-            grads,
-        )
+        weights = [weight * given if weight else 0.0 for weight, given in terms]
+        compute(student, teacher, target, *weights, temperature, grads)
     return grads[0]
