@@ -86,7 +86,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def logits(
     heads: int, learners: int, N: int, C: int, dtype=torch.bfloat16, backward=False, **options
 ) -> Callable[[], None]:
-    from fastkd.kernels.logit_loss_triton import launch
+    from fastkd.kernels.gpu.logit_loss import launch
 
     dense = heads > 2 or learners > 1
     half = heads // 2

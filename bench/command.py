@@ -9,7 +9,7 @@ import torch
 from fastkd.bench.cases import cases
 from fastkd.bench.common import write_json
 from fastkd.bench.report import COLUMNS, choose, draw, heading, losses, notes, rows
-from fastkd.bench.screen import say, show_table
+from fastkd.bench.screen import log_rank0, show_table
 from fastkd.errors import UserError
 
 
@@ -23,7 +23,7 @@ def run(part: str, quick: bool, plot: str, json: str) -> None:
     for flag, file in (("--plot", plot), ("--json", json)):
         if file:
             make_room(flag, Path(file))
-    measured = losses(chosen, device, quick, say)
+    measured = losses(chosen, device, quick, log_rank0)
     show(measured)
     if plot:
         draw(measured, Path(plot))
@@ -32,10 +32,10 @@ def run(part: str, quick: bool, plot: str, json: str) -> None:
 
 
 def show(measured: dict) -> None:
-    say(heading(measured))
+    log_rank0(heading(measured))
     show_table(COLUMNS, [row for record in measured["cases"] for row in rows(record)], numbers=5)
     for note in notes(measured):
-        say(note)
+        log_rank0(note)
 
 
 def names(device: torch.device) -> str:

@@ -13,10 +13,10 @@ import torch
 from fastkd.bench.command import asked_file
 from fastkd.bench.common import commit, environment, load_average, write_json
 from fastkd.bench.pair import Pair, settle
-from fastkd.bench.screen import say
+from fastkd.bench.screen import log_rank0
 from fastkd.engine.precision import Precision
 from fastkd.engine.teacher import FORMS, try_forms
-from fastkd.methods import Frozen
+from fastkd.methods.base import FrozenTeacher
 from fastkd.models import create_model
 
 NETWORKS = ["resnet56", "wrn_40_2", "wrn_28_10", "vgg13", "torchvision/resnet18", "torchvision/resnet34"]
@@ -34,7 +34,9 @@ def measure(name: str, device: torch.device) -> dict[str, dict]:
     torch.manual_seed(0)
     net = create_model(name, pair.classes).to(device, memory_format=torch.channels_last)
     settle(net, images[:32].float())
-    runs = [try_forms(Frozen(net), images, "auto", Precision("auto", device), tapped=False) for _ in range(TRIES)]
+    runs = [
+        try_forms(FrozenTeacher(net), images, "auto", Precision("auto", device), tapped=False) for _ in range(TRIES)
+    ]
     times = [statistics.median(run[place].milliseconds for run in runs) for place in range(len(runs[0]))]
     return {
         form.name: {"reason": form.reason} if form.reason else {"ms": ms, "ratio": times[0] / ms, "error": form.error}
@@ -56,7 +58,7 @@ def main() -> None:
     path = asked_file(__doc__)
     device, load, found = torch.device("cuda" if torch.cuda.is_available() else "cpu"), load_average(), {}
     for name in NETWORKS:
-        say(name)
+        log_rank0(name)
         found[name] = measure(name, device)
     print(table(found))
     if path:

@@ -34,7 +34,7 @@ from fastkd.bench.gate_report import report
 from fastkd.bench.measure import first_line
 from fastkd.bench.pair import CIFAR, IMAGENET, Pair
 from fastkd.bench.report import losses
-from fastkd.bench.screen import say
+from fastkd.bench.screen import log_rank0
 from fastkd.bench.step import measure_step
 from fastkd.bench.step_report import show_step
 
@@ -69,7 +69,7 @@ def main() -> int:
     jobs += [("forms", name, partial(measure, name, device)) for name in NETWORKS]
     jobs.append(("accuracy", "fashion", partial(run_accuracy, args.fashion, path, end)))
     status = work_off(jobs, record, path, end)
-    say(f"{said(status, record)}; {path}")
+    log_rank0(f"{said(status, record)}; {path}")
     return status
 
 
@@ -99,7 +99,7 @@ def work_off(jobs: list[Job], record: dict, path: Path, end: float) -> int:
             continue
         if ran and time.perf_counter() + expected(record, kind) > end:
             return 3
-        say(f"{kind}: {name}")
+        log_rank0(f"{kind}: {name}")
         start = time.perf_counter()
         keep(record, kind, name, attempt(work))
         if not record[kind].get(name, {}).get("unfinished"):
@@ -147,13 +147,13 @@ def run_tests(words: list[str]) -> dict:
     start = time.perf_counter()
     run = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     tail = (run.stdout + run.stderr).strip().splitlines()[-40:] or ["printed nothing"]
-    say(f"pytest {' '.join(words)}: {tail[-1]}")
+    log_rank0(f"pytest {' '.join(words)}: {tail[-1]}")
     seconds = round(time.perf_counter() - start, 1)
     return {"command": " ".join(command[1:]), "status": run.returncode, "seconds": seconds, "output": tail}
 
 
 def run_step(pair: Pair, device: torch.device, quick: bool) -> dict:
-    found = measure_step(pair, device, quick, not quick, say)
+    found = measure_step(pair, device, quick, not quick, log_rank0)
     show_step(found)
     return found
 

@@ -17,7 +17,7 @@ from fastkd.bench.common import commit, environment, write_json
 from fastkd.bench.contenders import as_published, by_hand, options
 from fastkd.bench.count import counted
 from fastkd.bench.pair import CIFAR, IMAGENET, Pair
-from fastkd.bench.screen import say
+from fastkd.bench.screen import log_rank0
 from fastkd.engine import Step, choose_form
 from fastkd.methods.base import Method
 
@@ -58,7 +58,7 @@ def main() -> None:
     path = asked_file(__doc__)
     pairs = {}
     for pair in (*CIFAR, *IMAGENET):
-        say(pair.name)
+        log_rank0(pair.name)
         pairs[pair.name] = count(pair)
     print(table(pairs))
     if path:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError
 from fastkd.methods import find_method
-from fastkd.methods.base import Method, Run
+from fastkd.methods.base import Method, RunContext
 from fastkd.models import create_model
 
 CYCLE = 4  # steps that are gone through in turn, where a method draws something for each
@@ -80,7 +80,7 @@ class Pair:
             settle(teacher, images[:SETTLE].float())
         torch.manual_seed(0)
         method = kind(student, teacher, _cheap(kind), peers).to(device, memory_format=torch.channels_last)
-        method.prepare(Batches(images[:SETTLE].float(), target[:SETTLE]), Run(100, 1000, (50.0,), device=device))
+        method.prepare(Batches(images[:SETTLE].float(), target[:SETTLE]), RunContext(100, 1000, (50.0,), device=device))
         return method.train()
 
     def _network(self, option: str, name: str, number: int = 0) -> nn.Module:

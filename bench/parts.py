@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fastkd.bench.common import summary
 from fastkd.engine import Step
 from fastkd.losses.base import Loss
-from fastkd.methods.base import Forwards, Frozen, Method
+from fastkd.methods.base import ForwardCache, FrozenTeacher, Method
 
 PARTS = {
-    "data": "the batch from (on CUDA: pinned) host memory into the step's inputs, and the mixer",
+    "data": "the batch from (on CUDA: pinned) host memory into the step's inputs, and the mixup",
     "teacher": "its forward pass",
     "student": "forward passes of the networks that learn; with the teacher's blocks in iakd",
     "added": "forward passes of what the method adds: bridge, auxiliary heads, encoders",
@@ -59,7 +59,7 @@ class Marks:
         self.stamps.append((moment, self.inside[-1] if self.inside else None))
 
 
-class TimedForwards(Forwards):
+class TimedForwardCache(ForwardCache):
     """The memo of a step, which says when which network runs."""
 
     def __init__(self, images: Tensor, views: dict, marks: Marks):
@@ -69,7 +69,7 @@ class TimedForwards(Forwards):
     def _run(self, net: nn.Module):
         if net in self._memo:
             return super()._run(net)
-        with self.marks.part("teacher" if isinstance(net, Frozen) else "student"):
+        with self.marks.part("teacher" if isinstance(net, FrozenTeacher) else "student"):
             return super()._run(net)
 
 
@@ -97,16 +97,16 @@ def watch(method: Method, marks: Marks) -> list:
     return hooks
 
 
-def run_parts(step: Step, mixer, host: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor], plan, marks: Marks):
+def run_parts(step: Step, mixup, host: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor], plan, marks: Marks):
     """As Step.__call__, in parts."""
     with marks.part("data"):
         for here, there in zip(inputs, host, strict=True):
             here.copy_(there, non_blocking=True)
-        images, target = mixer(*inputs, 0)
+        images, target = mixup(*inputs, 0)
     with marks.part("optimizer"):
         step.statistics.keep()
     with marks.part("loss"), step.precision.autocast():
-        terms = step.method.losses(TimedForwards(images, step.method.views_for(plan), marks), target, plan)
+        terms = step.method.losses(TimedForwardCache(images, step.method.staged_views_for(plan), marks), target, plan)
         loss = sum(terms.values())
     with marks.part("backward"):
         step.precision.scaler.scale(loss).backward()
@@ -115,7 +115,7 @@ def run_parts(step: Step, mixer, host: tuple[Tensor, Tensor], inputs: tuple[Tens
         step._update()
 
 
-def breakdown(step: Step, mixer, batch: tuple[Tensor, Tensor], steps: list[tuple], rounds: int) -> dict[str, dict]:
+def breakdown(step: Step, mixup, batch: tuple[Tensor, Tensor], steps: list[tuple], rounds: int) -> dict[str, dict]:
     """Milliseconds per step of every part, and of `whole`, the same step uncut, with the data; in turn."""
     device, marks = batch[0].device, Marks(batch[0].device)
     host = tuple(x.cpu().pin_memory() if device.type == "cuda" else x.clone() for x in batch)
@@ -124,7 +124,7 @@ def breakdown(step: Step, mixer, batch: tuple[Tensor, Tensor], steps: list[tuple
     for number in range(rounds + 1):
         hooks = watch(step.method, marks)
         for plan in plans:
-            run_parts(step, mixer, host, inputs, plan, marks)
+            run_parts(step, mixup, host, inputs, plan, marks)
         for hook in hooks:
             hook.remove()
         cut = marks.read()
@@ -133,7 +133,7 @@ def breakdown(step: Step, mixer, batch: tuple[Tensor, Tensor], steps: list[tuple
             with whole.part("data"):
                 for here, there in zip(inputs, host, strict=True):
                     here.copy_(there, non_blocking=True)
-                step(*mixer(*inputs, 0), plan)
+                step(*mixup(*inputs, 0), plan)
         cut["whole"] = whole.read()["data"]
         for name, milliseconds in cut.items() if number else ():  # the first round warms up
             found[name].append(milliseconds / len(plans))

@@ -1,10 +1,10 @@
 """What is printed; plainly where rich, which fastkd's own report needs, is not installed."""
 
 try:
-    from fastkd.report import say, show_table
+    from fastkd.report import log_rank0, show_table
 except ImportError:
 
-    def say(message: str) -> None:
+    def log_rank0(message: str) -> None:
         print(message, flush=True)
 
     def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0) -> None:
@@ -12,7 +12,7 @@ except ImportError:
         for row in [columns, *rows]:
             cells = (str(cell).rjust if place >= len(columns) - numbers else str(cell).ljust
                      for place, cell in enumerate(row))  # fmt: skip
-            say("  ".join(align(width) for align, width in zip(cells, widths, strict=True)))
+            log_rank0("  ".join(align(width) for align, width in zip(cells, widths, strict=True)))
 
 
-__all__ = ["say", "show_table"]
+__all__ = ["log_rank0", "show_table"]

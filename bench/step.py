@@ -14,11 +14,11 @@ from fastkd.bench.common import commit, environment, load_average, write_json
 from fastkd.bench.contenders import makers, options
 from fastkd.bench.pair import Pair, cycle
 from fastkd.bench.parts import breakdown
-from fastkd.bench.screen import say
+from fastkd.bench.screen import log_rank0
 from fastkd.bench.step_report import draw_step, show_step
 from fastkd.bench.step_times import compare, crowded, prepared, release, time_steps
 from fastkd.engine import Step
-from fastkd.engine.mix import Mixer
+from fastkd.engine.mixup import Mixup
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError
 from fastkd.methods.base import Method
@@ -35,8 +35,8 @@ def measure_step(pair: Pair, device: torch.device, quick: bool, compiled: bool, 
     steps, record = cycle(method), about(pair, device, load)
     record |= {"quick": quick, "compiled": compiled, "steps_in_turn": len(steps)}
     tell(f"{pair.name}: parts of a step")
-    mixer = Mixer(0.0, 0.0, 0.0, pair.classes)
-    record["parts"] = breakdown(own_step(method, device), mixer, batch, steps, 3 if quick else 10)
+    mixup = Mixup(0.0, 0.0, 0.0, pair.classes)
+    record["parts"] = breakdown(own_step(method, device), mixup, batch, steps, 3 if quick else 10)
     ways = makers(method, batch, compiled)
     with torch._dynamo.config.patch(recompile_limit=64):  # a method that draws has as many graphs as paths
         record["contenders"] = measure_ways(ways, batch, steps, QUICK if quick else FULL, pair.name, tell)
@@ -113,7 +113,7 @@ def run(pair: Pair, quick: bool, compiled: bool, json: str, plot: str, trace_fil
     for flag, file in files.items():
         if file:
             make_room(flag, Path(file))
-    measured = measure_step(pair, device, quick, compiled or device.type == "cuda" and not quick, say)
+    measured = measure_step(pair, device, quick, compiled or device.type == "cuda" and not quick, log_rank0)
     show_step(measured)
     if plot:
         draw_step(measured, Path(plot))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastkd.bench.contenders import BOUNDS
 from fastkd.bench.parts import PARTS
-from fastkd.bench.screen import say, show_table
+from fastkd.bench.screen import log_rank0, show_table
 
 PART_COLUMNS = ["part of a step", "what", "ms", "%"]
 BUSY = 1.5  # 80th over 20th percentile
@@ -110,11 +110,11 @@ def heading(record: dict) -> str:
 
 
 def show_step(record: dict) -> None:
-    say(heading(record))
+    log_rank0(heading(record))
     show_table(PART_COLUMNS, part_rows(record), numbers=2)
     show_table(columns(record), rows(record), numbers=len(columns(record)) - 1)
     for note in notes(record):
-        say(note)
+        log_rank0(note)
 
 
 def markdown(record: dict) -> str:

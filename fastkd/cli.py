@@ -45,7 +45,7 @@ def main() -> None:
         if "torch" in sys.modules:
             from . import distributed
 
-            distributed.stop()
+            distributed.destroy()
 
 
 def dispatch(arguments: list[str]) -> None:
@@ -191,12 +191,12 @@ Peers: networks that learn beside the student, by default one of its kind.
 
 def methods(arguments: list[str]) -> None:
     from .methods import METHODS
-    from .report import say, show_table
+    from .report import log_rank0, show_table
 
     _take_none(arguments, "methods", "The methods by name, with their papers and what they need. No options.")
     rows = [[name, kind.__doc__.splitlines()[0], kind.paper or "-", _needs(kind)] for name, kind in METHODS.items()]
     show_table(["method", "what it is", "paper", "needs"], rows)
-    say(SUMS)
+    log_rank0(SUMS)
 
 
 def _needs(kind: type) -> str:

@@ -60,9 +60,9 @@ class NetworkOptions:
             raise UserError(f"--teacher-epochs must not be negative, got {self.teacher_epochs}")
 
 
-def parse(arguments: list[str], say: Callable[[str], None] = print):
+def parse(arguments: list[str], log: Callable[[str], None] = print):
     """The effective configuration: sections run, networks, method, data, train. `say` gets a line for each choice."""
-    sources = _sources(arguments, say)
+    sources = _sources(arguments, log)
     method = last_value("method", arguments) or _from(sources, "method") or RunOptions.method
     find_method(method)  # or UserError
     typed = {name_of(flag): words for flag, words in groups(arguments)}
@@ -99,7 +99,7 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _sources(arguments: list[str], say: Callable[[str], None]) -> list[tuple[str, dict]]:
+def _sources(arguments: list[str], log: Callable[[str], None]) -> list[tuple[str, dict]]:
     """The recipe's and the file's options, each with the name of where it is from."""
     recipe, path = last_value("recipe", arguments), last_value("config", arguments)
     files = [(f"--config {path}", _read_yaml(Path(path)))] if path else []
@@ -111,7 +111,7 @@ def _sources(arguments: list[str], say: Callable[[str], None]) -> list[tuple[str
     recipe = recipe or _from(files, "recipe") or ("digits" if data == "digits" and not path else "")
     if not recipe:
         return files
-    return [(f"--recipe {recipe}", _stretched(recipe, files, arguments, say)), *files]
+    return [(f"--recipe {recipe}", _stretched(recipe, files, arguments, log)), *files]
 
 
 def _started_run(out: str) -> Path:
@@ -124,7 +124,7 @@ def _started_run(out: str) -> Path:
     return path
 
 
-def _stretched(recipe: str, files: list, arguments: list[str], say: Callable[[str], None]) -> dict:
+def _stretched(recipe: str, files: list, arguments: list[str], log: Callable[[str], None]) -> dict:
     """The recipe over the epochs that were asked for: as it stands, its warm-up may be longer than a short run."""
     values = _recipe(recipe)
     epochs = last_value("epochs", arguments) or _from(files, "epochs")
@@ -135,7 +135,7 @@ def _stretched(recipe: str, files: list, arguments: list[str], say: Callable[[st
     factor = int(epochs) / values["epochs"]
     times = {name: _times(values[name], factor) for name in names}
     changes = ", ".join(f"{name} {_shown(values[name])} -> {_shown(times[name])}" for name in names)
-    say(f"recipe {recipe}, made for {values['epochs']} epochs, over {epochs}: {changes}")
+    log(f"recipe {recipe}, made for {values['epochs']} epochs, over {epochs}: {changes}")
     return values | times
 
 

@@ -44,18 +44,18 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def stop() -> None:
+def destroy() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until every process has come here."""
     if world_size() > 1:
         dist.barrier()
 
 
-def total(counts: Tensor) -> Tensor:
+def all_reduce_sum(counts: Tensor) -> Tensor:
     """The sum over all processes."""
     counts = counts.clone()
     if world_size() > 1:
@@ -106,6 +106,6 @@ def rank_zero_first():
     """Rank 0 does the block, then the others: what it writes is there for them."""
     if rank() == 0:
         yield
-    wait()
+    barrier()
     if rank() != 0:
         yield

@@ -21,7 +21,7 @@ def evaluate(net: nn.Module, loader, precision: Precision) -> dict[str, float]:
             logits = net(images)
         counts += hits(logits, target)
     net.train(training)
-    loss, top1, top5, images = distributed.total(counts).tolist()
+    loss, top1, top5, images = distributed.all_reduce_sum(counts).tolist()
     if not images:
         raise ValueError("the evaluation loader gave no images")
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}

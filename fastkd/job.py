@@ -20,9 +20,9 @@ from .engine.teacher import check_form
 from .errors import UserError
 from .evaluate import evaluate, speed
 from .methods import find_method
-from .methods.base import NoOptions, Run
+from .methods.base import NoOptions, RunContext
 from .models import create_model, load_weights
-from .report import board_class, say, show_table
+from .report import board_class, log_rank0, show_table
 from .train import Result, Trainer, describe
 
 
@@ -34,7 +34,7 @@ def run(config, notes: Sequence[str] = ()) -> Result:
     torch.backends.cudnn.benchmark = True  # one image size: cuDNN times its algorithms once
     job = Job(config)
     for note in notes:
-        say(note)
+        log_rank0(note)
     job.claim()
     try:
         return job.work()
@@ -58,7 +58,7 @@ class Job:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             dtype=self.precision.dtype,
-            say=say,
+            log=log_rank0,
         )
         self.first_epoch = self.train_loader.state_dict()
         self.student = self._network(self.names.student, self.names.student_weights)
@@ -73,7 +73,7 @@ class Job:
         # What does not fit the method, networks or schedule, is an error now, before a teacher is trained for it.
         trial = kind(*copy.deepcopy((self.student, self.teacher, self.config.method, self.peers)))
         options = config.train
-        trial.check(Run(options.epochs, len(self.train_loader), options.drops, options.seed, self.device))
+        trial.check(RunContext(options.epochs, len(self.train_loader), options.drops, options.seed, self.device))
         check_form(trial, options.teacher_form)
         check_compile(trial, options)
         check_graph(options.graph, options, self.device, distributed.world_size())
@@ -86,7 +86,7 @@ class Job:
         self.out = Path(out)
         self.config = replace(self.config, train=replace(options, out=str(out)))
         if options.resume and not (self.out / "last.pt").exists():
-            say(f"--resume: {out} has no checkpoint of the student yet; its training starts from the beginning")
+            log_rank0(f"--resume: {out} has no checkpoint of the student yet; its training starts from the beginning")
         if distributed.rank() == 0:
             checkpoint.claim_folder(self.out, flat(self.config), options.resume)
 
@@ -97,7 +97,7 @@ class Job:
             self.train_alone()
         result = self.distill()
         show_table(["", "network", "top-1 %", "parameters", "inference img/s"], self.rows, numbers=3)
-        say(f"everything is in {self.out}")
+        log_rank0(f"everything is in {self.out}")
         return result
 
     def prepare_teacher(self) -> None:
@@ -106,27 +106,27 @@ class Job:
             self._find_or_train_teacher()
         top1 = self._add_row("teacher", self.names.teacher, self.teacher)
         chance = 100 / len(self.val_loader.classes)
-        say(f"teacher {self.names.teacher}: top-1 {top1:.2f} % on the validation images")
+        log_rank0(f"teacher {self.names.teacher}: top-1 {top1:.2f} % on the validation images")
         if top1 < chance + 0.1 * (100 - chance):
             reason = (
                 "Its weights, the order of the classes or the normalisation (--mean, --std) do not fit this data"
                 if self.names.teacher_weights
                 else f"It was trained for too short a time (--teacher-epochs {self.names.teacher_epochs})"
             )
-            say(
+            log_rank0(
                 f"WARNING: the teacher's top-1 is {top1:.2f} % and chance is {chance:.2f} %. {reason}; "
                 "the student will learn noise."
             )
 
     def train_alone(self) -> None:
-        say(f"student {self.names.student}: alone, for comparison")
+        log_rank0(f"student {self.names.student}: alone, for comparison")
         net = self._network(self.names.student, self.names.student_weights)
         _, trainer = self._fit(self._part(self.names.student, self.config.train, "alone"), net)
         self._add_row("student alone", self.names.student, trainer.network)
 
     def distill(self) -> Result:
         name = self.config.run.method
-        say(f"student {self.names.student}: {name}" + (f" from {self.names.teacher}" if self.teacher else ""))
+        log_rank0(f"student {self.names.student}: {name}" + (f" from {self.names.teacher}" if self.teacher else ""))
         result, trainer = self._fit(self.config, self.student, self.teacher, self.peers)
         kinds = {"student": self.names.student, "improved_teacher": self.names.teacher}
         kinds |= {f"peer{number}": peer for number, peer in enumerate(self.names.peers, 1)}
@@ -147,9 +147,9 @@ class Job:
         config = self._part(self.names.teacher, self.config.train.stretched(self.names.teacher_epochs), "teacher")
         found = distributed.from_rank_zero(self._finished_teacher, config)
         if found:
-            say(f"teacher {self.names.teacher}: trained before with these settings, taken from {found.parent}")
+            log_rank0(f"teacher {self.names.teacher}: trained before with these settings, taken from {found.parent}")
         else:
-            say(f"teacher {self.names.teacher}: training it first")
+            log_rank0(f"teacher {self.names.teacher}: training it first")
             found = self._fit(config, self.teacher)[0].student
         load_weights(self.teacher, found)  # what was saved, whether or not it was trained just now
 
@@ -231,11 +231,11 @@ def evaluate_weights(config, notes: Sequence[str] = ()) -> list[str]:
     """`fastkd eval`: the row of its table. `config.eval` is cli.EvalOptions, `config.data` DataOptions."""
     what, device = config.eval, distributed.device_for(config.eval.device)
     for note in notes:
-        say(note)
+        log_rank0(note)
     model = what.model or _network_of(Path(what.weights))
     world = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     precision = Precision(what.amp_dtype, device)
-    _, loader = create_loaders(config.data, device, **world, dtype=precision.dtype, say=say)
+    _, loader = create_loaders(config.data, device, **world, dtype=precision.dtype, log=log_rank0)
     net = create_model(model, len(loader.classes), what.weights)
     net.to(device, memory_format=torch.channels_last if what.channels_last else torch.contiguous_format)
     scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)

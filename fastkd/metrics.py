@@ -31,7 +31,7 @@ class Meter:
         if not self.sums:
             return {}
         every = torch.cat(list(self.sums.values()))
-        numbers = iter((distributed.total(every) if everywhere else every).tolist())
+        numbers = iter((distributed.all_reduce_sum(every) if everywhere else every).tolist())
         sums, weights = Counter(), Counter()  # by name: a name may be in several sets
         for names in self.sums:
             *of_set, weight = (next(numbers) for _ in range(len(names) + 1))

@@ -54,7 +54,7 @@ class Report:
     def epoch(self, history: list[dict]) -> None:
         """The line of the epoch, the history files, TensorBoard."""
         row = history[-1]
-        say(
+        log_rank0(
             f"epoch {row['epoch']:>3}/{self.config.epochs}  {terms_of(row)}{shares_of(row)}  "
             f"top-1 {row['top1']:.2f} %  val loss {row['val_loss']:.4f}  lr {row['lr']:.4g}  "
             f"{row['img_per_s']:,.0f} img/s"
@@ -128,7 +128,7 @@ class Bar:
 
 def track(steps: Sequence, title: str) -> Iterable:
     """`steps` with a bar of their own, for what a method does before the first epoch."""
-    say(title)
+    log_rank0(title)
     screen = console()
     columns = [
         TextColumn("{task.description}"),
@@ -168,7 +168,7 @@ def console() -> Console:
     return Console(quiet=distributed.rank() != 0)
 
 
-def say(message: str) -> None:
+def log_rank0(message: str) -> None:
     console().print(message, highlight=False, markup=False, soft_wrap=True)
 
 

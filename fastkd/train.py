@@ -1,4 +1,4 @@
-"""The loop: loader -> mixer -> step, then evaluation, checkpoint and report. Everything else is one call away.
+"""The loop: loader -> mixup -> step, then evaluation, checkpoint and report. Everything else is one call away.
 
 result = Trainer(KD(student, teacher), train_loader, val_loader, TrainOptions(epochs=10)).fit()
 """
@@ -12,13 +12,13 @@ import torch
 from . import checkpoint, distributed
 from .engine import Schedule, Step, TrainOptions, choose_form, graphed
 from .engine.launch import check_compile
-from .engine.mix import Mixer
+from .engine.mixup import Mixup
 from .engine.precision import cast_frozen
 from .engine.teacher import check_form
 from .errors import UserError
 from .evaluate import evaluate
-from .methods.base import Method, Run
-from .report import Bar, Report, say, track
+from .methods.base import Method, RunContext
+from .report import Bar, Report, log_rank0, track
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Trainer:
         self.step = Step(method, config, self.device)
         self.schedule = Schedule(config, self.step.optimizer)
         alphas = (config.mixup, config.cutmix, config.smoothing)
-        self.mixer = Mixer(*alphas, len(train_loader.classes), config.seed, distributed.rank())
+        self.mixup = Mixup(*alphas, len(train_loader.classes), config.seed, distributed.rank())
         self.data = describe(train_loader)
         self.report = Report(self.config, about or {}, self.data)
         self.epoch, self.history, self.form = 0, [], config.teacher_form
@@ -85,9 +85,9 @@ class Trainer:
             end = self.step.close()
             self._put_back()
         if end:
-            say(end)
+            log_rank0(end)
         self.report.finish(self.history, self.networks)
-        distributed.wait()  # the files are there for every process
+        distributed.barrier()  # the files are there for every process
         return Result(self.history, Path(self.config.out))
 
     def _train(self) -> None:
@@ -104,7 +104,7 @@ class Trainer:
         torch.manual_seed(options.seed + distributed.rank())
         self.method.prepare(
             self.train_loader,
-            Run(
+            RunContext(
                 options.epochs,
                 len(self.train_loader),
                 options.drops,
@@ -114,7 +114,7 @@ class Trainer:
                 self.step.precision.autocast,
                 partial(distributed.parallel, device=self.device),
                 track,
-                say,
+                log_rank0,
             ),
         )
         self.train_loader.load_state_dict(position)
@@ -129,11 +129,11 @@ class Trainer:
             self.train_loader.load_state_dict(position)
             self._choose_form(images)
             self._put_back = cast_frozen(self.method, images, self.step.precision)
-        self.step = graphed(self.step, self.config.graph, self.device, distributed.world_size(), say)
+        self.step = graphed(self.step, self.config.graph, self.device, distributed.world_size(), log_rank0)
 
     def _choose_form(self, images: torch.Tensor) -> None:
         if self.form != "plain":
-            choose = partial(choose_form, self.method, images, precision=self.step.precision, say=say)
+            choose = partial(choose_form, self.method, images, precision=self.step.precision, log=log_rank0)
             self.form = distributed.from_rank_zero(choose, self.form)
             if distributed.rank():
                 choose(self.form)
@@ -144,11 +144,11 @@ class Trainer:
         for number, (images, target) in enumerate(self.train_loader):
             done = self.epoch * len(self.train_loader) + number  # steps before this one, over the whole run
             lr = self.schedule.write(done / len(self.train_loader))
-            images, target = self.mixer(images, target, done)
+            images, target = self.mixup(images, target, done)
             for plan in self.method.plans(done):
                 self.step(images, target, plan)
             bar.advance(len(images), self.step.meter)
-        shares = self.method.shares(range(done + 1 - len(self.train_loader), done + 1))
+        shares = self.method.selection_rates(range(done + 1 - len(self.train_loader), done + 1))
         row = {"lr": lr, **self.step.meter.read(), **shares, **bar.rates()}
         self.step.meter.reset()
         self._stop_if_diverged()
@@ -196,7 +196,7 @@ class Trainer:
             raise UserError(f"{last} was written on other data: {state['data']}, now {self.data}")
         self.train_loader.load_state_dict(state["loaders"][distributed.rank()])
         self.step.load_state_dict(state)
-        say(f"resuming {self.config.out} after epoch {self.epoch} of {self.config.epochs}")
+        log_rank0(f"resuming {self.config.out} after epoch {self.epoch} of {self.config.epochs}")
         return True
 
     def _stop_if_diverged(self) -> None:
@@ -210,7 +210,7 @@ class Trainer:
                 f"the last good state is in {self.config.out}"
             )
         if bad:
-            say(f"warning: the gradient was not finite in {bad} of {steps} steps of epoch {self.epoch + 1}")
+            log_rank0(f"warning: the gradient was not finite in {bad} of {steps} steps of epoch {self.epoch + 1}")
 
 
 def _check_loaders(train_loader, val_loader) -> None:

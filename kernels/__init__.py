@@ -30,7 +30,7 @@ from .map_distance import (
     overhaul_distance,
     overhaul_distance_reference,
 )
-from .relation import rkd_loss, sp_loss
+from .relational import rkd_loss, sp_loss
 
 __all__ = [
     "attention_transfer",

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_transfer_triton import launch, launch_backward
 from .check import check_tensors
-from .dispatch import accumulator, plain, savable
+from .gpu.attention_transfer import launch, launch_backward
+from .op import accumulator, plain, savable
 
 
 def attention_transfer_reference(student: Tensor, teacher: Tensor, weight: float = 1.0) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .augment_cpu import check_boxes, closed_form
-from .augment_triton import launch
+from .cpu.augment import check_boxes, closed_form
+from .gpu.augment import launch
 
 
 def augment_reference(

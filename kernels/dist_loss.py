@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .check import check_logits
-from .dispatch import accumulator, plain, savable
-from .dist_loss_cpu import closed_form
-from .dist_loss_triton import launch, launch_backward
+from .cpu.dist_loss import closed_form
+from .gpu.dist_loss import launch, launch_backward
+from .op import accumulator, plain, savable
 
 
 def dist_loss_reference(

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_labels, check_logits, check_target
-from .dispatch import accumulator, plain, savable, taken
-from .dkd_loss_cpu import closed_form
-from .dkd_loss_triton import launch
+from .cpu.dkd_loss import closed_form
+from .gpu.dkd_loss import launch
+from .op import accumulator, plain, savable, taken
 
 
 def dkd_loss_reference(

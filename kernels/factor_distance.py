@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from .check import check_tensors
-from .dispatch import accumulator, plain, savable, taken
-from .factor_distance_cpu import closed_form
-from .factor_distance_triton import launch, launch_backward
-from .upstream_cpu import scaled
+from .cpu.factor_distance import closed_form
+from .cpu.grad_output import scaled
+from .gpu.factor_distance import launch, launch_backward
+from .op import accumulator, plain, savable, taken
 
 
 class FactorDistance(NamedTuple):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .check import check_labels, check_logits, check_settings, check_target, check_weights
-from .dispatch import accumulator, plain, savable, taken
-from .kd_loss_cpu import compute, gradient
+from .cpu.kd_loss import compute, gradient
 from .logit_loss import _forward, _logit_loss_backward, _write_gradients
+from .op import accumulator, plain, savable, taken
 
 
 def fits(student: Tensor, teacher: Tensor, target: Tensor) -> bool:

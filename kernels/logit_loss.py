@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_labels, check_logits, check_settings, check_target, check_weights
-from .dispatch import accumulator, plain, savable, taken
-from .logit_loss_cpu import closed_form
-from .logit_loss_triton import launch
-from .upstream_cpu import scaled
+from .cpu.grad_output import scaled
+from .cpu.logit_loss import closed_form
+from .gpu.logit_loss import launch
+from .op import accumulator, plain, savable, taken
 
 
 class LogitLoss(NamedTuple):

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_tensors
-from .dispatch import accumulator, plain, savable, taken
-from .map_distance_cpu import closed_form
-from .map_distance_triton import launch
+from .cpu.map_distance import closed_form
+from .gpu.map_distance import launch
+from .op import accumulator, plain, savable, taken
 
 
 def hint_distance_reference(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> Tensor:

@@ -60,7 +60,7 @@ def main(folder: str) -> None:
     result = Trainer(KD(student, Net(seed=9)), loader, val, options).fit()
     state = {"weights": student.state_dict(), "seen": loader.seen, "top1": result.top1}
     torch.save(state, f"{folder}/rank{distributed.rank()}.pt")
-    distributed.stop()
+    distributed.destroy()
 
 
 if __name__ == "__main__":

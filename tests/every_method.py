@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastkd import create_model
 from fastkd.data.digits import read_digits
-from fastkd.methods import METHODS, Frozen, Method, Run, find_method
+from fastkd.methods import METHODS, FrozenTeacher, Method, RunContext, find_method
 
 MORE = {
     "kd+dml": {},
@@ -103,12 +103,14 @@ def build(name: str, seed: int = 0, taught: bool = True) -> Method:
 
 def prepare(method: Method, folder=None, **run) -> None:
     torch.manual_seed(3)
-    method.prepare(Loader(), Run(**{"epochs": 10, "steps_per_epoch": 2, "drops": (4.0, 8.0), "folder": folder} | run))
+    method.prepare(
+        Loader(), RunContext(**{"epochs": 10, "steps_per_epoch": 2, "drops": (4.0, 8.0), "folder": folder} | run)
+    )
     method.train()
 
 
 def freeze_statistics(method: Method) -> None:
     """BatchNorm in eval mode: nothing couples the images of a batch, so that its gradient is the mean over parts."""
     for module in method.modules():
-        if isinstance(module, (_BatchNorm, Frozen)):
+        if isinstance(module, (_BatchNorm, FrozenTeacher)):
             module.eval()

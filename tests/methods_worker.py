@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
         except Exception as error:
             raise RuntimeError(f"method {name} in two processes") from error
         torch.save(state, folder / name / f"rank{distributed.rank()}.pt")
-    distributed.stop()
+    distributed.destroy()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from capture import Capture
 from every_method import batch, build, prepare
 
 from fastkd.engine import GraphedStep, Schedule, Step, TrainOptions
-from fastkd.engine.segments import SegmentedStep
+from fastkd.engine.partial_graphs import SegmentedStep
 
 CPU = torch.device("cpu")
 STEPS = 20

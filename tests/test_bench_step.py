@@ -19,12 +19,12 @@ from fastkd.bench.step import measure_step, own_step
 from fastkd.bench.step_report import best_baseline, columns, markdown, notes, ours, rows
 from fastkd.bench.step_times import compare, difference, prepared, time_steps
 from fastkd.engine import Step
-from fastkd.engine.mix import Mixer
+from fastkd.engine.mixup import Mixup
 from fastkd.errors import UserError
 from fastkd.methods import METHODS
 
 CPU = torch.device("cpu")
-NONE = Mixer(0.0, 0.0, 0.0, 10)
+NONE = Mixup(0.0, 0.0, 0.0, 10)
 
 
 def small(method: str) -> Pair:

@@ -112,8 +112,8 @@ def test_a_file_is_of_one_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_gate, "commit", lambda: "new")
     old = tmp_path / "2020-01-01-gate.json"
     old.write_text(json.dumps({"commit": "old", "quick": True, "seconds": {}}))
-    fresh = place(tmp_path, True)
-    assert fresh != old and not fresh.exists() and fresh.name.endswith("-gate.json")
+    reinit = place(tmp_path, True)
+    assert reinit != old and not reinit.exists() and reinit.name.endswith("-gate.json")
     old.write_text(json.dumps({"commit": "new", "quick": True, "seconds": {}}))
     assert place(tmp_path, True) == old and place(tmp_path, False) != old
 

@@ -407,10 +407,10 @@ def test_options_may_change_between_calls(name):
     (z, y), f = logits(4), maps(*[(5, 4, 3, 3)] * 2)
     for option, default in ((o.name, o.default) for o in inspect.signature(kind).parameters.values()):
         value = changed[option] if option in changed else 1.5 * default
-        loss, fresh = kind(), kind(**{option: value})
+        loss, reinit = kind(), kind(**{option: value})
         setattr(loss, option, value)
-        assert repr(loss) == repr(fresh)
-        assert torch.equal(called(loss, z, f, y), called(fresh, z, f, y))
+        assert repr(loss) == repr(reinit)
+        assert torch.equal(called(loss, z, f, y), called(reinit, z, f, y))
         assert not torch.equal(called(loss, z, f, y), called(kind(), z, f, y)), option
         if option != "standardize":
             with pytest.raises(ValueError, match=option):

@@ -83,11 +83,11 @@ def create_loaders(
     rank: int = 0,
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> tuple[Loader, Loader]:
     """The training and the evaluation loader: batches of `dtype` on `device`, this process's share of each epoch.
 
-    `say` gets one line for each choice made here. Raises UserError for data that cannot be trained on.
+    `log` gets one line for each choice made here. Raises UserError for data that cannot be trained on.
     """
     shard = {"seed": seed, "rank": rank, "world_size": world_size, "dtype": dtype}
     if options.data in ("digits", "synthetic"):
@@ -105,7 +105,7 @@ def create_loaders(
 
     train, val = scan_pair(options.data)
     loader = FolderLoader
-    if _choose(options, say) == "dali":
+    if _choose(options, log) == "dali":
         from .dali import DaliLoader as loader
     return tuple(loader(split, options, device, train=split is train, **shard) for split in (train, val))
 
@@ -118,7 +118,7 @@ def _reject_dali(options: DataOptions) -> None:
         )
 
 
-def _choose(options: DataOptions, say: Callable[[str], None]) -> str:
+def _choose(options: DataOptions, log: Callable[[str], None]) -> str:
     """The decoder of a folder, said aloud where the program chose it."""
     installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
     if options.loader == "dali" and not installed:
@@ -126,7 +126,7 @@ def _choose(options: DataOptions, say: Callable[[str], None]) -> str:
     if options.loader != "auto":
         return options.loader
     if installed:
-        say("data: decoding with NVIDIA DALI (it is installed; loader='folder' takes torchvision)")
+        log("data: decoding with NVIDIA DALI (it is installed; loader='folder' takes torchvision)")
         return "dali"
-    say("data: decoding with torchvision (NVIDIA DALI, which is faster, is not installed: pip install 'fastkd[dali]')")
+    log("data: decoding with torchvision (NVIDIA DALI, which is faster, is not installed: pip install 'fastkd[dali]')")
     return "folder"

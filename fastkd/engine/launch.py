@@ -9,18 +9,18 @@ from ..methods.base import Method
 from .graph import LARGEST, CudaGraph, GraphedStep
 from .optim import APEX
 from .options import TrainOptions
-from .segments import SegmentedStep, paths
+from .partial_graphs import SegmentedStep, paths
 from .step import Step
 
 
-def graphed(step: Step, wanted: str, device: torch.device, processes: int, say) -> Step | GraphedStep | SegmentedStep:
+def graphed(step: Step, wanted: str, device: torch.device, processes: int, log) -> Step | GraphedStep | SegmentedStep:
     """The step as `--graph` wants it. UserError for "on" where it cannot be."""
     if wanted == "off":
         return step
     check_graph(wanted, step.options, device, processes)
     if reason := why_not(step.options, device, processes):
         if device.type == "cuda":
-            say(f"steps run eagerly: {reason}")
+            log(f"steps run eagerly: {reason}")
         return step
     capturable(step)
     stream = torch.cuda.Stream(device)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..methods.base import Frozen, Method
+from ..methods.base import FrozenTeacher, Method
 
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -30,7 +30,7 @@ def cast_frozen(method: Method, images: Tensor, precision: Precision) -> Callabl
     is evaluated and saved keeps its weights: in SOKD a part of the teacher, unless a faster form runs in its place.
     Call what comes back to have the weights as they were.
     """
-    frozen = [module for module in method.modules() if isinstance(module, Frozen)]
+    frozen = [module for module in method.modules() if isinstance(module, FrozenTeacher)]
     saved = {module for net in method.networks().values() for module in net.modules()}
     layers = [layer for each in frozen for layer in each.net.modules() if type(layer) in (nn.Conv2d, nn.Linear)]
     weights = [(p, p.data) for layer in layers if layer not in saved for p in layer.parameters()]

@@ -9,11 +9,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from .. import distributed
 from ..methods.base import Method
 from ..metrics import Meter
+from .bn_snapshot import BatchNormSnapshot
 from .ema import Ema
 from .optim import can_skip, create_optimizer
 from .options import TrainOptions
 from .precision import Precision
-from .statistics import Statistics
 
 
 class Step:
@@ -25,10 +25,10 @@ class Step:
 
     def __init__(self, method: Method, options: TrainOptions, device: torch.device):
         self.method, self.options = method, options
-        self.statistics = Statistics(method)
+        self.statistics = BatchNormSnapshot(method)
         if options.compile:
             method.compile(dynamic=False)  # in place: names and weights stay
-        self.module = distributed.parallel(method, device, method.partial)
+        self.module = distributed.parallel(method, device, method.find_unused_parameters)
         self.optimizer = create_optimizer(method.param_groups(options.lr), options, device)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.precision = Precision(options.amp_dtype, device)

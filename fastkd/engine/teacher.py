@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..methods.base import Frozen, Method
+from ..methods.base import FrozenTeacher, Method
 from ..models import Staged, staged
-from .fold import FusedConvolution, folded, fused
+from .fuse_conv_bn import FusedConvolution, folded, fused
 from .precision import Precision
 
 FORMS = ("plain", "folded", "fused", "compiled")
@@ -27,7 +27,7 @@ ROUNDS = 5
 LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of a probability
 
 
-class Fast(nn.Module):
+class TeacherForm(nn.Module):
     """A form of a teacher in one number format: `features(images)` -> (logits, maps), as Staged; outside autocast."""
 
     def __init__(self, parts: list[nn.Module], dtype: torch.dtype, tapped: bool):
@@ -46,7 +46,7 @@ class Fast(nn.Module):
         return x, maps[1:-1] if self.tapped else []
 
 
-class Tried(NamedTuple):
+class FormResult(NamedTuple):
     """A form on one batch."""
 
     name: str
@@ -60,7 +60,7 @@ class Tried(NamedTuple):
     """Why it cannot be used."""
 
 
-def choose_form(method: Method, images: Tensor, wanted: str, precision: Precision, say: Callable[[str], None]) -> str:
+def choose_form(method: Method, images: Tensor, wanted: str, precision: Precision, log: Callable[[str], None]) -> str:
     """Put the `wanted` form (or with "auto" the fastest) of each teacher in place; says what was measured.
 
     UserError where the wanted one is not possible or wrong.
@@ -72,10 +72,10 @@ def choose_form(method: Method, images: Tensor, wanted: str, precision: Precisio
     for teacher, tapped in teachers.items():
         reason = _must_be_plain(method, teacher)
         if reason or wanted == "plain":
-            say(f"teacher form: plain{', ' + reason if reason else ''}")
+            log(f"teacher form: plain{', ' + reason if reason else ''}")
             continue
         tried = try_forms(teacher, images, wanted, precision, tapped)
-        chosen = _put_in_place(method, teacher, tried, wanted, say)
+        chosen = _put_in_place(method, teacher, tried, wanted, log)
     return chosen
 
 
@@ -89,38 +89,40 @@ def check_form(method: Method, wanted: str) -> None:
         raise UserError(f"--teacher-form {wanted}: {reason}; use --teacher-form auto or plain")
 
 
-def _is_tapped(teacher: Frozen, parts: list[Method]) -> bool:
+def _is_tapped(teacher: FrozenTeacher, parts: list[Method]) -> bool:
     """Whether a part asks for its maps; a form that was put in place before for its logits alone is no sign of it."""
-    return any(getattr(part.views[teacher], "tapped", True) for part in parts if teacher in part.views)
+    return any(getattr(part.staged_views[teacher], "tapped", True) for part in parts if teacher in part.staged_views)
 
 
-def _must_be_plain(method: Method, teacher: Frozen) -> str:
+def _must_be_plain(method: Method, teacher: FrozenTeacher) -> str:
     if not any(m.asks_teacher for m in method.modules() if isinstance(m, Method) and m.teacher is teacher):
         return "the method never runs the teacher as a whole"
     if teacher.batch_statistics:
         return "its BatchNorm takes the statistics of the batch"
-    views = [m.views[teacher] for m in method.modules() if isinstance(m, Method) and teacher in m.views]
-    if not all(isinstance(view, (Staged, Fast)) for view in views):
+    views = [m.staged_views[teacher] for m in method.modules() if isinstance(m, Method) and teacher in m.staged_views]
+    if not all(isinstance(view, (Staged, TeacherForm)) for view in views):
         return "the method needs its maps before the activation"
     return ""
 
 
-def _put_in_place(method: Method, teacher: Frozen, tried: list[Tried], wanted: str, say) -> str:
+def _put_in_place(method: Method, teacher: FrozenTeacher, tried: list[FormResult], wanted: str, log) -> str:
     for form in tried:
         figures = f"{form.milliseconds:8.2f} ms  error {form.error:.1e}  same top class {form.agreement:.1%}"
-        say(f"teacher form {form.name:9} {form.reason or figures}")
+        log(f"teacher form {form.name:9} {form.reason or figures}")
     usable = [form for form in tried if not form.reason and (wanted in ("auto", form.name))]
     if not usable:
         raise UserError(f"--teacher-form {wanted}: {tried[-1].reason}; use --teacher-form auto or plain")
     best = min(usable, key=lambda form: form.milliseconds)
-    say(f"teacher form: {best.name}")
+    log(f"teacher form: {best.name}")
     for part in (m for m in method.modules() if isinstance(m, Method) and m.teacher is teacher and best.view):
-        part.views[teacher] = best.view
+        part.staged_views[teacher] = best.view
     return best.name
 
 
 @torch.no_grad()
-def try_forms(teacher: Frozen, images: Tensor, wanted: str, precision: Precision, tapped: bool) -> list[Tried]:
+def try_forms(
+    teacher: FrozenTeacher, images: Tensor, wanted: str, precision: Precision, tapped: bool
+) -> list[FormResult]:
     """Every form that is asked for, on one batch; the plain one always."""
     names = FORMS if wanted == "auto" else ("plain", wanted)
     if wanted == "auto" and images.device.type != "cuda":
@@ -128,21 +130,21 @@ def try_forms(teacher: Frozen, images: Tensor, wanted: str, precision: Precision
     plain = staged(teacher.net) if tapped else teacher.net
     right = teacher.net(images.float()).float().softmax(1)
     views = {name: _built(name, teacher.net, images, precision.dtype, tapped) for name in names}
-    built = [name for name, view in views.items() if name == "plain" or isinstance(view, Fast)]
+    built = [name for name, view in views.items() if name == "plain" or isinstance(view, TeacherForm)]
     calls = {name: _call(name, views[name], plain, images, precision) for name in built}
     outputs = {name: call() for name, call in calls.items()}
     times = _timed(calls, images.device)
     tried = []
     for name, view in views.items():
         if name not in calls:
-            tried.append(Tried(name, None, float("nan"), float("nan"), float("nan"), f"not possible: {view}"))
+            tried.append(FormResult(name, None, float("nan"), float("nan"), float("nan"), f"not possible: {view}"))
             continue
         p = outputs[name].float().softmax(1)
         error, agreement = (p - right).abs().max().item(), (p.argmax(1) == right.argmax(1)).float().mean().item()
         limit, reason = LARGEST_ERROR[precision.dtype], ""
         if name != "plain" and not error <= limit:
             reason = f"refused: it differs by {error:.1e} in a probability, {limit:g} is allowed"
-        tried.append(Tried(name, view, times[name], error, agreement, reason))
+        tried.append(FormResult(name, view, times[name], error, agreement, reason))
     return tried
 
 
@@ -156,7 +158,7 @@ def _built(name: str, net: nn.Module, images: Tensor, dtype: torch.dtype, tapped
         if name == "fused":
             parts = [fused(part) for part in parts]
             _choose_layers(parts, images.to(dtype))
-        view = Fast(parts, dtype, tapped).eval().requires_grad_(False)
+        view = TeacherForm(parts, dtype, tapped).eval().requires_grad_(False)
         if name == "compiled":
             view.run = torch.compile(view.run, dynamic=False)
         return view

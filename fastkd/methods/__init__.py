@@ -2,7 +2,7 @@
 
 from ..errors import UserError, nearest
 from .at import AT
-from .base import Forwards, Frozen, Method, Run
+from .base import ForwardCache, FrozenTeacher, Method, RunContext
 from .ce import CE
 from .combo import Combo, combine
 from .dcm import DCM
@@ -70,9 +70,9 @@ __all__ = [
     "SOKD",
     "SP",
     "Combo",
-    "Forwards",
-    "Frozen",
+    "ForwardCache",
+    "FrozenTeacher",
     "Method",
-    "Run",
+    "RunContext",
     "find_method",
 ]

@@ -10,7 +10,7 @@ Departures: none. In pre-activation nets (Wide ResNet) the map is the sum, not a
 from dataclasses import dataclass
 
 from ..losses import AttentionTransferLoss
-from ..models.match import matched_shapes
+from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
 
 
@@ -36,9 +36,9 @@ class AT(Method):
 
     def __init__(self, student, teacher, options=None, peers=()):
         super().__init__(student, teacher, options, peers)
-        matched_shapes(self.student, self.teacher.net, "AT")
-        self.tap(self.student)
-        self.tap(self.teacher)
+        check_stage_shapes(self.student, self.teacher.net, "AT")
+        self.request_features(self.student)
+        self.request_features(self.teacher)
         self.loss = AttentionTransferLoss(self.options.attention_weight)
 
     def losses(self, out, target, plan):

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..models import staged
 
 
-class Frozen(nn.Module):
+class FrozenTeacher(nn.Module):
     """The teacher: always in eval mode, without gradients, and outside of the module tree that holds it.
 
     The holder's `train()`, `parameters()`, `state_dict()` and DDP do not reach `net`; `to()` does. So its BatchNorm
@@ -34,7 +34,7 @@ class Frozen(nn.Module):
         self.batch_statistics = batch_statistics
         self.__dict__["net"] = net.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "Frozen":
+    def train(self, mode: bool = True) -> "FrozenTeacher":
         super().train(mode)
         self.net.eval()
         for norm in (module for module in self.net.modules() if isinstance(module, _BatchNorm)):
@@ -51,7 +51,7 @@ class Frozen(nn.Module):
             return self.net(images)
 
 
-class Forwards:
+class ForwardCache:
     """This step's forward passes: `out(net)` is its logits [N, C], `out.features(net)` its stage outputs.
 
     A network runs once, however many terms ask. Features exist for the networks that the method has tapped.
@@ -86,7 +86,7 @@ class Forwards:
     def _run(self, net: nn.Module) -> tuple[Tensor, list[Tensor]]:
         self.join(net)
         if net not in self._memo:
-            with torch.no_grad() if isinstance(net, Frozen) else nullcontext():
+            with torch.no_grad() if isinstance(net, FrozenTeacher) else nullcontext():
                 view = self._views.get(net)
                 self._memo[net] = view.features(self.images) if view else (_logits(net, self.images), [])
         return self._memo[net]
@@ -109,7 +109,7 @@ def _logits(net: nn.Module, images: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunContext:
     """What a method may know of the run it is in."""
 
     epochs: int = 1
@@ -125,7 +125,7 @@ class Run:
     """DDP around a network that `prepare` trains."""
     track: Callable[[Sequence, str], Iterable] = lambda steps, title: steps
     """A progress bar around the steps of `prepare`."""
-    say: Callable[[str], None] = lambda line: None
+    log: Callable[[str], None] = lambda line: None
     """Shows a line to who started the run."""
 
 
@@ -143,22 +143,22 @@ class Method(nn.Module):
     needs_peers = False  # one or more networks that are trained beside the student, given as `peers`
     needs_stages = ""  # which networks must be divisible into stages, for `fastkd methods`
     ce_option = "ce_weight"  # what weighs the term `ce` alone; "": nothing does; None: there is no such term
-    partial = False  # a step may leave some weights without a gradient: they are then not touched at all
+    find_unused_parameters = False  # a step may leave some weights without a gradient: they are then not touched at all
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: "nn.Module | Frozen | None" = None,
+        teacher: "nn.Module | FrozenTeacher | None" = None,
         options=None,
         peers: Sequence[nn.Module] = (),
     ):
         super().__init__()
         self._check_networks(student, teacher, peers)
         self.student = student
-        self.teacher = teacher if teacher is None or isinstance(teacher, Frozen) else Frozen(teacher)
+        self.teacher = teacher if teacher is None or isinstance(teacher, FrozenTeacher) else FrozenTeacher(teacher)
         self.peers = nn.ModuleList(peers)
         self.options = options or self.Options()
-        self.__dict__["views"] = {}  # outside of the module tree: a view shares its network's parameters
+        self.__dict__["staged_views"] = {}  # outside of the module tree: a view shares its network's parameters
 
     def _check_networks(self, student: nn.Module, teacher: nn.Module | None, peers: Sequence[nn.Module]) -> None:
         name = type(self).__name__
@@ -169,24 +169,24 @@ class Method(nn.Module):
             raise UserError(f"{name} {wanted or f'takes no peers, got {len(peers)}'}")
         learners = {"student": student} | {f"peer {number}": net for number, net in enumerate(peers, 1)}
         for role, net in learners.items():
-            if isinstance(net, Frozen) or not any(p.requires_grad for p in net.parameters()):
+            if isinstance(net, FrozenTeacher) or not any(p.requires_grad for p in net.parameters()):
                 raise UserError(f"{name} trains the {role}, whose weights are frozen: give a network that can learn")
         nets = [*learners.values(), *([getattr(teacher, "net", teacher)] if teacher is not None else [])]
         if len({id(net) for net in nets}) < len(nets):
             raise UserError(f"{name} needs networks of their own for student, teacher and peers; one is there twice")
 
-    def tap(self, net: nn.Module) -> None:
+    def request_features(self, net: nn.Module) -> None:
         """Ask for `out.features(net)`; `net` is one of the method's networks."""
-        self.views[net] = staged(net.net if isinstance(net, Frozen) else net)
+        self.staged_views[net] = staged(net.net if isinstance(net, FrozenTeacher) else net)
 
-    def views_for(self, plan: Hashable) -> dict[nn.Module, nn.Module]:
+    def staged_views_for(self, plan: Hashable) -> dict[nn.Module, nn.Module]:
         """How the networks run in a step: what has `features(images)` -> (logits, maps), by network."""
-        return self.views
+        return self.staged_views
 
-    def check(self, run: Run) -> None:
+    def check(self, run: RunContext) -> None:
         """UserError where the options do not fit the run; asked before a teacher is trained for it."""
 
-    def prepare(self, loader, run: Run = Run()) -> None:  # noqa: B008, frozen
+    def prepare(self, loader, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
         """Work before the first epoch, such as training a teacher's auto-encoder; also when a run is resumed."""
 
     def plan(self, step: int) -> Hashable:
@@ -197,7 +197,7 @@ class Method(nn.Module):
         """One plan for each update that is made with this step's batch."""
         return (self.plan(step),)
 
-    def losses(self, out: Forwards, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         """Weighted terms, scalars on the device; their sum is the loss. target: [N] int64 or [N, C] floating.
 
         `ce`, `ce_peer1`, ...: the cross-entropy of a network's own logits with the labels, which sums count once.
@@ -217,16 +217,16 @@ class Method(nn.Module):
         """What is evaluated and saved, the student first; with the keys of the plain networks."""
         return {"student": self.student} | {f"peer{number}": net for number, net in enumerate(self.peers, 1)}
 
-    def segments(self) -> list[list[nn.Module]]:
+    def graph_groups(self) -> list[list[nn.Module]]:
         """Where plans are paths: of every group a step runs one module, group after group. Else nothing."""
         return []
 
-    def shares(self, steps: range) -> dict[str, float]:
+    def selection_rates(self, steps: range) -> dict[str, float]:
         """Shares between 0 and 1 for the history: how often something was chosen in these steps."""
         return {}
 
     def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
-        out = Forwards(images, self.views_for(plan))
+        out = ForwardCache(images, self.staged_views_for(plan))
         if self.asks_teacher:
             out.start(self.teacher)
         terms = self.losses(out, target, plan)

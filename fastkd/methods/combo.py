@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..models import PreActivation
-from .base import Frozen, Method, Run
+from .base import FrozenTeacher, Method, RunContext
 
 
 class Combo(Method):
@@ -34,9 +34,9 @@ class Combo(Method):
         super().__init__(student, teacher, options, peers)
         self.parts = nn.ModuleDict({name: self._part(name, kind) for name, kind in self.kinds.items()})
         self.weights = {name: getattr(self.options, f"{name}_weight") for name in self.parts}
-        self.partial = any(part.partial for part in self.parts.values())
+        self.find_unused_parameters = any(part.find_unused_parameters for part in self.parts.values())
         self._check_options()
-        for net in {net for part in self.parts.values() for net in part.views}:
+        for net in {net for part in self.parts.values() for net in part.staged_views}:
             self._check_views(net)
 
     def _check_options(self) -> None:
@@ -52,11 +52,15 @@ class Combo(Method):
     def _check_views(self, net: nn.Module) -> None:
         """One forward pass gives a network's maps before the activation or after it."""
         parts = self.parts.items()
-        before = [name for name, part in parts if isinstance(part.views.get(net), PreActivation)]
-        paths = [name for name, part in parts if net is self.student and type(part).views_for is not Method.views_for]
-        after = [name for name, part in parts if name not in before and (name in paths or net in part.views)]
+        before = [name for name, part in parts if isinstance(part.staged_views.get(net), PreActivation)]
+        paths = [
+            name
+            for name, part in parts
+            if net is self.student and type(part).staged_views_for is not Method.staged_views_for
+        ]
+        after = [name for name, part in parts if name not in before and (name in paths or net in part.staged_views)]
         if before and after:
-            kind = type(net.net if isinstance(net, Frozen) else net).__name__
+            kind = type(net.net if isinstance(net, FrozenTeacher) else net).__name__
             raise UserError(
                 f"{before[0]} looks at maps of {kind} before the activation, {after[0]} at those after it: they cannot "
                 "be summed; leave one of them out"
@@ -71,7 +75,7 @@ class Combo(Method):
             with _named(name):
                 part.check(run)
 
-    def prepare(self, loader, run=Run()):  # noqa: B008, frozen
+    def prepare(self, loader, run=RunContext()):  # noqa: B008, frozen
         random = torch.get_rng_state()
         for part in self.parts.values():  # each as if alone, whether or not another found its work done before
             position = loader.state_dict()
@@ -82,11 +86,13 @@ class Combo(Method):
     def plan(self, step):
         return tuple(part.plan(step) for part in self.parts.values())
 
-    def views_for(self, plan):
+    def staged_views_for(self, plan):
         parts = self._with(plan)
-        views = {net: view for part, _ in parts for net, view in part.views.items()}
+        views = {net: view for part, _ in parts for net, view in part.staged_views.items()}
         for part, own in parts:  # what a method itself makes of a network, such as a path through it, comes first
-            views |= {net: view for net, view in part.views_for(own).items() if view is not part.views.get(net)}
+            views |= {
+                net: view for net, view in part.staged_views_for(own).items() if view is not part.staged_views.get(net)
+            }
         return views
 
     def losses(self, out, target, plan):
@@ -111,11 +117,11 @@ class Combo(Method):
     def networks(self):
         return {name: net for part in self.parts.values() for name, net in part.networks().items()}
 
-    def segments(self):
-        return [group for part in self.parts.values() for group in part.segments()]
+    def graph_groups(self):
+        return [group for part in self.parts.values() for group in part.graph_groups()]
 
-    def shares(self, steps):
-        return {name: share for part in self.parts.values() for name, share in part.shares(steps).items()}
+    def selection_rates(self, steps):
+        return {name: share for part in self.parts.values() for name, share in part.selection_rates(steps).items()}
 
     def _with(self, plan: Hashable) -> list[tuple[Method, Hashable]]:
         return list(zip(self.parts.values(), plan or [None] * len(self.parts), strict=True))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import MutualLoss
-from ..models import auxiliary_heads
 from .base import Method
+from .parts.auxiliary import auxiliary_heads
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DCM(Method):
         self.heads = nn.ModuleList(auxiliary_heads(net) for net in nets)
         self.loss = self.options.loss(1 + max(len(heads) for heads in self.heads))
         for net in nets:
-            self.tap(net)
+            self.request_features(net)
 
     def losses(self, out, target, plan):
         heads = [self.logits(out, *both) for both in zip(self._nets(), self.heads, strict=True)]

@@ -40,7 +40,7 @@ class DML(Method):
     def __init__(self, student, teacher=None, options=None, peers=()):
         super().__init__(student, teacher, options, peers)
         self.loss = MutualLoss(kl_weight=self.options.kl_weight)
-        self.partial = self.options.alternate
+        self.find_unused_parameters = self.options.alternate
 
     def plans(self, step):
         """Which network learns; None: all at once."""

@@ -13,8 +13,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..losses import HintLoss
-from ..models.init import he_init
-from ..models.match import matched_shapes
+from ..models.nets.init import he_init
+from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
 
 
@@ -44,10 +44,10 @@ class FitNet(Method):
 
     def __init__(self, student, teacher, options=None, peers=()):
         super().__init__(student, teacher, options, peers)
-        self.tap(self.student)
-        self.tap(self.teacher)
+        self.request_features(self.student)
+        self.request_features(self.teacher)
         self.stage = self._stage()
-        ours, theirs = matched_shapes(self.student, self.teacher.net, "FitNet", self.stage)
+        ours, theirs = check_stage_shapes(self.student, self.teacher.net, "FitNet", self.stage)
         cin, cout = ours[self.stage][0], theirs[self.stage][0]
         self.regressor = nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout))
         he_init(self.regressor)
@@ -55,7 +55,7 @@ class FitNet(Method):
 
     def _stage(self) -> int:
         """Its index, in both networks."""
-        counts = [len(view.stages) for view in self.views.values()]
+        counts = [len(view.stages) for view in self.staged_views.values()]
         if self.options.stage > min(counts):
             raise UserError(
                 f"--stage {self.options.stage}: the student has {counts[0]} stages, the teacher {counts[1]}"

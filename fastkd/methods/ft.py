@@ -17,10 +17,10 @@ from typing import Literal
 
 from ..errors import UserError
 from ..losses import FactorTransferLoss
-from ..models import Coder
-from ..models.factors import check_auto_encoder, fingerprint, fit_encoder, teacher_maps
-from ..models.match import matched_shapes
-from .base import Frozen, Method, Run, check_weights, cross_entropy
+from ..models.stages.shapes import check_stage_shapes
+from .base import FrozenTeacher, Method, RunContext, check_weights, cross_entropy
+from .parts.autoencoder import Coder
+from .parts.teacher_autoencoder import check_auto_encoder, fingerprint, fit_encoder, teacher_maps
 
 FILE = "paraphraser.safetensors"
 
@@ -60,19 +60,19 @@ class FT(Method):
 
     def __init__(self, student, teacher, options=None, peers=()):
         super().__init__(student, teacher, options, peers)
-        mine, theirs = (shapes[-1][0] for shapes in matched_shapes(self.student, self.teacher.net, "FT", -1))
+        mine, theirs = (shapes[-1][0] for shapes in check_stage_shapes(self.student, self.teacher.net, "FT", -1))
         if theirs < 2:
             raise UserError(f"FT halves the teacher's channels; its last stage has {theirs}")
-        self.tap(self.student)
-        self.tap(self.teacher)
+        self.request_features(self.student)
+        self.request_features(self.teacher)
         self.translator = Coder(mine, theirs // 2)
-        self.paraphraser = Frozen(Coder(theirs, theirs // 2))
+        self.paraphraser = FrozenTeacher(Coder(theirs, theirs // 2))
         self.loss = FactorTransferLoss(self.options.p, self.options.factor_weight)
         self.ready = False
 
-    def prepare(self, loader, run=Run()):  # noqa: B008, frozen
+    def prepare(self, loader, run=RunContext()):  # noqa: B008, frozen
         about = {"teacher": fingerprint(self.teacher.net), "batches": len(loader)}
-        maps = teacher_maps(self.views[self.teacher], loader, run)
+        maps = teacher_maps(self.staged_views[self.teacher], loader, run)
         fit_encoder(self.paraphraser.net, maps, self.options, about, FILE, run)
         self.ready = True
 

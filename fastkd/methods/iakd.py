@@ -22,8 +22,9 @@ from typing import Literal
 
 from ..errors import UserError
 from ..losses import KDLoss
-from ..models import Swapped, adapted, adapters, gates_of, staged
-from .base import Method, Run, cross_entropy
+from ..models import staged
+from .base import Method, RunContext, cross_entropy
+from .parts.gates import Swapped, adapted, adapters, gates_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class IAKD(Method):
     Options = IAKDOptions
     paper = "arXiv:2007.01476"
     needs_stages = "both staged, equal shapes at the gates (or --adapters)"
-    partial = True
+    find_unused_parameters = True
 
     def __init__(self, student, teacher, options=None, peers=()):
         super().__init__(student, teacher, options, peers)
@@ -75,7 +76,7 @@ class IAKD(Method):
             raise UserError(f"--p has {len(o.p)} probabilities for {len(gates)} gates; give 1 or {len(gates)}")
         self.adapters = adapters(self.student, self.teacher.net, gates, allowed=o.adapters)
         gates = adapted(gates, self.adapters)
-        self.__dict__.update(gates=gates, view=staged(self.student), run=Run())  # views of registered modules
+        self.__dict__.update(gates=gates, view=staged(self.student), run=RunContext())  # views of registered modules
         self.first = o.p * (len(gates) // len(o.p))
         self.kd = KDLoss(o.temperature, ce_weight=1.0, kd_weight=o.kd_weight)
 
@@ -93,7 +94,7 @@ class IAKD(Method):
         if o.finish_epochs >= run.epochs and o.finish_epochs:
             raise UserError(f"--finish-epochs {o.finish_epochs:g} leaves nothing of --epochs {run.epochs}; lower it")
 
-    def prepare(self, loader, run=Run()):  # noqa: B008, frozen
+    def prepare(self, loader, run=RunContext()):  # noqa: B008, frozen
         self.check(run)
         self.__dict__["run"] = run
 
@@ -118,11 +119,11 @@ class IAKD(Method):
         start, end = (math.ceil(at * self.run.steps_per_epoch) for at in ends[place - 1 : place + 1])
         return start, end
 
-    def views_for(self, plan):
+    def staged_views_for(self, plan):
         own = plan or (True,) * len(self.gates)
-        return self.views | {self.student: Swapped(self.view, self.gates, own)}
+        return self.staged_views | {self.student: Swapped(self.view, self.gates, own)}
 
-    def segments(self):
+    def graph_groups(self):
         parts = [[gate.student, gate.teacher] for gate in self.gates]
         return [[self.view.stem], *parts, [self.view.head]]
 
@@ -131,7 +132,7 @@ class IAKD(Method):
             return {"ce": cross_entropy(out(self.student), target)}
         return self.kd.terms(out(self.student), out(self.teacher), target)
 
-    def shares(self, steps):
+    def selection_rates(self, steps):
         """How often the student's block was used at each gate."""
         paths = [self.plan(step) for step in steps]
         return {f"gate{i}_share": sum(own) / len(paths) for i, own in enumerate(zip(*paths, strict=True), 1)}

@@ -18,8 +18,9 @@ from torch import nn
 
 from ..errors import UserError
 from ..losses import InheritanceExplorationLoss, MutualLoss
-from ..models import Coder, stage_shapes
+from ..models import stage_shapes
 from .base import Method, check_weights
+from .parts.autoencoder import Coder
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class IEDML(Method):
         weights = (self.options.inheritance_weight, self.options.exploration_weight)
         self.loss = InheritanceExplorationLoss(self.options.p, *weights)
         one, other = self._channels()
-        self.tap(self.student)
-        self.tap(self.peers[0])
+        self.request_features(self.student)
+        self.request_features(self.peers[0])
         self.encoders = nn.ModuleList([_encoders(one, other, *weights), _encoders(other, one, *weights)])
 
     def _channels(self) -> list[int]:

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import AttentionTransferLoss, InheritanceExplorationLoss, KDLoss, OverhaulLoss
-from ..models import Coder, PreActivation
-from ..models.factors import check_auto_encoder, fingerprint, fit_encoder, teacher_maps
-from ..models.init import he_init
-from ..models.match import matched_shapes
-from .base import Frozen, Method, Run, check_temperature, check_weights, cross_entropy
+from ..models import PreActivation
+from ..models.nets.init import he_init
+from ..models.stages.shapes import check_stage_shapes
+from .base import FrozenTeacher, Method, RunContext, check_temperature, check_weights, cross_entropy
+from .parts.autoencoder import Coder
+from .parts.teacher_autoencoder import check_auto_encoder, fingerprint, fit_encoder, teacher_maps
 
 Variant = Literal["factor", "attention", "overhaul"]
 Split = Literal["natural", "random"]
@@ -97,27 +98,27 @@ class IEKD(Method):
             self._compare()
 
     def _compare(self) -> None:
-        mine, theirs = (shapes[-1][0] for shapes in matched_shapes(self.student, self.teacher.net, "IE-KD", -1))
+        mine, theirs = (shapes[-1][0] for shapes in check_stage_shapes(self.student, self.teacher.net, "IE-KD", -1))
         if min(mine, theirs) < 2:
             raise UserError(f"IE-KD halves channels; the last stages of student and teacher have {mine} and {theirs}")
-        self.tap(self.student)
-        self.tap(self.teacher)
+        self.request_features(self.student)
+        self.request_features(self.teacher)
         self.half = mine // 2
         if self.options.split == "random":
             self.register_buffer("order", _permutation(mine, seed=0))
         sizes = (self.half, mine - self.half, theirs)
         if self.options.variant == "overhaul":
-            self.views[self.teacher] = PreActivation(self.teacher.net)
-            self.halves = Overhaul(*sizes, self.options, self.views[self.teacher].norms[-1])
+            self.staged_views[self.teacher] = PreActivation(self.teacher.net)
+            self.halves = Overhaul(*sizes, self.options, self.staged_views[self.teacher].norms[-1])
         else:
             self.halves = (Factors if self.options.variant == "factor" else Attention)(*sizes, self.options)
 
-    def prepare(self, loader, run=Run()):  # noqa: B008, frozen
+    def prepare(self, loader, run=RunContext()):  # noqa: B008, frozen
         if self.halves is not None and self.options.split == "random":
             self.order.copy_(_permutation(len(self.order), run.seed))  # a checkpoint that is resumed has the same one
         if isinstance(self.halves, Factors):
             about = {"teacher": fingerprint(self.teacher.net), "batches": len(loader)}
-            maps = teacher_maps(self.views[self.teacher], loader, run)
+            maps = teacher_maps(self.staged_views[self.teacher], loader, run)
             fit_encoder(self.halves.teacher.net, maps, self.options, about, FILE, run)
             self.halves.ready = True
 
@@ -146,7 +147,7 @@ class Factors(nn.Module):
         inheritance_weight, exploration_weight = options.weights
         self.inheritance = Coder(inheriting, teacher // 2) if inheritance_weight else None
         self.exploration = Coder(exploring, teacher // 2) if exploration_weight else None
-        self.teacher = Frozen(Coder(teacher, teacher // 2))
+        self.teacher = FrozenTeacher(Coder(teacher, teacher // 2))
         self.loss = InheritanceExplorationLoss(options.p, inheritance_weight, exploration_weight)
         self.ready = False
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from ..losses import OverhaulLoss
 from ..models import PreActivation
-from ..models.init import he_init
-from ..models.match import matched_shapes
+from ..models.nets.init import he_init
+from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
 
 
@@ -42,16 +42,16 @@ class OFD(Method):
 
     def __init__(self, student, teacher, options=None, peers=()):
         super().__init__(student, teacher, options, peers)
-        ours, theirs = matched_shapes(self.student, self.teacher.net, "OFD")
-        self.views[self.student] = PreActivation(self.student)
-        self.views[self.teacher] = PreActivation(self.teacher.net)
+        ours, theirs = check_stage_shapes(self.student, self.teacher.net, "OFD")
+        self.staged_views[self.student] = PreActivation(self.student)
+        self.staged_views[self.teacher] = PreActivation(self.teacher.net)
         self.connectors = nn.ModuleList(
             nn.Sequential(nn.Conv2d(s[0], t[0], 1, bias=False), nn.BatchNorm2d(t[0]))
             for s, t in zip(ours, theirs, strict=True)
         )
         he_init(self.connectors)
         self.loss = OverhaulLoss(self.options.overhaul_weight)
-        for number, margin in enumerate(self.loss.margins(self.views[self.teacher].norms)):
+        for number, margin in enumerate(self.loss.margins(self.staged_views[self.teacher].norms)):
             self.register_buffer(f"margin{number}", margin, persistent=False)
 
     def losses(self, out, target, plan):

@@ -38,8 +38,8 @@ class RKD(Method):
 
     def __init__(self, student, teacher, options=None, peers=()):
         super().__init__(student, teacher, options, peers)
-        self.tap(self.student)
-        self.tap(self.teacher)
+        self.request_features(self.student)
+        self.request_features(self.teacher)
         self.loss = RKDLoss(self.options.distance_weight, self.options.angle_weight)
 
     def losses(self, out, target, plan):

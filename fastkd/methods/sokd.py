@@ -22,8 +22,10 @@ from torch import nn
 
 from ..errors import UserError
 from ..losses import AttentionTransferLoss, BridgeLoss, FactorTransferLoss, HintLoss
-from ..models import Coder, fresh, stage_shapes, staged
+from ..models import stage_shapes, staged
 from .base import Method
+from .parts.autoencoder import Coder
+from .parts.reinit import reinit
 
 FEATURE_LOSSES = {"at": AttentionTransferLoss, "ft": FactorTransferLoss, "hint": HintLoss}
 
@@ -82,12 +84,12 @@ class SOKD(Method):
         self.loss = self.options.loss()
         if self.options.teacher_bn == "batch":
             self.teacher.batch_statistics = True
-        self.tap(self.teacher)
+        self.request_features(self.teacher)
         self.__dict__["improved"] = _with_own_top(self.teacher.net)  # shares the bottom with the teacher
         view = staged(self.improved)
         self.bridge = nn.ModuleDict({"stage": view.stages[-1], "head": view.head}).requires_grad_(True)
         if self.options.bridge_init == "random":
-            self.bridge.load_state_dict(fresh(self.bridge).state_dict())
+            self.bridge.load_state_dict(reinit(self.bridge).state_dict())
         if self.options.feature != "none":
             self._add_feature_form()
 
@@ -98,7 +100,7 @@ class SOKD(Method):
                 f"--feature {self.options.feature} compares last-stage maps, {size} in the student and {wanted} in "
                 "the teacher for a 64 x 64 image: choose networks of equal resolution there, or --feature none"
             )
-        self.tap(self.student)
+        self.request_features(self.student)
         self.feature_loss = FEATURE_LOSSES[self.options.feature]()
         regressor = nn.Sequential(nn.Conv2d(mine, theirs, 1, bias=False), nn.BatchNorm2d(theirs))
         translators = {"at": nn.Identity(), "ft": Coder(mine, theirs), "hint": regressor}

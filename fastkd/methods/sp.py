@@ -35,8 +35,8 @@ class SP(Method):
 
     def __init__(self, student, teacher, options=None, peers=()):
         super().__init__(student, teacher, options, peers)
-        self.tap(self.student)
-        self.tap(self.teacher)
+        self.request_features(self.student)
+        self.request_features(self.teacher)
         self.loss = SPLoss(self.options.similarity_weight)
 
     def losses(self, out, target, plan):

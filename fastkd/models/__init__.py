@@ -7,41 +7,27 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError, nearest
-from .auxiliary import auxiliary_heads
-from .coder import AutoEncoder, Coder, train_auto_encoder
-from .fresh import fresh
-from .gates import Gate, Swapped, adapted, adapters, gates_of
-from .mobilenet import CifarMobileNet
-from .mobilenetv2 import CifarMobileNetV2
-from .preactivation import PreActivation
-from .resnet import DEPTHS, WIDTHS_X4, CifarResNet
-from .shapes import stage_shapes
-from .staged import Staged, name_stages, staged
-from .vgg import CONVOLUTIONS, CifarVGG
+from .nets.mobilenet import CifarMobileNet
+from .nets.mobilenetv2 import CifarMobileNetV2
+from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet
+from .nets.vgg import CONVOLUTIONS, CifarVGG
+from .nets.wrn import WideResNet
+from .stages.preactivation import PreActivation
+from .stages.shapes import stage_shapes
+from .stages.staged import Staged, name_stages, staged
 from .weights import SUFFIXES, load_weights, read_state_dict
-from .wrn import WideResNet
 from .zoo import timm_model, torchvision_model
 
 __all__ = [
-    "AutoEncoder",
-    "Coder",
     "PreActivation",
-    "Gate",
     "Staged",
-    "Swapped",
-    "adapted",
-    "adapters",
-    "auxiliary_heads",
     "create_model",
-    "fresh",
-    "gates_of",
     "load_weights",
     "model_names",
     "name_stages",
     "read_state_dict",
     "stage_shapes",
     "staged",
-    "train_auto_encoder",
 ]
 
 X4_DEPTHS = {"resnet8x4": 8, "resnet32x4": 32}

@@ -237,5 +237,5 @@ def test_what_does_not_fit_is_refused(pictures):
 
 def test_auto_takes_dali_and_says_so(pictures):
     said = []
-    train, _ = create_loaders(DataOptions(data=str(pictures)), torch.device("cpu"), say=said.append)
+    train, _ = create_loaders(DataOptions(data=str(pictures)), torch.device("cpu"), log=said.append)
     assert type(train).__name__ == "DaliLoader" and len(said) == 1 and "DALI" in said[0]

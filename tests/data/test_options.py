@@ -44,7 +44,7 @@ def test_every_option_is_described():
 def test_auto_says_in_one_line_what_it_took(pictures, monkeypatch):
     monkeypatch.setattr(fastkd.data, "find_spec", lambda name: None)
     said = []
-    train, _ = create_loaders(DataOptions(data=str(pictures), workers=0), CPU, say=said.append)
+    train, _ = create_loaders(DataOptions(data=str(pictures), workers=0), CPU, log=said.append)
     assert type(train).__name__ == "FolderLoader"
     assert len(said) == 1 and "torchvision" in said[0] and "fastkd[dali]" in said[0]
 

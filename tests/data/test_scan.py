@@ -14,7 +14,7 @@ from fastkd.errors import UserError
 
 def refused(root, *parts):
     with pytest.raises(UserError) as caught:
-        create_loaders(DataOptions(data=str(root)), torch.device("cpu"), say=lambda line: None)
+        create_loaders(DataOptions(data=str(root)), torch.device("cpu"), log=lambda line: None)
     message = str(caught.value)
     assert "\n" not in message and all(part in message for part in parts), message
 

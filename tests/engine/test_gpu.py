@@ -12,7 +12,7 @@ from fastkd.bench.pair import Pair
 from fastkd.engine import GraphedStep, Schedule, Step, TrainOptions
 from fastkd.engine.graph import CudaGraph
 from fastkd.engine.launch import capturable
-from fastkd.engine.segments import SegmentedStep
+from fastkd.engine.partial_graphs import SegmentedStep
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -10,10 +10,10 @@ from replays import Graph, same
 from fastkd import Trainer, TrainOptions, checkpoint, create_model
 from fastkd.engine import GraphedStep, Step, graphed
 from fastkd.engine.launch import why_not
+from fastkd.engine.partial_graphs import SegmentedStep
 from fastkd.engine.precision import Precision, cast_frozen
-from fastkd.engine.segments import SegmentedStep
 from fastkd.errors import UserError
-from fastkd.methods import CE, IAKD, KD, Forwards
+from fastkd.methods import CE, IAKD, KD, ForwardCache
 
 
 def trainer(tiny_net, tiny_loaders, folder, **options) -> Trainer:
@@ -154,4 +154,4 @@ def test_a_compiled_step_does_not_ask_whether_it_is_captured(monkeypatch):
             raise AssertionError("asked")
 
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    Forwards(Images(), {}).start(torch.nn.Identity())
+    ForwardCache(Images(), {}).start(torch.nn.Identity())

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from capture import Capture
 
 from fastkd.engine import Schedule, Step, TrainOptions
-from fastkd.engine.mix import Mixer
+from fastkd.engine.mixup import Mixup
 from fastkd.methods import CE, KD
 
 CPU = torch.device("cpu")
@@ -143,27 +143,27 @@ SETTINGS = [
 def test_no_host_sync_in_a_step(tiny_net, options, mixed):
     method = KD(tiny_net(0), tiny_net(1)).train()
     step = Step(method, TrainOptions(lr=0.1, **options), CPU)
-    mixer = Mixer(0.8, 1.0, 0.1, 4) if mixed else Mixer(0, 0, 0, 4)
+    mixup = Mixup(0.8, 1.0, 0.1, 4) if mixed else Mixup(0, 0, 0, 4)
     with Capture():
         for number in range(3):
-            step(*mixer(IMAGES, TARGET, number), method.plan(number))
+            step(*mixup(IMAGES, TARGET, number), method.plan(number))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", SETTINGS)
 def test_no_host_sync_on_a_gpu(tiny_net, options):
-    """torch's own check, on the device, with the schedule and the mixer around the step."""
+    """torch's own check, on the device, with the schedule and the mixup around the step."""
     device = torch.device("cuda")
     method = KD(tiny_net(0), tiny_net(1)).to(device, memory_format=torch.channels_last).train()
     settings = TrainOptions(lr=0.1, **options)
-    step, mixer = Step(method, settings, device), Mixer(0.8, 1.0, 0.1, 4)
+    step, mixup = Step(method, settings, device), Mixup(0.8, 1.0, 0.1, 4)
     schedule, images, target = Schedule(settings, step.optimizer), IMAGES.to(device), TARGET.to(device)
-    step(*mixer(images, target, 0))  # the first step makes the optimizer's state
+    step(*mixup(images, target, 0))  # the first step makes the optimizer's state
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(1, 4):
             schedule.write(number / 4)
-            step(*mixer(images, target, number), method.plan(number))
+            step(*mixup(images, target, number), method.plan(number))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum(step.meter.read().values()) > 0

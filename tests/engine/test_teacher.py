@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastkd import create_model
 from fastkd.engine import Step, TrainOptions
 from fastkd.engine import teacher as forms
-from fastkd.engine.fold import FusedConvolution, folded, fused
+from fastkd.engine.fuse_conv_bn import FusedConvolution, folded, fused
 from fastkd.engine.precision import Precision, cast_frozen
 from fastkd.engine.teacher import choose_form
 from fastkd.errors import UserError
-from fastkd.methods import IEKD, KD, OFD, SOKD, Forwards, find_method
+from fastkd.methods import IEKD, KD, OFD, SOKD, ForwardCache, find_method
 from fastkd.methods.iekd import IEKDOptions
 from fastkd.methods.sokd import SOKDOptions
 from fastkd.models import staged
@@ -118,7 +118,7 @@ def test_no_frozen_weight_is_cast_in_a_step():
     def casts() -> int:
         def run():
             with torch.autocast("cpu", torch.bfloat16):
-                Forwards(images, method.views)(method.teacher)
+                ForwardCache(images, method.staged_views)(method.teacher)
 
         return count(called(run), "_to_copy")
 
@@ -152,7 +152,7 @@ def test_every_form_under_a_method(wanted):
     before = method(images, target)
     name = choose_form(method, images, wanted, FP32, lines.append)
     assert name == wanted or wanted == "auto"
-    assert (name == "plain") == (type(method.views[method.teacher]).__name__ == "Staged")
+    assert (name == "plain") == (type(method.staged_views[method.teacher]).__name__ == "Staged")
     again = method(images, target)
     torch.testing.assert_close(before["kd_at"], again["kd_at"], rtol=1e-3, atol=1e-4)
     assert "same top class" in lines[0] and lines[-1] == f"teacher form: {name}"
@@ -169,7 +169,7 @@ def test_a_form_that_is_wrong_is_refused(monkeypatch):
 
     monkeypatch.setattr(forms, "folded", broken)
     method, lines = KD(create_model("resnet8", 10), net), []
-    assert choose_form(method, images, "auto", FP32, lines.append) == "plain" and not method.views
+    assert choose_form(method, images, "auto", FP32, lines.append) == "plain" and not method.staged_views
     assert any("refused: it differs by" in line for line in lines)
     with pytest.raises(UserError, match="--teacher-form folded: refused"):
         choose_form(method, images, "folded", FP32, lines.append)

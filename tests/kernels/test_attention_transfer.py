@@ -10,7 +10,7 @@ from fastkd.kernels.attention_transfer import (
     attention_transfer,
     attention_transfer_reference,
 )
-from fastkd.kernels.attention_transfer_triton import launch, launch_backward
+from fastkd.kernels.gpu.attention_transfer import launch, launch_backward
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 KERNEL = pytest.mark.parametrize("device", ["cpu", GPU])  # on the CPU the kernel runs in Triton's interpreter

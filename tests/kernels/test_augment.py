@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastkd.kernels.augment import augment, augment_reference
-from fastkd.kernels.augment_triton import launch
+from fastkd.kernels.gpu.augment import launch
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 HALF = [0.5, 0.5, 0.5]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastkd.kernels.dist_loss import dist_loss, dist_loss_reference
 
 module = importlib.import_module("fastkd.kernels.dist_loss")  # the package has a function of the same name
-kernel = importlib.import_module("fastkd.kernels.dist_loss_triton")
+kernel = importlib.import_module("fastkd.kernels.gpu.dist_loss")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [] if DEVICE == "cpu" else pytest.mark.gpu
 inf, nan = float("inf"), float("nan")

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastkd.kernels.dkd_loss import dkd_loss, dkd_loss_reference
-from fastkd.kernels.dkd_loss_triton import launch
+from fastkd.kernels.gpu.dkd_loss import launch
 
 module = importlib.import_module("fastkd.kernels.dkd_loss")  # the package has a function of the same name
-kernel = importlib.import_module("fastkd.kernels.dkd_loss_triton")
+kernel = importlib.import_module("fastkd.kernels.gpu.dkd_loss")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [] if DEVICE == "cpu" else pytest.mark.gpu
 inf, nan = float("inf"), float("nan")

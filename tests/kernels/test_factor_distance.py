@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastkd.kernels.factor_distance import _factor_distance, factor_distance, factor_distance_reference
-from fastkd.kernels.factor_distance_triton import launch, launch_backward
+from fastkd.kernels.gpu.factor_distance import launch, launch_backward
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 KERNEL = pytest.mark.parametrize("device", ["cpu", GPU])  # on the CPU the kernel runs in Triton's interpreter
@@ -355,7 +355,7 @@ def test_kernel_special_rows(device, case):
 def test_other_paths_of_the_operation(monkeypatch, path, dtype, p):
     """On the CPU: the closed form a few samples at a time; the kernels behind the public function."""
     if path == "chunks":
-        monkeypatch.setattr("fastkd.kernels.factor_distance_cpu.CHUNK", 100)
+        monkeypatch.setattr("fastkd.kernels.cpu.factor_distance.CHUNK", 100)
     else:
         monkeypatch.setattr(sys.modules[factor_distance.__module__], "_on_gpu", lambda tensors: True)
     parts, teacher = factors((5, 4, 3, 3), dtype)

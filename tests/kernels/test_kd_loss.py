@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo import compiled_autograd
 
 from fastkd.kernels import kd_loss, kd_loss_reference, logit_loss
-from fastkd.kernels.dispatch import accumulator
+from fastkd.kernels.op import accumulator
 
 
 def log_softmax(z):
@@ -241,7 +241,7 @@ def test_without_weights_there_is_no_gradient():
 
 
 def test_large_logits_are_computed_once(monkeypatch):
-    module, calls = importlib.import_module("fastkd.kernels.kd_loss_cpu"), []
+    module, calls = importlib.import_module("fastkd.kernels.cpu.kd_loss"), []
     quick = module.student_and_teacher
     for name in ("kd_loss_cpu", "logit_loss_cpu"):
         where = importlib.import_module(f"fastkd.kernels.{name}")

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastkd.kernels.cpu.scratch import scratch
+from fastkd.kernels.gpu.logit_loss import launch
 from fastkd.kernels.logit_loss import logit_loss, logit_loss_reference
-from fastkd.kernels.logit_loss_triton import launch
-from fastkd.kernels.scratch import scratch
 
 module = importlib.import_module("fastkd.kernels.logit_loss")  # the package has a function of the same name
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

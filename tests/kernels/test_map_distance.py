@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastkd.kernels import map_distance as module
+from fastkd.kernels.gpu.map_distance import launch
 from fastkd.kernels.map_distance import (
     bn_margin,
     hint_distance,
@@ -13,7 +14,6 @@ from fastkd.kernels.map_distance import (
     overhaul_distance,
     overhaul_distance_reference,
 )
-from fastkd.kernels.map_distance_triton import launch
 
 LAST = torch.channels_last
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastkd import create_model
-from fastkd.methods import CE, KD, Forwards, Frozen, Method
+from fastkd.methods import CE, KD, ForwardCache, FrozenTeacher, Method
 
 
 def test_frozen_stays_out_of_its_holder(tiny_net):
@@ -26,7 +26,7 @@ def test_frozen_follows_to(tiny_net):
 
 
 def test_frozen_gives_no_gradient_and_keeps_its_bytes(tiny_net):
-    frozen = Frozen(tiny_net())
+    frozen = FrozenTeacher(tiny_net())
     before = copy.deepcopy(frozen.net.state_dict())
     frozen.train()
     assert not frozen(torch.randn(2, 3, 8, 8, requires_grad=True)).requires_grad
@@ -37,7 +37,7 @@ def test_a_network_runs_once_a_step(tiny_net):
     net = tiny_net()
     calls = []
     net.register_forward_hook(lambda *_: calls.append(1))
-    out = Forwards(torch.randn(2, 3, 8, 8), {})
+    out = ForwardCache(torch.randn(2, 3, 8, 8), {})
     assert out(net) is out(net) and len(calls) == 1
 
 
@@ -47,8 +47,8 @@ def test_taps_come_with_the_same_forward():
     class Hint(Method):
         def __init__(self, student, teacher):
             super().__init__(student, teacher)
-            self.tap(student)
-            self.tap(self.teacher)
+            self.request_features(student)
+            self.request_features(self.teacher)
 
         def losses(self, out, target, plan):
             ours, theirs = out.features(self.student), out.features(self.teacher)
@@ -66,7 +66,7 @@ def test_taps_come_with_the_same_forward():
 
 def test_features_need_a_tap(tiny_net):
     with pytest.raises(ValueError, match="TinyNet.*tapped"):
-        Forwards(torch.randn(2, 3, 8, 8), {}).features(tiny_net())
+        ForwardCache(torch.randn(2, 3, 8, 8), {}).features(tiny_net())
 
 
 def test_extra_outputs_are_refused_by_name(tiny_net):
@@ -75,7 +75,7 @@ def test_extra_outputs_are_refused_by_name(tiny_net):
             return images, images
 
     with pytest.raises(ValueError, match="Two gives tuple where logits"):
-        Forwards(torch.randn(2, 3, 8, 8), {})(Two())
+        ForwardCache(torch.randn(2, 3, 8, 8), {})(Two())
 
 
 def test_teacher_needed_or_refused(tiny_net):

@@ -11,7 +11,7 @@ from fastkd import create_model
 from fastkd.config import parse
 from fastkd.engine import Step, TrainOptions
 from fastkd.errors import UserError
-from fastkd.methods import DML, KD, METHODS, Method, Run, find_method
+from fastkd.methods import DML, KD, METHODS, Method, RunContext, find_method
 from fastkd.methods.dml import DMLOptions
 from fastkd.methods.kd import KDOptions
 from fastkd.models import staged
@@ -31,8 +31,8 @@ class Probe(Method):
 
     def __init__(self, student, teacher, options=None, peers=()):
         super().__init__(student, teacher, options, peers)
-        self.tap(self.student)
-        self.tap(self.teacher)
+        self.request_features(self.student)
+        self.request_features(self.teacher)
         self.extra = torch.nn.Conv2d(64, 64, 1)
 
     def losses(self, out, target, plan):
@@ -50,7 +50,7 @@ class Skip(Method):
     """A path of its own: without the second stage's last block when the plan says so. For the tests."""
 
     needs_teacher = False
-    partial = True
+    find_unused_parameters = True
 
     class View:
         def __init__(self, net, without):
@@ -67,13 +67,13 @@ class Skip(Method):
     def plan(self, step):
         return step % 2 == 1
 
-    def views_for(self, plan):
-        return self.views | {self.student: self.View(self.student, plan)}
+    def staged_views_for(self, plan):
+        return self.staged_views | {self.student: self.View(self.student, plan)}
 
     def losses(self, out, target, plan):
         return {"ce": F.cross_entropy(out(self.student), target)}
 
-    def shares(self, steps):
+    def selection_rates(self, steps):
         return {"skip_share": sum(step % 2 for step in steps) / len(steps)}
 
 
@@ -175,7 +175,11 @@ def test_a_part_may_lead_all_others_along_its_path(more_methods, name):
     student, teacher = create_model("resnet14", 4), create_model("resnet14", 4)
     first = {"kd_ce_weight": 1.0} if name.startswith("kd") else {}
     method = find_method(name)(student, teacher, find_method(name).Options(**first)).train()
-    assert method.partial and method.plan(1) == (None, True, None) and method.shares(range(4)) == {"skip_share": 0.5}
+    assert (
+        method.find_unused_parameters
+        and method.plan(1) == (None, True, None)
+        and method.selection_rates(range(4)) == {"skip_share": 0.5}
+    )
     images, target = batch(torch.float32, 16)
     for plan, path in ((method.plan(0), False), (method.plan(1), True)):
         logits, maps = Skip.View(student, path).features(images)
@@ -207,7 +211,7 @@ def test_every_part_prepares_on_the_same_batches(monkeypatch, tiny_net, tiny_loa
     for name in ("one", "two"):
         monkeypatch.setitem(METHODS, name, prepares(name))
     loader, _ = tiny_loaders()
-    find_method("one+two")(tiny_net()).prepare(loader, Run(seed=4))
+    find_method("one+two")(tiny_net()).prepare(loader, RunContext(seed=4))
     assert torch.equal(seen["one"][0], seen["two"][0]) and seen["one"][1] == seen["two"][1] == 4
     assert torch.equal(seen["one"][2], seen["two"][2])  # so that a file found in the folder changes nothing for others
     assert loader.state_dict() == {"epoch": 0}

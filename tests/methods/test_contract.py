@@ -207,7 +207,7 @@ def test_only_partial_methods_leave_weights_out_and_those_are_not_touched(name, 
             step(*batch(number), plan)
             for p, (weight, momentum) in zip(unused, before, strict=True):
                 assert torch.equal(p, weight) and torch.equal(step.optimizer.state[p]["momentum_buffer"], momentum)
-    assert method.partial == bool(left_out)
+    assert method.find_unused_parameters == bool(left_out)
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from fastkd import Trainer, TrainOptions, create_model
 from fastkd.errors import UserError
-from fastkd.methods import METHODS, Run
+from fastkd.methods import METHODS, RunContext
 from fastkd.methods.ft import FT, FTOptions
-from fastkd.models import factors, staged
+from fastkd.methods.parts import teacher_autoencoder
+from fastkd.models import staged
 
 
 def net(name: str = "resnet8", seed: int = 0):
@@ -58,12 +59,12 @@ def test_training_moves_student_and_translator_alone():
 
 
 def test_the_paraphraser_is_kept_and_reused(tmp_path, monkeypatch):
-    done, real = [], factors.train_auto_encoder
-    monkeypatch.setattr(factors, "train_auto_encoder", lambda *a: done.append(1) or real(*a))
+    done, real = [], teacher_autoencoder.train_auto_encoder
+    monkeypatch.setattr(teacher_autoencoder, "train_auto_encoder", lambda *a: done.append(1) or real(*a))
     kept = []
     for _ in range(2):
         method = FT(net(), net("resnet14", 1), FTOptions(ae_epochs=1))
-        method.prepare([batch(torch.float32)], Run(folder=tmp_path))
+        method.prepare([batch(torch.float32)], RunContext(folder=tmp_path))
         kept.append(method.paraphraser.net.state_dict())
     assert len(done) == 1 and [file.name for file in tmp_path.iterdir()] == ["paraphraser.safetensors"]
     assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())

@@ -11,7 +11,7 @@ from capture import Capture
 from fastkd import create_model
 from fastkd.engine import Step, TrainOptions
 from fastkd.errors import UserError
-from fastkd.methods import CE, IAKD, Run
+from fastkd.methods import CE, IAKD, RunContext
 from fastkd.methods.iakd import IAKDOptions
 
 PATHS = list(itertools.product((True, False), repeat=3))
@@ -155,35 +155,35 @@ def method_in(run, **options):
 
 
 def test_the_draws_have_their_probability_and_repeat():
-    method = method_in(Run(epochs=10, steps_per_epoch=1000, seed=3), schedule="uniform", p=(0.3, 0.5, 0.9))
+    method = method_in(RunContext(epochs=10, steps_per_epoch=1000, seed=3), schedule="uniform", p=(0.3, 0.5, 0.9))
     drawn = torch.tensor([method.plan(step) for step in range(4000)]).double().mean(0)
     for share, p in zip(drawn, (0.3, 0.5, 0.9), strict=True):
         assert abs(share - p) < 4 * (p * (1 - p) / 4000) ** 0.5
-    twin = method_in(Run(epochs=10, steps_per_epoch=1000, seed=3), schedule="uniform", p=(0.3, 0.5, 0.9))
-    other = method_in(Run(epochs=10, steps_per_epoch=1000, seed=4), schedule="uniform", p=(0.3, 0.5, 0.9))
+    twin = method_in(RunContext(epochs=10, steps_per_epoch=1000, seed=3), schedule="uniform", p=(0.3, 0.5, 0.9))
+    other = method_in(RunContext(epochs=10, steps_per_epoch=1000, seed=4), schedule="uniform", p=(0.3, 0.5, 0.9))
     paths = [[m.plan(step) for step in range(50)] for m in (method, twin, other)]
     assert paths[0] == paths[1] != paths[2]
-    shares = method.shares(range(4000))
+    shares = method.selection_rates(range(4000))
     assert list(shares) == ["gate1_share", "gate2_share", "gate3_share"]
     assert shares["gate1_share"] == pytest.approx(drawn[0].item())
 
 
 def test_linear_rises_to_one():
-    method = method_in(Run(epochs=3, steps_per_epoch=7), p=(0.4,))
+    method = method_in(RunContext(epochs=3, steps_per_epoch=7), p=(0.4,))
     p = [method.probabilities(step)[0] for step in range(21)]
     assert p[0] == 0.4 and p[20] == 1 and p[10] == pytest.approx(0.7)
     assert all(b > a for a, b in itertools.pairwise(p))
 
 
 def test_review_starts_anew_exactly_at_the_drops():
-    method = method_in(Run(epochs=9, steps_per_epoch=10, drops=(4.0, 7.0)), schedule="review", p=(0.2,))
+    method = method_in(RunContext(epochs=9, steps_per_epoch=10, drops=(4.0, 7.0)), schedule="review", p=(0.2,))
     p = [method.probabilities(step)[0] for step in range(90)]
     assert [step for step in range(90) if p[step] == 0.2] == [0, 40, 70]
     assert [step for step in range(90) if p[step] == 1] == [39, 69, 89]
 
 
 def test_uniform_ends_with_the_student_whole():
-    method = method_in(Run(epochs=5, steps_per_epoch=4), schedule="uniform", p=(0.5,), finish_epochs=2)
+    method = method_in(RunContext(epochs=5, steps_per_epoch=4), schedule="uniform", p=(0.5,), finish_epochs=2)
     assert [method.probabilities(step)[0] for step in (0, 11, 12, 19)] == [0.5, 0.5, 1.0, 1.0]
 
 
@@ -237,6 +237,6 @@ def test_options_out_of_range(options, word):
 
 def test_schedules_that_do_not_fit_the_run():
     with pytest.raises(UserError, match="review.*drop"):
-        method_in(Run(epochs=9), schedule="review")
+        method_in(RunContext(epochs=9), schedule="review")
     with pytest.raises(UserError, match="--finish-epochs 9"):
-        method_in(Run(epochs=9), schedule="uniform", finish_epochs=9)
+        method_in(RunContext(epochs=9), schedule="uniform", finish_epochs=9)

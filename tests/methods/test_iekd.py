@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 
 from fastkd import Trainer, TrainOptions, checkpoint, create_model
 from fastkd.errors import UserError
-from fastkd.methods import CE, METHODS, Run
+from fastkd.methods import CE, METHODS, RunContext
 from fastkd.methods.iekd import IEKD, IEKDOptions
-from fastkd.models import Coder, PreActivation, factors, staged
+from fastkd.methods.parts import teacher_autoencoder
+from fastkd.methods.parts.autoencoder import Coder
+from fastkd.models import PreActivation, staged
 
 VARIANTS = ("factor", "attention", "overhaul")
 SIZE = 16
@@ -194,8 +196,8 @@ def test_the_teacher_runs_once_a_step(variant):
 @pytest.fixture
 def trainings(monkeypatch):
     """One entry for each auto-encoder that is trained."""
-    done, real = [], factors.train_auto_encoder
-    monkeypatch.setattr(factors, "train_auto_encoder", lambda *a: done.append(1) or real(*a))
+    done, real = [], teacher_autoencoder.train_auto_encoder
+    monkeypatch.setattr(teacher_autoencoder, "train_auto_encoder", lambda *a: done.append(1) or real(*a))
     return done
 
 
@@ -203,8 +205,8 @@ def fitted(folder, said=None, teacher_seed=1, seed=0, kind=IEKD, **options):
     options = {"ae_epochs": 1} | options
     method = kind(net(), net("resnet14", teacher_seed), kind.Options(**options))
     torch.manual_seed(seed)
-    say = said.append if said is not None else lambda line: None
-    method.prepare(loader(dtype=torch.float32), Run(folder=folder, seed=seed, say=say))
+    log = said.append if said is not None else lambda line: None
+    method.prepare(loader(dtype=torch.float32), RunContext(folder=folder, seed=seed, log=log))
     return method.halves.teacher.net.state_dict()
 
 
@@ -251,7 +253,7 @@ def test_the_auto_encoder_learns_in_fp32_where_the_run_is_in_fp16():
     method, kinds = IEKD(net(), net("resnet14", 1), IEKDOptions(ae_epochs=1)), []
     autocast = lambda: torch.autocast("cpu", torch.float16)  # noqa: E731
     parallel = lambda part: part.register_forward_hook(lambda m, a, y: kinds.append(y.dtype)) and part  # noqa: E731
-    method.prepare(loader(dtype=torch.float32), Run(autocast=autocast, parallel=parallel))
+    method.prepare(loader(dtype=torch.float32), RunContext(autocast=autocast, parallel=parallel))
     assert set(kinds) == {torch.float32}
 
 
@@ -294,7 +296,7 @@ def test_the_random_split_follows_the_seed():
     orders = []
     for seed in (0, 1, 1):
         method = IEKD(net(), net("resnet14", 1), IEKDOptions(variant="attention", split="random"))
-        method.prepare(loader(), Run(seed=seed))
+        method.prepare(loader(), RunContext(seed=seed))
         orders.append(method.order.tolist())
     assert orders[0] != orders[1] == orders[2]
 

@@ -1,0 +1,55 @@
+"""What happens to a batch between the loader and the networks: mixup, CutMix, label smoothing.
+
+mixup (arXiv:1710.09412) blends each image with another of the batch, CutMix (arXiv:1905.04899) pastes a box of it;
+the labels are blended by the same share. Every network sees the same mixed image. The random numbers are the host's
+and depend on (seed, rank, step) alone, so nothing is synchronised and nothing needs to be checkpointed.
+Our own rather than torchvision's: that one leaves channels-last on CUDA and draws from the global generator.
+"""
+
+import random
+
+import torch
+from torch import Tensor
+
+
+class Mixup:
+    """(images [N, 3, H, W], target [N] int64, step) -> (images, target [N] int64 or [N, C] float32).
+
+    `mixup` and `cutmix` are the alphas of Beta(alpha, alpha); 0 is off; with both, each batch draws one of them.
+    `smoothing` s: the target becomes (1 - s) * target + s / C.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, smoothing: float, num_classes: int, seed: int = 0, rank: int = 0):
+        self.alphas = [(kind, alpha) for kind, alpha in ((blend, mixup), (paste, cutmix)) if alpha > 0]
+        self.smoothing, self.num_classes, self.key = smoothing, num_classes, f"{seed}/{rank}"
+
+    def __call__(self, images: Tensor, target: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        if not self.alphas and self.smoothing == 0:
+            return images, target
+        target = self._soften(target)
+        if self.alphas:
+            rng = random.Random(f"{self.key}/{step}")
+            kind, alpha = rng.choice(self.alphas)
+            images, share = kind(images, rng.betavariate(alpha, alpha), rng)
+            target = target.lerp(target.flip(0), 1 - share)
+        return images, target
+
+    def _soften(self, target: Tensor) -> Tensor:
+        off = self.smoothing / self.num_classes
+        soft = torch.full((len(target), self.num_classes), off, device=target.device)
+        return soft.scatter_(1, target[:, None], 1 - self.smoothing + off)
+
+
+def blend(images: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:
+    return images.lerp(images.flip(0), 1 - share), share
+
+
+def paste(images: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:
+    """A box of area (1 - share) around a uniform centre, cut at the border; gives back the share that was left."""
+    height, width = images.shape[-2:]
+    y, x, half = rng.randrange(height), rng.randrange(width), (1 - share) ** 0.5 / 2
+    top, bottom = max(0, round(y - half * height)), min(height, round(y + half * height))
+    left, right = max(0, round(x - half * width)), min(width, round(x + half * width))
+    mixed = images.clone()
+    mixed[..., top:bottom, left:right] = images.flip(0)[..., top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / (height * width)

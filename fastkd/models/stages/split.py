@@ -1,0 +1,193 @@
+"""Dividing any network at modules that the user names, by cutting its torch.fx graph."""
+
+from collections.abc import Sequence
+from inspect import Parameter, signature
+
+from torch import Tensor, fx, nn
+
+from ...errors import UserError, nearest
+from .families import Split
+
+
+class Outline(fx.Tracer):
+    """Traces only the forwards around the named modules; any other module is one node and need not be traceable."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__()
+        self.opened = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self.opened
+
+
+class ByMode(nn.Module):
+    """One part of a net whose forward is written differently for training and evaluation.
+
+    The last shared module in it says which mode it is: `model.eval()` reaches that module, but not this one.
+    """
+
+    def __init__(self, train_form: nn.Module, eval_form: nn.Module):
+        super().__init__()
+        self.train_form = train_form
+        self.eval_form = eval_form
+
+    def forward(self, x: Tensor) -> Tensor:
+        guide = _last_shared(self.eval_form) or _last_shared(self.train_form) or self
+        return self.train_form(x) if guide.training else self.eval_form(x)
+
+
+def _last_shared(form: nn.Module) -> nn.Module | None:
+    """The module of the net that runs last in a part; None where the part calls none."""
+    if not isinstance(form, fx.GraphModule):
+        return None if isinstance(form, nn.Identity) else form
+    calls = [node.target for node in form.graph.nodes if node.op == "call_module"]
+    return form.get_submodule(calls[-1]) if calls else None
+
+
+def split_at(model: nn.Module, names: Sequence[str]) -> Split:
+    """(stem, stages, head) of `model`, stage i ending with the output of the module `names[i]`; modules are shared.
+
+    The stem is what comes before the first named module. UserError where the names or the net do not allow it.
+    """
+    _check_names(model, names)
+    stem, *stages, head = [
+        _join(train_form, eval_form)
+        for train_form, eval_form in zip(_parts(model, names, True), _parts(model, names, False), strict=True)
+    ]
+    return stem, stages, head
+
+
+def _check_names(model: nn.Module, names: Sequence[str]) -> None:
+    if isinstance(names, str) or not names:
+        raise UserError(f"stages={names!r}: give a list of module names in forward order")
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known or not name:
+            hint = nearest(name, known)
+            raise UserError(f"{type(model).__name__} has no module {name!r}{hint}: stages are named by module")
+        outer = next((other for other in names if name.startswith(other + ".")), None)
+        if outer or list(names).count(name) > 1:
+            raise UserError(f"the stages {outer or name!r} and {name!r} overlap: name modules that follow one another")
+
+
+def _parts(model: nn.Module, names: Sequence[str], training: bool) -> list[nn.Module]:
+    graph = trace(model, names, training)
+    _check_no_side_effects(model, graph)
+    ends = [_call(graph, name) for name in names]
+    for end in ends:
+        _check_not_overwritten(model, end)
+    if not ends[0].args or not isinstance(ends[0].args[0], fx.Node):
+        raise UserError(f"stage {names[0]!r} does not take the features as its first argument: name another module")
+    logits = next(node for node in graph.nodes if node.op == "output").args[0]
+    if not isinstance(logits, fx.Node):
+        raise UserError(f"{type(model).__name__} returns several things, not logits alone: it has no stages")
+    image = next(node for node in graph.nodes if node.op == "placeholder")
+    cuts = [image, ends[0].args[0], *ends, logits]
+    return [_part(model, graph, cuts[i], cuts[i + 1]) for i in range(len(cuts) - 1)]
+
+
+def trace(model: nn.Module, names: Sequence[str], training: bool) -> fx.Graph:
+    """The graph of one mode. Only the flags that the traced forwards can read are set, and they are put back."""
+    tracer = Outline(names)
+    traced = [model, *(model.get_submodule(name) for name in sorted(tracer.opened))]
+    before = [module.training for module in traced]
+    try:
+        for module in traced:
+            module.training = training
+        return tracer.trace(model, _defaults(model))
+    except Exception as error:  # the model's own code runs here on symbolic values and may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise UserError(f"torch.fx cannot trace {type(model).__name__} around its stages ({reason})") from error
+    finally:
+        for module, flag in zip(traced, before, strict=True):
+            module.training = flag
+
+
+def _defaults(model: nn.Module) -> dict[str, object]:
+    """The optional arguments of forward: only the images vary."""
+    _, *others = signature(model.forward).parameters.values()
+    return {p.name: p.default for p in others if p.default is not Parameter.empty}
+
+
+def _call(graph: fx.Graph, name: str) -> fx.Node:
+    calls = [node for node in graph.nodes if node.op == "call_module" and node.target == name]
+    if len(calls) != 1:
+        raise UserError(f"stage {name!r} is called {len(calls)} times in a forward pass: a stage must be called once")
+    return calls[0]
+
+
+def _check_no_side_effects(model: nn.Module, graph: fx.Graph) -> None:
+    """A part runs what its output depends on. A step whose result nobody uses would be lost."""
+    for node in graph.nodes:
+        if not node.users and (node.op == "call_module" or _overwrites(model, node)):
+            raise UserError(f"the result of {str(node)!r} in the forward of {type(model).__name__} is not used: use it")
+
+
+def _check_not_overwritten(model: nn.Module, end: fx.Node) -> None:
+    """A tap must not change after it is taken. Seen is what the next node does, not what is deep in it."""
+    for user in end.users:
+        if _overwrites(model, user):
+            raise UserError(
+                f"the output of stage {end.target!r} is overwritten in place by {str(user)!r}: "
+                "end the stage with that module, or make it work out of place"
+            )
+
+
+def _overwrites(model: nn.Module, user: fx.Node) -> bool:
+    if user.op == "call_module":
+        first = model.get_submodule(user.target)
+        while isinstance(first, nn.Sequential) and len(first):
+            first = first[0]
+        return getattr(first, "inplace", False) is True
+    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    return user.kwargs.get("inplace") is True or (name.endswith("_") and not name.startswith("_"))
+
+
+def _part(model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node) -> nn.Module:
+    """The nodes that make `end` from `start`, as a module."""
+    if start is end:
+        return nn.Identity()
+    nodes = _between(graph, start, end)
+    if len(nodes) == 1 and end.op == "call_module" and end.args == (start,) and not end.kwargs:
+        return model.get_submodule(end.target)
+    part = fx.Graph()
+    copies = {start: part.placeholder("x")}
+    for node in nodes:
+        copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(copies[end])
+    return fx.GraphModule(model, part)
+
+
+def _between(graph: fx.Graph, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    needed, nodes = {end}, []
+    for node in reversed(graph.nodes):
+        if node in needed and node is not start:
+            if node.op == "placeholder":
+                raise UserError(_crossing(graph, node, start, end))
+            nodes.append(node)
+            needed.update(node.all_input_nodes)
+    if start not in needed:
+        raise UserError(f"stage {end.target!r} does not follow {start.target!r}: name the stages in forward order")
+    return nodes[::-1]
+
+
+def _crossing(graph: fx.Graph, source: fx.Node, start: fx.Node, end: fx.Node) -> str:
+    """Why following `end` back led past `start` to the argument `source` of forward."""
+    order = list(graph.nodes)
+    if source is not next(node for node in order if node.op == "placeholder"):
+        return f"the forward pass takes {source.target!r} beside the images: only nets of images alone have stages"
+    if order.index(end) < order.index(start):
+        return f"stage {end.target!r} comes before {start.target!r}: name the stages in forward order"
+    late = order[order.index(start) + 1 : order.index(end) + 1]
+    early = set(order[: order.index(start)])
+    used = [arg for node in late for arg in node.all_input_nodes if arg in early and arg.op != "get_attr"]
+    return f"{str(used[0])!r} is used beyond the output of {start.target!r}: end stages where one tensor carries all"
+
+
+def _join(train_form: nn.Module, eval_form: nn.Module) -> nn.Module:
+    """One module where both modes run the same code."""
+    if isinstance(train_form, fx.GraphModule) and isinstance(eval_form, fx.GraphModule):
+        same = train_form.code == eval_form.code
+    else:
+        same = train_form is eval_form or type(train_form) is type(eval_form) is nn.Identity
+    return train_form if same else ByMode(train_form, eval_form)

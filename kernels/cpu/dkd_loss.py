@@ -1,0 +1,78 @@
+"""dkd_loss.py where there is no GPU: loss and gradient together, in few passes of torch operations.
+
+Both networks lie in one [2, N, C] buffer, student first. It is also the path of fp64 on every device.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..op import accumulator, without_autocast
+from .grad_output import scaled
+from .scratch import scratch
+
+
+@without_autocast
+def closed_form(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    grads: Tensor | None,
+    upstream: Tensor | None = None,
+    written: bool = False,
+) -> Tensor | None:
+    """The same arguments and results as the kernel's `launch`."""
+    if written and scaled(grads, upstream):
+        return None
+    N, y = len(target), target[:, None]
+    d, shifted, r, log_sum, known = _rest(student, teacher, y, temperature)
+    p, q = d.sigmoid(), (-d).sigmoid()  # of the label, of all others together
+    if grads is not None:
+        gap = torch.where(d[0] > 0, q[1] - q[0], p[0] - p[1])  # p_s - p_t without cancellation near 1
+        scale = d.new_tensor(temperature / N) * (1 if upstream is None else upstream)
+        out = grads if grads.dtype == r.dtype else scratch("gradient", grads.shape, r)
+        torch.sub(*r, out=out).mul_(beta * scale).addcmul_(r[0], -alpha * scale * gap)
+        out.scatter_(1, y, alpha * scale * gap)
+        if out is not grads:
+            grads.copy_(out)
+    if upstream is not None:
+        return None
+    tckd = sum(torch.where(t == 0, 0, t * (log[1] - log[0])).sum() for t, log in ((p[1], _log(d)), (q[1], _log(-d))))
+    nckd = _divergence(r[1], shifted).sum() + ((log_sum[0] - log_sum[1]) * known[1]).sum()
+    return temperature**2 / N * (alpha * tckd + beta * nckd)
+
+
+def _log(d: Tensor) -> Tensor:
+    """log sigmoid(d); softplus because it runs on one thread: to wake the others takes longer than the few numbers."""
+    return -F.softplus(-d, threshold=50)
+
+
+def _rest(student: Tensor, teacher: Tensor, y: Tensor, temperature: float):
+    """Of the classes other than the label, for both networks [2, N, ...]: d [.., 1] = z_y / T - their log-sum-exp,
+    their logits / T less the largest (the label's place holds 0), their softmax (the label's place holds anything),
+    log-sum-exp of the shifted [.., 1], and whether one of them is above -inf [.., 1]."""
+    dtype, inverse, places = accumulator([student, teacher]), 1 / temperature, y.expand(2, -1, 1)
+    z = scratch("z", (2, *student.shape), student.new_empty((), dtype=dtype))
+    for mine, logits in zip(z, (student, teacher), strict=True):
+        torch.mul(logits.detach().to(dtype), inverse, out=mine)
+    z_y = z.gather(2, places)
+    z.scatter_(2, places, -torch.inf)
+    top = z.amax(2, keepdim=True)
+    known = top != -torch.inf
+    z.sub_(top.where(known, 0)).scatter_(2, places, torch.zeros_like(top).masked_fill_(known, -torch.inf))
+    r = torch.softmax(z, 2, out=scratch("p", z.shape, z))
+    # The largest is exp(0) / sum, which spares a pass of exponentials; xlogy(1, x) is log(x) on one thread.
+    log_sum = -torch.special.xlogy(1.0, r.amax(2, keepdim=True))
+    return z_y - top - log_sum, z.scatter_(2, places, 0), r, log_sum, known
+
+
+def _divergence(r_t: Tensor, shifted: Tensor) -> Tensor:
+    """[N]: sum of r_t (shifted_t - shifted_s); a class of probability 0 adds 0, not 0 * inf."""
+    spare = scratch("spare", r_t.shape, r_t)
+    sums = torch.sub(shifted[1], shifted[0], out=spare).mul_(r_t).sum(1)
+    if sums.device.type != "cpu" or not sums.isfinite().all():
+        sums = torch.where(r_t == 0, 0, r_t * (shifted[1] - shifted[0])).sum(1)
+    return sums
