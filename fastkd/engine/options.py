@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..errors import UserError, nearest
+from ..errors import UserError, check_number, nearest
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TrainOptions:
     def __post_init__(self):
         self._check_kinds()
         _require(self.epochs >= 1, f"--epochs must be 1 or more, got {self.epochs}")
-        _require(0 < self.lr < float("inf"), f"--lr must be a number above 0, got {self.lr}")
+        check_number("lr", self.lr, above_zero=True)
         _require(0 <= self.seed < 2**32, f"--seed must be >= 0 and below 2**32, got {self.seed}")
         _require(self.grad_accum >= 1, f"--grad-accum must be 1 or more, got {self.grad_accum}")
         _require(0 <= self.smoothing < 1, f"--smoothing must be in [0, 1), got {self.smoothing}")
@@ -92,8 +92,7 @@ class TrainOptions:
         if self.sched == "multistep":
             self._check_milestones()
         for name in ("weight_decay", "warmup_lr", "min_lr", "decay_rate", "clip_grad", "mixup", "cutmix"):
-            value = getattr(self, name)
-            _require(0 <= value < float("inf"), f"--{name.replace('_', '-')} must not be negative, got {value}")
+            check_number(name, getattr(self, name))
         _require(
             self.opt != "nesterov" or self.momentum > 0, f"--opt nesterov needs --momentum above 0, got {self.momentum}"
         )

@@ -5,7 +5,6 @@ The engine calls the method eagerly, compiled or captured; the method does not k
 """
 
 import functools
-import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import UserError
+from ..errors import UserError, check_number
 from ..models import staged
 
 
@@ -241,15 +240,14 @@ def cross_entropy(logits_NC: Tensor, target: Tensor, weight: float = 1.0) -> Ten
 
 
 def check_weights(**weights: float) -> None:
-    """UserError unless every option is a finite number from 0 and one of them is above 0."""
+    """Raise UserError unless every option is a finite number of 0 or more and at least one is above 0."""
     for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a number from 0, got {weight}")
+        check_number(name, weight)
     if not any(weights.values()):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in weights)
         raise UserError(f"{names} are all 0: nothing is learnt; give one of them above 0")
 
 
 def check_temperature(temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise UserError(f"--temperature must be a number above 0, got {temperature}")
+    """Raise UserError unless the temperature is a finite number above 0."""
+    check_number("temperature", temperature, above_zero=True)

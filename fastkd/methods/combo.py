@@ -11,7 +11,6 @@ this is ours.
 import ast
 import inspect
 import itertools
-import math
 from collections.abc import Hashable
 from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
@@ -20,7 +19,7 @@ from textwrap import dedent
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, check_number
 from ..models import PreActivation
 from .base import FrozenTeacher, Method, RunContext
 
@@ -156,9 +155,8 @@ def _sum_of_options(kinds: dict[str, type[Method]]) -> type:
 
     def check(self):
         for part, kind in kinds.items():
-            weight = getattr(self, f"{part}_weight")
-            if not 0 < weight < math.inf:
-                raise UserError(f"--{part}-weight must be a number above 0, got {weight}; or leave {part} out")
+            weight = f"{part}_weight"
+            check_number(weight, getattr(self, weight), above_zero=True, hint=f"; or leave {part} out")
             _own_options(self, part, kind)
         _check_labels(self, kinds)
 

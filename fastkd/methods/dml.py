@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import UserError
+from ..errors import check_number
 from ..losses import MutualLoss
 from .base import Method
 
@@ -26,8 +26,7 @@ class DMLOptions:
     """Update one network after the other, each on fresh forward passes of all, instead of all at once."""
 
     def __post_init__(self):
-        if not 0 < self.kl_weight < float("inf"):
-            raise UserError(f"--kl-weight must be a number above 0, got {self.kl_weight}; for plain training use ce")
+        check_number("kl_weight", self.kl_weight, above_zero=True, hint="; to train on the labels alone use ce")
 
 
 class DML(Method):

@@ -20,7 +20,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import UserError
+from ..errors import UserError, check_number
 from ..losses import KDLoss
 from ..models import staged
 from .base import Method, RunContext, cross_entropy
@@ -52,8 +52,7 @@ class IAKDOptions:
         KDLoss(self.temperature, 1.0, self.kd_weight)  # checks the values
         if not self.p or not all(0 <= p <= 1 for p in self.p):
             raise UserError(f"--p must be one or more probabilities from 0 to 1, got {' '.join(map(str, self.p))}")
-        if not 0 <= self.finish_epochs < float("inf"):
-            raise UserError(f"--finish-epochs must be a number from 0, got {self.finish_epochs}")
+        check_number("finish_epochs", self.finish_epochs)
         if self.finish_epochs and self.schedule != "uniform":
             raise UserError(f"--finish-epochs is for --schedule uniform; {self.schedule} ends at p = 1 by itself")
 
