@@ -80,7 +80,8 @@ class Pair:
             settle(teacher, images[:SETTLE].float())
         torch.manual_seed(0)
         method = kind(student, teacher, _cheap(kind), peers).to(device, memory_format=torch.channels_last)
-        method.prepare(Batches(images[:SETTLE].float(), target[:SETTLE]), RunContext(100, 1000, (50.0,), device=device))
+        run = RunContext(epochs=100, steps_per_epoch=1000, drops=(50.0,), device=device)
+        method.prepare(Batches(images[:SETTLE].float(), target[:SETTLE]), run)
         return method.train()
 
     def _network(self, option: str, name: str, number: int = 0) -> nn.Module:

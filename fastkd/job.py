@@ -20,7 +20,7 @@ from .engine.teacher import check_form
 from .errors import UserError
 from .evaluate import evaluate, speed
 from .methods import find_method
-from .methods.base import NoOptions, RunContext
+from .methods.context import NoOptions, RunContext
 from .models import create_model, load_weights
 from .report import board_class, log_rank0, show_table
 from .train import Result, Trainer, describe
@@ -73,7 +73,15 @@ class Job:
         # What does not fit the method, networks or schedule, is an error now, before a teacher is trained for it.
         trial = kind(*copy.deepcopy((self.student, self.teacher, self.config.method, self.peers)))
         options = config.train
-        trial.check(RunContext(options.epochs, len(self.train_loader), options.drops, options.seed, self.device))
+        trial.check(
+            RunContext(
+                epochs=options.epochs,
+                steps_per_epoch=len(self.train_loader),
+                drops=options.drops,
+                seed=options.seed,
+                device=self.device,
+            )
+        )
         check_form(trial, options.teacher_form)
         check_compile(trial, options)
         check_graph(options.graph, options, self.device, distributed.world_size())

@@ -105,16 +105,16 @@ class Trainer:
         self.method.prepare(
             self.train_loader,
             RunContext(
-                options.epochs,
-                len(self.train_loader),
-                options.drops,
-                options.seed,
-                self.device,
-                self.report.out,
-                self.step.precision.autocast,
-                partial(distributed.parallel, device=self.device),
-                track,
-                log_rank0,
+                epochs=options.epochs,
+                steps_per_epoch=len(self.train_loader),
+                drops=options.drops,
+                seed=options.seed,
+                device=self.device,
+                folder=self.report.out,
+                autocast=self.step.precision.autocast,
+                parallel=partial(distributed.parallel, device=self.device),
+                track=track,
+                log=log_rank0,
             ),
         )
         self.train_loader.load_state_dict(position)
