@@ -1,11 +1,12 @@
 """The protocol: a frozen teacher, one forward pass per network and step, feature maps."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastkd import create_model
+from fastkd import Trainer, TrainOptions, create_model
 from fastkd.methods import CE, KD, ForwardCache, FrozenTeacher, Method
 
 
@@ -123,3 +124,12 @@ def test_in_a_capture_the_teacher_runs_on_a_side_stream(tiny_net, monkeypatch):
     method.losses = lambda out, target, plan: {"x": out(student).sum()}
     method(images, None)
     assert events == [*fork, "student", "main waits for side"]
+
+
+def test_the_method_of_the_documentation_trains(tiny_net, tiny_loaders, tmp_path):
+    text = (Path(__file__).parents[2] / "docs/method-protocol.md").read_text()
+    names = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    options = TrainOptions(epochs=1, lr=0.01, out=str(tmp_path / "run"))
+    result = Trainer(names["LogitMSE"](tiny_net(0), tiny_net(1)), *tiny_loaders(), options).fit()
+    assert result.history[0]["mse"] > 0
