@@ -174,9 +174,7 @@ def test_a_loader_with_fewer_batches_than_its_length(tiny_net, tiny_loaders, tmp
     out = capsys.readouterr().out
     assert "warning: train_loader gave 2 batches in epoch 2, but its length is 3" in out and "in epoch 1," not in out
     with pytest.raises(UserError, match="train_loader gave no batch in epoch 2; .* is 3"):
-        Trainer(
-            CE(tiny_net()), Batches(3, 3, 0), tiny_loaders()[1], TrainOptions(epochs=2, out=str(tmp_path / "b"))
-        ).fit()
+        Trainer(CE(tiny_net()), Batches(3, 3, 0), tiny_loaders()[1], replace(options, out=str(tmp_path / "b"))).fit()
 
 
 def test_best_checkpoint_is_a_weights_file_too(tiny_net, tiny_loaders, tmp_path):
