@@ -11,7 +11,7 @@ ImageNet step (computed from its bytes, not timed), and a second set would need 
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,23 +21,14 @@ from .step import Step
 WARM_UP = 3  # eager steps before the first capture: cuDNN chooses its algorithms, the optimizer makes its state
 LARGEST = 64  # graphs held; IAKD has 2^K plans
 
-
-class Graph(Protocol):
-    """`with graph:` captures, `graph.replay()` runs. CudaGraph, or what tests use on the CPU."""
-
-    counts_at_once: bool
-    """True if the capture itself runs the operations."""
-    megabytes: float
-
-    def __enter__(self) -> Any: ...
-    def __exit__(self, *problem: Any) -> None: ...
-    def replay(self) -> None: ...
+Shapes = tuple[torch.Size, torch.dtype, torch.Size, torch.dtype]  # of images and target
+Key = tuple[Hashable, Shapes]  # plan and shapes
 
 
 class CudaGraph:
-    """A Graph on CUDA, with its memory in `pool`, captured on `stream`."""
+    """`with graph:` captures on `stream` with memory from `pool`; `graph.replay()` runs. Tests have one for the CPU."""
 
-    counts_at_once = False
+    counts_at_once = False  # True in that of the tests, whose capture runs the operations too
 
     def __init__(self, pool: Any, stream: torch.cuda.Stream):
         self.graph = torch.cuda.CUDAGraph()
@@ -57,33 +48,24 @@ class CudaGraph:
         self.graph.replay()
 
 
-class Shapes(NamedTuple):
-    """The shapes and dtypes of a batch."""
-
-    images: torch.Size
-    images_dtype: torch.dtype
-    target: torch.Size
-    target_dtype: torch.dtype
-
-
 class GraphedStep:
     """Runs `step(images, target, plan)`, by replay where possible. At most `largest` graphs; the oldest use goes first.
 
-    `new_graph()` makes a Graph. `graphs` holds the captured ones by (plan, shapes). The state stays in `step`.
+    `new_graph()` makes a CudaGraph. `graphs` holds the captured ones by (plan, shapes). The state stays in `step`.
     """
 
-    def __init__(self, step: Step, new_graph: Callable[[], Graph], warm_up: int = WARM_UP, largest: int = LARGEST):
+    def __init__(self, step: Step, new_graph: Callable[[], CudaGraph], warm_up: int = WARM_UP, largest: int = LARGEST):
         self.step, self.new_graph, self.warm_up, self.largest = step, new_graph, warm_up, largest
         self.meter = step.meter
-        self.graphs: OrderedDict[tuple[Hashable, Shapes], Graph] = OrderedDict()
-        self.seen: dict[tuple[Hashable, Shapes], int] = {}  # steps by plan and shapes
+        self.graphs: OrderedDict[Key, CudaGraph] = OrderedDict()
+        self.seen: dict[Key, int] = {}  # steps by plan and shapes
         self.eager = 0  # how many of them ran eagerly
         self.usual = 0  # images of the first batch
         self.megabytes = 0.0  # of the pool of all graphs
         self.inputs: dict[Shapes, tuple[Tensor, Tensor]] = {}  # shared by the graphs of one shape: replays take turns
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
-        shapes = Shapes(images.shape, images.dtype, target.shape, target.dtype)
+        shapes = (images.shape, images.dtype, target.shape, target.dtype)
         key = (plan, shapes)
         if key in self.graphs:
             self.graphs.move_to_end(key)
@@ -96,12 +78,12 @@ class GraphedStep:
             self.step(images, target, plan)
         self.seen[key] = self.seen.get(key, 0) + 1
 
-    def _is_warm(self, key: tuple[Hashable, Shapes], images: Tensor) -> bool:
+    def _is_warm(self, key: Key, images: Tensor) -> bool:
         """True for batches of the usual size, after an eager step of this plan and shape and `warm_up` steps in all."""
         self.usual = self.usual or len(images)
         return len(images) == self.usual and self.eager >= self.warm_up and key in self.seen
 
-    def _capture(self, key: tuple[Hashable, Shapes], images: Tensor, target: Tensor, plan: Hashable) -> None:
+    def _capture(self, key: Key, images: Tensor, target: Tensor, plan: Hashable) -> None:
         while len(self.graphs) >= self.largest:
             self.graphs.popitem(last=False)
         _, shapes = key

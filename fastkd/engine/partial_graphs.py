@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import Method
-from .graph import WARM_UP, Graph
+from .graph import WARM_UP, CudaGraph
 from .step import Step
 from .teacher_forms import TeacherForm
 
 KINDS = 4  # graphs of a module, one for each kind of input: batches and micro-batches of two sizes
 
-NewGraph = Callable[[], Graph]
+NewGraph = Callable[[], CudaGraph]
 Shared = dict[tuple, Tensor]
 
 
 class PartialGraphStep:
     """Runs `step(images, target, plan)`; the modules in it are replayed. `close` restores their eager forward.
 
-    `new_pool()` gives a function that makes Graphs with a memory pool of their own, such as
+    `new_pool()` gives a function that makes graphs with a memory pool of their own, such as
     `lambda: CudaGraph(pool, stream)`. The state stays in `step`.
     """
 
@@ -147,7 +147,7 @@ class PartialGraph:
             self._capture_backward(y, [p for p in parameters if p.requires_grad], new_graph())
         self.y = y.detach()
 
-    def _capture_backward(self, y: Tensor, parameters: list[nn.Parameter], graph: Graph) -> None:
+    def _capture_backward(self, y: Tensor, parameters: list[nn.Parameter], graph: CudaGraph) -> None:
         self.dy, self.parameters = self._place("dy", y), parameters
         inputs = [*parameters, *([self.x] if self.x.requires_grad else [])]
         with graph, torch.autocast(y.device.type, enabled=False):  # as autograd runs

@@ -56,6 +56,10 @@ class Method(OptionalHooks):
         self.peers = nn.ModuleList(peers)
         self.options = options or self.Options()
         self.__dict__["staged_views"] = {}  # not registered: a view shares its network's parameters
+        self.build()
+
+    def build(self) -> None:
+        """Make the losses and the modules that the method adds, and request features. The networks are set by then."""
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         """Weighted loss terms, scalars on the device; their sum is the loss.

@@ -12,7 +12,7 @@ Source: ours.
 import ast
 import inspect
 import itertools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
 from textwrap import dedent
@@ -37,15 +37,8 @@ class Combo(Method):
 
     kinds: dict[str, type[Method]] = {}  # by name; `combine` makes a subclass that has some
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None = None,
-        options: Any = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
-        self.parts = nn.ModuleDict({name: self._build(name, kind) for name, kind in self.kinds.items()})
+    def build(self) -> None:
+        self.parts = nn.ModuleDict({name: self._make(name, kind) for name, kind in self.kinds.items()})
         self.weights = {name: getattr(self.options, f"{name}_weight") for name in self.parts}
         self.find_unused_parameters = any(method.find_unused_parameters for method in self.methods.values())
         self._check_options()
@@ -57,7 +50,7 @@ class Combo(Method):
         """The summed methods by name."""
         return {name: cast(Method, method) for name, method in self.parts.items()}
 
-    def _build(self, name: str, kind: type[Method]) -> Method:
+    def _make(self, name: str, kind: type[Method]) -> Method:
         teacher = self.teacher if kind.needs_teacher else None
         peers = list(self.peers) if kind.needs_peers else ()
         return kind(self.student, teacher, _options_of(self.options, name, kind), peers)

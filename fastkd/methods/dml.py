@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import check_number
 from ..losses import MutualLoss
@@ -41,14 +41,7 @@ class DML(Method):
 
     options: DMLOptions
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: None = None,
-        options: DMLOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         self.loss = MutualLoss(kl_weight=self.options.kl_weight)
         self.find_unused_parameters = self.options.alternate
 

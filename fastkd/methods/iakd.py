@@ -17,7 +17,7 @@ resume.
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,14 +79,7 @@ class IAKD(Method):
     view: Staged
     run: RunContext
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        options: IAKDOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         o = self.options
         if o.teacher_bn == "batch":
             self.teacher.batch_statistics = True

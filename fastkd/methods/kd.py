@@ -6,10 +6,10 @@ Defaults: T = 4, 0.1 / 0.9, usual for CIFAR since the CRD comparison; for ImageN
 Departures: none. `standardize` is arXiv:2403.01427's logit standardisation (its own defaults: T = 2, kd_weight = 9).
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import KDLoss
 from .base import Method, check_weights
@@ -47,10 +47,7 @@ class KD(Method):
     teacher: FrozenTeacher
     options: KDOptions
 
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, options: KDOptions | None = None, peers: Sequence[nn.Module] = ()
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         self.loss = self.options.loss()
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
