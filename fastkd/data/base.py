@@ -35,7 +35,7 @@ class Loader(Protocol):
 
 
 def check_loaders(train_loader: Loader, val_loader: Iterable, gather: Callable[[Any], list[Any]]) -> None:
-    """Raise UserError if a loader lacks what the trainer needs, or has no batch to give. Both are rewound.
+    """Raise UserError if a loader lacks what the trainer needs, or gives no batch. The training loader is rewound.
 
     A torch DataLoader is enough for evaluation, but not for training: it cannot be continued at a given epoch.
     `gather(x)` gives the x of every process. A process may have no images to evaluate if another has some.
