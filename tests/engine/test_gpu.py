@@ -87,7 +87,7 @@ def test_graphs_with_every_option(name, options):
 
 
 @pytest.mark.parametrize("name", ["iakd", "iakd+at", "iakd --teacher-bn batch"])
-def test_parts_learn_what_eager_steps_learn(name):
+def test_partial_graphs_learn_what_eager_steps_learn(name):
     eager, exact = (parameters(name, amp_dtype=dtype) for dtype in ("bfloat16", "float32"))
     replayed = parameters(name, PartialGraphStep, new=new_pool, amp_dtype="bfloat16")
     assert distance(replayed, eager) < distance(eager, exact)

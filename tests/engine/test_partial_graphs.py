@@ -1,4 +1,4 @@
-"""Steps of very many paths, replayed part by part, equal eager ones bit for bit."""
+"""Steps of very many paths, replayed module by module, equal eager ones bit for bit."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ class PoolGraph(Graph):
         super().replay()
 
     def made(self) -> list[torch.Tensor]:
-        """What was not there before the capture."""
+        """The tensors that the capture has made."""
         before, found = set(), {}
         for _, args, kwargs, result in self.calls:
             before |= {storage(x) for x in tensors((args, kwargs))} - found.keys()
@@ -76,7 +76,7 @@ PATHS = [(True, True, True), (True, False, True), (False, False, False)]
     ids=str,
 )
 @pytest.mark.parametrize("name", ["iakd", "iakd --teacher-bn batch"])
-def test_replayed_parts_equal_eager_ones(name, options):
+def test_replayed_modules_equal_eager_ones(name, options):
     eager, _ = trained(name, **options)
     replayed, run = trained(name, PartialGraphStep, new=pool, **options)
     assert sum(bool(module.replays) for module in run.modules) >= 6, "too little was captured"
@@ -85,7 +85,7 @@ def test_replayed_parts_equal_eager_ones(name, options):
     assert not any("forward" in vars(module) for module in run.step.method.modules())
 
 
-def test_maps_between_the_parts_reach_the_loss():
+def test_maps_between_the_modules_reach_the_loss():
     """Three gradients are summed there, in another order: equal within rounding.
 
     In float64: in float32 the rounding of three steps can flip a ReLU, which moves weights by 3e-3.
@@ -115,7 +115,7 @@ def test_the_teacher_s_own_forward_is_replayed(form):
     assert last.replays == 5 and same(*states)
 
 
-def test_a_part_that_is_left_out_stays_untouched():
+def test_a_module_that_is_left_out_stays_untouched():
     method = build("iakd")
     run = PartialGraphStep(Step(method, TrainOptions(lr=0.1, weight_decay=0.1), CPU), pool, warm_up=1)
     for path in (*PATHS, *PATHS):
@@ -148,21 +148,21 @@ def test_micro_batches_of_two_sizes_are_captured(count):
     assert same(eager, replayed)
 
 
-def test_parts_that_stand_for_one_another_share_memory():
+def test_alternatives_share_memory():
     eager, _ = trained("iakd")
     replayed, run = trained("iakd", PartialGraphStep, new=Pool)
     assert len({id(module.new_graph) for module in run.modules}) == 5
     assert same(eager, replayed)
 
 
-def test_memory_shared_by_all_would_be_caught():
+def test_memory_shared_by_all_modules_would_be_caught():
     eager, _ = trained("iakd")
     common = Pool()
     replayed, _ = trained("iakd", PartialGraphStep, new=lambda: common)
     assert not same(eager, replayed)
 
 
-def test_a_part_without_gradients():
+def test_a_module_without_gradients():
     states = []
     for how in (None, PartialGraphStep):
         method = build("iakd")
@@ -219,7 +219,7 @@ def by_stages() -> IAKD:
     return IAKD(create_model("resnet26", 10), create_model("resnet44", 10), IAKDOptions(gates="stage"))
 
 
-def test_when_the_parts_are_captured(monkeypatch):
+def test_when_modules_are_captured(monkeypatch):
     cuda, made = torch.device("cuda"), []
     method = IAKD(create_model("resnet56", 10), create_model("resnet56", 10), IAKDOptions(gates="block"))
     assert count_paths(method) == 2**27 and count_paths(by_stages()) == 8
