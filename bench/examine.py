@@ -7,7 +7,7 @@ from fastkd.bench.count import counted, cuda_syncs, per_step
 from fastkd.bench.pair import Pair
 from fastkd.engine import Step, choose_form
 from fastkd.engine.graph import LARGEST
-from fastkd.engine.launch import paths, why_not
+from fastkd.engine.launch import count_paths, why_not
 
 IMAGES = 8
 
@@ -26,7 +26,7 @@ def examine(given: dict) -> list[list[str]]:
     run()
     shape = f"{pair.batch_size} images of {pair.image_size} px, {str(step.precision.dtype).removeprefix('torch.')}"
     graph = why_not(step.options, device, 1)
-    replayed = "the parts of steps" if paths(method) > LARGEST else "whole steps"
+    replayed = "the parts of steps" if count_paths(method) > LARGEST else "whole steps"
     return [
         ["pair", pair.name, shape],
         *counts(run, device),
