@@ -175,7 +175,7 @@ def test_no_line_of_a_step_moves_values_to_the_host():
 
     root = Path(fastkd.__file__).parent
     files = [*(root / "methods").glob("*.py"), *(root / "engine").glob("*.py"), *(root / "losses").glob("*.py")]
-    files += list((root.parent / "kernels").glob("*.py"))
+    files += [*(root.parent / "kernels").glob("*.py"), *(root.parent / "kernels" / "gpu").glob("*.py")]
     assert len(files) > 8
     for file in files:
         if file.stem == "check" or file.stem.endswith("_cpu"):  # the CPU's own paths, where asking costs nothing
