@@ -54,7 +54,7 @@ def create_model(name: str, num_classes: int, weights: str | os.PathLike | None 
 
 
 def model_names() -> list[str]:
-    """The names of our own networks."""
+    """The names of the networks in `nets/`."""
     resnets = [f"resnet{depth}" for depth in DEPTHS]
     return [*resnets, *X4_DEPTHS, *WIDE, *CONVOLUTIONS, "mobilenet", "mobilenetv2"]
 

@@ -1,6 +1,6 @@
 """A copy of a module with new random weights, for bridges (SOKD) and auxiliary heads (DCM).
 
-Ours: convolutions start as in our own networks (`he_init`), all other layers as in torch, however the network was
+Ours: convolutions start as in fastkd's networks (`he_init`), all other layers as in torch, however the network was
 initialised. ConvNeXt's layer scale starts at 1e-6, as in its paper (arXiv:2201.03545), and V2's response norm at 0.
 """
 
