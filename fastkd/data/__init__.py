@@ -14,12 +14,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from ..errors import UserError, nearest
-from .base import IMAGENET_MEAN, IMAGENET_STD, Loader
+from .base import IMAGENET_MEAN, IMAGENET_STD, Loader, Shard
 
 
 def default_workers() -> int:
@@ -89,22 +89,22 @@ def create_loaders(
 
     `log` gets one line for each choice made here. Raises UserError if the data cannot be used.
     """
-    shard: dict[str, Any] = {"seed": seed, "rank": rank, "world_size": world_size, "dtype": dtype}
+    shard = Shard(seed, rank, world_size, dtype)
     if options.data in ("digits", "synthetic"):
         _reject_dali(options)
     if options.data == "digits":
         from .digits import create_digits
 
-        return create_digits(options, device, **shard)
+        return create_digits(options, device, shard)
     if options.data == "synthetic":
         from .synthetic import create_synthetic
 
-        return create_synthetic(options, device, **shard)
+        return create_synthetic(options, device, shard)
     from .scan import scan_pair
 
     train, val = scan_pair(options.data)
     loader = _folder_loader(options, log)
-    return loader(train, options, device, train=True, **shard), loader(val, options, device, train=False, **shard)
+    return loader(train, options, device, shard, train=True), loader(val, options, device, shard, train=False)
 
 
 def _reject_dali(options: DataOptions) -> None:

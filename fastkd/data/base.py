@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -67,9 +68,21 @@ def evaluation_slices(samples: int, batch_size: int, rank: int, world_size: int)
     return [(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
 
 
-def epoch_slices(samples: int, batch_size: int, rank: int, world_size: int, *, train: bool) -> list[tuple[int, int]]:
-    """`training_slices` or `evaluation_slices`."""
-    return (training_slices if train else evaluation_slices)(samples, batch_size, rank, world_size)
+@dataclass(frozen=True)
+class Shard:
+    """The share of an epoch that a process gets, and the dtype of its images."""
+
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    dtype: torch.dtype = torch.float32
+
+    def slices(self, samples: int, batch_size: int, *, train: bool) -> list[tuple[int, int]]:
+        """`training_slices` or `evaluation_slices`."""
+        return (training_slices if train else evaluation_slices)(samples, batch_size, self.rank, self.world_size)
+
+
+ONE_PROCESS = Shard()
 
 
 def resize_side(image_size: int) -> int:

@@ -25,7 +25,7 @@ from nvidia.dali.types import DALIDataType, DALIInterpType
 from torch import Tensor
 
 from ..errors import UserError
-from .base import derived_seed, epoch_of, epoch_order, epoch_slices, resize_side, shard_bounds
+from .base import ONE_PROCESS, Shard, derived_seed, epoch_of, epoch_order, resize_side, shard_bounds
 from .normalise import Normalise
 from .scan import Split
 
@@ -42,26 +42,17 @@ class DaliLoader:
     """A Loader (see base.py) over one split of a folder."""
 
     def __init__(
-        self,
-        split: Split,
-        options: "DataOptions",
-        device: torch.device,
-        *,
-        train: bool,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        dtype: torch.dtype = torch.float32,
+        self, split: Split, options: "DataOptions", device: torch.device, shard: Shard = ONE_PROCESS, *, train: bool
     ):
         if options.workers < 1:
             raise UserError("workers=0: DALI decodes in at least one thread; give workers=1, or loader='folder'")
         self.classes, self.samples, self.train = split.classes, len(split.files), train
-        self.split, self.options, self.device, self.dtype = split, options, device, dtype
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.slices = epoch_slices(self.samples, options.batch_size, rank, world_size, train=train)
+        self.split, self.options, self.device, self.dtype = split, options, device, shard.dtype
+        self.seed, self.rank, self.world_size = shard.seed, shard.rank, shard.world_size
+        self.slices = shard.slices(self.samples, options.batch_size, train=train)
         self.threads = ThreadPoolExecutor(options.workers)  # starts no thread if DALI resizes
         self.resized: Tensor | None = None  # bytes between resizing and normalising, reused for every batch
-        self.normalise = Normalise(options.mean, options.std, device, dtype)
+        self.normalise = Normalise(options.mean, options.std, device, shard.dtype)
         self.lent: deque = deque()  # CUDA: DALI's outputs that torch may still be copying
         self.epoch = 0
         self._boundary: bytes | None = None  # the pipeline's state at the beginning of this epoch; None: as built

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from .base import EpochCounter, derived_seed, epoch_order, epoch_slices
+from .base import EpochCounter, Shard, derived_seed, epoch_order
 
 if TYPE_CHECKING:
     from . import DataOptions
@@ -42,9 +42,7 @@ def is_for_evaluation(target: Tensor) -> Tensor:
     return position % 5 == 0
 
 
-def create_digits(
-    options: "DataOptions", device: torch.device, *, seed: int, rank: int, world_size: int, dtype: torch.dtype
-) -> tuple["DigitsLoader", "DigitsLoader"]:
+def create_digits(options: "DataOptions", device: torch.device, shard: Shard) -> tuple["DigitsLoader", "DigitsLoader"]:
     """The training and the evaluation loader."""
     images, target = read_digits()
     held_out = is_for_evaluation(target)
@@ -52,9 +50,9 @@ def create_digits(
 
     def loader(chosen: Tensor, train: bool) -> DigitsLoader:
         # padded before normalising, so that a shift brings in background
-        split = pad(images[chosen], (SHIFT,) * 4).sub(mean).div(std).to(device, dtype)
-        slices = epoch_slices(len(split), options.batch_size, rank, world_size, train=train)
-        return DigitsLoader(split, target[chosen].to(device), slices, train=train, seed=seed)
+        split = pad(images[chosen], (SHIFT,) * 4).sub(mean).div(std).to(device, shard.dtype)
+        slices = shard.slices(len(split), options.batch_size, train=train)
+        return DigitsLoader(split, target[chosen].to(device), slices, train=train, seed=shard.seed)
 
     return loader(~held_out, True), loader(held_out, False)
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from ..errors import UserError
-from .base import EpochCounter, derived_seed, epoch_order, epoch_slices, resize_side
+from .base import ONE_PROCESS, EpochCounter, Shard, derived_seed, epoch_order, resize_side
 from .normalise import Normalise
 from .scan import Split, image_kind
 
@@ -120,23 +120,14 @@ class FolderLoader:
     """A Loader (see base.py) over one split of a folder."""
 
     def __init__(
-        self,
-        split: Split,
-        options: "DataOptions",
-        device: torch.device,
-        *,
-        train: bool,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        dtype: torch.dtype = torch.float32,
+        self, split: Split, options: "DataOptions", device: torch.device, shard: Shard = ONE_PROCESS, *, train: bool
     ):
         self.classes, self.samples, self.train = split.classes, len(split.files), train
-        self.device, self.normalise = device, Normalise(options.mean, options.std, device, dtype)
-        slices = epoch_slices(self.samples, options.batch_size, rank, world_size, train=train)
-        self.keys = EpochKeys(slices, self.samples, train=train, seed=seed)
+        self.device, self.normalise = device, Normalise(options.mean, options.std, device, shard.dtype)
+        slices = shard.slices(self.samples, options.batch_size, train=train)
+        self.keys = EpochKeys(slices, self.samples, train=train, seed=shard.seed)
         self.batches = DataLoader(
-            Images(split, options.image_size, train=train, seed=seed),
+            Images(split, options.image_size, train=train, seed=shard.seed),
             batch_sampler=self.keys,
             num_workers=options.workers,
             persistent_workers=options.workers > 0,

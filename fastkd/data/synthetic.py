@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import EpochCounter, derived_seed, epoch_slices
+from .base import EpochCounter, Shard, derived_seed
 
 if TYPE_CHECKING:
     from . import DataOptions
@@ -19,17 +19,17 @@ HELD = 4  # batches
 
 
 def create_synthetic(
-    options: "DataOptions", device: torch.device, *, seed: int, rank: int, world_size: int, dtype: torch.dtype
+    options: "DataOptions", device: torch.device, shard: Shard
 ) -> tuple["SyntheticLoader", "SyntheticLoader"]:
     """The training loader, and an evaluation loader with a tenth of the images. Both use the same batches."""
-    random = torch.Generator(device).manual_seed(derived_seed(seed, rank))
+    random = torch.Generator(device).manual_seed(derived_seed(shard.seed, shard.rank))
     most = options.batch_size + 2  # see base.training_steps
     shape = (HELD, most, options.image_size, options.image_size, 3)
-    images = torch.randn(shape, generator=random, device=device, dtype=dtype).permute(0, 1, 4, 2, 3)
+    images = torch.randn(shape, generator=random, device=device, dtype=shard.dtype).permute(0, 1, 4, 2, 3)
     target = torch.randint(options.synthetic_classes, (HELD, most), generator=random, device=device)
 
     def loader(samples: int, train: bool) -> SyntheticLoader:
-        slices = epoch_slices(samples, options.batch_size, rank, world_size, train=train)
+        slices = shard.slices(samples, options.batch_size, train=train)
         sizes = [stop - start for start, stop in slices]
         return SyntheticLoader(images, target, sizes, samples, options.synthetic_classes, train=train)
 
