@@ -15,7 +15,7 @@ from fastkd.bench.common import commit, environment, load_average, write_json
 from fastkd.bench.pair import Pair, settle
 from fastkd.bench.screen import log_rank0
 from fastkd.engine.precision import Precision
-from fastkd.engine.teacher import FORMS, try_forms
+from fastkd.engine.teacher_forms import FORMS, try_forms
 from fastkd.methods.base import FrozenTeacher
 from fastkd.models import create_model
 
@@ -35,7 +35,8 @@ def measure(name: str, device: torch.device) -> dict[str, dict]:
     net = create_model(name, pair.classes).to(device, memory_format=torch.channels_last)
     settle(net, images[:32].float())
     runs = [
-        try_forms(FrozenTeacher(net), images, "auto", Precision("auto", device), tapped=False) for _ in range(TRIES)
+        try_forms(FrozenTeacher(net), images, "auto", Precision("auto", device), wants_features=False)
+        for _ in range(TRIES)
     ]
     times = [statistics.median(run[place].milliseconds for run in runs) for place in range(len(runs[0]))]
     return {

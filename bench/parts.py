@@ -104,7 +104,7 @@ def run_parts(step: Step, mixup, host: tuple[Tensor, Tensor], inputs: tuple[Tens
             here.copy_(there, non_blocking=True)
         images, target = mixup(*inputs, 0)
     with marks.part("optimizer"):
-        step.statistics.keep()
+        step.bn_snapshot.save()
     with marks.part("loss"), step.precision.autocast():
         terms = step.method.losses(TimedForwardCache(images, step.method.staged_views_for(plan), marks), target, plan)
         loss = sum(terms.values())

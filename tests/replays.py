@@ -5,7 +5,7 @@ from capture import Capture
 from every_method import batch, build, prepare
 
 from fastkd.engine import GraphedStep, Schedule, Step, TrainOptions
-from fastkd.engine.partial_graphs import SegmentedStep
+from fastkd.engine.partial_graphs import PartialGraphStep
 
 CPU = torch.device("cpu")
 STEPS = 20
@@ -20,7 +20,7 @@ class Graph(Capture):
 
 def trained(
     name: str, how=None, steps: int = STEPS, device: torch.device = CPU, new=Graph, ready=lambda step: None, **options
-) -> tuple[dict, GraphedStep | SegmentedStep | Step]:
+) -> tuple[dict, GraphedStep | PartialGraphStep | Step]:
     """All that the next step depends on after 20 steps, and the step. `how`: a class that replays, what `new` makes."""
     method = build(name)
     prepare(method)

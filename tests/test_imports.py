@@ -24,7 +24,7 @@ ALLOWED = {
     "fastkd/distributed.py": {"errors"},
     "fastkd/engine": {*PROTOCOL, "models", "distributed", "metrics", "errors"},
     "fastkd/checkpoint.py": {"errors"},
-    "fastkd/evaluate.py": {"engine", "distributed", "metrics"},
+    "fastkd/evaluate.py": {"engine", "distributed", "metrics", "errors"},
     "fastkd/report.py": {"checkpoint", "curves", "distributed", "environment", "errors"},
     "fastkd/train.py": {"engine", *PROTOCOL, "data.base", "checkpoint", "distributed", "evaluate", "report", "errors"},
     "fastkd/parser.py": {"errors"},

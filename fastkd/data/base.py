@@ -1,8 +1,9 @@
 """What the trainer needs from a source of batches, and how an epoch is split over processes."""
 
 import hashlib
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,53 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: dict) -> None: ...
+
+
+def check_loaders(train_loader: Loader, val_loader: Iterable, gather: Callable[[Any], list[Any]]) -> None:
+    """Raise UserError if a loader lacks what the trainer needs, or has no batch to give. Both are rewound.
+
+    A torch DataLoader is enough for evaluation, but not for training: it cannot be continued at a given epoch.
+    `gather(x)` gives the x of every process. A process may have no images to evaluate if another has some.
+    """
+    names = ("__iter__", "__len__", "classes", "samples", "state_dict", "load_state_dict")
+    for role, loader, wanted in (("train_loader", train_loader, names), ("val_loader", val_loader, names[:1])):
+        missing = [name for name in wanted if not hasattr(loader, name)]
+        if missing:
+            kind = type(loader).__name__
+            raise UserError(f"{role} ({kind}) lacks {', '.join(missing)}; see Loader in fastkd/data/base.py")
+    first_images(train_loader)
+    if all(gather(isinstance(val_loader, Sized) and len(val_loader) == 0)):
+        raise UserError("val_loader is empty: it gives no batch (its length is 0)")
+
+
+def check_count(batches: int, loader: Loader, epoch: int, log: Callable[[str], None]) -> None:
+    """Raise UserError if an epoch had no batch; log a warning if it had another number than len(loader)."""
+    if batches == 0:
+        raise UserError(f"train_loader gave no batch in epoch {epoch}; len(train_loader) is {len(loader)}")
+    if batches != len(loader):
+        log(f"warning: train_loader gave {batches} batches in epoch {epoch}, but its length is {len(loader)}")
+
+
+@contextmanager
+def rewound(loader: Loader) -> Iterator[None]:
+    """After the block, `loader` gives the batches that it would have given without the block."""
+    position = loader.state_dict()
+    yield
+    loader.load_state_dict(position)
+
+
+def first_images(train_loader: Loader) -> Tensor:
+    """The images of the next batch, [B, 3, H, W]. The loader is rewound. Raises UserError if there is no batch."""
+    with rewound(train_loader):
+        images = next((images for images, _ in train_loader), None) if len(train_loader) else None
+    if images is None:
+        raise UserError(f"train_loader is empty: it gives no batch (its length is {len(train_loader)})")
+    return images
+
+
+def describe(loader: Loader) -> dict[str, Any]:
+    """What must be equal when a run is resumed: the number of images, and the names of the classes."""
+    return {"images": loader.samples, "classes": list(loader.classes)}
 
 
 def shard_bounds(samples: int, rank: int, world_size: int) -> tuple[int, int]:

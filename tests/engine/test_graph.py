@@ -42,14 +42,14 @@ def test_one_graph_for_each_plan_and_the_oldest_use_goes():
     paths = [(True, True, True), (True, False, True), (False, False, False)]
     for path in (*paths[:2], *paths[:2], paths[0], paths[2], paths[2]):
         step(*batch(0, 8), path)
-    assert [plan for plan, *_ in step.graphs] == [paths[0], paths[2]]
+    assert [plan for plan, _ in step.graphs] == [paths[0], paths[2]]
 
 
 def test_a_batch_of_another_size_runs_eagerly():
     step = GraphedStep(Step(build("ce"), TrainOptions(lr=0.01), CPU), Graph, warm_up=0)
     for size in (8, 8, 5, 5, 8):
         step(*batch(0, size))
-    assert [shape[0] for _, shape, *_ in step.graphs] == [8]
+    assert [shapes.images[0] for _, shapes in step.graphs] == [8]
 
 
 def test_each_image_size_has_a_graph():
@@ -57,7 +57,7 @@ def test_each_image_size_has_a_graph():
     images, target = batch(0, 8)
     for size in (16, 16, 12, 12, 16):
         step(images[..., :size, :size], target)
-    assert [shape[-1] for _, shape, *_ in step.graphs] == [12, 16] and step.eager == 2
+    assert [shapes.images[-1] for _, shapes in step.graphs] == [12, 16] and step.eager == 2
 
 
 @pytest.mark.parametrize("fault", ["frozen rate", "stale input", "moved statistics"])
