@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastkd.bench import Record, default_device
 from fastkd.bench.losses.cases import COMPILED, Case, cases, ways
 from fastkd.bench.losses.measure import autocast, judge, leaves, precision
-from fastkd.bench.record import Record, default_device
 from fastkd.bench.timing import Work, works
 
 DEVICE = default_device()

@@ -180,7 +180,7 @@ def _heads(
     return LogitLoss(terms.sum(), terms, none)
 
 
-def _factors(parts: Sequence[Tensor], teacher: Tensor, weights: Sequence[float], p: int = 1) -> FactorDistance:
+def _factors(parts: list[Tensor], teacher: Tensor, weights: list[float], p: int = 1) -> FactorDistance:
     if p != 1:
         return factor_distance_reference(parts, teacher, weights, p)
     unit = [F.normalize(x.flatten(1)) for x in (*parts, teacher.detach())]

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastkd.bench.losses.cases import COMPILED, Case, cases, least_bytes, ways
-from fastkd.bench.record import (
+from fastkd.bench import (
     Record,
     about_run,
     first_line,
@@ -25,6 +24,7 @@ from fastkd.bench.record import (
     show_table,
     summary,
 )
+from fastkd.bench.losses.cases import COMPILED, Case, cases, least_bytes, ways
 from fastkd.bench.timing import Work, clocks, copy_rate, graphed, interleaved, kernels, works
 
 Log = Callable[[str], None]
@@ -147,7 +147,7 @@ def measure_losses(chosen: list[Case], device: torch.device, quick: bool, log: L
     """The record of a run over the `chosen` cases. `quick`: few rounds, without torch.compile."""
     rate = copy_rate(device, megabytes=64 if quick else 512)
     load = load_average()
-    records = []
+    records: list[Record] = []
     for case in chosen:
         log(f"{len(records) + 1}/{len(chosen)}  {case.name}")
         records.append(measure(case, device, 0.05 if quick else 1.0, not quick, rate))

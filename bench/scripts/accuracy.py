@@ -34,8 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as on the command line, b
 import torch
 from torch import nn
 
-from fastkd.bench.fashion import FOLDER, create_fashion
-from fastkd.bench.record import (
+from fastkd.bench import (
     Record,
     commit,
     default_device,
@@ -47,6 +46,7 @@ from fastkd.bench.record import (
     save_figure,
     write_json,
 )
+from fastkd.bench.fashion import FOLDER, create_fashion
 from fastkd.config import parse
 from fastkd.data import create_loaders
 from fastkd.data.base import Loader

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastkd.bench.record import markdown_table, results_folder
+from fastkd.bench import markdown_table, results_folder
 
 ASSEMBLERS = sorted(Path(triton.backends.nvidia.__file__).parent.glob("bin/ptxas*"))  # each knows some GPUs
 

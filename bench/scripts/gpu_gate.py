@@ -25,10 +25,7 @@ from pathlib import Path
 
 import torch
 
-from fastkd.bench.fashion import FOLDER
-from fastkd.bench.losses.cases import cases
-from fastkd.bench.losses.measure import COLUMNS, heading, measure_losses, notes, rows, show_losses
-from fastkd.bench.record import (
+from fastkd.bench import (
     ROOT,
     Record,
     commit,
@@ -39,6 +36,9 @@ from fastkd.bench.record import (
     results_folder,
     write_json,
 )
+from fastkd.bench.fashion import FOLDER
+from fastkd.bench.losses.cases import cases
+from fastkd.bench.losses.measure import COLUMNS, heading, measure_losses, notes, rows, show_losses
 from fastkd.bench.steps.measure import measure_step
 from fastkd.bench.steps.report import best_baseline, markdown, ours, show_step, speed, timed
 from fastkd.bench.steps.workload import CIFAR, IMAGENET, Workload

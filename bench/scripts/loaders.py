@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from fastkd.bench.record import Record, environment, summary, write_json
+from fastkd.bench import Record, environment, summary, write_json
 from fastkd.data import DataOptions
 from fastkd.data.dali import DaliLoader
 from fastkd.data.folder import FolderLoader

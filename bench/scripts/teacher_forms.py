@@ -10,7 +10,7 @@ import statistics
 
 import torch
 
-from fastkd.bench.record import (
+from fastkd.bench import (
     Record,
     commit,
     default_device,

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from fastkd.bench.record import summary
+from fastkd.bench import summary
 from fastkd.bench.steps.baselines import Batch
 from fastkd.bench.steps.workload import Plans
 from fastkd.engine import Step, TrainOptions
@@ -93,7 +93,7 @@ class MarkedStep(Step):
         super().__init__(method, options, device)
         self.marks = Marks(device)
         self.meter = MarkedMeter(self.marks)
-        self.forward, self.module = self.module, self._forward
+        self.module.forward = self._marked(self.module.forward)
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
         with self.marks.part("optimizer"):
@@ -103,9 +103,12 @@ class MarkedStep(Step):
         with self.marks.part("backward"):
             super()._backward(images, target, plan, share)
 
-    def _forward(self, images: Tensor, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        with self.marks.part("loss"):
-            return self.forward(images, target, plan)
+    def _marked(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def marked(*inputs: Any) -> Any:
+            with self.marks.part("loss"):
+                return forward(*inputs)
+
+        return marked
 
 
 def marked_networks(marks: Marks) -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastkd.bench.record import Record, about_run, first_line, load_average, summary
+from fastkd.bench import Record, about_run, first_line, load_average, summary
 from fastkd.bench.steps.baselines import BOUNDS, Batch, Notes, Way, eager_step, makers, options
 from fastkd.bench.steps.breakdown import MarkedStep, breakdown
 from fastkd.bench.steps.workload import Plans, Workload, cycle
@@ -52,9 +52,13 @@ def measure_step(
     return record
 
 
-def measure_ways(ways: dict, batch, steps: list[tuple], seconds: float, title: str, log) -> dict[str, dict]:
-    """The record of each contender. Those that the memory does not hold beside the others are timed by themselves."""
-    found, runs, alone, device = {}, {}, [], batch[0].device
+def measure_ways(
+    ways: dict[str, Callable[[Notes], Way]], batch: Batch, steps: list[Plans], seconds: float, title: str, log: Log
+) -> dict[str, Record]:
+    """The record of each way. A way that does not fit into the memory beside the others is timed by itself."""
+    found: dict[str, Record] = {}
+    runs: dict[str, Way] = {}
+    alone, device = [], batch[0].device
     for name, make in ways.items():
         log(f"{title}: {name}")
         found[name], run = prepared(make, batch, steps)

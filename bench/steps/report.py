@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench.record import Record, load_notes, log_rank0, markdown_table, new_figure, save_figure, show_table
+from fastkd.bench import Record, load_notes, log_rank0, markdown_table, new_figure, save_figure, show_table
 from fastkd.bench.steps.baselines import BOUNDS
 from fastkd.bench.steps.breakdown import PARTS
 

@@ -84,9 +84,9 @@ def run(arguments: list[str]) -> None:
 def bench_loss(arguments: list[str]) -> None:
     """`fastkd bench loss`."""
     options = _parse(LossOptions, arguments, "fastkd bench loss")
+    from ..bench import check_plot, default_device, log_rank0, make_room, write_json
     from ..bench.losses.cases import cases
     from ..bench.losses.measure import choose, draw_losses, measure_losses, show_losses
-    from ..bench.record import check_plot, default_device, log_rank0, make_room, write_json
 
     device = default_device()
     chosen = choose(options.cases, device)
@@ -108,7 +108,7 @@ def bench_loss(arguments: list[str]) -> None:
 def bench_step(arguments: list[str]) -> None:
     """`fastkd bench step`."""
     options = _parse(StepOptions, arguments, "fastkd bench step")
-    from ..bench.record import default_device, log_rank0, write_json
+    from ..bench import default_device, log_rank0, write_json
     from ..bench.steps.measure import measure_step, trace
     from ..bench.steps.report import draw_step, show_step
     from ..bench.steps.workload import Workload
@@ -128,7 +128,7 @@ def bench_step(arguments: list[str]) -> None:
 
 def _check_files(options: StepOptions) -> None:
     """Raise UserError if a file cannot be written, or two options name the same one."""
-    from ..bench.record import check_plot, make_room
+    from ..bench import check_plot, make_room
 
     check_plot(options.plot)
     files = {"--plot": options.plot, "--json": options.json, "--trace": options.trace}

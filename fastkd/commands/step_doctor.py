@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..bench.record import default_device
+from ..bench import default_device
 from ..bench.steps.baselines import options
 from ..bench.steps.workload import Workload
 from ..bench.timing import counted, cuda_syncs, per_step

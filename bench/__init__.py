@@ -1,4 +1,8 @@
-"""What every benchmark shares: where it ran, summaries of its times, its tables, and its files."""
+"""Benchmarks, installed as fastkd.bench. This file is what they share: where they ran, summaries, tables, files.
+
+timing.py    how long a call takes, what it asks of the machine      bench_losses.py    `pytest bench/`
+losses/      `fastkd bench loss`      steps/    `fastkd bench step`      scripts/    run by path
+"""
 
 import argparse
 import json
@@ -134,13 +138,13 @@ def save_figure(figure: Any, path: Path) -> None:
     figure.savefig(path, format="png", dpi=110)
 
 
-def file_argument(about: str) -> Path | None:
+def file_argument(about: str, words: list[str] | None = None) -> Path | None:
     """The value of --file, the only option of a script that `about` describes. Its folder is made."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--file", type=Path, help="JSON, with a .md beside it")
-    path: Path | None = parser.parse_args().file
+    path: Path | None = parser.parse_args(words).file
     try:
         if path:
             make_room("--file", path)
