@@ -125,7 +125,8 @@ def few_digits(monkeypatch):
 
     everything = digits.read_digits()
     monkeypatch.setattr(digits, "read_digits", lambda: tuple(part[:300] for part in everything))
-    monkeypatch.setattr("fastkd.job.speed", lambda *_: 1.0)
+    for command in ("train", "eval"):
+        monkeypatch.setattr(f"fastkd.commands.{command}.speed", lambda *_: 1.0)
 
 
 @pytest.fixture

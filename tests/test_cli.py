@@ -88,12 +88,12 @@ def test_an_interrupt_says_how_to_go_on(fastkd, monkeypatch):
     def interrupted(job):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastkd.job.Job.distill", interrupted)
+    monkeypatch.setattr("fastkd.commands.train.Job.distill", interrupted)
     options = [*QUICK, "--method", "ce", "--no-baseline"]
     status, _, err = fastkd("train", *options, "--out", "my run")
     assert (status, err) == (130, "fastkd: stopped; go on with `fastkd train --out 'my run' --resume`\n")
     assert "--out runs/digits-ce-resnet8 --resume" in fastkd("train", *options)[2]
-    monkeypatch.setattr("fastkd.job.Job.claim", interrupted)
+    monkeypatch.setattr("fastkd.commands.train.Job.claim", interrupted)
     assert fastkd("train", *options)[::2] == (130, "fastkd: stopped\n")
 
 

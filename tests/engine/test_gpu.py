@@ -7,8 +7,8 @@ import torch
 from every_method import NAMES, batch, build, prepare
 from replays import trained
 
-from fastkd.bench.contenders import as_graph, options
-from fastkd.bench.pair import Pair
+from fastkd.bench.steps.baselines import as_graph, options
+from fastkd.bench.steps.workload import Workload
 from fastkd.engine import GraphedStep, Schedule, Step, TrainOptions
 from fastkd.engine.graph import CudaGraph
 from fastkd.engine.launch import capturable
@@ -95,7 +95,7 @@ def test_partial_graphs_learn_what_eager_steps_learn(name):
 
 def test_a_graph_needs_about_the_memory_of_eager_steps():
     """Of a size where blocks of 20 MB do not count."""
-    pair = Pair("kd", "resnet56", "resnet20", batch_size=1024).filled(CUDA)
+    pair = Workload("kd", "resnet56", "resnet20", batch_size=1024).filled(CUDA)
     method, (images, target) = pair.build(CUDA), pair.batch(CUDA)
     peaks = {}
     for name, make in {

@@ -1,37 +1,54 @@
-"""`fastkd train`, whole: data, teacher, the student alone, the student distilled, the table. And `fastkd eval`."""
+"""`fastkd train`: the data, the teacher, the student alone, the student distilled, the table."""
 
 import copy
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
-from . import checkpoint, distributed
-from .config import NetworkOptions, RunOptions, flat
-from .data import create_loaders
-from .engine import TrainOptions
-from .engine.launch import check_compile, check_graph
-from .engine.optim import APEX, apex_optimizers
-from .engine.precision import Precision
-from .engine.teacher import check_form
-from .errors import UserError
-from .evaluate import evaluate, speed
-from .methods import find_method
-from .methods.context import NoOptions, RunContext
-from .models import create_model, load_weights
-from .report import board_class, log_rank0, show_table
-from .train import Result, Trainer, describe
+from .. import checkpoint, distributed
+from ..config import NetworkOptions, RunOptions, flat, parse
+from ..data import create_loaders
+from ..data.base import describe
+from ..engine import TrainOptions
+from ..engine.launch import check_compile, check_graph
+from ..engine.optim import APEX, apex_optimizers
+from ..engine.precision import Precision
+from ..engine.teacher import check_form
+from ..errors import UserError
+from ..evaluate import evaluate, speed
+from ..methods import find_method
+from ..methods.base import Method
+from ..methods.context import NoOptions, RunContext
+from ..models import create_model, load_weights
+from ..report import board_class, log_rank0, show_table
+from ..train import Result, Trainer
+
+Config = Any
+"""An effective configuration, as config.parse makes it: sections run, networks, method, data and train."""
 
 
-def run(config, notes: Sequence[str] = ()) -> Result:
-    """Take one effective configuration and its notes (config.parse) to the table.
+def run(arguments: list[str]) -> None:
+    """The command: parse the options, then print the configuration or train."""
+    notes: list[str] = []  # logged once the process group tells which process prints
+    config = parse(arguments, notes.append)
+    if config.run.print_config:
+        print(*(f"# {note}\n" for note in notes), yaml.safe_dump(flat(config), sort_keys=False), sep="", end="")
+        return
+    train(config, notes)
 
-    Checks come before the first file is written. An interrupt from then on carries how to go on.
+
+def train(config: Config, notes: Sequence[str] = ()) -> Result:
+    """Run the job of a configuration to its table; `notes` are logged first.
+
+    Checks come before the first file is written. A later KeyboardInterrupt holds the command that resumes the run.
     """
-    torch.backends.cudnn.benchmark = True  # one image size: cuDNN times its algorithms once
+    torch.backends.cudnn.benchmark = True  # the image size is fixed: cuDNN times its algorithms once
     job = Job(config)
     for note in notes:
         log_rank0(note)
@@ -44,10 +61,10 @@ def run(config, notes: Sequence[str] = ()) -> Result:
 
 
 class Job:
-    """The data, the networks and the run folder that the runs of one job share."""
+    """The data, the networks and the run folder that the trainings of one job share."""
 
-    def __init__(self, config):
-        _check_optional_parts(config.train)
+    def __init__(self, config: Config):
+        _check_extras(config.train)
         self.config, self.names = config, config.networks
         self.device = distributed.device_for(config.train.device)
         self.precision = Precision(config.train.amp_dtype, self.device)
@@ -64,31 +81,33 @@ class Job:
         self.student = self._network(self.names.student, self.names.student_weights)
         kind = find_method(config.run.method)
         _check_roles(kind, config)
-        _check_parts(config)
+        _check_grad_accum(config)
         if kind.needs_peers and not self.names.peers:
             self.names = replace(self.names, peers=(self.names.student,))
             self.config = replace(config, networks=self.names)
         self.teacher = self._teacher() if kind.needs_teacher else None
         self.peers = [self._network(peer, "", number) for number, peer in enumerate(self.names.peers, 1)]
-        # What does not fit the method, networks or schedule, is an error now, before a teacher is trained for it.
+        self._check_fit(kind)
+        self.rows: list[list[str]] = []
+
+    def _check_fit(self, kind: type[Method]) -> None:
+        """Raise UserError if networks, options or schedule do not fit the method, before a teacher is trained."""
         trial = kind(*copy.deepcopy((self.student, self.teacher, self.config.method, self.peers)))
-        options = config.train
-        trial.check(
-            RunContext(
-                epochs=options.epochs,
-                steps_per_epoch=len(self.train_loader),
-                drops=options.drops,
-                seed=options.seed,
-                device=self.device,
-            )
+        options = self.config.train
+        run = RunContext(
+            epochs=options.epochs,
+            steps_per_epoch=len(self.train_loader),
+            drops=options.drops,
+            seed=options.seed,
+            device=self.device,
         )
+        trial.check(run)
         check_form(trial, options.teacher_form)
         check_compile(trial, options)
         check_graph(options.graph, options, self.device, distributed.world_size())
-        self.rows: list[list[str]] = []
 
     def claim(self) -> None:
-        """Make the run folder; without --out a new one below runs/."""
+        """Make the run folder; without --out it is a new one in runs/."""
         options = self.config.train
         out = options.out or distributed.from_rank_zero(checkpoint.new_folder, f"runs/{default_name(self.config)}")
         self.out = Path(out)
@@ -100,7 +119,7 @@ class Job:
 
     def work(self) -> Result:
         if self.teacher is not None:
-            self.prepare_teacher()
+            self.prepare_teacher(self.teacher)
         if self.names.baseline and self.config.run.method != "ce":
             self.train_alone()
         result = self.distill()
@@ -108,11 +127,11 @@ class Job:
         log_rank0(f"everything is in {self.out}")
         return result
 
-    def prepare_teacher(self) -> None:
-        """Train the teacher if it has no weights yet, then say what it knows, loudly when that is nothing."""
+    def prepare_teacher(self, teacher: nn.Module) -> None:
+        """Train the teacher if it has no weights yet. Then log its accuracy, with a warning if it is near chance."""
         if not self.names.teacher_weights:
-            self._find_or_train_teacher()
-        top1 = self._add_row("teacher", self.names.teacher, self.teacher)
+            self._find_or_train(teacher)
+        top1 = self._add_row("teacher", self.names.teacher, teacher)
         chance = 100 / len(self.val_loader.classes)
         log_rank0(f"teacher {self.names.teacher}: top-1 {top1:.2f} % on the validation images")
         if top1 < chance + 0.1 * (100 - chance):
@@ -129,7 +148,7 @@ class Job:
     def train_alone(self) -> None:
         log_rank0(f"student {self.names.student}: alone, for comparison")
         net = self._network(self.names.student, self.names.student_weights)
-        _, trainer = self._fit(self._part(self.names.student, self.config.train, "alone"), net)
+        _, trainer = self._fit(self._without_teacher(self.names.student, self.config.train, "alone"), net)
         self._add_row("student alone", self.names.student, trainer.network)
 
     def distill(self) -> Result:
@@ -150,25 +169,26 @@ class Job:
             )
         return self._network(self.names.teacher, self.names.teacher_weights)
 
-    def _find_or_train_teacher(self) -> None:
-        """Weights from a finished run with the same settings, here or in a neighbouring folder; otherwise train."""
-        config = self._part(self.names.teacher, self.config.train.stretched(self.names.teacher_epochs), "teacher")
+    def _find_or_train(self, teacher: nn.Module) -> None:
+        """Load weights of a finished run with the same settings, here or in a sibling folder; otherwise train."""
+        options = self.config.train.stretched(self.names.teacher_epochs)
+        config = self._without_teacher(self.names.teacher, options, "teacher")
         found = distributed.from_rank_zero(self._finished_teacher, config)
         if found:
             log_rank0(f"teacher {self.names.teacher}: trained before with these settings, taken from {found.parent}")
         else:
             log_rank0(f"teacher {self.names.teacher}: training it first")
-            found = self._fit(config, self.teacher)[0].student
-        load_weights(self.teacher, found)  # what was saved, whether or not it was trained just now
+            found = self._fit(config, teacher)[0].student
+        load_weights(teacher, found)  # the saved weights, whether or not they were trained just now
 
-    def _finished_teacher(self, config) -> Path | None:
+    def _finished_teacher(self, config: Config) -> Path | None:
         folders = [self.out / "teacher", *sorted(self.out.parent.glob("*/teacher"))]
         data = describe(self.train_loader)
         same = (folder for folder in folders if checkpoint.finished(folder, flat(config), data))
         return next((folder / "student.safetensors" for folder in same), None)
 
-    def _part(self, name: str, options: TrainOptions, folder: str):
-        """The configuration of a plain training that this job needs, in a folder of its own."""
+    def _without_teacher(self, name: str, options: TrainOptions, folder: str) -> Config:
+        """The configuration of a training with the labels alone, in a folder below this job's."""
         return replace(
             self.config,
             run=RunOptions(method="ce"),
@@ -178,23 +198,23 @@ class Job:
         )
 
     def _fit(
-        self, config, student: nn.Module, teacher: nn.Module | None = None, peers: Sequence[nn.Module] = ()
+        self, config: Config, student: nn.Module, teacher: nn.Module | None = None, peers: Sequence[nn.Module] = ()
     ) -> tuple[Result, Trainer]:
         self.train_loader.load_state_dict(self.first_epoch)
-        torch.manual_seed(config.train.seed)  # what a method adds starts the same, whatever was trained before
+        torch.manual_seed(config.train.seed)  # so that a method's own layers do not depend on earlier trainings
         method = find_method(config.run.method)(student, teacher, config.method, peers)
-        options = replace(config.train, resume=True)  # the folder is this job's: go on wherever a run in it had got to
+        options = replace(config.train, resume=True)  # continue whatever run is in the job's folder
         trainer = Trainer(method, self.train_loader, self.val_loader, options, flat(config))
         return trainer.fit(), trainer
 
     def _network(self, name: str, weights: str, number: int = 0) -> nn.Module:
-        """`number`: 0, or which peer; equal networks that start alike would have nothing to teach one another."""
-        torch.manual_seed(self.config.train.seed + number)  # a network starts the same whichever others are made
+        """`number` changes the initial weights: equal peers that start alike have nothing to teach each other."""
+        torch.manual_seed(self.config.train.seed + number)  # so that it does not depend on the networks before it
         with distributed.rank_zero_first():  # so that pre-trained weights are downloaded once
             return create_model(name, len(self.train_loader.classes), weights or None)
 
     def _add_row(self, label: str, name: str, net: nn.Module) -> float:
-        net.to(self.device, memory_format=self.config.train.memory_format)
+        net.to(self.device).to(memory_format=self.config.train.memory_format)
         top1 = evaluate(net, self.val_loader, self.precision)["top1"]
         rate = speed(net, self.val_loader, self.precision)
         parameters = sum(p.numel() for p in net.parameters())
@@ -202,23 +222,23 @@ class Job:
         return top1
 
 
-def _check_optional_parts(options) -> None:
-    """Raise UserError, with what to install, while nothing has been written."""
+def _check_extras(options: TrainOptions) -> None:
+    """Raise UserError if an option needs a package that is not installed."""
     if options.tensorboard:
         board_class()
     if options.opt in APEX:
         apex_optimizers()
 
 
-def _check_parts(config) -> None:
+def _check_grad_accum(config: Config) -> None:
     parts, images = config.train.grad_accum, config.data.batch_size
     if images < 2 * parts:
         most = images // 2
         raise UserError(f"--grad-accum {parts}: a batch of {images} has {most} parts at most, of 2 images or more")
 
 
-def _check_roles(kind, config) -> None:
-    """Networks that the method would not use are an error: they were given in the belief that it does."""
+def _check_roles(kind: type[Method], config: Config) -> None:
+    """Raise UserError if a network was given that the method does not use."""
     names, method = config.networks, config.run.method
     if names.peers and not kind.needs_peers:
         raise UserError(f"--peers {' '.join(names.peers)}: method {method} trains the student alone; drop --peers")
@@ -229,35 +249,7 @@ def _check_roles(kind, config) -> None:
         )
 
 
-def default_name(config) -> str:
-    """For a folder below runs/: data, method, student."""
+def default_name(config: Config) -> str:
+    """The name of a folder in runs/: data, method, student."""
     names = (Path(config.data.data).name, config.run.method, config.networks.student)
     return "-".join(name.replace("/", "_") for name in names)
-
-
-def evaluate_weights(config, notes: Sequence[str] = ()) -> list[str]:
-    """`fastkd eval`: the row of its table. `config.eval` is cli.EvalOptions, `config.data` DataOptions."""
-    what, device = config.eval, distributed.device_for(config.eval.device)
-    for note in notes:
-        log_rank0(note)
-    model = what.model or _network_of(Path(what.weights))
-    world = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-    precision = Precision(what.amp_dtype, device)
-    _, loader = create_loaders(config.data, device, **world, dtype=precision.dtype, log=log_rank0)
-    net = create_model(model, len(loader.classes), what.weights)
-    net.to(device, memory_format=torch.channels_last if what.channels_last else torch.contiguous_format)
-    scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)
-    shown = [f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}", f"{rate:,.0f}"]
-    return [model, f"{scores['images']:,}", *shown]
-
-
-def _network_of(weights: Path) -> str:
-    """The name that a file of ours holds."""
-    if weights.is_dir():
-        raise UserError(f"--weights {weights} is a folder; name a file, such as {weights / 'student.safetensors'}")
-    if not weights.is_file():
-        raise UserError(f"--weights {weights}: there is no such file (a tag of a library's weights needs --model NAME)")
-    model = checkpoint.read_about(weights).get("model")
-    if not model:
-        raise UserError(f"--weights {weights} does not say which network it is for: give --model NAME")
-    return model

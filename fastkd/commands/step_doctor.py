@@ -1,22 +1,27 @@
-"""`fastkd doctor --method M --teacher T --student S`: how a training step of a pair runs on this machine."""
+"""`fastkd doctor --method M --teacher T --student S`: how a training step runs on this machine."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from fastkd.bench.contenders import options
-from fastkd.bench.count import counted, cuda_syncs, per_step
-from fastkd.bench.pair import Pair
-from fastkd.engine import Step, choose_form
-from fastkd.engine.graph import LARGEST
-from fastkd.engine.launch import count_paths, why_not
+from ..bench import default_device
+from ..bench.steps.baselines import options
+from ..bench.steps.workload import Workload
+from ..bench.timing import counted, cuda_syncs, per_step
+from ..engine import Step, choose_form
+from ..engine.graph import LARGEST
+from ..engine.launch import why_not
+from ..engine.partial_graphs import count_paths
 
 IMAGES = 8
 
 
-def examine(given: dict) -> list[list[str]]:
-    """Rows of: what, what was found, what it means. `given`: fields of a Pair."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pair = Pair(**{"batch_size": IMAGES} | given).filled(device)
-    method, batch = pair.build(device), pair.batch(device)
+def examine_step(given: dict[str, Any]) -> list[list[str]]:
+    """Rows of: subject, finding, meaning. `given`: fields of a Workload."""
+    device = default_device()
+    workload = Workload(**{"batch_size": IMAGES} | given).filled(device)
+    method, batch = workload.build(device), workload.batch(device)
     plan = method.plans(0)[0]
     step = Step(method, options(), device)
 
@@ -24,19 +29,21 @@ def examine(given: dict) -> list[list[str]]:
         step(*batch, plan)
 
     run()
-    shape = f"{pair.batch_size} images of {pair.image_size} px, {str(step.precision.dtype).removeprefix('torch.')}"
+    shape = (
+        f"{workload.batch_size} images of {workload.image_size} px, {str(step.precision.dtype).removeprefix('torch.')}"
+    )
     graph = why_not(step.options, device, 1)
     replayed = "the parts of steps" if count_paths(method) > LARGEST else "whole steps"
     return [
-        ["pair", pair.name, shape],
+        ["pair", workload.name, shape],
         *counts(run, device),
         *forms(step, batch[0]),
         ["CUDA graph", "no" if graph else "yes", graph or f"{replayed} are replayed"],
     ]
 
 
-def counts(run, device: torch.device) -> list[list[str]]:
-    """Layout, syncs, operators or kernels of an eager step."""
+def counts(run: Callable[[], None], device: torch.device) -> list[list[str]]:
+    """Rows for the layout, host syncs, and operators or kernels of an eager step."""
     counter = counted(run)
     fast = counter.convolutions - counter.slow
     layout = f"{fast} of {counter.convolutions} convolutions, forward and backward, are channels-last"
@@ -54,10 +61,10 @@ def counts(run, device: torch.device) -> list[list[str]]:
 
 
 def forms(step: Step, images: torch.Tensor) -> list[list[str]]:
-    """The forms of the teacher, each with its figures or why it cannot be had."""
+    """Rows for the forms of the teacher, each with its figures or the reason against it."""
     if step.method.teacher is None:
         return [["teacher form", "none", "the method has no teacher"]]
-    lines = []
+    lines: list[str] = []
     choose_form(step.method, images, "auto", step.precision, lines.append)
     *tried, chosen = [line.removeprefix("teacher form").lstrip(": ") for line in lines]
     rows = [["teacher form", *(part.strip() for part in (line + "  ").split("  ", 1))] for line in tried]

@@ -1,7 +1,7 @@
 """Images per second of the training loaders, from JPEG files to normalised float32 batches on the device.
 
-    python bench/bench_data.py
-    python bench/bench_data.py --threads 8 --device cuda --json bench/results/data.json
+    python bench/scripts/loaders.py
+    python bench/scripts/loaders.py --threads 8 --device cuda --json bench/results/data.json
 
 Three ways, each with as many worker processes (torchvision) or threads (DALI):
     recipe   what torchvision documents: ImageFolder (PIL), v2 transforms on uint8 tensors, ToDtype and Normalize in the
@@ -10,9 +10,9 @@ Three ways, each with as many worker processes (torchvision) or threads (DALI):
     dali     fastkd's loader on NVIDIA DALI
 
 The files are made here: about 500x375 pixels, smooth colour with grain, quality 90, 4:2:0, around 100 KB as ImageNet's.
-They stay in the page cache, so this measures decoding and cropping and not the disk. Every round builds each loader
-anew, in an order that turns, lets it run past what it had prefetched, and then counts batches for `--seconds`. The
-consumer does nothing with them.
+They stay in the page cache, so this measures decoding and cropping and not the disk. Each round builds every loader
+anew, in rotating order. A loader first gives the batches that it had prefetched, then batches are counted for
+`--seconds`. The consumer does nothing with them.
 """
 
 import argparse
@@ -20,16 +20,19 @@ import os
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from fastkd.bench.common import environment, summary, write_json
+from fastkd.bench import Record, environment, summary, write_json
 from fastkd.data import DataOptions
 from fastkd.data.dali import DaliLoader
 from fastkd.data.folder import FolderLoader
@@ -84,10 +87,10 @@ def dali(split: Split, options: DataOptions, device: torch.device) -> DaliLoader
     return DaliLoader(split, options, device, train=True)
 
 
-WAYS = {"recipe": recipe, "folder": folder, "dali": dali}
+WAYS: dict[str, Callable[..., Iterable[Any]]] = {"recipe": recipe, "folder": folder, "dali": dali}
 
 
-def images_per_second(loader, device: torch.device, seconds: float) -> float:
+def images_per_second(loader: Iterable[Any], device: torch.device, seconds: float) -> float:
     """Over at least `seconds` of one epoch, after its first batches; each batch has reached the device."""
     batches = iter(loader)
     for _ in range(WARM_BATCHES):
@@ -98,16 +101,17 @@ def images_per_second(loader, device: torch.device, seconds: float) -> float:
     return images / elapsed
 
 
-def _arrived(batch, device: torch.device) -> int:
+def _arrived(batch: Sequence[Tensor], device: torch.device) -> int:
     images = batch[0].to(device, non_blocking=True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return len(images)
 
 
-def measure(split: Split, args) -> dict[str, list[float]]:
+def measure(split: Split, args: argparse.Namespace) -> dict[str, list[float]]:
     """Images per second of each way, one number a round."""
-    found, names, device = defaultdict(list), list(WAYS), torch.device(args.device)
+    found: dict[str, list[float]] = defaultdict(list)
+    names, device = list(WAYS), torch.device(args.device)
     options = DataOptions(batch_size=args.batch_size, image_size=224, workers=args.threads)
     for turn in range(args.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -115,13 +119,14 @@ def measure(split: Split, args) -> dict[str, list[float]]:
     return found
 
 
-def long_epoch(split: Split, args) -> Split:
+def long_epoch(split: Split, args: argparse.Namespace) -> Split:
     """The same files over and over, so that no window meets the end of an epoch (20,000 images/s at most)."""
     times = -(-int(args.seconds * 20_000 + WARM_BATCHES * args.batch_size) // len(split.files))
     return Split(split.classes, split.files * times, split.labels * times)
 
 
-def report(found: dict[str, list[float]], args, kilobytes: float) -> dict:
+def report(found: dict[str, list[float]], args: argparse.Namespace, kilobytes: float) -> Record:
+    """Print the table; gives its figures."""
     figures = {name: summary(found[name]) for name in WAYS}
     print(
         f"{args.images} made JPEGs, mean {kilobytes:.0f} KB; batch {args.batch_size}, 224 px, to {args.device}; ",
@@ -135,7 +140,7 @@ def report(found: dict[str, list[float]], args, kilobytes: float) -> dict:
     return {"images_per_second": figures, "dali_is_faster_by": ratios}
 
 
-def arguments():
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256, help="files made")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of one window")

@@ -1,10 +1,12 @@
 """What a step is measured on: a method, its networks, and a batch of noise.
 
-The teacher is not trained. Its BatchNorm statistics are taken from noise, without which the maps of a deep network that
-was never trained grow from layer to layer until nothing can be compared.
+The teacher is not trained. Its BatchNorm statistics are those of noise: without them the maps of a deep, untrained
+network grow from layer to layer until nothing can be compared.
 """
 
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +15,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError
 from fastkd.methods import find_method
-from fastkd.methods.base import Method, RunContext
+from fastkd.methods.base import Method
+from fastkd.methods.context import RunContext
 from fastkd.models import create_model
 
-CYCLE = 4  # steps that are gone through in turn, where a method draws something for each
+T = TypeVar("T")
+Plans = tuple[Hashable, ...]
+"""The plans of the updates that are made with one batch."""
+CYCLE = 4  # steps in turn, if the method draws something for each step
 SETTLE = 32  # images from which the teacher's statistics are taken, at most
 
 
 @dataclass(frozen=True)
-class Pair:
-    """0: as is usual for the student, 32 px and 100 classes or, of timm and torchvision, 224 px and 1000."""
+class Workload:
+    """A method, its networks and the size of the batch.
+
+    A size of 0 becomes the usual one: 32 px and 100 classes, or for networks of timm and torchvision 224 px and 1000.
+    Raises UserError for values that are not possible.
+    """
 
     method: str = "kd"
     teacher: str = "resnet56"
@@ -32,8 +42,8 @@ class Pair:
     image_size: int = 0
     classes: int = 0
 
-    def __post_init__(self):
-        named("--method", self.method, find_method, self.method)
+    def __post_init__(self) -> None:
+        _named("--method", self.method, find_method, self.method)
         least = {"batch_size": 2, "image_size": 16, "classes": 2}
         for name, value in least.items():
             if getattr(self, name) and getattr(self, name) < value:
@@ -43,16 +53,18 @@ class Pair:
 
     @property
     def kind(self) -> type[Method]:
+        """The class of the method."""
         return find_method(self.method)
 
     @property
     def name(self) -> str:
+        """Such as "kd resnet56 -> resnet20"."""
         others = (self.teacher,) * self.kind.needs_teacher
         learners = " | ".join((self.student, *self.peers))
         return f"{self.method} {' '.join((*others, '->'))} {learners}" if others else f"{self.method} {learners}"
 
-    def filled(self, device: torch.device) -> "Pair":
-        """With the usual sizes, and a peer of the student's kind where one is needed and none named."""
+    def filled(self, device: torch.device) -> "Workload":
+        """With the usual sizes, and with a peer of the student's kind if one is needed and none is given."""
         large, cuda = "/" in self.student, device.type == "cuda"
         return replace(
             self,
@@ -63,7 +75,7 @@ class Pair:
         )
 
     def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images [N, 3, H, W], channels-last, in the precision of the run, and labels [N]: noise, never zeros."""
+        """Images [N, 3, H, W], channels-last, in the dtype of the run, and labels [N] int64: noise, no zeros."""
         random = torch.Generator(device).manual_seed(0)
         shape = (self.batch_size, 3, self.image_size, self.image_size)
         images = torch.randn(shape, generator=random, device=device)
@@ -79,18 +91,20 @@ class Pair:
         if teacher is not None:
             settle(teacher, images[:SETTLE].float())
         torch.manual_seed(0)
-        method = kind(student, teacher, _cheap(kind), peers).to(device, memory_format=torch.channels_last)
+        method = kind(student, teacher, _cheap_options(kind), peers).to(device).to(memory_format=torch.channels_last)
         run = RunContext(epochs=100, steps_per_epoch=1000, drops=(50.0,), device=device)
         method.prepare(Batches(images[:SETTLE].float(), target[:SETTLE]), run)
         return method.train()
 
     def _network(self, option: str, name: str, number: int = 0) -> nn.Module:
         torch.manual_seed(number)
-        return named(option, name, create_model, name, self.classes)
+        return _named(option, name, create_model, name, self.classes)
 
 
 class Batches:
-    """A Loader of one batch, for what a method prepares."""
+    """A Loader of one batch, for `Method.prepare`."""
+
+    classes: tuple[str, ...] = ()
 
     def __init__(self, images: Tensor, target: Tensor):
         self.batch, self.samples = (images, target), len(images)
@@ -98,7 +112,7 @@ class Batches:
     def __len__(self) -> int:
         return 1
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter([self.batch])
 
     def state_dict(self) -> dict:
@@ -108,23 +122,23 @@ class Batches:
         pass
 
 
-def named(option: str, value: str, function, *arguments):
-    """`function(*arguments)`; a UserError begins with the option."""
+def _named(option: str, value: str, function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)`, with the option before the message of a UserError."""
     try:
         return function(*arguments)
     except UserError as error:
         raise UserError(f"{option} {value}: {error}") from None
 
 
-def _cheap(kind: type[Method]):
-    """The default options, but that an auto-encoder is trained for one epoch: its time is not measured."""
+def _cheap_options(kind: type[Method]) -> Any:
+    """The default options, with one epoch for auto-encoders, whose time is not measured."""
     names = [option.name for option in fields(kind.Options)]
     return kind.Options(**{name: 1 for name in names if name == "ae_epochs" or name.endswith("_ae_epochs")})
 
 
 @torch.no_grad()
 def settle(net: nn.Module, images: Tensor) -> None:
-    """Running statistics of every BatchNorm from `images`."""
+    """Set the running statistics of every BatchNorm to those of `images`."""
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -136,23 +150,23 @@ def settle(net: nn.Module, images: Tensor) -> None:
         norm.momentum = momentum
 
 
-def cycle(method: Method) -> list[tuple]:
-    """The plans of each step that is gone through in turn: one step, or several where the method draws."""
+def cycle(method: Method) -> list[Plans]:
+    """The plans of the steps to run in turn: one step, or CYCLE of them if the method draws a plan for each."""
     steps = [tuple(method.plans(number)) for number in range(CYCLE)]
     return steps[:1] if len(set(steps)) == 1 else steps
 
 
 R18, R34, R50, R152 = (f"timm/resnet{depth}" for depth in (18, 34, 50, 152))
 CIFAR = [
-    Pair("kd", "resnet56", "resnet20"),
-    Pair("iekd", "resnet56", "resnet20"),
-    Pair("sokd", "wrn_40_2", "wrn_40_1"),
-    Pair("dcm", "", "wrn_28_10", ("wrn_28_10",)),
-    Pair("iakd", "resnet44", "resnet26"),
+    Workload("kd", "resnet56", "resnet20"),
+    Workload("iekd", "resnet56", "resnet20"),
+    Workload("sokd", "wrn_40_2", "wrn_40_1"),
+    Workload("dcm", "", "wrn_28_10", ("wrn_28_10",)),
+    Workload("iakd", "resnet44", "resnet26"),
 ]  # batch 128, 32 px
 IMAGENET = [
-    Pair("kd", R50, R18),
-    Pair("kd", R152, R50),
-    *(Pair(method, R34, R18) for method in ("kd", "iakd", "iekd", "sokd")),
-    Pair("dcm", "", R18, (R34,)),
+    Workload("kd", R50, R18),
+    Workload("kd", R152, R50),
+    *(Workload(method, R34, R18) for method in ("kd", "iakd", "iekd", "sokd")),
+    Workload("dcm", "", R18, (R34,)),
 ]  # batch 256, 224 px

@@ -1,11 +1,11 @@
-"""What the measurements of a step say: two tables, notes, a stacked bar."""
+"""The report of a step: two tables, notes, a picture, and the same as Markdown."""
 
-import io
 from pathlib import Path
+from typing import Any
 
-from fastkd.bench.contenders import BOUNDS
-from fastkd.bench.parts import PARTS
-from fastkd.bench.screen import log_rank0, show_table
+from fastkd.bench import Record, load_notes, log_rank0, markdown_table, new_figure, save_figure, show_table
+from fastkd.bench.steps.baselines import BOUNDS
+from fastkd.bench.steps.breakdown import PARTS
 
 PART_COLUMNS = ["part of a step", "what", "ms", "%"]
 BUSY = 1.5  # 80th over 20th percentile
@@ -16,33 +16,37 @@ WORDS = (
 )
 
 
-def timed(record: dict) -> dict[str, dict]:
+def timed(record: Record) -> dict[str, Record]:
+    """The ways that have times."""
     return {name: found for name, found in record["contenders"].items() if "times" in found}
 
 
-def ours(record: dict) -> str | None:
-    """The fastest way of fastkd."""
+def ours(record: Record) -> str | None:
+    """The name of fastkd's fastest way, or None."""
     names = [name for name in timed(record) if name.startswith("fastkd")]
     return min(names, key=lambda name: median(record, name), default=None)
 
 
-def best_baseline(record: dict) -> str | None:
+def best_baseline(record: Record) -> str | None:
+    """The name of the fastest other way that is not a bound, or None."""
     names = [name for name in timed(record) if not name.startswith("fastkd") and name not in BOUNDS]
     return min(names, key=lambda name: median(record, name), default=None)
 
 
-def median(record: dict, name: str) -> float:
+def median(record: Record, name: str) -> float:
+    """The median time of a way's step in milliseconds."""
     return record["contenders"][name]["times"]["median"]
 
 
-def speed(record: dict, name: str, other: str) -> float | None:
-    """How many times as fast `name` is as `other`; None where one has no time."""
-    if {name, other} <= timed(record).keys():
+def speed(record: Record, name: str, other: str | None) -> float | None:
+    """How many times as fast `name` is as `other`; None if one of them has no time."""
+    if other and {name, other} <= timed(record).keys():
         return median(record, other) / median(record, name)
     return None
 
 
-def part_rows(record: dict) -> list[list[str]]:
+def part_rows(record: Record) -> list[list[str]]:
+    """The rows of the table of parts, by PART_COLUMNS."""
     parts = record["parts"]
     total = sum(parts[name]["median"] for name in PARTS)
     shown = [(name, what, parts[name]["median"]) for name, what in PARTS.items() if parts[name]["median"]]
@@ -50,21 +54,22 @@ def part_rows(record: dict) -> list[list[str]]:
     return [[name, what, f"{ms:.2f}", f"{100 * ms / total:.1f}"] for name, what, ms in (*shown, *sums)]
 
 
-def count_name(record: dict) -> str:
+def count_name(record: Record) -> str:
     return "operators" if record["device"] == "cpu" else "kernels"
 
 
-def columns(record: dict) -> list[str]:
+def columns(record: Record) -> list[str]:
+    """The columns of the table of ways."""
     memory = ["peak MB"] if record["device"] != "cpu" else []
     return ["contender", "img/s", "ms a step", "20-80 %", "x fastkd", count_name(record), "syncs", *memory]
 
 
-def rows(record: dict) -> list[list[str]]:
-    """ "x fastkd": the time as a multiple of that of fastkd's fastest way."""
+def rows(record: Record) -> list[list[str]]:
+    """The rows of the table of ways."""
     return [row(record, name, found) for name, found in record["contenders"].items()]
 
 
-def row(record: dict, name: str, found: dict) -> list[str]:
+def row(record: Record, name: str, found: Record) -> list[str]:
     memory = [f"{found['peak_mb']:,.0f}"] if "peak_mb" in found else [] if record["device"] == "cpu" else ["-"]
     if "times" not in found:
         return [name, "-", found["status"], "-", "-", "-", "-", *memory]
@@ -75,7 +80,8 @@ def row(record: dict, name: str, found: dict) -> list[str]:
     return [name, f"{found['img_per_s']:,.0f}", f"{times['median']:.2f}", spread, ratio, *counts, *memory]
 
 
-def notes(record: dict) -> list[str]:
+def notes(record: Record) -> list[str]:
+    """What the table's words mean, the comparisons, and which way got no time and why."""
     lines = [WORDS]
     if loss := speed(record, "fastkd eager", "constant gradient"):
         low = [record["contenders"][name]["times"]["p20"] for name in ("constant gradient", "fastkd eager")]
@@ -95,21 +101,21 @@ def notes(record: dict) -> list[str]:
     return lines + disturbances(record)
 
 
-def disturbances(record: dict) -> list[str]:
-    load, cpus = record["load_average"], record["environment"]["cpus"]
-    lines = [f"Other work disturbed these figures: the load before was {load:.1f} on {cpus} CPUs"] * (load > cpus)
+def disturbances(record: Record) -> list[str]:
+    """Signs that other work shared the machine."""
     unsteady = [name for name, found in timed(record).items() if found["times"]["p80"] > BUSY * found["times"]["p20"]]
-    if unsteady:
-        lines.append(f"Unsteady, the 80th percentile is above {BUSY:g} times the 20th: {', '.join(unsteady)}")
-    return lines
+    more = f"Unsteady, the 80th percentile is above {BUSY:g} times the 20th: {', '.join(unsteady)}"
+    return load_notes(record) + [more] * bool(unsteady)
 
 
-def heading(record: dict) -> str:
+def heading(record: Record) -> str:
+    """The line above the tables."""
     shape = f"{record['batch_size']} images of {record['image_size']} px, {record['classes']} classes"
     return f"{record['pair']}, {shape}, {record['device']}, {record['dtype']}, noise for data"
 
 
-def show_step(record: dict) -> None:
+def show_step(record: Record) -> None:
+    """Print heading, tables and notes."""
     log_rank0(heading(record))
     show_table(PART_COLUMNS, part_rows(record), numbers=2)
     show_table(columns(record), rows(record), numbers=len(columns(record)) - 1)
@@ -117,25 +123,21 @@ def show_step(record: dict) -> None:
         log_rank0(note)
 
 
-def markdown(record: dict) -> str:
-    """The same for a file."""
+def markdown(record: Record) -> str:
+    """The same as Markdown."""
     tables = [(PART_COLUMNS, part_rows(record)), (columns(record), rows(record))]
-    parts = [f"### {heading(record)}", *(table(*both) for both in tables), *(f"- {note}" for note in notes(record))]
+    parts = [
+        f"### {heading(record)}",
+        *(markdown_table(*both) for both in tables),
+        *(f"- {note}" for note in notes(record)),
+    ]
     return "\n\n".join(parts[:3]) + "\n\n" + "\n".join(parts[3:]) + "\n"
 
 
-def table(names: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (names, ["---"] * len(names), *lines))
-
-
-def draw_step(record: dict, path: Path) -> None:
-    """Above the parts of fastkd's eager step as one stacked bar; below a bar of img/s for each contender."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def draw_step(record: Record, path: Path) -> None:
+    """Write a PNG: the parts of fastkd's eager step as a stacked bar, and below a bar of images/s for each way."""
     found = timed(record)
-    figure = Figure(figsize=(9, 3.2 + 0.3 * len(found)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.2 + 0.3 * len(found))
     upper, lower = figure.subplots(2, height_ratios=[1.2, 0.6 + 0.3 * len(found)])
     stack(upper, record["parts"])
     upper.set(title=heading(record), xlabel="ms, fastkd's eager step", yticks=[])
@@ -145,13 +147,11 @@ def draw_step(record: dict, path: Path) -> None:
     lower.bar_label(bars, fmt="{:,.0f}", padding=3)
     lower.margins(x=0.12)
     lower.set(xlabel="images/s")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
+    save_figure(figure, path)
 
 
-def stack(axes, parts: dict) -> None:
+def stack(axes: Any, parts: Record) -> None:
+    """Draw the parts one after another."""
     start = 0.0
     for number, name in enumerate(PARTS):
         if width := parts[name]["median"]:

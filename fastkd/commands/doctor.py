@@ -1,13 +1,15 @@
-"""`fastkd doctor`: what this machine has, and which path each part of a run will take on it."""
+"""`fastkd doctor`: what this machine has, and which paths fastkd will take on it."""
 
 import importlib
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 
 import torch
 
-from .environment import has, version
+from ..environment import has, version
+from ..parser import run_parser
+from ..report import show_table
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,23 @@ class DoctorOptions:
     """Networks that learn beside the student, by default one of its kind."""
 
 
-def findings() -> list[list[str]]:
-    """Rows of: part, what is here, what follows."""
+def run(arguments: list[str]) -> None:
+    """The command: a table of the machine and, with an option, one of a training step."""
+    kind = make_dataclass("Doctor", [("doctor", DoctorOptions)], frozen=True)
+    given = asdict(run_parser(kind, arguments, "fastkd doctor").doctor)
+    workload = {name: value for name, value in given.items() if value}
+    step = []
+    if workload:
+        from .step_doctor import examine_step
+
+        step = examine_step(workload)  # an error comes before the first table
+    show_table(["", "here", "what fastkd does with it"], machine())
+    if workload:
+        show_table(["a training step", "here", ""], step)
+
+
+def machine() -> list[list[str]]:
+    """Rows of the table: device, package or option; what is here; what fastkd does with it."""
     return [*_devices(), *_packages(), *_paths()]
 
 

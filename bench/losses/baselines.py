@@ -1,27 +1,44 @@
-"""The losses as people write them in torch: what fastkd is measured against, and in float64 what it is checked against.
+"""The losses in eager torch, as the papers' codes write them.
 
-Each takes the tensors of its case (see cases.py) and gives a scalar; `augment` gives the batch. The formulations are
-those of the papers' code, which the docstrings name.
+fastkd is timed against these functions, and checked against them in float64. Each takes the tensors of its case (see
+cases.py) and gives a scalar; `augment` gives the batch. PUBLISHED has them with the arguments of fastkd's functions.
 """
+
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.kernels.factor_distance import FactorDistance, factor_distance_reference
+from fastkd.kernels.kd_loss import KDTerms, kd_loss_reference
+from fastkd.kernels.logit_loss import LogitLoss
+
+
+def add(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more tensors."""
+    first, *rest = terms
+    for term in rest:
+        first = first + term
+    return first
+
 
 def kl(student: Tensor, teacher: Tensor, T: float = 1.0) -> Tensor:
+    """T^2 KL(teacher || student) at temperature T, mean over the batch; logits [N, C]."""
     p_s, p_t = F.log_softmax(student / T, dim=1), F.softmax(teacher.detach() / T, dim=1)
     return F.kl_div(p_s, p_t, reduction="batchmean") * T * T
 
 
 def kd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """As in most trainers; temperature 4, weights 0.1 and 0.9."""
+    """Hinton's KD as in most trainers; temperature 4, weights 0.1 and 0.9."""
     return 0.1 * F.cross_entropy(student, target) + 0.9 * kl(student, teacher, T=4.0)
 
 
 def kd_liger(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """Liger's divergence takes log-probabilities, which cost their time here. Its cross-entropy overwrites the logits
-    that the divergence needs, so torch's is used."""
+    """KD with Liger's divergence, which takes log-probabilities.
+
+    The cross-entropy is torch's: Liger's would overwrite the logits that the divergence needs.
+    """
     from liger_kernel.transformers import LigerKLDIVLoss
 
     log_s, log_t = F.log_softmax(student / 4, dim=1), F.log_softmax(teacher / 4, dim=1)
@@ -33,12 +50,12 @@ def dcm(*heads_and_target: Tensor) -> Tensor:
     """2 K heads, those of the first network first: 2 K cross-entropies and 2 K^2 divergences, as DCM's authors do."""
     *heads, target = heads_and_target
     first, second = heads[: len(heads) // 2], heads[len(heads) // 2 :]
-    loss = sum(F.cross_entropy(z, target) for z in heads)
-    return loss + sum(kl(p, q) + kl(q, p) for p in first for q in second)
+    loss = add(F.cross_entropy(z, target) for z in heads)
+    return loss + add(kl(p, q) + kl(q, p) for p in first for q in second)
 
 
 def factor_pair(inheriting: Tensor, exploring: Tensor, teacher: Tensor) -> Tensor:
-    """IE-KD: normalised factors, mean absolute difference; one part comes nearer, the other moves away."""
+    """IE-KD: normalised factors, mean absolute difference; the inheriting factor is attracted, the other repelled."""
     near, far, t = (F.normalize(x.flatten(1)) for x in (inheriting, exploring, teacher.detach()))
     return (near - t).abs().mean() - (far - t).abs().mean()
 
@@ -46,7 +63,7 @@ def factor_pair(inheriting: Tensor, exploring: Tensor, teacher: Tensor) -> Tenso
 def attention_transfer(*maps: Tensor) -> Tensor:
     """The student's maps, then the teacher's; szagoruyko/attention-transfer."""
     pairs = zip(maps[: len(maps) // 2], maps[len(maps) // 2 :], strict=True)
-    return sum((_attention(s) - _attention(t.detach())).pow(2).mean() for s, t in pairs)
+    return add((_attention(s) - _attention(t.detach())).pow(2).mean() for s, t in pairs)
 
 
 def _attention(x: Tensor) -> Tensor:
@@ -54,6 +71,7 @@ def _attention(x: Tensor) -> Tensor:
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
+    """FitNets: mean squared error."""
     return F.mse_loss(student, teacher.detach())
 
 
@@ -65,7 +83,7 @@ def overhaul(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
 
 
 def dkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """megvii-research/mdistiller, which takes the label out by subtracting 1000; alpha 1, beta 8, temperature 4."""
+    """megvii-research/mdistiller, which masks the label by subtracting 1000; alpha 1, beta 8, temperature 4."""
     T, label = 4.0, torch.zeros_like(student).scatter_(1, target[:, None], 1)
     p_s, p_t = (_label_and_rest(F.softmax(z / T, dim=1), label) for z in (student, teacher.detach()))
     tckd = F.kl_div(p_s.log(), p_t, reduction="batchmean") * T * T
@@ -90,7 +108,7 @@ def _pearson(x: Tensor, y: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, boxes: Tensor, flips: Tensor, out: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The batch at once by grid_sample, in fp32 at least; nothing leaves the device."""
+    """The whole batch by one grid_sample, in the dtype of `mean`; nothing leaves the device."""
     (_, H, W, _), (h, w), dtype = images.shape, out.shape[2:], mean.dtype
     top, left, height, width = boxes.to(dtype).T[:, :, None]
     y = top + _positions(h, height)
@@ -102,7 +120,7 @@ def augment(images: Tensor, boxes: Tensor, flips: Tensor, out: Tensor, mean: Ten
 
 
 def _positions(size: int, extent: Tensor) -> Tensor:
-    """[N, size]: where the pixels of a side lie in boxes of `extent` [N, 1]."""
+    """Positions [N, size] of the output's pixels along a side of boxes with `extent` [N, 1] pixels."""
     at = (torch.arange(size, device=extent.device, dtype=extent.dtype) + 0.5) * extent / size - 0.5
     return at.clamp(min=0).minimum(extent - 1)
 
@@ -115,3 +133,76 @@ def augment_one_by_one(images: Tensor, boxes: Tensor, flips: Tensor, out: Tensor
         crop = F.interpolate(crop, tuple(out.shape[2:]), mode="bilinear", align_corners=False)
         crops.append(crop.flip(3) if flip else crop)
     return ((torch.cat(crops) - mean[:, None, None]) / std[:, None, None]).to(out.dtype)
+
+
+def _kd(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    standardize: bool,
+    **_: object,
+) -> KDTerms:
+    if standardize:
+        return kd_loss_reference(
+            student,
+            teacher,
+            target,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            standardize=True,
+        )
+    ce, divergence = ce_weight * F.cross_entropy(student, target), kd_weight * kl(student, teacher, temperature)
+    return KDTerms(ce + divergence, ce, divergence)
+
+
+def _heads(
+    heads: Sequence[Tensor],
+    target: Tensor,
+    ce_weights: Sequence[float],
+    table: Sequence[Sequence[float]],
+    *,
+    temperature: float = 1.0,
+    **_: object,
+) -> LogitLoss:
+    """Each divergence is computed from the logits, as in the codes of DML, DCM and SOKD."""
+    none = torch.zeros((), device=heads[0].device)
+    rows = []
+    for z, weight, row in zip(heads, ce_weights, table, strict=True):
+        ce = weight * F.cross_entropy(z, target) if weight else none
+        kl = [w * kl(z, q, temperature) if w else none for w, q in zip(row, heads, strict=True)]
+        rows.append(torch.stack([ce.float(), *(term.float() for term in kl)]))
+    terms = torch.stack(rows)
+    return LogitLoss(terms.sum(), terms, none)
+
+
+def _factors(parts: list[Tensor], teacher: Tensor, weights: list[float], p: int = 1) -> FactorDistance:
+    if p != 1:
+        return factor_distance_reference(parts, teacher, weights, p)
+    unit = [F.normalize(x.flatten(1)) for x in (*parts, teacher.detach())]
+    terms = torch.stack([w * (x - unit[-1]).abs().mean() for w, x in zip(weights, unit[:-1], strict=True)])
+    return FactorDistance(terms.sum(), terms)
+
+
+def _scaled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *maps, weight: weight * function(*maps)
+
+
+PUBLISHED: dict[str, Callable[..., object]] = {
+    "kd_loss": _kd,
+    "logit_loss": _heads,
+    "dkd_loss": lambda student, teacher, target, **_: dkd(student, teacher, target),
+    "dist_loss": lambda student, teacher, **_: dist(student, teacher),
+    "attention_transfer": _scaled(attention_transfer),
+    "factor_distance": _factors,
+    "hint_distance": _scaled(hint),
+    "overhaul_distance": _scaled(overhaul),
+}
+"""By the name of fastkd's function, what the paper's code does at its default options.
+
+rkd_loss and sp_loss are missing: fastkd's functions are eager torch too.
+"""
