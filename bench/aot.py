@@ -97,7 +97,7 @@ def logits(
     settings = {"temperature": 4.0, "standardize": False} | options
     return lambda: launch(
         [meta(N, C, dtype=dtype) for _ in range(heads)], meta(N, dtype=torch.int64), weights, settings["temperature"],
-        0.0, None, settings["standardize"], learns, not backward, meta(learners, N, C, dtype=dtype),
+        0.0, None, settings["standardize"], learns, meta(learners, N, C, dtype=dtype),
         *((meta(dtype=torch.float32), None), True) * backward,
     )  # fmt: skip
 
@@ -125,22 +125,22 @@ def cases() -> dict[str, Callable[[], None]]:
 
 
 def more_logits() -> Iterator[tuple[str, tuple, Callable[[], None]]]:
-    from fastkd.kernels import dist_loss_triton, dkd_loss_triton
+    from fastkd.kernels.gpu import dist_loss, dkd_loss
 
     for N, C in ((256, 1000), (256, 32000)):
         s, t, grads, y = meta(N, C), meta(N, C), meta(N, C), meta(N, dtype=torch.int64)
-        dkd = partial(dkd_loss_triton.launch, s, t, y, 1.0, 8.0, 4.0, grads)
+        dkd = partial(dkd_loss.launch, s, t, y, 1.0, 8.0, 4.0, grads)
         yield "DKD", (N, C), dkd
         yield "DKD backward", (N, C), partial(dkd, meta(dtype=torch.float32), True)
         value, rows, columns = (meta(*shape, dtype=torch.float32) for shape in ((), (6, N), (4, C)))
-        yield "DIST", (N, C), partial(dist_loss_triton.launch, s, t, 1.0, 1.0, 1.0, value, rows, columns)
+        yield "DIST", (N, C), partial(dist_loss.launch, s, t, 1.0, 1.0, 1.0, value, rows, columns)
         yield (
-            "DIST backward", (N, C), partial(dist_loss_triton.launch_backward, s, t, rows, columns, value, 1.0, grads),
+            "DIST backward", (N, C), partial(dist_loss.launch_backward, s, t, rows, columns, value, 1.0, grads),
         )  # fmt: skip
 
 
 def maps() -> Iterator[tuple[str, tuple, Callable[[], None]]]:
-    from fastkd.kernels import attention_transfer_triton, augment_triton, factor_distance_triton, map_distance_triton
+    from fastkd.kernels.gpu import attention_transfer, augment, factor_distance, map_distance
 
     scalar = meta(dtype=torch.float32)
     for shape in ((128, 32, 8, 8), (256, 256, 7, 7)):
@@ -151,22 +151,22 @@ def maps() -> Iterator[tuple[str, tuple, Callable[[], None]]]:
         for p in (1, 2):
             settings = (parts, meta(N, D), [50.0, -50.0], p, learns)
             name = "IE-KD pair" + ", p = 2" * (p == 2)
-            yield name, shape, partial(factor_distance_triton.launch, *settings, *results, meta(2 * (p == 1), N, D))
-            back = partial(factor_distance_triton.launch_backward, *settings, terms, statistics, meta(2, N, D))
+            yield name, shape, partial(factor_distance.launch, *settings, *results, meta(2 * (p == 1), N, D))
+            back = partial(factor_distance.launch_backward, *settings, terms, statistics, meta(2, N, D))
             yield f"{name} backward", shape, partial(back, (scalar, None), p == 1)
     for shape in ((256, 64, 56, 56), (256, 2048, 7, 7)):
         s, t, grad = (meta(*shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
         k = meta(shape[0], shape[2] * shape[3], dtype=torch.float32)
-        yield "AT", shape, partial(attention_transfer_triton.launch, s, t, 1000.0, scalar, k)
-        yield "AT backward", shape, partial(attention_transfer_triton.launch_backward, s, k, scalar, grad)
-        yield "hint", shape, partial(map_distance_triton.launch, s, t, None, 1.0, grad)
-        yield "hint backward", shape, partial(map_distance_triton.launch, s, t, None, 1.0, grad, scalar, True)
+        yield "AT", shape, partial(attention_transfer.launch, s, t, 1000.0, scalar, k)
+        yield "AT backward", shape, partial(attention_transfer.launch_backward, s, k, scalar, grad)
+        yield "hint", shape, partial(map_distance.launch, s, t, None, 1.0, grad)
+        yield "hint backward", shape, partial(map_distance.launch, s, t, None, 1.0, grad, scalar, True)
         margin = meta(shape[1], dtype=torch.float32)
-        yield "overhaul", shape, partial(map_distance_triton.launch, s, t, margin, 1.0, grad)
+        yield "overhaul", shape, partial(map_distance.launch, s, t, margin, 1.0, grad)
     images, out = meta(256, 256, 256, 3, dtype=torch.uint8), meta(256, 3, 224, 224)
     out = out.contiguous(memory_format=torch.channels_last)
     boxes, flips = meta(256, 4, dtype=torch.float32), meta(256, dtype=torch.bool)
-    yield "augment", tuple(out.shape), partial(augment_triton.launch, images, boxes, flips, [out], [0.5] * 3, [0.2] * 3)
+    yield "augment", tuple(out.shape), partial(augment.launch, images, boxes, flips, [out], [0.5] * 3, [0.2] * 3)
 
 
 def table(rows: list[dict]) -> str:
