@@ -224,7 +224,7 @@ def test_anything(shape, weights, scale, p, layout, kernel):
     terms, gradients = independent([x.detach().cpu() for x in parts], teacher.cpu(), weights, p)
     with pytest.MonkeyPatch.context() as patch:
         if kernel:
-            patch.setattr(sys.modules[factor_distance.__module__], "_on_gpu", lambda tensors: True)
+            patch.setattr(sys.modules[factor_distance.__module__], "runs_on_gpu", lambda tensors: True)
         got = factor_distance(parts, teacher, weights, p)
         got.loss.backward() if any(weights) else None
     torch.testing.assert_close(got.terms.cpu().double(), terms, rtol=2e-5, atol=1e-5)
@@ -258,13 +258,11 @@ def test_gradcheck(p):
 @pytest.mark.parametrize("p", [1, 2])
 def test_opcheck(p):
     parts, teacher = factors((3, 4, 2, 2))
-    rows = [x.detach().flatten(1).requires_grad_() for x in parts]
-    torch.library.opcheck(_factor_distance, (rows, teacher.flatten(1), PAIR, p, [True, True]))
-    rows = [x.detach() for x in rows]
-    _, terms, statistics, grads = _factor_distance(rows, teacher.flatten(1), PAIR, p, [True, False])
-    grads = torch.zeros(1, 3, 16)
-    upstream = torch.tensor(2.0), None
-    arguments = (grads, rows, teacher.flatten(1), terms, statistics, PAIR, p, [True, False], *upstream, False)
+    maps = [x.detach().requires_grad_() for x in parts]
+    torch.library.opcheck(_factor_distance.op, (maps, teacher, PAIR, p, [True, True], True))
+    maps = [x.detach() for x in maps]
+    _, terms, statistics, _ = _factor_distance.op(maps, teacher, PAIR, p, [True, False], True)
+    arguments = (maps, teacher, terms, statistics, PAIR, p, [True, False], torch.tensor(2.0), None)
     torch.library.opcheck(torch.ops.fastkd.factor_distance_backward.default, arguments)
 
 
@@ -357,7 +355,7 @@ def test_other_paths_of_the_operation(monkeypatch, path, dtype, p):
     if path == "chunks":
         monkeypatch.setattr("fastkd.kernels.cpu.factor_distance.CHUNK", 100)
     else:
-        monkeypatch.setattr(sys.modules[factor_distance.__module__], "_on_gpu", lambda tensors: True)
+        monkeypatch.setattr(sys.modules[factor_distance.__module__], "runs_on_gpu", lambda tensors: True)
     parts, teacher = factors((5, 4, 3, 3), dtype)
     got = factor_distance(parts, teacher, PAIR, p)
     terms, gradients = independent([x.detach() for x in parts], teacher, PAIR, p)
