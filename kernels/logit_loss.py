@@ -132,7 +132,8 @@ class _Labels:
     """The target as logit_loss_compiled uses it: a class or a distribution per row, smoothed, with ignored rows."""
 
     def __init__(self, target: Tensor, dtype: torch.dtype, C: int, smoothing: float, ignore_index: int | None):
-        self.soft, self.smoothing, self.count = target.is_floating_point(), smoothing, max(len(target), 1)
+        self.soft, self.smoothing = target.is_floating_point(), smoothing
+        self.count: int | Tensor = max(len(target), 1)
         if self.soft:
             self.y = target.to(dtype) * (1 - smoothing) + smoothing / C
             return
