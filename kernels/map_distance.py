@@ -18,26 +18,29 @@ than the student's, are copied first.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_tensors
 from .cpu.map_distance import closed_form
-from .op import FusedOp, acc_dtype, runs_on_gpu
+from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
 
 
 def hint_distance_reference(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> Tensor:
-    """The specification: autograd through torch's own mse_loss."""
+    """The specification, with torch's autograd. torch.compile on the CPU gets it in place of the operator."""
     dtype = acc_dtype([student, teacher])
-    return weight * F.mse_loss(student.to(dtype), teacher.detach().to(dtype))
+    return weight * (student.to(dtype) - teacher.detach().to(dtype)).square().sum() / max(student.numel(), 1)
 
 
 def overhaul_distance_reference(student: Tensor, teacher: Tensor, margin: Tensor, *, weight: float = 1.0) -> Tensor:
-    """The specification: a sum over the elements, a mean over the batch."""
+    """The specification: a sum over the elements, a mean over the batch. torch.compile on the CPU gets it, too.
+
+    The ReLU is for speed: with one `where` over both conditions Inductor writes a mask, which takes twice the time.
+    """
     dtype = acc_dtype([student, teacher])
-    s, t = student.to(dtype), torch.maximum(teacher.detach().to(dtype), margin.detach().to(dtype)[:, None, None])
-    silent = (s <= t) & (t <= 0)  # not the negation of (s > t) | (t > 0): NaN is to be seen
-    return weight * torch.where(silent, 0, s - t).square().sum() / len(s)
+    s, t = (f.permute(0, 2, 3, 1).to(dtype) for f in (student, teacher.detach()))
+    t = torch.maximum(t, margin.detach().to(dtype))
+    residual = s - t
+    return weight * torch.where(t > 0, residual, residual.relu()).square().sum() / max(len(s), 1)
 
 
 def hint_distance(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> Tensor:
@@ -47,6 +50,8 @@ def hint_distance(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> T
     only. An empty batch gives 0; NaN propagates. ValueError on shapes, devices or dtypes that do not fit.
     """
     _check(student, teacher, None)
+    if is_compiled_for_cpu(student):
+        return hint_distance_reference(student, teacher, weight=weight)
     return _distance(student, teacher, None, weight)
 
 
@@ -58,6 +63,8 @@ def overhaul_distance(student: Tensor, teacher: Tensor, margin: Tensor, *, weigh
     ValueError on shapes, devices or dtypes that do not fit. Source: Heo et al. 2019, arXiv:1904.01866, section 3.
     """
     _check(student, teacher, margin)
+    if is_compiled_for_cpu(student):
+        return overhaul_distance_reference(student, teacher, margin, weight=weight)
     return _distance(student, teacher, margin, weight)
 
 

@@ -1,6 +1,7 @@
 """The kernel of augment.py: one program computes a block of pixels of an image, all channels and normalisations."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -57,9 +58,14 @@ def _kernel(images, strides, boxes, flips, outputs, scales, shifts, H, W, h, w, 
 
 
 def launch(
-    images: Tensor, boxes: Tensor, flips: Tensor, outputs: list[Tensor], mean: list[float], std: list[float]
+    images: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    outputs: Sequence[Tensor],
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> None:
-    """Run the kernel; mean and std: 3 numbers for each output, one after another."""
+    """Run the kernel, which writes the outputs. mean and std: 3 numbers for each output, one after another."""
     (N, H, W, _), (h, w), device = images.shape, outputs[0].shape[2:], images.device
     if sum((size - 1) * stride for size, stride in zip(images.shape[1:], images.stride()[1:], strict=True)) >= 2**31:
         images = images.contiguous()  # places within an image are counted in 32 bits

@@ -233,17 +233,17 @@ def _shape(elements: int, maps: int) -> tuple[int, int]:
 Inputs = tuple[tuple[Tensor, ...], tuple[int, ...], int, tuple[int, ...]]
 
 
-def _inputs(parts: Sequence[Tensor], teacher: Tensor, needs_grad: Sequence[bool]) -> Inputs:
-    """(maps, their strides in units, the unit, the place of each part's gradient or -1)"""
-    maps = [contiguous_rows(x) for x in (*parts, teacher)]
+def _inputs(factors: Sequence[Tensor], teacher: Tensor, needs_grad: Sequence[bool]) -> Inputs:
+    """(maps, their strides in units, the unit, the place of the gradient of each factor or -1)"""
+    maps = [contiguous_rows(x) for x in (*factors, teacher)]
     unit = common_unit(teacher.shape[1], *(x.stride(0) for x in maps))
-    order = iter(range(len(parts)))
+    order = iter(range(len(factors)))
     strides = tuple(x.stride(0) // unit for x in maps)
     return tuple(maps), strides, unit, tuple(next(order) if on else -1 for on in needs_grad)
 
 
 def launch(
-    parts: Sequence[Tensor],
+    factors: Sequence[Tensor],
     teacher: Tensor,
     weights: Sequence[float],
     p: int,
@@ -253,12 +253,12 @@ def launch(
     statistics: Tensor,
     grads: Tensor,
 ) -> None:
-    """The forward pass writes loss, terms, statistics [2 K + 1, N] and for p = 1 grads [parts that need one, N, D].
+    """The forward pass writes loss, terms, statistics [2 K + 1, N] and for p = 1 grads [factors that need one, N, D].
 
-    parts: K student factors [N, D].
+    factors: K student factors [N, D].
     """
-    (N, D), K, device = teacher.shape, len(parts), teacher.device
-    maps, strides, unit, learner = _inputs(parts, teacher, needs_grad)
+    (N, D), K, device = teacher.shape, len(factors), teacher.device
+    maps, strides, unit, learner = _inputs(factors, teacher, needs_grad)
     block, warps = _shape(D, len(maps))
     slots = max(2, power_of_2(K))
     grid = programs(N, warps, device)
@@ -274,7 +274,7 @@ def launch(
 
 
 def launch_backward(
-    parts: Sequence[Tensor],
+    factors: Sequence[Tensor],
     teacher: Tensor,
     weights: Sequence[float],
     p: int,
@@ -285,9 +285,9 @@ def launch_backward(
     grad_output: tuple[Tensor | None, Tensor | None],
     skip_ones: bool,
 ) -> None:
-    """Writes grads [parts that need one, N, D]; with skip_ones not if grad_output (of loss, of terms) is all 1."""
+    """Writes grads [factors that need one, N, D]; with skip_ones not if grad_output (of loss, of terms) is all 1."""
     (N, D), device = teacher.shape, teacher.device
-    maps, strides, unit, learner = _inputs(parts, teacher, needs_grad)
+    maps, strides, unit, learner = _inputs(factors, teacher, needs_grad)
     block, warps = min(2048, max(16, power_of_2(D))), 8
     pieces = math.ceil(D / block)
     grad_loss, grad_terms = grad_output
