@@ -1,11 +1,13 @@
 """The one exception for bad input."""
 
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
-    """The input is wrong. The message says what, with the values, and what to do; the command prints it as one line."""
+    """Bad input. The message says what is wrong, with the values, and what to do. The command prints it as one line."""
 
 
-def nearest(word: str, choices) -> str:
+def nearest(word: str, choices: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the closest of `choices`, or the empty string."""
     from difflib import get_close_matches
 
