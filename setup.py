@@ -1,4 +1,4 @@
-"""fastkd. kernels/ and bench/ are installed as fastkd.kernels and fastkd.bench: no top-level package of such a name."""
+"""Build and install fastkd. The links fastkd/kernels and fastkd/bench make the two folders packages of fastkd."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,19 @@ setup(
     description="Knowledge distillation of image classifiers, fast and exact",
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="fastkd authors",
     license="Apache-2.0",
+    keywords="knowledge distillation, image classification, PyTorch, Triton, CUDA graphs",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[
         "fastkd",
@@ -42,7 +54,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "torchvision",
-        "triton>=3.6",
+        'triton>=3.6; platform_system == "Linux"',
         "timm>=1.0",
         "safetensors",
         "numpy",
@@ -55,7 +67,16 @@ setup(
         "dali": DALI,
         "tensorboard": TENSORBOARD,
         "bench": BENCH,
-        "test": [*DALI, *TENSORBOARD, *BENCH, "hypothesis", "ruff==0.17.*", "scikit-learn"],
+        "test": [
+            *DALI,
+            *TENSORBOARD,
+            *BENCH,
+            "hypothesis",
+            "mypy",
+            "pytest-xdist",
+            "ruff==0.17.*",
+            "scikit-learn",
+        ],
     },
     entry_points={"console_scripts": ["fastkd = fastkd.cli:main"]},
 )

@@ -1,26 +1,34 @@
-"""From words to options. Names and kinds of values are checked here, in our words; tyro does the rest and the help.
+"""Parse options from the command line and from files.
 
-`kind` is everywhere a dataclass whose fields are sections: dataclasses of options.
+Names and types are checked here, so that a wrong one gets a one-line error. tyro parses the values and writes the help.
+In this file `kind` is always a dataclass whose fields are sections, and a section is a dataclass of options.
 """
 
 import contextlib
 import io
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Literal, get_args, get_origin
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 from .errors import UserError, nearest
 
+T = TypeVar("T")
+
 
 def option_types(kind: type) -> dict[str, type]:
-    return {option.name: option.type for section in fields(kind) for option in fields(section.type)}
+    """The type of every option, by its name."""
+    return {option.name: cast(type, option.type) for option in _options(kind)}
+
+
+def _options(kind: type) -> list[Field[Any]]:
+    return [option for section in fields(kind) for option in fields(cast(type, section.type))]
 
 
 def groups(arguments: list[str]) -> list[tuple[str, list[str]]]:
-    """(`--flag`, the words that follow it); what stands before the first flag comes with the empty string."""
-    found = [("", [])]
+    """Each `--flag` with the words after it. The words before the first flag come first, with an empty flag."""
+    found: list[tuple[str, list[str]]] = [("", [])]
     for argument in arguments:
         if argument.startswith("--"):
             flag, equals, word = argument.partition("=")
@@ -31,25 +39,26 @@ def groups(arguments: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def name_of(flag: str) -> str:
-    """`--batch-size`, `batch-size` and `batch_size` are one option."""
+    """The name of an option, `batch_size`, from `--batch-size`, `batch-size` or `batch_size`."""
     return flag.removeprefix("--").replace("-", "_")
 
 
 def last_value(name: str, arguments: list[str]) -> str:
-    """The last `--name VALUE` or `--name=VALUE`, or the empty string."""
+    """The value of the last `--name VALUE` or `--name=VALUE`, or an empty string."""
     found = (words[0] for flag, words in reversed(groups(arguments)) if name_of(flag) == name and words)
     return next(found, "")
 
 
-def tokens_of(values: dict, kind: type, source: str) -> list[str]:
-    """Options with values, of a file, as they would stand on the command line."""
-    types, tokens = option_types(kind), []
+def tokens_of(values: dict[str, Any], kind: type, source: str) -> list[str]:
+    """The options of a file in the form of the command line. Errors name the `source`."""
+    types = option_types(kind)
+    tokens: list[str] = []
     for name, value in values.items():
         if name not in types:
             raise UserError(f"{source}: unknown option {name!r}{nearest(name, types)}")
         words = [str(item) for item in (value if isinstance(value, list) else [value])]
-        plain = not isinstance(value, dict) and value is not None
-        if not plain or isinstance(value, bool) != (types[name] is bool) or not _fits(types[name], words):
+        has_value = not isinstance(value, dict) and value is not None
+        if not has_value or isinstance(value, bool) != (types[name] is bool) or not _fits(types[name], words):
             raise UserError(
                 f"{source}: {name} must be {_wanted(types[name])}, got {value!r}{_near(types[name], words)}"
             )
@@ -58,10 +67,10 @@ def tokens_of(values: dict, kind: type, source: str) -> list[str]:
     return tokens
 
 
-def run_parser(kind: type, arguments: list[str], command: str, earlier: Sequence[str] = ()):
-    """An instance of `kind` from `arguments`, which win over the `earlier` tokens (of tokens_of).
+def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Sequence[str] = ()) -> T:
+    """An instance of `kind` from the command line. `arguments` override the `earlier` tokens (from tokens_of).
 
-    What tyro still finds, such as a value out of range, is in a box that becomes one line.
+    Raises UserError. tyro prints its own errors, such as a value out of range, in a box: they become one line.
     """
     import tyro
 
@@ -80,7 +89,7 @@ def run_parser(kind: type, arguments: list[str], command: str, earlier: Sequence
 
 
 def _check(arguments: list[str], kind: type, command: str) -> None:
-    """Raise UserError for a name that is none, or a value of another kind than the option's."""
+    """Raise UserError for an unknown option or a value of the wrong type."""
     types = option_types(kind)
     for flag, words in groups(arguments):
         positive = name_of(flag).removeprefix("no_")
@@ -91,7 +100,7 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
             flags = ["--" + known.replace("_", "-") for known in types]
             raise UserError(f"unknown option {flag!r}{nearest(flag, flags)}; `{command} --help` lists them")
         elif types[name] is bool and words:
-            raise UserError(f"{flag} takes no value, got {' '.join(words)!r}: --{name} is yes and --no-{name} no")
+            raise UserError(f"{flag} takes no value, got {' '.join(words)!r}: write --{name} or --no-{name}")
         elif types[name] is not bool and not _fits(types[name], words):
             got = repr(" ".join(words)) if words else "nothing"
             raise UserError(f"{flag} must be {_wanted(types[name])}, got {got}{_near(types[name], words)}")
@@ -99,7 +108,7 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
 
 def _refuse_stray(words: list[str], kind: type, command: str) -> None:
     if words:
-        needed = [o.name for section in fields(kind) for o in fields(section.type) if o.default is o.default_factory]
+        needed = [option.name for option in _options(kind) if option.default is option.default_factory]
         hint = f" (did you mean --{needed[0]} {words[0]}?)" if needed else ""
         raise UserError(f"unexpected {words[0]!r}{hint}; `{command} --help` lists the options")
 
@@ -131,12 +140,12 @@ def _wanted(kind: type) -> str:
 
 def _near(kind: type, words: list[str]) -> str:
     if kind is str and len(words) > 1:
-        return "; in quotes it is one"
+        return "; put quotes around it"
     return nearest(words[0], get_args(kind)) if get_origin(kind) is Literal and words else ""
 
 
 @contextlib.contextmanager
-def _wide_stderr(text: io.StringIO):
+def _wide_stderr(text: io.StringIO) -> Iterator[None]:
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "1000"
     try:
@@ -149,5 +158,5 @@ def _wide_stderr(text: io.StringIO):
 def _one_line(box: str) -> str:
     lines = [re.sub("[│╭╮╰╯]", "", line).strip() for line in box.splitlines()[1:]]
     rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
-    # A check of ours names its option itself: drop "Error parsing <section>: " before it.
+    # The messages of fastkd's checks name the option: drop "Error parsing <section>: ".
     return re.sub(r"^Error parsing (\w+: )?", "", " ".join(line for line in lines[:rule] if line))

@@ -1,4 +1,4 @@
-"""What people see of a run: the progress bar, a line per epoch, and the files of the run folder."""
+"""The output of a run: the progress bar, a line per epoch, and the files of the run folder."""
 
 import csv
 import io
@@ -7,38 +7,74 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
 from . import checkpoint, distributed
+from .curves import loss_terms, plot
 from .environment import environment
 from .errors import UserError
 
-FILES = """\
-A run of fastkd.
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
-    config.yaml           the effective options; `fastkd train --config config.yaml --out ELSEWHERE` repeats the run
-    environment.json      versions, devices and the command
-    history.csv, .jsonl   one row per epoch: learning rate, loss terms, accuracy in %, images/s
-    curves.png            the same as a picture, at the end of the run
-    last.pt               everything `fastkd train --out HERE --resume` needs, after the last finished epoch
-    best.pt               the same after the epoch with the best accuracy; `fastkd eval --weights best.pt --model NAME`
-    student.safetensors   the trained student after the last epoch; `fastkd eval --weights student.safetensors`
-    peer1.safetensors     likewise a network that learnt beside the student; improved_teacher.safetensors: of SOKD
-    autoencoder.safetensors, paraphraser.safetensors: the encoder of the teacher's maps, of iekd and ft
-    teacher/, alone/      runs of their own, where a teacher or the student alone was trained for this one
+FILES = """\
+This folder holds one run of fastkd. FOLDER stands for its path.
+
+    config.yaml           All options of the run. Repeat it: fastkd train --config FOLDER/config.yaml --out NEW_FOLDER
+    environment.json      The command, the versions and the devices.
+    history.csv, .jsonl   One row per epoch: learning rate, loss terms, accuracy in %, images/s.
+    curves.png            The history as a picture. It is drawn at the end of the run.
+    last.pt               The state after the last finished epoch. Continue: fastkd train --out FOLDER --resume
+    best.pt               The state after the epoch with the best accuracy.
+                          Evaluate it: fastkd eval --weights FOLDER/best.pt --model NAME
+    student.safetensors   The student after the last epoch.
+                          Evaluate it: fastkd eval --weights FOLDER/student.safetensors
+    teacher/, alone/      The runs that trained the teacher and the student alone, if this run needed them.
+
+Some methods save more networks:
+
+    peer1.safetensors             dml, dcm, iedml: a network that was trained together with the student
+    improved_teacher.safetensors  sokd: the teacher with the trained bridge
+    autoencoder.safetensors       iekd: the encoder of the teacher's feature maps
+    paraphraser.safetensors       ft: the encoder of the teacher's feature maps
 """
 
 
-class Report:
-    """One run's screen and folder. Only rank 0 prints and writes."""
+class ReportOptions(Protocol):
+    """The options of a run that the report reads: TrainOptions has them."""
 
-    def __init__(self, config, about: dict, data: dict):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def out(self) -> str: ...
+    @property
+    def resume(self) -> bool: ...
+    @property
+    def tensorboard(self) -> bool: ...
+
+
+class LossMeter(Protocol):
+    """The mean loss terms of the epoch so far: metrics.Meter."""
+
+    def read(self, everywhere: bool = True) -> dict[str, float]: ...
+
+
+class Report:
+    """Prints the epochs of a run and writes its folder. Only rank 0 prints and writes.
+
+    config: the options of the training. about: further options for config.yaml. data: a description of the data set.
+    """
+
+    def __init__(self, config: ReportOptions, about: dict[str, Any], data: dict[str, Any]) -> None:
         self.config, self.out = config, Path(config.out)
-        # What `fastkd eval` must know of the images; the digits have their own size and normalisation.
+        # `fastkd eval` reads these from the weights file. The digits have a fixed size and normalisation.
         names = () if about.get("data") == "digits" else ("image_size", "mean", "std")
         self.about = {"data": data, "input": {name: about[name] for name in names if name in about}}
         self.models = {"student": about.get("student", ""), "improved_teacher": about.get("teacher", "")}
@@ -46,16 +82,16 @@ class Report:
         self.main = distributed.rank() == 0
         board = board_class() if config.tensorboard and self.main else None
         if self.main:
-            checkpoint.claim_folder(self.out, plain(asdict(config) | about), config.resume)
+            checkpoint.claim_folder(self.out, yaml_values(asdict(config) | about), config.resume)
             checkpoint.write_atomic(self.out / "environment.json", json.dumps(environment(), indent=2) + "\n")
             checkpoint.write_atomic(self.out / "README.txt", FILES)
         self.board = board(self.out / "tensorboard") if board else None
 
-    def epoch(self, history: list[dict]) -> None:
-        """The line of the epoch, the history files, TensorBoard."""
+    def epoch(self, history: list[dict[str, Any]]) -> None:
+        """Report the last row of the history: print its line, write the history files and TensorBoard's events."""
         row = history[-1]
         log_rank0(
-            f"epoch {row['epoch']:>3}/{self.config.epochs}  {terms_of(row)}{shares_of(row)}  "
+            f"epoch {row['epoch']:>3}/{self.config.epochs}  {terms_of(row)}{selection_rates_of(row)}  "
             f"top-1 {row['top1']:.2f} %  val loss {row['val_loss']:.4f}  lr {row['lr']:.4g}  "
             f"{row['img_per_s']:,.0f} img/s"
         )
@@ -64,21 +100,20 @@ class Report:
             for name, value in row.items():
                 self.board.add_scalar(name, value, row["epoch"])
 
-    def _write_history(self, history: list[dict]) -> None:
+    def _write_history(self, history: list[dict[str, Any]]) -> None:
         table = io.StringIO()
-        names = dict.fromkeys(name for row in history for name in row)  # a term may be missing in an epoch
+        names = dict.fromkeys(name for row in history for name in row)  # an epoch may lack a term
         writer = csv.DictWriter(table, fieldnames=list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
         checkpoint.write_atomic(self.out / "history.csv", table.getvalue())
         checkpoint.write_atomic(self.out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
-    def finish(self, history: list[dict], networks: dict[str, nn.Module]) -> None:
+    def finish(self, history: list[dict[str, Any]], networks: dict[str, nn.Module]) -> None:
+        """Write the history, curves.png and the weights of the networks."""
         if not self.main:
             return
-        from .curves import plot
-
-        self._write_history(history)  # once more: the run may have been killed between its checkpoint and this file
+        self._write_history(history)  # again, because a killed run may have a checkpoint that is newer than this file
         checkpoint.write_atomic(self.out / "curves.png", plot(history))
         for name, net in networks.items():
             about = self.about | {"model": self.models.get(name, "")}
@@ -87,8 +122,8 @@ class Report:
             self.board.close()
 
 
-def board_class() -> type:
-    """TensorBoard's writer; raises UserError where TensorBoard is not installed."""
+def board_class() -> type["SummaryWriter"]:
+    """The class of TensorBoard's writer. Raises UserError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -97,10 +132,17 @@ def board_class() -> type:
 
 
 class Bar:
-    """The bar of a whole run: images/s of this epoch, loss terms, time left."""
+    """The progress bar of a run: images/s of this epoch, loss terms and the remaining time.
 
-    def __init__(self, epochs: int, epoch: int, steps: int):
-        columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[shown]}")]
+    epochs: of the whole run. epoch: the first one to train, from 0. steps: per epoch.
+    """
+
+    def __init__(self, epochs: int, epoch: int, steps: int) -> None:
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[shown]}"),
+        ]
         columns += [TimeRemainingColumn(), TextColumn("left")]
         screen = console()
         self.progress = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
@@ -111,8 +153,8 @@ class Bar:
         self.progress.update(self.task, description=f"epoch {epoch + 1}/{self.epochs}")
         self.images, self.started, self.shown_at = 0, time.perf_counter(), time.perf_counter()
 
-    def advance(self, images: int, meter) -> None:
-        """Count a step; once a second read the device's counters for the display (the only sync between epochs)."""
+    def advance(self, images: int, meter: LossMeter) -> None:
+        """Count a step. Once a second, read the meter for the display: this is the only host sync within an epoch."""
         self.images += images * distributed.world_size()
         self.progress.advance(self.task)
         if self.progress.disable or time.perf_counter() < self.shown_at + 1:
@@ -122,12 +164,13 @@ class Bar:
         self.progress.update(self.task, shown=shown)
 
     def rates(self) -> dict[str, float]:
+        """Images/s of all processes and seconds since the start of the epoch."""
         seconds = time.perf_counter() - self.started
         return {"img_per_s": round(self.images / seconds, 1), "train_s": round(seconds, 2)}
 
 
 def track(steps: Sequence, title: str) -> Iterable:
-    """`steps` with a bar of their own, for what a method does before the first epoch."""
+    """Iterate over `steps` with a progress bar, for the work of a method before the first epoch."""
     log_rank0(title)
     screen = console()
     columns = [
@@ -141,43 +184,37 @@ def track(steps: Sequence, title: str) -> Iterable:
         yield from progress.track(steps, description=title)
 
 
-NOT_TERMS = ("epoch", "lr", "img_per_s", "train_s")
-SCORES = ("top1", "top5", "val_loss", "share")  # with the name of a network or a gate before
-
-
-def loss_terms(row: dict) -> dict[str, float]:
-    return {name: x for name, x in row.items() if not (name in NOT_TERMS or name.endswith(SCORES))}
-
-
-def terms_of(row: dict) -> str:
+def terms_of(row: dict[str, float]) -> str:
+    """The loss terms of a row of the history, as text."""
     return "  ".join(f"{name} {value:.4f}" for name, value in loss_terms(row).items())
 
 
-def shares_of(row: dict) -> str:
-    shares = [f"{value:.2f}" for name, value in row.items() if name.endswith("share")]
-    return f"  student's share {' '.join(shares)}" if shares else ""
+def selection_rates_of(row: dict[str, float]) -> str:
+    """IAKD: how often each block of the student was in the path in this epoch, as text."""
+    rates = [f"{value:.2f}" for name, value in row.items() if name.endswith("share")]
+    return f"  student's share {' '.join(rates)}" if rates else ""
 
 
-def plain(config: dict) -> dict:
-    """Tuples as lists: YAML's safe form."""
+def yaml_values(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy with lists in place of tuples, which safe YAML does not have."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
 def console() -> Console:
-    """Where rank 0 prints; the other processes are silent."""
+    """The terminal of rank 0. The consoles of other processes print nothing."""
     return Console(quiet=distributed.rank() != 0)
 
 
 def log_rank0(message: str) -> None:
+    """Print a line, on rank 0 only."""
     console().print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0) -> None:
-    """A table on the screen; the last `numbers` columns are numbers and stand to the right."""
+    """Print a table. The last `numbers` columns are numbers and are right-aligned."""
     table = Table()
     for place, column in enumerate(columns):
-        justify = "left" if place < len(columns) - numbers else "right"
-        table.add_column(column, justify=justify, overflow="fold")  # nothing is cut off
+        table.add_column(column, justify="left" if place < len(columns) - numbers else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console().print(table)

@@ -1,38 +1,75 @@
-"""What the README shows runs as it stands there."""
+"""The documentation is true: snippets run, commands parse, links and named scripts exist."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+LINKED = [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md"]
 
 
-def test_python_snippets(tiny_net, tiny_loaders, tmp_path, monkeypatch):
+@cache
+def text(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text(page), re.S)
+
+
+def anchors(page: Path) -> list[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
+def test_python_snippets(page, tiny_net, tiny_loaders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train_loader, val_loader = tiny_loaders()
     images, target = next(iter(train_loader))
     names = {"student": tiny_net(0), "teacher": tiny_net(1), "images": images, "target": target}
     names |= {"train_loader": train_loader, "val_loader": val_loader}
-    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
-    for snippet in snippets:
+    for snippet in snippets(page):
         exec(snippet, names)
-    assert len(snippets) == 2
-    assert torch.is_tensor(names["loss"]) and names["result"].student.exists()
+    assert "loss" not in names or torch.is_tensor(names["loss"])
+    assert "result" not in names or names["result"].student.exists()
 
 
-@pytest.mark.parametrize("line", re.findall(r"^fastkd train .*?[^\\]$", README, re.S | re.M))
+def test_the_pages_show_code():
+    assert sum(len(snippets(page)) for page in PAGES) >= 4
+    assert len(text("README.md").split()) <= 1200
+
+
+def commands() -> list[str]:
+    found = [re.findall(r"^fastkd train .*?[^\\]$", text(page), re.S | re.M) for page in PAGES]
+    return sorted({line for lines in found for line in lines})
+
+
+@pytest.mark.parametrize("line", commands())
 def test_train_lines_parse(fastkd, line):
     arguments = line.partition("#")[0].replace("\\\n", " ").split()[1:]
-    if "--resume" in arguments:  # of a run that is not here
+    if "--resume" in arguments:  # the folder of that run does not exist here
         arguments.remove("--resume")
     assert fastkd(*arguments, "--print-config")[0] == 0
 
 
-def test_named_files_exist():
-    root = Path(__file__).parent.parent
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert len(links) >= 4
-    for link in links:
-        assert (root / link).exists(), link
+@pytest.mark.parametrize("page", LINKED)
+def test_links_exist(page):
+    for link in re.findall(r"\]\(([^)]+)\)", text(page)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_scripts_exist(page):
+    for script in re.findall(r"\b(?:bench|kernels|fastkd|tests|examples)/[\w/]+\.(?:py|md)\b", text(page)):
+        assert (ROOT / script).exists(), script
