@@ -35,10 +35,7 @@ def combinations():
     """
     for number, name in enumerate(NAMES):
         for index, options in enumerate(OPTIONS):
-            default = index == number % len(OPTIONS) or (name, index) in {
-                ("iakd --teacher-bn batch", 4),
-                ("dml --alternate", 2),
-            }
+            default = index == number % len(OPTIONS) or (name, index) in SECOND
             yield pytest.param(name, options, marks=[] if default else pytest.mark.every, id=f"{name}-{options}")
 
 
