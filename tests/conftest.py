@@ -26,7 +26,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     chosen = option.numprocesses is not None or option.dist != "no" or option.tx
     alone = option.usepdb or option.capture == "no" or option.collectonly or "not gpu" not in option.markexpr
-    if not chosen and not alone and any((config.rootpath / argument).resolve() == TESTS for argument in config.args):
+    if not chosen and not alone and any((config.invocation_params.dir / argument).resolve() == TESTS for argument in config.args):
         option.numprocesses, option.maxprocesses, option.dist = "logical", 8, "loadgroup"
         option.benchmark_disable = True  # pytest-benchmark does so anyway, and warns
 
