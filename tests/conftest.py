@@ -26,7 +26,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     chosen = option.numprocesses is not None or option.dist != "no" or option.tx
     alone = option.usepdb or option.capture == "no" or option.collectonly or "not gpu" not in option.markexpr
-    if not chosen and not alone and any((config.invocation_params.dir / argument).resolve() == TESTS for argument in config.args):
+    everything = TESTS in [(config.invocation_params.dir / argument).resolve() for argument in config.args]
+    if everything and not chosen and not alone:
         option.numprocesses, option.maxprocesses, option.dist = "logical", 8, "loadgroup"
         option.benchmark_disable = True  # pytest-benchmark does so anyway, and warns
 
