@@ -11,6 +11,8 @@ import triton
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "scripts" / "aot.py"
 
+pytestmark = pytest.mark.aot
+
 
 @pytest.fixture(scope="module")
 def rows():
