@@ -78,7 +78,7 @@ def create_fashion(
 class FashionLoader:
     """A Loader (see fastkd/data/base.py) over images [N, 40, 40] and target [N] that are on the device."""
 
-    classes = CLASSES
+    classes: tuple[str, ...] = CLASSES
 
     def __init__(self, images_NHW: Tensor, target: Tensor, slices: list[tuple[int, int]], *, train: bool, seed: int):
         self.images, self.target, self.slices, self.train, self.seed = images_NHW, target, slices, train, seed

@@ -174,8 +174,8 @@ def _heads(
     rows = []
     for z, weight, row in zip(heads, ce_weights, table, strict=True):
         ce = weight * F.cross_entropy(z, target) if weight else none
-        kl = [w * kl(z, q, temperature) if w else none for w, q in zip(row, heads, strict=True)]
-        rows.append(torch.stack([ce.float(), *(term.float() for term in kl)]))
+        divergences = [w * kl(z, q, temperature) if w else none for w, q in zip(row, heads, strict=True)]
+        rows.append(torch.stack([ce.float(), *(term.float() for term in divergences)]))
     terms = torch.stack(rows)
     return LogitLoss(terms.sum(), terms, none)
 
@@ -188,19 +188,15 @@ def _factors(parts: list[Tensor], teacher: Tensor, weights: list[float], p: int 
     return FactorDistance(terms.sum(), terms)
 
 
-def _scaled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *maps, weight: weight * function(*maps)
-
-
 PUBLISHED: dict[str, Callable[..., object]] = {
     "kd_loss": _kd,
     "logit_loss": _heads,
     "dkd_loss": lambda student, teacher, target, **_: dkd(student, teacher, target),
     "dist_loss": lambda student, teacher, **_: dist(student, teacher),
-    "attention_transfer": _scaled(attention_transfer),
+    "attention_transfer": lambda student, teacher, weight: weight * attention_transfer(student, teacher),
     "factor_distance": _factors,
-    "hint_distance": _scaled(hint),
-    "overhaul_distance": _scaled(overhaul),
+    "hint_distance": lambda student, teacher, weight: weight * hint(student, teacher),
+    "overhaul_distance": lambda student, teacher, margin, weight: weight * overhaul(student, teacher, margin),
 }
 """By the name of fastkd's function, what the paper's code does at its default options.
 
