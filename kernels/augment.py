@@ -125,5 +125,5 @@ def _augment(
 
 
 @_augment.register_fake
-def _(images, boxes, flips, outputs, mean, std):
+def _(*_inputs: object) -> None:
     return None

@@ -101,8 +101,8 @@ def _empty_outputs(
     """Loss; rows [6, N] and columns [4, C] of the kernels, for their backward pass; grads of the closed form."""
     (N, C), dtype = student.shape, acc_dtype([student, teacher])
     on_gpu = runs_on_gpu([student, teacher])
-    rows, columns = ((6, N), (4, C)) if on_gpu else ((0,), (0,))
-    loss, rows, columns = (student.new_empty(shape, dtype=dtype) for shape in ((), rows, columns))
+    shapes = ((), (6, N), (4, C)) if on_gpu else ((), (0, N), (0, C))
+    loss, rows, columns = (student.new_empty(shape, dtype=dtype) for shape in shapes)
     grads = _empty_grads(student, teacher) if write_grads and not on_gpu else student.new_empty(0)
     return loss, rows, columns, grads
 

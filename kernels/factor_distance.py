@@ -146,18 +146,19 @@ def _forward(
     write_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _empty_outputs(factors, teacher, weights, p, needs_grad, write_grads)
-    *results, grads = outputs
+    loss, terms, statistics, grads = outputs
     if teacher.numel() == 0:
-        for result in results:
+        for result in (loss, terms, statistics):
             result.zero_()
         return outputs
     learners = needs_grad if write_grads and p == 1 else [False] * len(factors)
     *rows, t, out = (_rows(x, _is_NCHW(factors)) for x in (*factors, teacher, grads))
     if runs_on_gpu([*factors, teacher]):
-        from .gpu.factor_distance import launch as compute
+        from .gpu.factor_distance import launch
+
+        launch(rows, t, weights, p, learners, loss, terms, statistics, out)
     else:
-        compute = closed_form
-    compute(rows, t, weights, p, learners, *results, out)
+        closed_form(rows, t, weights, p, learners, loss, terms, statistics, out)
     return outputs
 
 

@@ -147,7 +147,8 @@ def _forward(
     value, grads = _empty_outputs(student, teacher, margin, weight, write_grads)
     if student.numel() == 0:
         return value.zero_(), grads
-    return _compute(student, teacher, margin, weight, grads if write_grads else None), grads
+    found = _compute(student, teacher, margin, weight, grads if write_grads else None)
+    return value if found is None else found, grads
 
 
 def _backward(
@@ -171,7 +172,7 @@ def _compute(
     grads: Tensor | None,
     grad_loss: Tensor | None = None,
     written: bool = False,
-) -> Tensor:
+) -> Tensor | None:
     """Forward (no grad_loss) gives the value. grads are written unless they are None, or `written` and still right."""
     format = _format(student)
     student, teacher = (x.detach().contiguous(memory_format=format) for x in (student, teacher))

@@ -118,7 +118,7 @@ class FusedOp:
         else:
             grads = self.backward_op(*inputs, *grad_outputs)
         if not ctx.many:
-            return [grads.to(students.dtype)]
+            return [grads.to(tensors[0].dtype)]
         rows = iter(grads.unbind())
         return [next(rows).to(x.dtype) if need else None for x, need in zip(students, needs_grad, strict=True)]
 

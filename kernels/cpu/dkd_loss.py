@@ -24,7 +24,7 @@ def closed_form(
     written: bool = False,
 ) -> Tensor | None:
     """The same arguments and results as the kernel's `launch`."""
-    if written and scale_in_place(grads, grad_output):
+    if written and grads is not None and scale_in_place(grads, grad_output):
         return None
     N, y = len(target), target[:, None]
     d, shifted, r, log_sum, known = _rest(student, teacher, y, temperature)
@@ -49,7 +49,9 @@ def _log(d: Tensor) -> Tensor:
     return -F.softplus(-d, threshold=50)
 
 
-def _rest(student: Tensor, teacher: Tensor, y: Tensor, temperature: float):
+def _rest(
+    student: Tensor, teacher: Tensor, y: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of the classes other than the label, for both networks [2, N, ...]: d [.., 1] = z_y / T - their log-sum-exp,
     their logits / T less the largest (the label's place holds 0), their softmax (the label's place holds anything),
     log-sum-exp of the shifted [.., 1], and whether one of them is above -inf [.., 1]."""

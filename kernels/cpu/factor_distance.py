@@ -6,6 +6,7 @@ well: there are few.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,11 +21,11 @@ NO_NORM = 1e-12
 
 
 def closed_form(
-    parts: list[Tensor],
+    parts: Sequence[Tensor],
     teacher: Tensor,
-    weights: list[float],
+    weights: Sequence[float],
     p: int,
-    needs_grad: list[bool],
+    needs_grad: Sequence[bool],
     loss: Tensor | None,
     terms: Tensor,
     statistics: Tensor,
@@ -45,7 +46,7 @@ def closed_form(
         here = [out if out is None else out[some] for out in outs]
         sums.append(_samples(xs, t, p, statistics[:, some, None], factors[:, None, None], here, grad_output is None))
     if grad_output is None:
-        distances = torch.stack(sums).sum(0) / (N * D)
+        distances = torch.stack([x for x in sums if x is not None]).sum(0) / (N * D)
         torch.mul(distances if p == 1 else distances.sqrt_(), w, out=terms)
         if 0.0 in weights:
             terms.masked_fill_(w == 0, 0)
@@ -63,7 +64,13 @@ def _factors(
 
 
 def _samples(
-    xs: list[Tensor], t: Tensor, p: int, statistics: Tensor, factors: Tensor, outs: list[Tensor | None], forward: bool
+    xs: Sequence[Tensor],
+    t: Tensor,
+    p: int,
+    statistics: Tensor,
+    factors: Tensor,
+    outs: list[Tensor | None],
+    forward: bool,
 ) -> Tensor | None:
     """Forward [K]: sum |x^ - t^|^p of some samples of each part, [n, D]. Gradients go into outs, where there is one."""
     norms, dots = statistics[: len(xs) + 1], statistics[len(xs) + 1 :]

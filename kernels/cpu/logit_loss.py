@@ -5,6 +5,7 @@ product per row, the gradients as one product with the [H, H] table. It is also 
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,22 +18,22 @@ from .student_teacher import student_and_teacher
 
 @without_autocast
 def closed_form(
-    heads: list[Tensor],
+    heads: Sequence[Tensor],
     target: Tensor,
-    weights: list[float],
+    weights: Sequence[float],
     temperature: float,
     smoothing: float,
     ignore_index: int | None,
     standardize: bool,
-    needs_grad: list[bool],
+    needs_grad: Sequence[bool],
     grads: Tensor,
     grad_output: tuple[Tensor | None, Tensor | None] | None = None,
     skip_ones: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """The same arguments and results as the kernel's `launch`; nothing is skipped here."""
     on_cpu, backward = heads[0].device.type == "cpu", grad_output is not None
-    if backward and on_cpu:
-        given = _given(*grad_output, weights)
+    if grad_output is not None and on_cpu:
+        given = _given(*grad_output, weights=weights)
         weights, grad_output = [w * gradient if w else 0.0 for w, gradient in zip(weights, given, strict=True)], None
     plain = not (smoothing or standardize or target.is_floating_point()) and ignore_index is None
     if plain and on_cpu:
@@ -45,14 +46,14 @@ def closed_form(
 
 
 def careful(
-    heads: list[Tensor],
+    heads: Sequence[Tensor],
     target: Tensor,
-    weights: list[float],
+    weights: Sequence[float],
     temperature: float,
     smoothing: float,
     ignore_index: int | None,
     standardize: bool,
-    needs_grad: list[bool],
+    needs_grad: Sequence[bool],
     grads: Tensor,
     grad_output: tuple[Tensor | None, Tensor | None] | None = None,
     terms_too: bool = True,
@@ -79,18 +80,23 @@ def careful(
 
 
 def _quick(
-    heads: list[Tensor], target: Tensor, weights: list[float], temperature: float, needs_grad: list[bool], grads: Tensor
+    heads: Sequence[Tensor],
+    target: Tensor,
+    weights: Sequence[float],
+    temperature: float,
+    needs_grad: Sequence[bool],
+    grads: Tensor,
 ) -> Tensor | None:
     """The terms, and the gradients into grads; None where it takes more care."""
     if len(heads) == 2 and not needs_grad[1] and not any((weights[1], *weights[3:])):
         # without a gradient the same terms, to the bit: the registered op computes them apart from the gradients
         room = grads if needs_grad[0] else scratch("unused", (1, *heads[0].shape), grads)
-        pair = student_and_teacher(*heads, target, weights[0], weights[2], temperature, room)
+        pair = student_and_teacher(heads[0], heads[1], target, weights[0], weights[2], temperature, room)
         return pair and grads.new_tensor([[pair[0], 0, pair[1]], [0, 0, 0]], dtype=torch.float64)
     return many_heads(heads, target, weights, temperature, needs_grad, grads)
 
 
-def _given(loss_gradient: Tensor | None, terms_gradient: Tensor | None, weights: list[float]) -> list[float]:
+def _given(loss_gradient: Tensor | None, terms_gradient: Tensor | None, weights: Sequence[float]) -> list[float]:
     """The gradient that comes from above for each term; on the CPU, where asking costs nothing."""
     common = 0.0 if loss_gradient is None else loss_gradient.item()
     own = [0.0] * len(weights) if terms_gradient is None else terms_gradient.flatten().tolist()
@@ -177,7 +183,9 @@ def _mix(towards: Tensor, rows: Rows, out: Tensor) -> None:
         torch.sum(torch.where(factors == 0, 0, factors * rows.p), 0, out=mine)
 
 
-def _inverse_temperature(z: Tensor, temperature: float, standardize: bool):
+def _inverse_temperature(
+    z: Tensor, temperature: float, standardize: bool
+) -> tuple[float | Tensor, Callable[[Tensor, list[int]], Tensor] | None]:
     """(1 / T or 1 / (T (std + eps)) [H, N, 1], the gradient's way back from the z-score times T to the logits)"""
     if not standardize:
         return 1 / temperature, None

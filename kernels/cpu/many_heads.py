@@ -12,6 +12,7 @@ not concerned. Subtracting one head from all before the product would be one mor
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +23,12 @@ from .student_teacher import WIDEST
 
 
 def many_heads(
-    heads: list[Tensor], target: Tensor, weights: list[float], temperature: float, needs_grad: list[bool], grads: Tensor
+    heads: Sequence[Tensor],
+    target: Tensor,
+    weights: Sequence[float],
+    temperature: float,
+    needs_grad: Sequence[bool],
+    grads: Tensor,
 ) -> Tensor | None:
     """The weighted terms [H, 1 + H], means over the batch, in fp64; the gradients go into grads [learners, N, C].
 
@@ -30,7 +36,7 @@ def many_heads(
     """
     H, (N, C), dtype = len(heads), heads[0].shape, acc_dtype(heads)
     scale, towards, from_label = _constants(tuple(weights), tuple(needs_grad), temperature, N, dtype)
-    z = torch.stack(heads, out=scratch("z", (H, N, C), scale.to(dtype)))
+    z = torch.stack(list(heads), out=scratch("z", (H, N, C), scale.to(dtype)))
     if temperature != 1:
         z.mul_(1 / temperature)
     p = torch.softmax(z, 2, out=scratch("p", z.shape, z))
@@ -56,7 +62,15 @@ def many_heads(
     return terms if math.isfinite(terms.sum()) else None
 
 
-def _labelled(heads, label, weights, needs_grad, room, log_p, gradient) -> None:
+def _labelled(
+    heads: Sequence[Tensor],
+    label: Tensor,
+    weights: Sequence[float],
+    needs_grad: Sequence[bool],
+    room: Tensor,
+    log_p: Tensor,
+    gradient: Tensor,
+) -> None:
     """The cross-entropies' part where their softmax, at temperature 1, is not that of the divergences."""
     N, rows = len(label), iter(gradient)
     for i, learner in enumerate(needs_grad):
@@ -64,7 +78,7 @@ def _labelled(heads, label, weights, needs_grad, room, log_p, gradient) -> None:
         if weight:
             p = torch.softmax(heads[i].to(room.dtype), 1, out=room[i])
             log_p[i] = p.gather(1, label).double().log_()
-            if learner:
+            if mine is not None:
                 mine.add_(p, alpha=weight / N)
 
 

@@ -22,7 +22,7 @@ def closed_form(
     skip_one: bool = False,
 ) -> Tensor | None:
     """The same arguments and results as the kernel's `launch`."""
-    if skip_one and scale_in_place(grad, grad_output):
+    if skip_one and grad is not None and scale_in_place(grad, grad_output):
         return None
     dtype = acc_dtype([student, teacher])
     if margin is not None:

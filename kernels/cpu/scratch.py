@@ -15,8 +15,9 @@ class _Scratch(threading.local):
     what is made there could not be written outside of it, so buffers and views are made as if outside.
     """
 
-    def __init__(self):
-        self.buffers, self.views = {}, {}
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.views: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         if like.device.type != "cpu":
