@@ -177,7 +177,7 @@ def _heads(
         divergences = [w * kl(z, q, temperature) if w else none for w, q in zip(row, heads, strict=True)]
         rows.append(torch.stack([ce.float(), *(term.float() for term in divergences)]))
     terms = torch.stack(rows)
-    return LogitLoss(terms.sum(), terms, none)
+    return LogitLoss(terms.sum(), terms)
 
 
 def _factors(parts: list[Tensor], teacher: Tensor, weights: list[float], p: int = 1) -> FactorDistance:

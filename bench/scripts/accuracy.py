@@ -80,9 +80,8 @@ class Study:
         dtype, data = Precision("auto", self.device).dtype, self.config.data
         if data.data == "digits":
             return create_loaders(data, self.device, seed=seed, dtype=dtype)
-        return create_fashion(
-            data.batch_size, self.device, seed=seed, dtype=dtype, images=self.images, folder=self.folder
-        )
+        size, where = data.batch_size, self.device
+        return create_fashion(size, where, seed=seed, dtype=dtype, images=self.images, folder=self.folder)
 
     def settings(self) -> Record:
         """What must be equal in all runs of one table."""
@@ -177,7 +176,7 @@ def place(data: str, device: torch.device) -> Path:
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, divided by n - 1; a single value has none."""
+    """Mean and sample standard deviation (n - 1); None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 

@@ -121,7 +121,7 @@ def logits(
     return lambda: launch(
         [meta(N, C, dtype=dtype) for _ in range(heads)], meta(N, dtype=torch.int64), weights, temperature, 0.0, None,
         standardize, needs_grad, meta(learners, N, C, dtype=dtype),
-        *((meta(dtype=torch.float32), None), True) * backward,
+        grad_output=(meta(dtype=torch.float32), None) if backward else None, skip_ones=backward,
     )  # fmt: skip
 
 

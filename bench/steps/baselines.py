@@ -254,7 +254,7 @@ class NoLoss:
     def logit_loss(self, heads: Any, target: Tensor, ce_weights: Any, table: Any, **_: Any) -> LogitLoss:
         learning = [any((c, *row)) for c, row in zip(ce_weights, table, strict=True)]
         heads = [z for z, learns in zip(heads, learning, strict=True) if learns]
-        return LogitLoss(*(self._take(heads, shape) for shape in ((), (len(table), 1 + len(table)), ())))
+        return LogitLoss(*(self._take(heads, shape) for shape in ((), (len(table), 1 + len(table)))))
 
     def factor_distance(self, parts: Any, teacher: Tensor, weights: Any, p: int = 1) -> FactorDistance:
         return FactorDistance(*(self._take(parts, shape) for shape in ((), (len(parts),))))

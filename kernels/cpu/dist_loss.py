@@ -15,7 +15,6 @@ def closed_form(
     temperature: float,
     loss: Tensor,
     gradient: Tensor,
-    _: Tensor,
 ) -> None:
     """Writes `loss` and, unless it has no elements, `gradient` [N, C]. Five buffers in all: fresh pages cost more."""
     N, C = student.shape
