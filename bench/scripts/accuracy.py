@@ -65,11 +65,9 @@ NAMES = {"teacher": "teacher", "ce": "student alone"}
 class Study:
     """What all runs share."""
 
-    config: Any
-    """An effective configuration, as config.parse makes it."""
+    config: Any  # an effective configuration, as config.parse makes it
     device: torch.device
-    images: tuple[int, int]
-    """Images of Fashion-MNIST to train and to evaluate; 0: all."""
+    images: tuple[int, int]  # of Fashion-MNIST, to train and to evaluate; 0: all
     folder: Path = FOLDER
 
     def loaders(self, seed: int) -> tuple[Loader, Loader]:
