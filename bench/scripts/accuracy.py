@@ -4,13 +4,11 @@
     python bench/scripts/accuracy.py --data fashion --seeds 3 --minutes 30      stops in time; the same line continues
     python bench/scripts/accuracy.py --data fashion --table                     table and picture of the finished runs
 
-resnet20 teaches resnet8; peers are resnet8. The recipe is fastkd/recipes/digits.yaml, and methods have their default
-options: nothing was tuned for a method. All digits are used, 1,442 to train and 355 to evaluate. Fashion-MNIST is used
-whole on a GPU; on a CPU it is 1,500 and 1,000 images (see bench/fashion.py).
-
-One teacher is trained for each data set and seed. All methods of a seed share it; their students start with the same
-weights and see the same batches. The result is the student after the last epoch. Each finished run is written at once
-to bench/results/<device>/<date>-accuracy-<data>.json; table and picture are written beside it.
+resnet20 teaches resnet8; peers are resnet8. The recipe is fastkd/recipes/digits.yaml, with each method's default
+options. All digits are used; of Fashion-MNIST all on a GPU, 1,500 and 1,000 images on a CPU (see bench/fashion.py).
+All methods of a seed share one teacher; their students start with the same weights and see the same batches. The
+result is the student after the last epoch. Each finished run is written at once to
+bench/results/<device>/<date>-accuracy-<data>.json; table and picture are written beside it.
 """
 
 import argparse
@@ -60,7 +58,6 @@ TEACHER, STUDENT = "resnet20", "resnet8"
 ON_CPU = (1500, 1000)  # images of Fashion-MNIST
 EPOCHS = {"digits": 6, "fashion": 8}  # about half an hour each on two idle cores, with 5 and 3 seeds
 NOT_SETTINGS = ("seed", "out", "resume", "device", "tensorboard")
-COLUMNS = ["method", "n", "top-1 %", "gain over alone", "beside it", "s per run"]
 NAMES = {"teacher": "teacher", "ce": "student alone"}
 
 
@@ -68,11 +65,9 @@ NAMES = {"teacher": "teacher", "ce": "student alone"}
 class Study:
     """What all runs share."""
 
-    config: Any
-    """An effective configuration, as config.parse makes it."""
+    config: Any  # an effective configuration, as config.parse makes it
     device: torch.device
-    images: tuple[int, int]
-    """Images of Fashion-MNIST to train and to evaluate; 0: all."""
+    images: tuple[int, int]  # of Fashion-MNIST, to train and to evaluate; 0: all
     folder: Path = FOLDER
 
     def loaders(self, seed: int) -> tuple[Loader, Loader]:
@@ -80,9 +75,8 @@ class Study:
         dtype, data = Precision("auto", self.device).dtype, self.config.data
         if data.data == "digits":
             return create_loaders(data, self.device, seed=seed, dtype=dtype)
-        return create_fashion(
-            data.batch_size, self.device, seed=seed, dtype=dtype, images=self.images, folder=self.folder
-        )
+        size, where = data.batch_size, self.device
+        return create_fashion(size, where, seed=seed, dtype=dtype, images=self.images, folder=self.folder)
 
     def settings(self) -> Record:
         """What must be equal in all runs of one table."""
@@ -90,8 +84,7 @@ class Study:
         options = {name: value for name, value in asdict(self.config.train).items() if name not in NOT_SETTINGS}
         named = {"data": self.config.data.data, "teacher": TEACHER, "student": STUDENT}
         counts = {"images": [train.samples, val.samples], "batch_size": self.config.data.batch_size}
-        settings: Record = json.loads(json.dumps(named | counts | options))
-        return settings
+        return dict(json.loads(json.dumps(named | counts | options)))
 
 
 def study(
@@ -177,7 +170,7 @@ def place(data: str, device: torch.device) -> Path:
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, divided by n - 1; a single value has none."""
+    """Mean and sample standard deviation (n - 1); None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -215,7 +208,11 @@ def table(record: Record) -> str:
         beside = ", ".join(f"{net} {_shown(values)}" for net, values in others(record, name).items())
         mean = f"{statistics.fmean(seconds):.0f}" if seconds else "-"
         rows.append([NAMES.get(name, name), str(len(own)), _shown(own), gain, beside, mean])
-    return "\n".join([markdown_table(COLUMNS, rows), *failures(record)])
+    runs = [(name, seed, run) for name, found in record["pairs"].items() for seed, run in found.items()]
+    failed = [f"\n{name}, seed {seed} failed: {run['error']}" for name, seed, run in runs if "error" in run]
+    return "\n".join(
+        [markdown_table(["method", "n", "top-1 %", "gain over alone", "beside it", "s per run"], rows), *failed]
+    )
 
 
 def others(record: Record, name: str) -> dict[str, list[float]]:
@@ -225,12 +222,8 @@ def others(record: Record, name: str) -> dict[str, list[float]]:
     return {key.removesuffix("_top1").replace("_", " "): list(scores(record, name, key).values()) for key in found}
 
 
-def failures(record: Record) -> list[str]:
-    found = [(name, seed, run) for name, runs in record["pairs"].items() for seed, run in runs.items()]
-    return [f"\n{name}, seed {seed} failed: {run['error']}" for name, seed, run in found if "error" in run]
-
-
 def heading(record: Record) -> str:
+    """The line above the table."""
     what, where = record["settings"], record["environment"]
     train, test = what["images"]
     return (
