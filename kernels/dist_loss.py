@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .check import check_logits
 from .cpu.dist_loss import closed_form
-from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu, scale_in_place
+from .cpu.scale import scale_in_place
+from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
 
 
 def dist_loss_reference(

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .check import check_tensors
 from .cpu.factor_distance import closed_form
-from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu, scale_in_place
+from .cpu.scale import scale_in_place
+from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
 
 
 class FactorDistance(NamedTuple):

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .check import check_labels, check_logits, check_settings, check_target, check_weights
 from .cpu.logit_loss import closed_form
-from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu, scale_in_place
+from .cpu.scale import scale_in_place
+from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
 
 
 class LogitLoss(NamedTuple):

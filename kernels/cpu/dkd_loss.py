@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..op import acc_dtype, scale_in_place, without_autocast
+from ..op import acc_dtype, without_autocast
+from .scale import scale_in_place
 from .scratch import scratch
 
 

@@ -6,7 +6,8 @@ It is also the path of fp64 on every device.
 import torch
 from torch import Tensor
 
-from ..op import acc_dtype, scale_in_place
+from ..op import acc_dtype
+from .scale import scale_in_place
 
 _PIECE = 1 << 18
 """Elements, measured: 2^16 pays for calls, 2^20 and more for memory."""
