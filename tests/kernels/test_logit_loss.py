@@ -602,7 +602,7 @@ def test_a_label_that_is_no_class_shows_as_nan_in_the_kernel():
     grads = torch.empty(1, 4, 6, device=DEVICE)
     weights = [0.1, 0.0, 0.9, 0.0, 0.0, 0.0]
     heads = [head.detach() for head in heads]
-    loss, _, _ = launch(heads, y, weights, 1.0, 0.0, None, False, [True, False], False, grads)
+    loss, _ = launch(heads, y, weights, 1.0, 0.0, None, False, [True, False], grads)
     assert loss.isnan() and grads[0, 2].isnan().all() and grads[0, [0, 1, 3]].isfinite().all()
 
 
