@@ -1,4 +1,4 @@
-"""Imports run one way (see CONTRIBUTING.md), and a plain `import fastkd` needs no extra."""
+"""Imports run one way (see docs/contributing.md), and a plain `import fastkd` needs no extra."""
 
 import ast
 import subprocess
