@@ -1,7 +1,7 @@
-"""From recipe, file and command line to one effective configuration. All three go through the same parser.
+"""Combine recipe, YAML file and command line into one configuration. All three go through the same parser.
 
-A YAML file holds options by their names (`batch_size: 128` or `batch-size: 128`), flat. Later sources win: the recipe,
-the file, the command line. Options of a method are there when it is the chosen one.
+A YAML file holds one option per line (`batch_size: 128` or `batch-size: 128`), without nesting. The file overrides the
+recipe, and the command line overrides both. The options of a method exist only if that method is chosen.
 """
 
 import importlib.resources
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import yaml
 
@@ -19,7 +20,10 @@ from .methods import METHODS, find_method
 from .parser import groups, last_value, name_of, option_types, run_parser, tokens_of
 
 NOT_IN_FILES = ("config", "print_config", "resume")
-TIMES = ("warmup_epochs", "decay_epochs", "decay_milestones")  # of a schedule
+SCHEDULE_EPOCHS = ("warmup_epochs", "decay_epochs", "decay_milestones")  # a recipe stretches them with `epochs`
+
+
+Source = tuple[str, dict[str, Any]]  # where options come from, as errors name it; the options
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,11 @@ class RunOptions:
     """What to run."""
 
     method: str = "kd"
-    """How the student is taught: `fastkd methods` lists them. The options below are those of the chosen method."""
+    """How the student is taught; `fastkd methods` lists the methods. The method options below belong to this one."""
     recipe: str = ""
-    """Settings by name; for the digits it is `digits` unless a recipe or a file is given."""
+    """Settings by name. On the digits the default is `digits`, unless a recipe or a file is given."""
     config: str = ""
-    """YAML file of options; the command line overrides it."""
+    """A YAML file of options. The command line overrides it."""
     print_config: bool = False
     """Print the effective configuration as YAML and stop."""
 
@@ -43,28 +47,46 @@ class NetworkOptions:
     student: str = "timm/resnet18"
     """A CIFAR net (resnet20, wrn_40_2, vgg8, ...), timm/NAME or torchvision/NAME."""
     teacher: str = "timm/resnet50"
-    """Likewise."""
+    """The same kinds of names as for the student."""
     teacher_weights: str = ""
-    """The teacher's weights: a file (.safetensors, .pth) or `pretrained` or a tag of its library."""
+    """The teacher's weights: a file (.safetensors, .pth), `pretrained`, or a tag of its library."""
     teacher_epochs: int = 0
-    """Without weights: train the teacher first for so many epochs, once per runs folder and settings."""
+    """If there are no weights, train the teacher first for this many epochs. Runs with equal settings reuse it."""
     peers: tuple[str, ...] = ()
-    """Networks that learn beside the student, for dml, dcm and iedml; by default one of the student's kind."""
+    """Networks that learn beside the student in dml, dcm and iedml. The default is one of the student's kind."""
     student_weights: str = ""
-    """Where the student starts: a file or tag; empty is a fresh initialisation."""
+    """The student's initial weights: a file or a tag. Empty means random initialisation."""
     baseline: bool = False
-    """Also train the student alone, with the same options, for the table at the end."""
+    """Also train the student without a teacher, with the same options, for the table at the end."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.teacher_epochs < 0:
             raise UserError(f"--teacher-epochs must not be negative, got {self.teacher_epochs}")
 
 
-def parse(arguments: list[str], log: Callable[[str], None] = print):
-    """The effective configuration: sections run, networks, method, data, train. `say` gets a line for each choice."""
+class Config(Protocol):
+    """The sections of a configuration. `config_type` builds the class, because `method` depends on the method."""
+
+    @property
+    def run(self) -> RunOptions: ...
+    @property
+    def networks(self) -> NetworkOptions: ...
+    @property
+    def method(self) -> Any: ...
+    @property
+    def data(self) -> DataOptions: ...
+    @property
+    def train(self) -> TrainOptions: ...
+
+
+def parse(arguments: list[str], log: Callable[[str], None] = print) -> Config:
+    """The effective configuration. `log` is called with one line for each choice that the program makes.
+
+    Raises UserError for an unknown name, a bad value, or a file that cannot be read.
+    """
     sources = _sources(arguments, log)
     method = last_value("method", arguments) or _from(sources, "method") or RunOptions.method
-    find_method(method)  # or UserError
+    find_method(method)  # raises UserError for an unknown method
     typed = {name_of(flag): words for flag, words in groups(arguments)}
     _refuse_options_of_other_methods(method, [*sources, ("command line", typed)])
     kind = config_type(method)
@@ -73,6 +95,7 @@ def parse(arguments: list[str], log: Callable[[str], None] = print):
 
 
 def config_type(method: str) -> type:
+    """The dataclass of a configuration with the options of `method`."""
     sections = {
         "run": RunOptions,
         "networks": NetworkOptions,
@@ -83,30 +106,30 @@ def config_type(method: str) -> type:
     return make_dataclass("Config", list(sections.items()), frozen=True)
 
 
-def flat(config) -> dict:
-    """Every option that decides a run, by name; tuples as lists, ready for YAML."""
-    values = {}
-    for section in fields(config):
-        part = getattr(config, section.name)
-        values |= {option.name: getattr(part, option.name) for option in fields(part)}
+def flat(config: Config) -> dict[str, Any]:
+    """Every option that affects a run, by name, without sections. Tuples become lists, for YAML."""
+    values: dict[str, Any] = {}
+    for section in (config.run, config.networks, config.method, config.data, config.train):
+        values |= {option.name: getattr(section, option.name) for option in fields(section)}
     for name in ("recipe", *NOT_IN_FILES):
         del values[name]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def recipe_names() -> list[str]:
+    """The names of the recipes, sorted."""
     folder = importlib.resources.files("fastkd") / "recipes"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _sources(arguments: list[str], log: Callable[[str], None]) -> list[tuple[str, dict]]:
-    """The recipe's and the file's options, each with the name of where it is from."""
+def _sources(arguments: list[str], log: Callable[[str], None]) -> list[Source]:
+    """The options of the recipe and of the file, each with the name of its source."""
     recipe, path = last_value("recipe", arguments), last_value("config", arguments)
     files = [(f"--config {path}", _read_yaml(Path(path)))] if path else []
     if "--resume" in arguments:
         started = _started_run(last_value("out", arguments) or _from(files, "out"))
         if not (recipe or path):  # so that `--out DIR --resume` is enough
-            path, files = started, [(f"--config {started}", _read_yaml(started))]
+            path, files = str(started), [(f"--config {started}", _read_yaml(started))]
     data = last_value("data", arguments) or DataOptions.data
     recipe = recipe or _from(files, "recipe") or ("digits" if data == "digits" and not path else "")
     if not recipe:
@@ -115,21 +138,24 @@ def _sources(arguments: list[str], log: Callable[[str], None]) -> list[tuple[str
 
 
 def _started_run(out: str) -> Path:
-    """The config.yaml of the run to be resumed."""
+    """The path of config.yaml of the run that is resumed."""
     if not out:
-        raise UserError("--resume needs --out FOLDER, the folder of the run to go on with")
+        raise UserError("--resume needs --out FOLDER, the folder of the run to continue")
     path = Path(out) / "config.yaml"
     if not path.is_file():
         raise UserError(f"--resume: there is no run in {out} (no config.yaml); check the path, or drop --resume")
     return path
 
 
-def _stretched(recipe: str, files: list, arguments: list[str], log: Callable[[str], None]) -> dict:
-    """The recipe over the epochs that were asked for: as it stands, its warm-up may be longer than a short run."""
+def _stretched(recipe: str, files: list[Source], arguments: list[str], log: Callable[[str], None]) -> dict[str, Any]:
+    """The recipe with its schedule stretched or shortened to the requested epochs.
+
+    Without this, the warm-up of a recipe could be longer than a short run.
+    """
     values = _recipe(recipe)
     epochs = last_value("epochs", arguments) or _from(files, "epochs")
     given = {name_of(flag) for flag, _ in groups(arguments)} | {name for _, file in files for name in file}
-    names = [name for name in TIMES if name in values and name not in given]
+    names = [name for name in SCHEDULE_EPOCHS if name in values and name not in given]
     if not (names and epochs.isdecimal() and "epochs" in values) or int(epochs) == values["epochs"]:
         return values
     factor = int(epochs) / values["epochs"]
@@ -139,53 +165,51 @@ def _stretched(recipe: str, files: list, arguments: list[str], log: Callable[[st
     return values | times
 
 
-def _shown(value: float | list) -> str:
+def _shown(value: float | list[float]) -> str:
     return " ".join(f"{item:.3g}" for item in (value if isinstance(value, list) else [value]))
 
 
-def _times(value: float | list, factor: float) -> float | list:
-    return [_times(item, factor) for item in value] if isinstance(value, list) else value * factor
+def _times(value: float | list[float], factor: float) -> float | list[float]:
+    return [item * factor for item in value] if isinstance(value, list) else value * factor
 
 
-def _recipe(name: str) -> dict:
+def _recipe(name: str) -> dict[str, Any]:
     names = recipe_names()
     if name not in names:
-        raise UserError(f"unknown recipe {name!r}{nearest(name, names)}; there are {', '.join(names)}")
+        raise UserError(f"unknown recipe {name!r}{nearest(name, names)}; choose from {', '.join(names)}")
     return yaml.safe_load((importlib.resources.files("fastkd") / "recipes" / f"{name}.yaml").read_text())
 
 
-def _read_yaml(path: Path) -> dict:
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
         values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is not UTF-8, a date that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold options as `name: value` lines")
     for name, times in Counter(name_of(str(key.value)) for key, _ in node.value).items():
-        if times > 1:  # YAML itself would take the last
-            raise UserError(f"--config {path}: {name} is given {times} times; keep one of the lines")
+        if times > 1:  # YAML would silently take the last
+            raise UserError(f"--config {path}: {name} is given {times} times; keep one line")
         if name in NOT_IN_FILES:
-            raise UserError(f"--config {path}: {name} is for the command line only; take the line out")
+            raise UserError(f"--config {path}: {name} works on the command line only; remove the line")
     return {name_of(str(key)): value for key, value in values.items()}
 
 
-def _refuse_options_of_other_methods(method: str, sources: list[tuple[str, dict]]) -> None:
-    own = option_types(config_type(method))
+def _refuse_options_of_other_methods(method: str, sources: list[Source]) -> None:
+    known = option_types(config_type(method))
     for source, values in sources:
-        for name in values.keys() - own.keys():
+        for name in values.keys() - known.keys():
             having = [other for other in METHODS if name in option_types(config_type(other))]
-            prefixed = [f"--{part}-{name}".replace("_", "-") for part in method.split("+") if f"{part}_{name}" in own]
+            prefixed = [f"--{term}-{name}".replace("_", "-") for term in method.split("+") if f"{term}_{name}" in known]
+            hint = (
+                f"did you mean {' or '.join(prefixed)}?" if prefixed else f"methods that have it: {', '.join(having)}"
+            )
             if prefixed or having:
-                there = (
-                    f"did you mean {' or '.join(prefixed)}?"
-                    if prefixed
-                    else f"methods that have it: {', '.join(having)}"
-                )
-                raise UserError(f"{source}: method {method} has no option {name} ({there})")
+                raise UserError(f"{source}: method {method} has no option {name} ({hint})")
 
 
-def _from(sources: list[tuple[str, dict]], key: str) -> str:
+def _from(sources: list[Source], key: str) -> str:
     return next((str(values[key]) for _, values in reversed(sources) if key in values), "")

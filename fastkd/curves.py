@@ -1,12 +1,22 @@
-"""curves.png: loss terms, accuracy, learning rate and, where something is drawn, its share."""
+"""curves.png: loss terms, accuracy, learning rate and, if a method draws at random, the shares of steps."""
 
 import io
+from typing import TYPE_CHECKING, Any
 
-from .report import loss_terms
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NOT_TERMS = ("epoch", "lr", "img_per_s", "train_s")
+SCORES = ("top1", "top5", "val_loss", "share")  # preceded by the name of a network or a gate
 
 
-def plot(history: list[dict]) -> bytes:
-    """The picture as PNG bytes."""
+def loss_terms(row: dict[str, Any]) -> dict[str, Any]:
+    """The loss terms of a row of the history: what is neither a score nor a quantity of the epoch."""
+    return {name: value for name, value in row.items() if not (name in NOT_TERMS or name.endswith(SCORES))}
+
+
+def plot(history: list[dict[str, Any]]) -> bytes:
+    """Draw the history, one row per epoch, and return the picture as PNG bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -30,7 +40,7 @@ def plot(history: list[dict]) -> bytes:
     return buffer.getvalue()
 
 
-def _lines(axes, history: list[dict], names: list[str], title: str) -> None:
+def _lines(axes: "Axes", history: list[dict[str, Any]], names: list[str], title: str) -> None:
     epochs = [row["epoch"] for row in history]
     for name in names:
         axes.plot(

@@ -1,4 +1,4 @@
-"""What this run depends on: versions, devices, optional parts."""
+"""Versions of packages, devices, and whether optional packages are installed."""
 
 import importlib.metadata
 import importlib.util
@@ -11,7 +11,7 @@ PACKAGES = ("fastkd", "torch", "torchvision", "triton", "timm", "nvidia-dali-cud
 
 
 def version(package: str) -> str | None:
-    """The installed version, or None."""
+    """The installed version of a distribution, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -19,15 +19,15 @@ def version(package: str) -> str | None:
 
 
 def has(module: str) -> bool:
-    """Whether `import module` would find something, without importing it."""
+    """Return True if a module can be found. The module itself is not imported; its parent packages are."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
-def environment() -> dict:
-    """Plain values for environment.json."""
+def environment() -> dict[str, object]:
+    """The content of environment.json: command, versions and devices, as values that JSON can hold."""
     cuda = torch.cuda.is_available()
     return {
         "command": sys.argv,

@@ -1,26 +1,31 @@
-"""From words to options. Names and kinds of values are checked here, in our words; tyro does the rest and the help.
+"""Parse options: check names and types of values with our own messages, then let tyro parse and print the help.
 
-`kind` is everywhere a dataclass whose fields are sections: dataclasses of options.
+`kind` is always a dataclass whose fields are sections. A section is a dataclass of options.
 """
 
 import contextlib
 import io
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Literal, get_args, get_origin
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, fields
+from typing import Any, Literal, cast, get_args, get_origin
 
 from .errors import UserError, nearest
 
 
-def option_types(kind: type) -> dict[str, type]:
-    return {option.name: option.type for section in fields(kind) for option in fields(section.type)}
+def option_types(kind: type) -> dict[str, Any]:
+    """The type of every option, by name."""
+    return {option.name: option.type for option in _options(kind)}
+
+
+def _options(kind: type) -> list[Field[Any]]:
+    return [option for section in fields(kind) for option in fields(cast(type, section.type))]
 
 
 def groups(arguments: list[str]) -> list[tuple[str, list[str]]]:
-    """(`--flag`, the words that follow it); what stands before the first flag comes with the empty string."""
-    found = [("", [])]
+    """Pairs of a `--flag` and the words after it. Words before the first flag come with an empty flag."""
+    found: list[tuple[str, list[str]]] = [("", [])]
     for argument in arguments:
         if argument.startswith("--"):
             flag, equals, word = argument.partition("=")
@@ -31,25 +36,26 @@ def groups(arguments: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def name_of(flag: str) -> str:
-    """`--batch-size`, `batch-size` and `batch_size` are one option."""
+    """The name of an option from its flag or YAML key: `--batch-size` and `batch-size` give `batch_size`."""
     return flag.removeprefix("--").replace("-", "_")
 
 
 def last_value(name: str, arguments: list[str]) -> str:
-    """The last `--name VALUE` or `--name=VALUE`, or the empty string."""
+    """The value of the last `--name VALUE` or `--name=VALUE`, or an empty string if there is none."""
     found = (words[0] for flag, words in reversed(groups(arguments)) if name_of(flag) == name and words)
     return next(found, "")
 
 
-def tokens_of(values: dict, kind: type, source: str) -> list[str]:
-    """Options with values, of a file, as they would stand on the command line."""
-    types, tokens = option_types(kind), []
+def tokens_of(values: dict[str, Any], kind: type, source: str) -> list[str]:
+    """Options of a file as command-line words. Raises UserError, naming `source`, for a bad name or value."""
+    types = option_types(kind)
+    tokens: list[str] = []
     for name, value in values.items():
         if name not in types:
             raise UserError(f"{source}: unknown option {name!r}{nearest(name, types)}")
         words = [str(item) for item in (value if isinstance(value, list) else [value])]
-        plain = not isinstance(value, dict) and value is not None
-        if not plain or isinstance(value, bool) != (types[name] is bool) or not _fits(types[name], words):
+        is_value = not isinstance(value, dict) and value is not None
+        if not is_value or isinstance(value, bool) != (types[name] is bool) or not _fits(types[name], words):
             raise UserError(
                 f"{source}: {name} must be {_wanted(types[name])}, got {value!r}{_near(types[name], words)}"
             )
@@ -58,10 +64,11 @@ def tokens_of(values: dict, kind: type, source: str) -> list[str]:
     return tokens
 
 
-def run_parser(kind: type, arguments: list[str], command: str, earlier: Sequence[str] = ()):
-    """An instance of `kind` from `arguments`, which win over the `earlier` tokens (of tokens_of).
+def run_parser(kind: type, arguments: list[str], command: str, earlier: Sequence[str] = ()) -> Any:
+    """An instance of `kind` from `arguments`. They override `earlier`, words that `tokens_of` returned.
 
-    What tyro still finds, such as a value out of range, is in a box that becomes one line.
+    Raises UserError for bad input. tyro reports some errors in a box, such as a value out of range; the message is then
+    the text of the box in one line.
     """
     import tyro
 
@@ -80,7 +87,7 @@ def run_parser(kind: type, arguments: list[str], command: str, earlier: Sequence
 
 
 def _check(arguments: list[str], kind: type, command: str) -> None:
-    """Raise UserError for a name that is none, or a value of another kind than the option's."""
+    """Raise UserError for an unknown name, or for a value of the wrong type."""
     types = option_types(kind)
     for flag, words in groups(arguments):
         positive = name_of(flag).removeprefix("no_")
@@ -91,7 +98,9 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
             flags = ["--" + known.replace("_", "-") for known in types]
             raise UserError(f"unknown option {flag!r}{nearest(flag, flags)}; `{command} --help` lists them")
         elif types[name] is bool and words:
-            raise UserError(f"{flag} takes no value, got {' '.join(words)!r}: --{name} is yes and --no-{name} no")
+            raise UserError(
+                f"{flag} takes no value, got {' '.join(words)!r}; --{name} turns it on, --no-{name} turns it off"
+            )
         elif types[name] is not bool and not _fits(types[name], words):
             got = repr(" ".join(words)) if words else "nothing"
             raise UserError(f"{flag} must be {_wanted(types[name])}, got {got}{_near(types[name], words)}")
@@ -99,19 +108,19 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
 
 def _refuse_stray(words: list[str], kind: type, command: str) -> None:
     if words:
-        needed = [o.name for section in fields(kind) for o in fields(section.type) if o.default is o.default_factory]
+        needed = [o.name for o in _options(kind) if o.default is o.default_factory]
         hint = f" (did you mean --{needed[0]} {words[0]}?)" if needed else ""
         raise UserError(f"unexpected {words[0]!r}{hint}; `{command} --help` lists the options")
 
 
-def _fits(kind: type, words: list[str]) -> bool:
+def _fits(kind: Any, words: list[str]) -> bool:
     if get_origin(kind) is tuple:
         item, *rest = get_args(kind)
         return all(_reads(item, word) for word in words) and (rest == [...] or len(words) == 1 + len(rest))
     return len(words) == 1 and _reads(kind, words[0])
 
 
-def _reads(kind: type, word: str) -> bool:
+def _reads(kind: Any, word: str) -> bool:
     if get_origin(kind) is Literal:
         return word in get_args(kind)
     try:
@@ -121,22 +130,23 @@ def _reads(kind: type, word: str) -> bool:
     return True
 
 
-def _wanted(kind: type) -> str:
+def _wanted(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
         return "numbers" if ... in get_args(kind) else f"{len(get_args(kind))} numbers"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "one text"}[kind]
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "one text"}
+    return names[kind]
 
 
-def _near(kind: type, words: list[str]) -> str:
+def _near(kind: Any, words: list[str]) -> str:
     if kind is str and len(words) > 1:
-        return "; in quotes it is one"
+        return "; put it in quotes"
     return nearest(words[0], get_args(kind)) if get_origin(kind) is Literal and words else ""
 
 
 @contextlib.contextmanager
-def _wide_stderr(text: io.StringIO):
+def _wide_stderr(text: io.StringIO) -> Iterator[None]:
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "1000"
     try:
@@ -149,5 +159,5 @@ def _wide_stderr(text: io.StringIO):
 def _one_line(box: str) -> str:
     lines = [re.sub("[│╭╮╰╯]", "", line).strip() for line in box.splitlines()[1:]]
     rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
-    # A check of ours names its option itself: drop "Error parsing <section>: " before it.
+    # Our own checks name the option, so the prefix "Error parsing <section>: " goes.
     return re.sub(r"^Error parsing (\w+: )?", "", " ".join(line for line in lines[:rule] if line))
