@@ -9,6 +9,7 @@ here = Path(__file__).parent
 DALI = ["nvidia-dali-cuda130>=1.50"]
 TENSORBOARD = ["tensorboard"]
 BENCH = ["pytest", "pytest-benchmark"]
+TOOLS = ["hypothesis", "mypy", "pytest-xdist", "ruff==0.17.*", "scikit-learn", "types-PyYAML"]
 
 setup(
     name="fastkd",
@@ -17,6 +18,18 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="The fastkd authors",
+    keywords=["knowledge distillation", "image classification", "model compression", "pytorch", "triton"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[
         "fastkd",
@@ -42,7 +55,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "torchvision",
-        "triton>=3.6",
+        'triton>=3.6; platform_system == "Linux"',
         "timm>=1.0",
         "safetensors",
         "numpy",
@@ -55,7 +68,7 @@ setup(
         "dali": DALI,
         "tensorboard": TENSORBOARD,
         "bench": BENCH,
-        "test": [*DALI, *TENSORBOARD, *BENCH, "hypothesis", "ruff==0.17.*", "scikit-learn"],
+        "test": [*DALI, *TENSORBOARD, *BENCH, *TOOLS],
     },
     entry_points={"console_scripts": ["fastkd = fastkd.cli:main"]},
 )
