@@ -1,4 +1,4 @@
-"""fastkd. kernels/ and bench/ are installed as fastkd.kernels and fastkd.bench: no top-level package of such a name."""
+"""Build and install fastkd. The links fastkd/kernels and fastkd/bench make the two folders packages of fastkd."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,6 @@ here = Path(__file__).parent
 DALI = ["nvidia-dali-cuda130>=1.50"]
 TENSORBOARD = ["tensorboard"]
 BENCH = ["pytest", "pytest-benchmark"]
-TOOLS = ["hypothesis", "mypy", "pytest-xdist", "ruff==0.17.*", "scikit-learn", "types-PyYAML"]
 
 setup(
     name="fastkd",
@@ -17,16 +16,16 @@ setup(
     description="Knowledge distillation of image classifiers, fast and exact",
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="fastkd authors",
     license="Apache-2.0",
-    author="The fastkd authors",
-    keywords=["knowledge distillation", "image classification", "model compression", "pytorch", "triton"],
+    keywords="knowledge distillation, image classification, PyTorch, Triton, CUDA graphs",
     classifiers=[
-        "Development Status :: 4 - Beta",
+        "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
@@ -68,7 +67,16 @@ setup(
         "dali": DALI,
         "tensorboard": TENSORBOARD,
         "bench": BENCH,
-        "test": [*DALI, *TENSORBOARD, *BENCH, *TOOLS],
+        "test": [
+            *DALI,
+            *TENSORBOARD,
+            *BENCH,
+            "hypothesis",
+            "mypy",
+            "pytest-xdist",
+            "ruff==0.17.*",
+            "scikit-learn",
+        ],
     },
     entry_points={"console_scripts": ["fastkd = fastkd.cli:main"]},
 )

@@ -1,1 +1,198 @@
-"""What is measured and how; installed as fastkd.bench. `fastkd bench loss` and `pytest bench/` run it."""
+"""Benchmarks, installed as fastkd.bench. This file is what they share: where they ran, summaries, tables, files.
+
+timing.py    how long a call takes, what it asks of the machine      bench_losses.py    `pytest bench/`
+losses/      `fastkd bench loss`      steps/    `fastkd bench step`      scripts/    run by path
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.errors import UserError
+
+PACKAGES = (
+    *("torch", "torchvision", "triton", "timm", "liger-kernel", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+    *("pillow", "numpy"),
+)
+ROOT = Path(__file__).resolve().parent.parent
+Record = dict[str, Any]
+"""Whatever a benchmark has found, as strings, numbers, lists and dictionaries that JSON takes."""
+
+try:
+    from fastkd.report import log_rank0, show_table
+except ImportError:  # rich is not installed
+
+    def log_rank0(message: str) -> None:
+        print(message, flush=True)
+
+    def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0) -> None:
+        widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
+        for row in [columns, *rows]:
+            cells = [cell.rjust if place >= len(columns) - numbers else cell.ljust for place, cell in enumerate(row)]
+            log_rank0("  ".join(align(width) for align, width in zip(cells, widths, strict=True)))
+
+
+def default_device() -> torch.device:
+    """CUDA if there is a device, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def about_run(device: torch.device, dtype: torch.dtype, load: float) -> Record:
+    """The head of a record. `load`: load_average() before the measurement."""
+    return {
+        "environment": environment(),
+        "commit": commit(),
+        "load_average": load,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def environment() -> Record:
+    """Machine, versions and command line."""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": " ".join([_program(), *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        **{name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def commit() -> str | None:
+    """The commit of this file's tree, with "-dirty" if the tree has changed since; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def load_average() -> float:
+    """Processes that wanted a CPU, mean of the last minute: more than one means that other work is running."""
+    return os.getloadavg()[0]
+
+
+def load_notes(record: Record) -> list[str]:
+    """A line if more processes wanted a CPU than there are."""
+    load, cpus = record["load_average"], record["environment"]["cpus"]
+    return [f"Other work disturbed these figures: the load before was {load:.1f} on {cpus} CPUs"] * (load > cpus)
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """n, median, and the 20th and 80th percentile."""
+    if len(values) == 1:
+        return {"n": 1, "median": values[0], "p20": values[0], "p80": values[0]}
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"n": len(values), "median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def markdown_table(columns: list[str], rows: list[list[str]], numbers: int = 0) -> str:
+    """A Markdown table; the last `numbers` columns are aligned to the right."""
+    rule = ["---"] * (len(columns) - numbers) + ["---:"] * numbers
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows))
+
+
+def write_json(path: str | Path, record: Record) -> None:
+    """Write the whole file or nothing; makes its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure that needs no display; sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=110)
+
+
+def file_argument(about: str, words: list[str] | None = None) -> Path | None:
+    """The value of --file, the only option of a script that `about` describes. Its folder is made."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--file", type=Path, help="JSON, with a .md beside it")
+    path: Path | None = parser.parse_args(words).file
+    try:
+        if path:
+            make_room("--file", path)
+    except UserError as error:
+        parser.error(str(error))
+    return path
+
+
+def make_room(flag: str, file: Path) -> None:
+    """Make the file's folder. Raises UserError if the file cannot be written: before the measurement, not after."""
+    if file.is_dir():
+        raise UserError(f"{flag} must be a file, {str(file)!r} is a folder")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag}: {str(file.parent)!r} cannot be made: {error.strerror}") from None
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{flag}: {str(file.parent)!r} cannot be written to")
+
+
+def check_plot(plot: str) -> None:
+    """Raise UserError unless the name ends with .png or is empty."""
+    if plot and Path(plot).suffix != ".png":
+        raise UserError(f"--plot must be a .png file, got {plot!r}")
+
+
+def results_folder(gpu: str | None) -> Path:
+    """bench/results/<device>: NVIDIA H100 80GB HBM3 -> h100-80gb-hbm3, None -> cpu."""
+    name = gpu.lower().removeprefix("nvidia ").replace(" ", "-") if gpu else "cpu"
+    return ROOT / "bench" / "results" / name
+
+
+def _program() -> str:
+    """The program as it is typed in a clone: `fastkd`, `python bench/scripts/gpu_gate.py`."""
+    name = Path(sys.argv[0]).name
+    return "fastkd" if name in ("fastkd", "__main__.py") else f"python bench/scripts/{name}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

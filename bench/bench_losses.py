@@ -1,40 +1,44 @@
 """The losses for pytest-benchmark: `pytest bench/`, `pytest bench/ -k "DCM and both"`, `--benchmark-compare`.
 
-One test for each case, contender and mode. A contender that is wrong fails and gets no time; one that cannot be built
-here is skipped, with the reason. For ratios from one run, with interleaved calls, see `fastkd bench loss`.
+One test for each case, way and mode. A wrong way fails and gets no time; one that cannot be built here is skipped, with
+the reason. For ratios of alternating calls in one run, see `fastkd bench loss`.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastkd.bench.cases import Case, cases, contenders
-from fastkd.bench.clock import Work, works
-from fastkd.bench.measure import autocast, judge, leaves, precision
+from fastkd.bench import Record, default_device
+from fastkd.bench.losses.cases import COMPILED, Case, cases, ways
+from fastkd.bench.losses.measure import autocast, judge, leaves, precision
+from fastkd.bench.timing import Work, works
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = default_device()
 ROUNDS = 10
-NAMES = ("fastkd", "eager", "compile")
+IDS = {"fastkd": "ours", COMPILED: "ours compiled"}  # "fastkd" in every id would make -k "KD" choose all
+WAYS = ("fastkd", "eager", COMPILED, "compile")
 
 
-@functools.lru_cache(maxsize=1)  # the tests of a case follow one another; the tensors of all would be too much
-def prepared(case: Case) -> tuple[dict, list]:
-    return contenders(case), leaves(case.make(DEVICE, precision(DEVICE)), case.learners)
+@functools.lru_cache(maxsize=1)  # the tests of a case follow one another; the tensors of all would not fit
+def prepared(case: Case) -> tuple[dict[str, Callable[..., Tensor]], list[Tensor]]:
+    return ways(case), leaves(case.make(DEVICE, precision(DEVICE)), case.learners)
 
 
 @functools.lru_cache(maxsize=8)
-def judged(case: Case, name: str) -> dict:
+def judged(case: Case, name: str) -> Record:
     functions, tensors = prepared(case)
     return judge(case, {name: functions[name]}, tensors)[name]
 
 
-def parameters() -> list:
-    """Ours is not called fastkd in the ids, for -k "KD" to mean something."""
+def parameters() -> list[Any]:
     return [
-        pytest.param(case, name, mode, id=f"{case.name}-{'ours' if name == 'fastkd' else name}-{mode}")
+        pytest.param(case, name, mode, id=f"{case.name}-{IDS.get(name, name)}-{mode}")
         for case in cases(DEVICE)
-        for name in (*NAMES, *case.others)
+        for name in (*WAYS, *case.others)
         for mode in (("forward", "backward", "both") if case.learners else ("forward",))
     ]
 
@@ -46,7 +50,7 @@ def timed(work: Work, given: object) -> None:
 
 
 @pytest.mark.parametrize(("case", "name", "mode"), parameters())
-def test_loss(benchmark, case, name, mode):
+def test_loss(benchmark: Any, case: Case, name: str, mode: str) -> None:
     verdict = judged(case, name)
     if verdict["status"] == "unavailable":
         pytest.skip(verdict["reason"])

@@ -1,8 +1,8 @@
 """Fashion-MNIST in memory: 28x28 pictures of clothes, padded to 32x32, three equal channels.
 
 H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms",
-arXiv:1708.07747, licence MIT. Debian's package dataset-fashion-mnist holds the four IDX files; any folder with them, as
-they are or gzipped, will do. 60,000 images to train and 10,000 to evaluate, ten classes of equal size.
+arXiv:1708.07747, licence MIT. The four IDX files, gzipped or not, are read from a folder; Debian's package
+dataset-fashion-mnist installs them. 60,000 images to train and 10,000 to evaluate, ten classes of equal size.
 
 The subset is fixed and stratified: the first images of each class, in the order of the files. Training shifts each
 image by up to 4 pixels and mirrors every second one; both depend on (seed, epoch) and the image.
@@ -27,7 +27,7 @@ FRAME = (32 - 28) // 2  # pixels on each side
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """uint8 array of an IDX file, or of the same with .gz behind its name."""
+    """The uint8 array of an IDX file, or of `path`.gz. Raises UserError if there is none."""
     zipped = path.with_name(f"{path.name}.gz")
     if not (path.is_file() or zipped.is_file()):
         raise UserError(f"{path} is not there, gzipped or not: apt install dataset-fashion-mnist, or give --folder DIR")
@@ -39,7 +39,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_part(part: str, images: int, folder: Path = FOLDER) -> tuple[Tensor, Tensor]:
-    """`part` is "train" or "t10k": [N, 32, 32] float32 in [0, 1] and [N] int64, N = `images`, or 0 for all of them."""
+    """Images [N, 32, 32] float32 in [0, 1] and target [N] int64 of "train" or "t10k"; N = `images`, 0: all."""
     pictures = torch.from_numpy(read_idx(folder / f"{part}-images-idx3-ubyte").copy())
     target = torch.from_numpy(read_idx(folder / f"{part}-labels-idx1-ubyte").copy()).long()
     if images:
@@ -49,13 +49,21 @@ def read_part(part: str, images: int, folder: Path = FOLDER) -> tuple[Tensor, Te
 
 
 def first_of_each(target: Tensor, count: int) -> Tensor:
-    """Positions of the first `count` images of each class, rising."""
+    """Ascending positions of the first `count` images of each class."""
     position = one_hot(target).cumsum(0).gather(1, target[:, None]).squeeze(1)  # 1, 2, 3, ... within the class
     return (position <= count).nonzero().squeeze(1)
 
 
-def create_fashion(batch_size: int, device, *, seed, dtype, images: tuple[int, int], folder: Path = FOLDER):
-    """The training and the evaluation loader, of `images` images; 0: all there are."""
+def create_fashion(
+    batch_size: int,
+    device: torch.device,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    images: tuple[int, int],
+    folder: Path = FOLDER,
+) -> tuple["FashionLoader", "FashionLoader"]:
+    """The training and the evaluation loader, of `images` images each; 0: all."""
     parts = [read_part(part, count, folder) for part, count in zip(("train", "t10k"), images, strict=True)]
     std, mean = torch.std_mean(parts[0][0])
     loaders = []
@@ -64,13 +72,13 @@ def create_fashion(batch_size: int, device, *, seed, dtype, images: tuple[int, i
         pictures = pad(pictures, (SHIFT,) * 4).sub(mean).div(std).to(device, dtype)
         slices = (training_slices if train else evaluation_slices)(len(pictures), batch_size, 0, 1)
         loaders.append(FashionLoader(pictures, target.to(device), slices, train=train, seed=seed))
-    return tuple(loaders)
+    return loaders[0], loaders[1]
 
 
 class FashionLoader:
     """A Loader (see fastkd/data/base.py) over images [N, 40, 40] and target [N] that are on the device."""
 
-    classes = CLASSES
+    classes: tuple[str, ...] = CLASSES
 
     def __init__(self, images_NHW: Tensor, target: Tensor, slices: list[tuple[int, int]], *, train: bool, seed: int):
         self.images, self.target, self.slices, self.train, self.seed = images_NHW, target, slices, train, seed

@@ -1,6 +1,7 @@
 """timm's training loop (its train.py, train_one_epoch) with mixup, AMP, EMA and its optimizer and schedule.
 
-The line with KDLoss is the one that changed; the teacher sees the mixed images, the loss takes the mixed labels.
+Two lines changed. A comment after each shows the line before. The teacher sees the mixed images, and the loss takes the
+mixed labels. Run it: python examples/timm_loop.py
 """
 
 import timm
@@ -14,7 +15,11 @@ from fastkd.losses import KDLoss
 
 
 def train(batches, classes: int, student: str = "resnet10t", teacher: str = "resnet18", epochs: int = 2) -> list[float]:
-    """Mean loss of each epoch, of timm networks by name. `batches`: (images, labels), an even number of images each."""
+    """Train a timm network and return the mean loss of each epoch.
+
+    batches: pairs of images [B, 3, H, W] and labels [B], B even, as timm's mixup needs.
+    student, teacher: names of timm networks.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = timm.create_model(student, num_classes=classes).to(device)
     teacher = timm.create_model(teacher, num_classes=classes).to(device).eval()
@@ -44,6 +49,6 @@ def train(batches, classes: int, student: str = "resnet10t", teacher: str = "res
     return history
 
 
-if __name__ == "__main__":  # images of random numbers, to see it run
+if __name__ == "__main__":  # random images
     random = [(torch.randn(8, 3, 64, 64), torch.randint(10, (8,))) for _ in range(4)]
     print("mean loss of each epoch:", train(random, classes=10))

@@ -3,27 +3,43 @@
     fastkd.create_model   networks by name          fastkd.losses    one loss for your own trainer
     fastkd.Trainer        the loop                  fastkd.methods   one paper, one file
 
-Names are imported on first use: the command line has something to set before torch is loaded (see cli.py).
+Names are imported on first use, because the command line sets an environment variable before torch is loaded (cli.py).
+Editors and type checkers see every name.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from . import data, engine, kernels, losses, methods, models
     from .engine import TrainOptions
     from .models import create_model
     from .train import Result, Trainer
 
 __version__ = "0.1.0"
-__all__ = ["Result", "TrainOptions", "Trainer", "create_model"]
+__all__ = [
+    "Result",
+    "TrainOptions",
+    "Trainer",
+    "create_model",
+    "data",
+    "engine",
+    "kernels",
+    "losses",
+    "methods",
+    "models",
+]
 
-_HOMES = {"Result": "train", "TrainOptions": "engine", "Trainer": "train", "create_model": "models"}
-_PARTS = ("data", "engine", "kernels", "losses", "methods", "models")
+_MODULE_OF = {"Result": "train", "TrainOptions": "engine", "Trainer": "train", "create_model": "models"}
 
 
-def __getattr__(name: str):
-    if name in _PARTS:
+def __getattr__(name: str) -> object:
+    if name in _MODULE_OF:
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    if name in __all__:
         return import_module(f".{name}", __name__)
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,10 +1,12 @@
-"""Files that are either whole or absent, and nothing in them that could run code."""
+"""The files of a run: each is written whole or not at all, and none can run code when it is read."""
 
 import io
 import itertools
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -16,13 +18,16 @@ from .errors import UserError
 
 FORMAT = 1
 
-# Options that may differ when a run is resumed: they say where and how fast, not what is computed.
-# (A moved data folder must still hold the same number of images and the same classes: the trainer checks that.)
+# Options that may differ when a run is resumed: they do not change what is computed.
+# (`load_run` checks that a data folder in another place holds as many images and the same classes.)
 FREE_TO_CHANGE = ("data", "resume", "out", "workers", "tensorboard", "hw_decoder_load", "device", "graph")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write beside the file, flush to the disk, then rename: whoever looks sees the old file or the new one, whole."""
+    """Write a temporary file, flush it to the disk and rename it to `path`. Readers see the old file or the new one.
+
+    Raises UserError if it cannot be written; the old file is then untouched.
+    """
     content = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -40,15 +45,15 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def save(paths: list[Path], state: dict) -> None:
-    """The same state under each name; `state` holds tensors, numbers, strings and containers of them."""
+    """Write the same `state` to each path. It holds tensors, numbers, strings and containers of them."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     for path in paths:
         write_atomic(path, buffer.getvalue())
 
 
-def load(path: Path) -> dict:
-    """A checkpoint written by `save`, on the CPU, through `weights_only=True`."""
+def load(path: Path) -> dict[str, Any]:
+    """The state that `save` wrote, on the CPU. Raises UserError if the file is not a checkpoint of this format."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint
@@ -58,22 +63,69 @@ def load(path: Path) -> dict:
     return state
 
 
-def save_network(path: Path, net: nn.Module, about: dict) -> None:
-    """safetensors with the plain network's keys; `about` (see read_about) lets `fastkd eval` rebuild it.
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: one row of figures per epoch, and the folder of its files."""
 
-    One entry of metadata: safetensors writes several in random order, and equal runs would leave unequal files.
+    history: list[dict[str, Any]]
+    out: Path
+
+    @property
+    def top1(self) -> float:
+        """Accuracy of the saved student after the last epoch, in per cent."""
+        return self.history[-1]["top1"]
+
+    @property
+    def student(self) -> Path:
+        """The student's weights, a safetensors file."""
+        return self.out / "student.safetensors"
+
+
+def save_run(folder: Path, state: dict[str, Any]) -> None:
+    """Write last.pt, and best.pt too if the last epoch of `state["history"]` has the best top1."""
+    accuracies = [row["top1"] for row in state["history"]]
+    names = ["best.pt", "last.pt"] if accuracies[-1] >= max(accuracies) else ["last.pt"]
+    save([folder / name for name in names], state)
+
+
+def load_run(folder: Path, data: dict[str, Any], processes: int) -> dict[str, Any] | None:
+    """The state in last.pt; None if there is no such file.
+
+    Raises UserError if the run had other `data` (images and classes) or another number of processes.
+    """
+    path = folder / "last.pt"
+    if not path.exists():
+        return None
+    state = load(path)
+    if len(state["loaders"]) != processes:
+        raise UserError(
+            f"{path} was written by {len(state['loaders'])} processes, now there are {processes}; "
+            "an exact continuation needs the same number"
+        )
+    if state["data"] != data:
+        raise UserError(f"{path} was written on other data: {state['data']}, now {data}")
+    return state
+
+
+def save_network(path: Path, net: nn.Module, about: dict) -> None:
+    """Write the network's state dict as safetensors. `about` goes into the metadata, for `read_about`.
+
+    It is one entry: safetensors writes several in random order, and equal runs would leave different files.
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in net.state_dict().items()}
     write_atomic(path, safetensors_bytes(tensors, metadata={"fastkd": json.dumps(about)}))
 
 
 def claim_folder(path: Path, config: dict, resume: bool) -> None:
-    """Make the run folder with its config.yaml; refuse one that holds anything, unless that run is to be resumed."""
+    """Make the run folder with its config.yaml.
+
+    Raises UserError if the folder holds anything, unless it is a run with these options and `resume` is true.
+    """
     try:
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file; choose a folder")
         path.mkdir(parents=True, exist_ok=True)
-        # What a kill leaves of a file that was being written does not count.
+        # The temporary file of a run that was killed does not count.
         holds_something = any(not file.name.endswith(".tmp") for file in path.iterdir())
     except OSError as error:
         raise UserError(f"cannot use --out {path}: {error.strerror}; choose another folder") from None
@@ -96,7 +148,7 @@ def _refuse_other_run(path: Path, config: dict) -> None:
 
 
 def differences(path: Path, config: dict, free: tuple[str, ...]) -> list[str]:
-    """Options, but for the `free` ones, in which a run folder differs from `config`, as "name was X, now Y"."""
+    """The options in which a run folder differs from `config`, as "name was X, now Y"; `free` ones are left out."""
     saved = yaml.safe_load((path / "config.yaml").read_text()) or {}
     names = [name for name in saved | config if name not in free]
     return [
@@ -107,7 +159,7 @@ def differences(path: Path, config: dict, free: tuple[str, ...]) -> list[str]:
 
 
 def finished(path: Path, config: dict, data: dict) -> bool:
-    """Whether a run with these options, on this data (images and classes), has ended there."""
+    """True if `path` holds a finished run with these options on this data (images and classes)."""
     weights = path / "student.safetensors"
     if not (weights.exists() and (path / "config.yaml").exists()):
         return False
@@ -117,7 +169,7 @@ def finished(path: Path, config: dict, data: dict) -> bool:
 
 
 def read_about(weights: Path) -> dict:
-    """What `save_network` noted in a safetensors file; nothing for other kinds of files."""
+    """The `about` that `save_network` wrote into a safetensors file; empty for other files."""
     if weights.suffix != ".safetensors" or not weights.is_file():
         return {}
     try:
@@ -128,13 +180,14 @@ def read_about(weights: Path) -> dict:
 
 
 def new_folder(stem: str) -> Path:
-    """Make `stem`, or `stem-2`, `stem-3`...: the first that nobody has, also when two ask at once."""
-    for number in itertools.count(1):
-        path = Path(stem if number == 1 else f"{stem}-{number}")
+    """Make the folder `stem`, or the first of `stem-2`, `stem-3`... that does not exist. Safe between processes."""
+    path = Path(stem)
+    for number in itertools.count(2):
         try:
             path.mkdir(parents=True)
-            return path
+            break
         except FileExistsError:
-            continue
+            path = Path(f"{stem}-{number}")
         except OSError as error:
             raise UserError(f"cannot make {path}: {error.strerror}; choose another folder with --out") from None
+    return path

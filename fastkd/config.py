@@ -1,7 +1,7 @@
-"""Combine recipe, YAML file and command line into one configuration. All three go through the same parser.
+"""The effective configuration, from the recipe, the YAML file and the command line, in this order: later ones win.
 
-A YAML file holds one option per line (`batch_size: 128` or `batch-size: 128`), without nesting. The file overrides the
-recipe, and the command line overrides both. The options of a method exist only if that method is chosen.
+All three go through the same parser. A YAML file is a flat list of options: `batch_size: 128` or `batch-size: 128`.
+The options of a method exist only if that method is chosen.
 """
 
 import importlib.resources
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -20,10 +20,7 @@ from .methods import METHODS, find_method
 from .parser import groups, last_value, name_of, option_types, run_parser, tokens_of
 
 NOT_IN_FILES = ("config", "print_config", "resume")
-SCHEDULE_EPOCHS = ("warmup_epochs", "decay_epochs", "decay_milestones")  # a recipe stretches them with `epochs`
-
-
-Source = tuple[str, dict[str, Any]]  # where options come from, as errors name it; the options
+TIMES = ("warmup_epochs", "decay_epochs", "decay_milestones")  # parts of a schedule, in epochs
 
 
 @dataclass(frozen=True)
@@ -31,9 +28,9 @@ class RunOptions:
     """What to run."""
 
     method: str = "kd"
-    """How the student is taught; `fastkd methods` lists the methods. The method options below belong to this one."""
+    """How the student is taught. `fastkd methods` lists the methods. This help shows the options of the chosen one."""
     recipe: str = ""
-    """Settings by name. On the digits the default is `digits`, unless a recipe or a file is given."""
+    """A named set of options. The default on the digits is the recipe `digits`, unless --config is given."""
     config: str = ""
     """A YAML file of options. The command line overrides it."""
     print_config: bool = False
@@ -45,48 +42,44 @@ class NetworkOptions:
     """Networks."""
 
     student: str = "timm/resnet18"
-    """A CIFAR net (resnet20, wrn_40_2, vgg8, ...), timm/NAME or torchvision/NAME."""
+    """The student: a CIFAR net (resnet20, wrn_40_2, vgg8, ...), timm/NAME or torchvision/NAME."""
     teacher: str = "timm/resnet50"
-    """The same kinds of names as for the student."""
+    """The teacher: a name as for the student."""
     teacher_weights: str = ""
-    """The teacher's weights: a file (.safetensors, .pth), `pretrained`, or a tag of its library."""
+    """The teacher's weights: a file (.safetensors, .pth), `pretrained`, or a tag of timm or torchvision."""
     teacher_epochs: int = 0
-    """If there are no weights, train the teacher first for this many epochs. Runs with equal settings reuse it."""
+    """Without weights: train the teacher for this many epochs first. Later runs with equal settings reuse it."""
     peers: tuple[str, ...] = ()
-    """Networks that learn beside the student in dml, dcm and iedml. The default is one of the student's kind."""
+    """Networks that are trained together with the student by dml, dcm and iedml. Default: one like the student."""
     student_weights: str = ""
-    """The student's initial weights: a file or a tag. Empty means random initialisation."""
+    """The student's initial weights: a file or tag. Default: a random initialisation."""
     baseline: bool = False
-    """Also train the student without a teacher, with the same options, for the table at the end."""
+    """Also train the student alone, with the same options, to compare in the final table."""
 
     def __post_init__(self) -> None:
         if self.teacher_epochs < 0:
             raise UserError(f"--teacher-epochs must not be negative, got {self.teacher_epochs}")
 
 
-class Config(Protocol):
-    """The sections of a configuration. `config_type` builds the class, because `method` depends on the method."""
+@dataclass(frozen=True)
+class Config:
+    """The effective configuration of `fastkd train`. `method` holds the options of the chosen method."""
 
-    @property
-    def run(self) -> RunOptions: ...
-    @property
-    def networks(self) -> NetworkOptions: ...
-    @property
-    def method(self) -> Any: ...
-    @property
-    def data(self) -> DataOptions: ...
-    @property
-    def train(self) -> TrainOptions: ...
+    run: RunOptions
+    networks: NetworkOptions
+    method: Any  # the Options class of the chosen method, see config_type
+    data: DataOptions
+    train: TrainOptions
 
 
 def parse(arguments: list[str], log: Callable[[str], None] = print) -> Config:
-    """The effective configuration. `log` is called with one line for each choice that the program makes.
+    """The effective configuration of a command line. `log` gets a line for each choice that fastkd makes.
 
-    Raises UserError for an unknown name, a bad value, or a file that cannot be read.
+    Raises UserError for unknown options and wrong values, whichever source they are from.
     """
     sources = _sources(arguments, log)
     method = last_value("method", arguments) or _from(sources, "method") or RunOptions.method
-    find_method(method)  # raises UserError for an unknown method
+    find_method(method)  # or UserError
     typed = {name_of(flag): words for flag, words in groups(arguments)}
     _refuse_options_of_other_methods(method, [*sources, ("command line", typed)])
     kind = config_type(method)
@@ -94,20 +87,13 @@ def parse(arguments: list[str], log: Callable[[str], None] = print) -> Config:
     return run_parser(kind, arguments, "fastkd train", tokens)
 
 
-def config_type(method: str) -> type:
-    """The dataclass of a configuration with the options of `method`."""
-    sections = {
-        "run": RunOptions,
-        "networks": NetworkOptions,
-        "method": find_method(method).Options,
-        "data": DataOptions,
-        "train": TrainOptions,
-    }
-    return make_dataclass("Config", list(sections.items()), frozen=True)
+def config_type(method: str) -> type[Config]:
+    """Config with the options of a method, by its name."""
+    return make_dataclass("Config", [("method", find_method(method).Options)], bases=(Config,), frozen=True)
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Every option that affects a run, by name, without sections. Tuples become lists, for YAML."""
+    """Every option that affects a run, by name, with lists in place of tuples: ready for YAML."""
     values: dict[str, Any] = {}
     for section in (config.run, config.networks, config.method, config.data, config.train):
         values |= {option.name: getattr(section, option.name) for option in fields(section)}
@@ -117,13 +103,13 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def recipe_names() -> list[str]:
-    """The names of the recipes, sorted."""
+    """The names that --recipe takes, sorted."""
     folder = importlib.resources.files("fastkd") / "recipes"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _sources(arguments: list[str], log: Callable[[str], None]) -> list[Source]:
-    """The options of the recipe and of the file, each with the name of its source."""
+def _sources(arguments: list[str], log: Callable[[str], None]) -> list[tuple[str, dict[str, Any]]]:
+    """The options of the recipe and of the file. Each comes with the name of its source, for errors."""
     recipe, path = last_value("recipe", arguments), last_value("config", arguments)
     files = [(f"--config {path}", _read_yaml(Path(path)))] if path else []
     if "--resume" in arguments:
@@ -138,24 +124,26 @@ def _sources(arguments: list[str], log: Callable[[str], None]) -> list[Source]:
 
 
 def _started_run(out: str) -> Path:
-    """The path of config.yaml of the run that is resumed."""
+    """The config.yaml of the run to resume."""
     if not out:
-        raise UserError("--resume needs --out FOLDER, the folder of the run to continue")
+        raise UserError("--resume needs --out FOLDER, the folder of the run to resume")
     path = Path(out) / "config.yaml"
     if not path.is_file():
         raise UserError(f"--resume: there is no run in {out} (no config.yaml); check the path, or drop --resume")
     return path
 
 
-def _stretched(recipe: str, files: list[Source], arguments: list[str], log: Callable[[str], None]) -> dict[str, Any]:
-    """The recipe with its schedule stretched or shortened to the requested epochs.
+def _stretched(
+    recipe: str, files: list[tuple[str, dict[str, Any]]], arguments: list[str], log: Callable[[str], None]
+) -> dict[str, Any]:
+    """The options of a recipe, with its schedule scaled to the chosen --epochs.
 
-    Without this, the warm-up of a recipe could be longer than a short run.
+    Otherwise the recipe's warm-up might be longer than a short run.
     """
     values = _recipe(recipe)
     epochs = last_value("epochs", arguments) or _from(files, "epochs")
     given = {name_of(flag) for flag, _ in groups(arguments)} | {name for _, file in files for name in file}
-    names = [name for name in SCHEDULE_EPOCHS if name in values and name not in given]
+    names = [name for name in TIMES if name in values and name not in given]
     if not (names and epochs.isdecimal() and "epochs" in values) or int(epochs) == values["epochs"]:
         return values
     factor = int(epochs) / values["epochs"]
@@ -186,19 +174,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is not UTF-8, or an impossible date
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"--config {path} must hold options as `name: value` lines")
+        raise UserError(f"--config {path} must consist of `name: value` lines")
     for name, times in Counter(name_of(str(key.value)) for key, _ in node.value).items():
-        if times > 1:  # YAML would silently take the last
-            raise UserError(f"--config {path}: {name} is given {times} times; keep one line")
+        if times > 1:  # YAML would silently take the last one
+            raise UserError(f"--config {path}: {name} is given {times} times; keep one of the lines")
         if name in NOT_IN_FILES:
-            raise UserError(f"--config {path}: {name} works on the command line only; remove the line")
+            raise UserError(f"--config {path}: {name} is for the command line only; remove the line")
     return {name_of(str(key)): value for key, value in values.items()}
 
 
-def _refuse_options_of_other_methods(method: str, sources: list[Source]) -> None:
+def _refuse_options_of_other_methods(method: str, sources: list[tuple[str, dict[str, Any]]]) -> None:
     known = option_types(config_type(method))
     for source, values in sources:
         for name in values.keys() - known.keys():
@@ -211,5 +199,6 @@ def _refuse_options_of_other_methods(method: str, sources: list[Source]) -> None
                 raise UserError(f"{source}: method {method} has no option {name} ({hint})")
 
 
-def _from(sources: list[Source], key: str) -> str:
+def _from(sources: list[tuple[str, dict[str, Any]]], key: str) -> str:
+    """The value of an option in the last source that has it, as text, or an empty string."""
     return next((str(values[key]) for _, values in reversed(sources) if key in values), "")

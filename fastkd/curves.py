@@ -1,35 +1,35 @@
-"""curves.png: loss terms, accuracy, learning rate and, if a method draws at random, the shares of steps."""
+"""curves.png: the loss terms, the accuracy and the learning rate of a run, epoch by epoch."""
 
 import io
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from typing import Any
 
 NOT_TERMS = ("epoch", "lr", "img_per_s", "train_s")
-SCORES = ("top1", "top5", "val_loss", "share")  # preceded by the name of a network or a gate
+SCORES = ("top1", "top5", "val_loss", "share")  # the name of a network or a gate may stand before them
 
 
-def loss_terms(row: dict[str, Any]) -> dict[str, Any]:
-    """The loss terms of a row of the history: what is neither a score nor a quantity of the epoch."""
-    return {name: value for name, value in row.items() if not (name in NOT_TERMS or name.endswith(SCORES))}
+def loss_terms(row: dict[str, float]) -> dict[str, float]:
+    """The weighted loss terms of a row of the history, by name."""
+    return {name: x for name, x in row.items() if not (name in NOT_TERMS or name.endswith(SCORES))}
 
 
-def plot(history: list[dict[str, Any]]) -> bytes:
-    """Draw the history, one row per epoch, and return the picture as PNG bytes."""
+def plot(history: list[dict[str, float]]) -> bytes:
+    """Draw a history, one row per epoch, and return the picture as PNG bytes.
+
+    IAKD's selection rates have a panel of their own.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for row in history for name in row))
-    shares = [name for name in names if name.endswith("share")]
+    selection_rates = [name for name in names if name.endswith("share")]
     panels = {
         "loss terms, weighted": [
-            *loss_terms(dict.fromkeys(names)),
+            *loss_terms(dict.fromkeys(names, 0.0)),
             *(name for name in names if name.endswith("val_loss")),
         ],
         "validation accuracy, %": [name for name in names if name.endswith(("top1", "top5"))],
         "learning rate": ["lr"],
-        **({"share of steps": shares} if shares else {}),
+        **({"share of steps": selection_rates} if selection_rates else {}),
     }
     figure = Figure(figsize=(4.4 * len(panels), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -40,7 +40,7 @@ def plot(history: list[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def _lines(axes: "Axes", history: list[dict[str, Any]], names: list[str], title: str) -> None:
+def _lines(axes: Any, history: list[dict[str, float]], names: list[str], title: str) -> None:
     epochs = [row["epoch"] for row in history]
     for name in names:
         axes.plot(

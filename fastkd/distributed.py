@@ -1,9 +1,10 @@
-"""Several processes under torchrun; everything here is the identity when there is only one."""
+"""Several processes under torchrun. With one process, every function here does nothing or gives its input."""
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,16 +12,21 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
+T = TypeVar("T")
+
 
 def device_for(name: str) -> torch.device:
-    """The device of this process; starts the process group when torchrun started us."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    """The device of this process for `--device name`; starts the process group under torchrun.
+
+    `name`: "auto", "cpu", "cuda", or with one process "cuda:1". Raises UserError for other names and missing devices.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cuda", "cpu") or not (index == "" or kind == "cuda" and index.isdigit() and not several):
         raise UserError(f"--device {name!r}: use auto, cuda, cpu, or with one process cuda:0, cuda:1, ...")
-    device = torch.device(kind) if kind == "cpu" else _cuda_device(int(index or os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device(kind) if kind == "cpu" else _cuda_device(int(index or os.environ.get("LOCAL_RANK", "0")))
     if several and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return device
@@ -37,49 +43,53 @@ def _cuda_device(index: int) -> torch.device:
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def destroy() -> None:
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
-    """Until every process has come here."""
+    """Wait until every process has called this."""
     if world_size() > 1:
         dist.barrier()
 
 
 def all_reduce_sum(counts: Tensor) -> Tensor:
-    """The sum over all processes."""
+    """The sum of `counts` over all processes, as a new tensor."""
     counts = counts.clone()
     if world_size() > 1:
         dist.all_reduce(counts)
     return counts
 
 
-def gather(thing: object) -> list:
-    """Every process's `thing`, in rank order."""
-    things = [thing]
-    if world_size() > 1:
-        things = [None] * world_size()
-        dist.all_gather_object(things, thing)
+def gather(thing: T) -> list[T]:
+    """The `thing` of every process, in rank order; it must be picklable."""
+    if world_size() == 1:
+        return [thing]
+    things: list = [None] * world_size()
+    dist.all_gather_object(things, thing)
     return things
 
 
-def from_rank_zero(function: Callable, *arguments):
-    """What `function` gives on rank 0, which alone calls it."""
-    return gather(function(*arguments) if rank() == 0 else None)[0]
+def from_rank_zero(function: Callable[..., T], *arguments: Any) -> T:
+    """What `function(*arguments)` gives on rank 0. The other processes do not call it."""
+    result = function(*arguments) if rank() == 0 else None
+    return cast(T, gather(result)[0])
 
 
 @torch.no_grad()
 def average_buffers(net: nn.Module) -> None:
-    """Give every process the mean of the BatchNorm statistics, which each has collected from its own images."""
+    """Give every process the mean of the BatchNorm statistics, which differ because each sees other images."""
     if world_size() > 1:
         for buffer in net.buffers():
             if buffer.is_floating_point():
@@ -87,23 +97,23 @@ def average_buffers(net: nn.Module) -> None:
                 buffer /= world_size()
 
 
-def parallel(module: nn.Module, device: torch.device, partial: bool = False) -> nn.Module:
-    """DDP around a method. The teacher is outside of its module tree, so it is neither wrapped nor sent around.
+def parallel(module: nn.Module, device: torch.device, find_unused_parameters: bool = False) -> nn.Module:
+    """DDP around a method. The teacher is outside of its module tree, so DDP neither wraps nor broadcasts it.
 
-    `partial`: weights that no process has used in a step keep no gradient.
+    With `find_unused_parameters`, weights that no process used in a step keep no gradient.
     """
     if world_size() == 1:
         return module
-    ids = [device.index] if device.type == "cuda" else None
     ddp = nn.parallel.DistributedDataParallel
     old = "forward_sync_buffers" not in inspect.signature(ddp).parameters  # torch before 2.15
-    settings = {"broadcast_buffers" if old else "forward_sync_buffers": False, "gradient_as_bucket_view": True}
-    return ddp(module, device_ids=ids, find_unused_parameters=partial, **settings)
+    settings: dict[str, Any] = {"broadcast_buffers" if old else "forward_sync_buffers": False}
+    settings["device_ids"] = [device.index] if device.type == "cuda" else None
+    return ddp(module, find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True, **settings)
 
 
 @contextmanager
-def rank_zero_first():
-    """Rank 0 does the block, then the others: what it writes is there for them."""
+def rank_zero_first() -> Iterator[None]:
+    """Rank 0 runs the block first, then the others: they find the files that it has written."""
     if rank() == 0:
         yield
     barrier()

@@ -1,4 +1,4 @@
-"""Versions of packages, devices, and whether optional packages are installed."""
+"""The software and the devices that a run depends on."""
 
 import importlib.metadata
 import importlib.util
@@ -11,7 +11,7 @@ PACKAGES = ("fastkd", "torch", "torchvision", "triton", "timm", "nvidia-dali-cud
 
 
 def version(package: str) -> str | None:
-    """The installed version of a distribution, or None if it is not installed."""
+    """The installed version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -19,7 +19,7 @@ def version(package: str) -> str | None:
 
 
 def has(module: str) -> bool:
-    """Return True if a module can be found. The module itself is not imported; its parent packages are."""
+    """True if a module is installed. It is not imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the parent package is missing
@@ -27,7 +27,7 @@ def has(module: str) -> bool:
 
 
 def environment() -> dict[str, object]:
-    """The content of environment.json: command, versions and devices, as values that JSON can hold."""
+    """The content of environment.json: command, versions, devices and the number of CPU threads."""
     cuda = torch.cuda.is_available()
     return {
         "command": sys.argv,

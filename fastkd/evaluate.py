@@ -1,55 +1,74 @@
-"""Accuracy of a network, each image counted exactly once over all processes, and its speed."""
+"""Accuracy of a network, with each image counted exactly once over all processes, and its speed."""
 
 import time
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import distributed
 from .engine.precision import Precision
-from .metrics import hits
+from .errors import UserError
+from .metrics import topk_correct
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Batches of (images [N, 3, H, W], target [N] int64) on the device."""
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, loader, precision: Precision) -> dict[str, float]:
-    """{"top1": %, "top5": %, "loss": mean cross-entropy, "images": count}; one host sync at the end."""
+def evaluate(net: nn.Module, loader: Batches, precision: Precision) -> dict[str, float]:
+    """{"top1": %, "top5": %, "loss": mean cross-entropy, "images": count} in eval mode; one host sync at the end.
+
+    Every process of the run must call it. Raises UserError if no process has an image.
+    """
     training = net.training
     net.eval()
     counts = torch.zeros(4, dtype=torch.float64, device=precision.device)
     for images, target in loader:
         with precision.autocast():
             logits = net(images)
-        counts += hits(logits, target)
+        counts += topk_correct(logits, target)
     net.train(training)
     loss, top1, top5, images = distributed.all_reduce_sum(counts).tolist()
     if not images:
-        raise ValueError("the evaluation loader gave no images")
+        raise UserError("the evaluation loader gave no images; give one with at least one batch")
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
 
 
-@torch.no_grad()
-def speed(net: nn.Module, loader, precision: Precision, seconds: float = 1.0) -> float:
-    """Forward passes in images/s on this process: the loader's first batch again and again, best of the repeats.
+def evaluate_networks(networks: Mapping[str, nn.Module], loader: Batches, precision: Precision) -> dict[str, float]:
+    """top1, top5 (%) and val_loss of each network, for the history; "NAME_top1" for all but the student."""
+    row = {}
+    for name, net in networks.items():
+        scores = evaluate(net, loader, precision)
+        prefix = "" if name == "student" else f"{name}_"
+        row[f"{prefix}top1"], row[f"{prefix}top5"] = scores["top1"], scores["top5"]
+        row[f"{prefix}val_loss"] = scores["loss"]
+    return row
 
-    NaN where this process has no images to evaluate.
+
+@torch.no_grad()
+def speed(net: nn.Module, loader: Batches, precision: Precision, seconds: float = 1.0) -> float:
+    """Images/s of forward passes on this process: the best repeat of the loader's first batch within `seconds`.
+
+    NaN if this process has no images to evaluate.
     """
-    images, _ = next(iter(loader), (None, None))
+    images = next((images for images, _ in loader), None)
     if images is None:
         return float("nan")
     training = net.training
     net.eval()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
-        _wait(precision.device)
+        _synchronize(precision.device)
         start = time.perf_counter()
         with precision.autocast():
             net(images)
-        _wait(precision.device)
+        _synchronize(precision.device)
         best = min(best, time.perf_counter() - start)
     net.train(training)
     return len(images) / best
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

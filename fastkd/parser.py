@@ -1,6 +1,7 @@
-"""Parse options: check names and types of values with our own messages, then let tyro parse and print the help.
+"""Parse options from the command line and from files.
 
-`kind` is always a dataclass whose fields are sections. A section is a dataclass of options.
+Names and types are checked here, so that a wrong one gets a one-line error. tyro parses the values and writes the help.
+In this file `kind` is always a dataclass whose fields are sections, and a section is a dataclass of options.
 """
 
 import contextlib
@@ -9,14 +10,16 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, fields
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 from .errors import UserError, nearest
 
+T = TypeVar("T")
 
-def option_types(kind: type) -> dict[str, Any]:
-    """The type of every option, by name."""
-    return {option.name: option.type for option in _options(kind)}
+
+def option_types(kind: type) -> dict[str, type]:
+    """The type of every option, by its name."""
+    return {option.name: cast(type, option.type) for option in _options(kind)}
 
 
 def _options(kind: type) -> list[Field[Any]]:
@@ -24,7 +27,7 @@ def _options(kind: type) -> list[Field[Any]]:
 
 
 def groups(arguments: list[str]) -> list[tuple[str, list[str]]]:
-    """Pairs of a `--flag` and the words after it. Words before the first flag come with an empty flag."""
+    """Each `--flag` with the words after it. The words before the first flag come first, with an empty flag."""
     found: list[tuple[str, list[str]]] = [("", [])]
     for argument in arguments:
         if argument.startswith("--"):
@@ -36,26 +39,26 @@ def groups(arguments: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def name_of(flag: str) -> str:
-    """The name of an option from its flag or YAML key: `--batch-size` and `batch-size` give `batch_size`."""
+    """The name of an option, `batch_size`, from `--batch-size`, `batch-size` or `batch_size`."""
     return flag.removeprefix("--").replace("-", "_")
 
 
 def last_value(name: str, arguments: list[str]) -> str:
-    """The value of the last `--name VALUE` or `--name=VALUE`, or an empty string if there is none."""
+    """The value of the last `--name VALUE` or `--name=VALUE`, or an empty string."""
     found = (words[0] for flag, words in reversed(groups(arguments)) if name_of(flag) == name and words)
     return next(found, "")
 
 
 def tokens_of(values: dict[str, Any], kind: type, source: str) -> list[str]:
-    """Options of a file as command-line words. Raises UserError, naming `source`, for a bad name or value."""
+    """The options of a file in the form of the command line. Errors name the `source`."""
     types = option_types(kind)
     tokens: list[str] = []
     for name, value in values.items():
         if name not in types:
             raise UserError(f"{source}: unknown option {name!r}{nearest(name, types)}")
         words = [str(item) for item in (value if isinstance(value, list) else [value])]
-        is_value = not isinstance(value, dict) and value is not None
-        if not is_value or isinstance(value, bool) != (types[name] is bool) or not _fits(types[name], words):
+        has_value = not isinstance(value, dict) and value is not None
+        if not has_value or isinstance(value, bool) != (types[name] is bool) or not _fits(types[name], words):
             raise UserError(
                 f"{source}: {name} must be {_wanted(types[name])}, got {value!r}{_near(types[name], words)}"
             )
@@ -64,11 +67,10 @@ def tokens_of(values: dict[str, Any], kind: type, source: str) -> list[str]:
     return tokens
 
 
-def run_parser(kind: type, arguments: list[str], command: str, earlier: Sequence[str] = ()) -> Any:
-    """An instance of `kind` from `arguments`. They override `earlier`, words that `tokens_of` returned.
+def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Sequence[str] = ()) -> T:
+    """An instance of `kind` from the command line. `arguments` override the `earlier` tokens (from tokens_of).
 
-    Raises UserError for bad input. tyro reports some errors in a box, such as a value out of range; the message is then
-    the text of the box in one line.
+    Raises UserError. tyro prints its own errors, such as a value out of range, in a box: they become one line.
     """
     import tyro
 
@@ -87,7 +89,7 @@ def run_parser(kind: type, arguments: list[str], command: str, earlier: Sequence
 
 
 def _check(arguments: list[str], kind: type, command: str) -> None:
-    """Raise UserError for an unknown name, or for a value of the wrong type."""
+    """Raise UserError for an unknown option or a value of the wrong type."""
     types = option_types(kind)
     for flag, words in groups(arguments):
         positive = name_of(flag).removeprefix("no_")
@@ -98,9 +100,7 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
             flags = ["--" + known.replace("_", "-") for known in types]
             raise UserError(f"unknown option {flag!r}{nearest(flag, flags)}; `{command} --help` lists them")
         elif types[name] is bool and words:
-            raise UserError(
-                f"{flag} takes no value, got {' '.join(words)!r}; --{name} turns it on, --no-{name} turns it off"
-            )
+            raise UserError(f"{flag} takes no value, got {' '.join(words)!r}: write --{name} or --no-{name}")
         elif types[name] is not bool and not _fits(types[name], words):
             got = repr(" ".join(words)) if words else "nothing"
             raise UserError(f"{flag} must be {_wanted(types[name])}, got {got}{_near(types[name], words)}")
@@ -108,19 +108,19 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
 
 def _refuse_stray(words: list[str], kind: type, command: str) -> None:
     if words:
-        needed = [o.name for o in _options(kind) if o.default is o.default_factory]
+        needed = [option.name for option in _options(kind) if option.default is option.default_factory]
         hint = f" (did you mean --{needed[0]} {words[0]}?)" if needed else ""
         raise UserError(f"unexpected {words[0]!r}{hint}; `{command} --help` lists the options")
 
 
-def _fits(kind: Any, words: list[str]) -> bool:
+def _fits(kind: type, words: list[str]) -> bool:
     if get_origin(kind) is tuple:
         item, *rest = get_args(kind)
         return all(_reads(item, word) for word in words) and (rest == [...] or len(words) == 1 + len(rest))
     return len(words) == 1 and _reads(kind, words[0])
 
 
-def _reads(kind: Any, word: str) -> bool:
+def _reads(kind: type, word: str) -> bool:
     if get_origin(kind) is Literal:
         return word in get_args(kind)
     try:
@@ -130,18 +130,17 @@ def _reads(kind: Any, word: str) -> bool:
     return True
 
 
-def _wanted(kind: Any) -> str:
+def _wanted(kind: type) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is tuple:
         return "numbers" if ... in get_args(kind) else f"{len(get_args(kind))} numbers"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "one text"}
-    return names[kind]
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "one text"}[kind]
 
 
-def _near(kind: Any, words: list[str]) -> str:
+def _near(kind: type, words: list[str]) -> str:
     if kind is str and len(words) > 1:
-        return "; put it in quotes"
+        return "; put quotes around it"
     return nearest(words[0], get_args(kind)) if get_origin(kind) is Literal and words else ""
 
 
@@ -159,5 +158,5 @@ def _wide_stderr(text: io.StringIO) -> Iterator[None]:
 def _one_line(box: str) -> str:
     lines = [re.sub("[│╭╮╰╯]", "", line).strip() for line in box.splitlines()[1:]]
     rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
-    # Our own checks name the option, so the prefix "Error parsing <section>: " goes.
+    # The messages of fastkd's checks name the option: drop "Error parsing <section>: ".
     return re.sub(r"^Error parsing (\w+: )?", "", " ".join(line for line in lines[:rule] if line))

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu.augment import check_boxes, closed_form
-from .gpu.augment import launch
 
 
 def augment_reference(
@@ -116,10 +115,15 @@ def _augment(
     images: Tensor, boxes: Tensor, flips: Tensor, outputs: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]
 ) -> None:
     check_boxes(boxes, images.shape[1], images.shape[2])
-    if len(images):
-        (launch if images.device.type == "cuda" else closed_form)(images, boxes, flips, outputs, mean, std)
+    if len(images) == 0:
+        return
+    if images.device.type == "cuda":
+        from .gpu.augment import launch as compute
+    else:
+        compute = closed_form
+    compute(images, boxes, flips, outputs, mean, std)
 
 
 @_augment.register_fake
-def _(images, boxes, flips, outputs, mean, std):
+def _(*_inputs: object) -> None:
     return None

@@ -13,20 +13,21 @@ T^2 is the official code's; at temperature 1, the paper's setting, it changes no
 column of the student has correlation 0 and no gradient; the official code gives it one of 1e8 y'.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .check import check_logits
 from .cpu.dist_loss import closed_form
-from .gpu.dist_loss import launch, launch_backward
-from .op import accumulator, plain, savable
+from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu, scale_in_place
 
 
 def dist_loss_reference(
     student: Tensor, teacher: Tensor, *, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0
 ) -> Tensor:
     """The specification: autograd through torch's softmax."""
-    dtype = accumulator([student, teacher])
+    dtype = acc_dtype([student, teacher])
     p_s, p_t = ((z.to(dtype) / temperature).softmax(1) for z in (student, teacher.detach()))
     between_classes, between_samples = 1 - _pearson(p_s, p_t).mean(), 1 - _pearson(p_s.T, p_t.T).mean()
     loss = temperature**2 * (beta * between_classes + gamma * between_samples)
@@ -41,6 +42,42 @@ def _pearson(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(norms == 0, 0, (x * y).sum(1) / (norms + 1e-8))
 
 
+class _CompiledDIST(torch.autograd.Function):
+    """The equation for torch.compile on the CPU, with the gradient in closed form: autograd's own takes more sums.
+
+    1.1 times as fast as the official code, compiled too; dist_loss_reference 0.8 times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, beta: float, gamma: float, temperature: float) -> Tensor:
+        (N, C), dtype = student.shape, acc_dtype([student, teacher])
+        p_s, p_t = ((z.to(dtype) / temperature).softmax(1) for z in (student, teacher))
+        r_rows, *ab = _correlation(p_s - 1 / C, p_t - 1 / C, 1)
+        x, y = p_s - p_s[:1], p_t - p_t[:1]  # a constant column is exactly 0
+        x_mean, y_mean = x.mean(0, keepdim=True), y.mean(0, keepdim=True)
+        r_columns, *AB = _correlation(x - x_mean, y - y_mean, 0)
+        ctx.save_for_backward(p_s, p_t, *ab, *AB, x_mean + p_s[:1], y_mean + p_t[:1])
+        ctx.factors, ctx.temperature, ctx.dtype = (beta / N, gamma / C), temperature, student.dtype
+        return temperature**2 * (beta * (1 - r_rows.mean()) + gamma * (1 - r_columns.mean()))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
+        p_s, p_t, a, b, A, B, mean_s, mean_t = ctx.saved_tensors
+        per_row, per_column = ctx.factors
+        G = per_row * (a * p_s + b * p_t) + per_column * (A * (p_s - mean_s) + B * (p_t - mean_t))
+        gradient = -ctx.temperature * grad_output * p_s * (G - (p_s * G).sum(1, keepdim=True))
+        return gradient.to(ctx.dtype), None, None, None, None
+
+
+def _correlation(x: Tensor, y: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(r, a, b) of centred x and y: dr/dx = a x + b y. All are 0 if x or y is constant."""
+    xx, yy, xy = ((u * v).sum(dim, keepdim=True) for u, v in ((x, x), (y, y), (x, y)))
+    x_norm, y_norm = xx.sqrt(), yy.sqrt()
+    constant, D = x_norm * y_norm == 0, x_norm * y_norm + 1e-8
+    a = -xy / D * (y_norm / D) / x_norm
+    return torch.where(constant, 0, xy / D), torch.where(constant, 0, a), torch.where(constant, 0, 1 / D)
+
+
 def dist_loss(
     student: Tensor, teacher: Tensor, *, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0
 ) -> Tensor:
@@ -53,96 +90,65 @@ def dist_loss(
     check_logits([student, teacher])
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    learns = torch.is_grad_enabled() and student.requires_grad
-    inputs = student, savable(teacher.detach()), float(beta), float(gamma), float(temperature), learns
-    return _FusedDIST.apply(*inputs) if plain((student, teacher)) else _dist_loss(*inputs)[0]
+    if is_compiled_for_cpu(student) and len(student):
+        return _CompiledDIST.apply(student, teacher.detach(), beta, gamma, temperature)
+    return _dist_loss(student, teacher.detach(), float(beta), float(gamma), float(temperature))[0]
 
 
-def _on_gpu(student: Tensor, teacher: Tensor) -> bool:
-    return student.is_cuda and accumulator([student, teacher]) == torch.float32
+def _empty_outputs(
+    student: Tensor, teacher: Tensor, beta: float, gamma: float, temperature: float, write_grads: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss; rows [6, N] and columns [4, C] of the kernels, for their backward pass; grads of the closed form."""
+    (N, C), dtype = student.shape, acc_dtype([student, teacher])
+    on_gpu = runs_on_gpu([student, teacher])
+    shapes = ((), (6, N), (4, C)) if on_gpu else ((), (0, N), (0, C))
+    loss, rows, columns = (student.new_empty(shape, dtype=dtype) for shape in shapes)
+    grads = _empty_grads(student, teacher) if write_grads and not on_gpu else student.new_empty(0)
+    return loss, rows, columns, grads
+
+
+def _empty_grads(student: Tensor, teacher: Tensor, *_: object) -> Tensor:
+    dtype = student.dtype if runs_on_gpu([student, teacher]) else acc_dtype([student, teacher])
+    return student.new_empty(student.shape, dtype=dtype)
 
 
 def _forward(
-    student: Tensor, teacher: Tensor, beta: float, gamma: float, temperature: float, learns: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, rows [6, N], columns [4, C]) from the kernels, (loss, gradient [N, C], nothing) from the closed form."""
-    loss, rows, columns = _results(student, teacher, learns)
+    student: Tensor, teacher: Tensor, beta: float, gamma: float, temperature: float, write_grads: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    settings = (beta, gamma, temperature)
+    loss, rows, columns, grads = _empty_outputs(student, teacher, *settings, write_grads)
     if len(student) == 0:
-        return loss.zero_(), rows, columns
-    compute = launch if _on_gpu(student, teacher) else closed_form
-    compute(student, teacher, beta, gamma, temperature, loss, rows, columns)
-    return loss, rows, columns
+        loss.zero_()
+    elif runs_on_gpu([student, teacher]):
+        from .gpu.dist_loss import launch
+
+        launch(student, teacher, *settings, loss, rows, columns)
+    else:
+        closed_form(student, teacher, *settings, loss, grads)
+    return loss, rows, columns, grads
 
 
-_dist_loss = torch.library.custom_op("fastkd::dist_loss", _forward, mutates_args=())
-
-
-def _results(student: Tensor, teacher: Tensor, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
-    (N, C), dtype = student.shape, accumulator([student, teacher])
-    shapes = ((), (6, N), (4, C)) if _on_gpu(student, teacher) else ((), (N, C) if learns else (0,), (0,))
-    return tuple(student.new_empty(shape, dtype=dtype) for shape in shapes)
-
-
-@_dist_loss.register_fake
-def _(student, teacher, beta, gamma, temperature, learns):
-    return _results(student, teacher, learns)
-
-
-def _gradient(
+def _backward(
+    grads: Tensor,
     student: Tensor,
     teacher: Tensor,
     rows: Tensor,
     columns: Tensor,
-    upstream: Tensor,
+    beta: float,
+    gamma: float,
     temperature: float,
-) -> Tensor:
-    if not _on_gpu(student, teacher):
-        return (rows * upstream).to(student.dtype)  # the gradient itself
-    grads = student.new_empty(student.shape)
-    if len(student):
-        launch_backward(student, teacher, rows, columns, upstream, temperature, grads)
-    return grads
+    grad_loss: Tensor,
+    written: bool,
+) -> None:
+    if len(student) == 0:
+        return
+    if runs_on_gpu([student, teacher]):
+        from .gpu.dist_loss import launch_backward
+
+        launch_backward(student, teacher, rows, columns, grad_loss, temperature, grads)
+    elif not (written and scale_in_place(grads, grad_loss)):
+        closed_form(student, teacher, beta, gamma, temperature, torch.empty_like(grad_loss), grads)
+        grads.mul_(grad_loss)
 
 
-_dist_loss_backward = torch.library.custom_op("fastkd::dist_loss_backward", _gradient, mutates_args=())
-
-
-@_dist_loss_backward.register_fake
-def _(student, teacher, rows, columns, upstream, temperature):
-    return student.new_empty(student.shape)
-
-
-def _setup(ctx, inputs, output):
-    student, teacher, _, _, ctx.temperature, _ = inputs
-    ctx.save_for_backward(student, teacher, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, upstream, *_):
-    if torch.is_grad_enabled():
-        raise RuntimeError("dist_loss has no second derivative; fastkd.kernels.dist_loss_reference has one")
-    if upstream is None:
-        return (None,) * 6
-    inputs = *ctx.saved_tensors, upstream
-    compute = _gradient if plain(inputs) else _dist_loss_backward
-    return compute(*inputs, ctx.temperature), *[None] * 5
-
-
-_dist_loss.register_autograd(_backward, setup_context=_setup)
-
-
-class _FusedDIST(torch.autograd.Function):
-    """The same autograd with less time on the host."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, beta, gamma, temperature, learns):
-        results = _forward(student, teacher, beta, gamma, temperature, learns)
-        ctx.save_for_backward(student, teacher, *results[1:])
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
-        return results[0]
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return _backward(ctx, upstream)
+_dist_loss = FusedOp("dist_loss", _forward, _backward, _empty_outputs, _empty_grads, constants=1)

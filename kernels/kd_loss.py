@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_tensors
-from .kd_loss_eager import fits, kd_terms
 from .logit_loss import logit_loss, z_score
 
 
 class KDTerms(NamedTuple):
-    """Weighted scalars; all but `hits` are differentiable."""
+    """Weighted scalars, all differentiable."""
 
     loss: Tensor
     """ce + kd"""
@@ -31,8 +30,6 @@ class KDTerms(NamedTuple):
     """ce_weight * CE"""
     kd: Tensor
     """kd_weight * T^2 * KL"""
-    hits: Tensor | None = None
-    """[2], if `count_hits`: rows whose label is the student's top class, and among its top 5; NaN for soft targets."""
 
 
 def kd_loss_reference(
@@ -73,16 +70,12 @@ def kd_loss(
     label_smoothing: float = 0.0,
     ignore_index: int | None = None,
     standardize: bool = False,
-    count_hits: bool = False,
 ) -> KDTerms:
     """The same in one pass, with its gradient. Raises ValueError with the shapes that do not fit.
 
     `ignore_index` and an empty batch: see `logit_loss`.
     """
     check_tensors(student_logits=student, teacher_logits=teacher, target=target)
-    plainly = not (label_smoothing or standardize or count_hits) and ignore_index is None and (ce_weight or kd_weight)
-    if plainly and fits(student, teacher, target):
-        return KDTerms(*kd_terms(student, teacher, target, ce_weight, kd_weight, temperature))
     fused = logit_loss(
         [student, teacher.detach()],
         target,
@@ -92,7 +85,6 @@ def kd_loss(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         standardize=standardize,
-        count_hits=count_hits,
     )
     ce, _, kd = fused.terms[0].unbind()
-    return KDTerms(fused.loss, ce, kd, fused.hits[:, 0] if count_hits else None)
+    return KDTerms(fused.loss, ce, kd)

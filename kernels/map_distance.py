@@ -18,27 +18,29 @@ than the student's, are copied first.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_tensors
 from .cpu.map_distance import closed_form
-from .gpu.map_distance import launch
-from .op import accumulator, plain, savable, taken
+from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
 
 
 def hint_distance_reference(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> Tensor:
-    """The specification: autograd through torch's own mse_loss."""
-    dtype = accumulator([student, teacher])
-    return weight * F.mse_loss(student.to(dtype), teacher.detach().to(dtype))
+    """The specification, with torch's autograd. torch.compile on the CPU gets it in place of the operator."""
+    dtype = acc_dtype([student, teacher])
+    return weight * (student.to(dtype) - teacher.detach().to(dtype)).square().sum() / max(student.numel(), 1)
 
 
 def overhaul_distance_reference(student: Tensor, teacher: Tensor, margin: Tensor, *, weight: float = 1.0) -> Tensor:
-    """The specification: a sum over the elements, a mean over the batch."""
-    dtype = accumulator([student, teacher])
-    s, t = student.to(dtype), torch.maximum(teacher.detach().to(dtype), margin.detach().to(dtype)[:, None, None])
-    silent = (s <= t) & (t <= 0)  # not the negation of (s > t) | (t > 0): NaN is to be seen
-    return weight * torch.where(silent, 0, s - t).square().sum() / len(s)
+    """The specification: a sum over the elements, a mean over the batch. torch.compile on the CPU gets it, too.
+
+    The ReLU is for speed: with one `where` over both conditions Inductor writes a mask, which takes twice the time.
+    """
+    dtype = acc_dtype([student, teacher])
+    s, t = (f.permute(0, 2, 3, 1).to(dtype) for f in (student, teacher.detach()))
+    t = torch.maximum(t, margin.detach().to(dtype))
+    residual = s - t
+    return weight * torch.where(t > 0, residual, residual.relu()).square().sum() / max(len(s), 1)
 
 
 def hint_distance(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> Tensor:
@@ -48,6 +50,8 @@ def hint_distance(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> T
     only. An empty batch gives 0; NaN propagates. ValueError on shapes, devices or dtypes that do not fit.
     """
     _check(student, teacher, None)
+    if is_compiled_for_cpu(student):
+        return hint_distance_reference(student, teacher, weight=weight)
     return _distance(student, teacher, None, weight)
 
 
@@ -59,6 +63,8 @@ def overhaul_distance(student: Tensor, teacher: Tensor, margin: Tensor, *, weigh
     ValueError on shapes, devices or dtypes that do not fit. Source: Heo et al. 2019, arXiv:1904.01866, section 3.
     """
     _check(student, teacher, margin)
+    if is_compiled_for_cpu(student):
+        return overhaul_distance_reference(student, teacher, margin, weight=weight)
     return _distance(student, teacher, margin, weight)
 
 
@@ -114,9 +120,8 @@ def _unlike(s: list[int], t: list[int]) -> str:
 
 
 def _distance(student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float) -> Tensor:
-    learns = torch.is_grad_enabled() and student.requires_grad
-    margin = None if margin is None else savable(margin.detach())
-    return _FusedMapDistance.apply(student, savable(teacher.detach()), margin, float(weight), learns)
+    margin = None if margin is None else margin.detach()
+    return _map_distance(student, teacher.detach(), margin, float(weight))[0]
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -125,100 +130,60 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format if x.is_contiguous() or x.stride(1) != 1 else torch.channels_last
 
 
-def _run(student, teacher, margin, weight, grad, upstream=None, skip_one=False) -> Tensor | None:
-    """Writes `grad` where it is not None; forward (no `upstream`) gives the value."""
-    format = _format(student)
-    student, teacher = (x.detach().contiguous(memory_format=format) for x in (student, teacher))
-    scale = weight / (student.numel() if margin is None else len(student))
-    dtype = accumulator([student, teacher])
-    compute = launch if student.device.type == "cuda" and dtype == torch.float32 else closed_form
-    return compute(student, teacher, margin, scale, grad, upstream, skip_one)
+def _empty_outputs(
+    student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float, write_grads: bool
+) -> tuple[Tensor, Tensor]:
+    value = student.new_empty((), dtype=acc_dtype([student, teacher]))
+    return value, _empty_grads(student) if write_grads else student.new_empty(0)
 
 
-def _empty_grad(student: Tensor) -> Tensor:
+def _empty_grads(student: Tensor, *_: object) -> Tensor:
     return torch.empty_like(student, memory_format=_format(student))
 
 
 def _forward(
-    student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float, learns: bool
+    student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float, write_grads: bool
 ) -> tuple[Tensor, Tensor]:
-    grad = _empty_grad(student) if learns else student.new_empty(0)
+    value, grads = _empty_outputs(student, teacher, margin, weight, write_grads)
     if student.numel() == 0:
-        return student.new_zeros((), dtype=accumulator([student, teacher])), grad
-    return _run(student, teacher, margin, weight, grad if learns else None), grad
+        return value.zero_(), grads
+    found = _compute(student, teacher, margin, weight, grads if write_grads else None)
+    return value if found is None else found, grads
 
 
-_map_distance = torch.library.custom_op("fastkd::map_distance", _forward, mutates_args=())
-
-
-@_map_distance.register_fake
-def _(student, teacher, margin, weight, learns):
-    value = student.new_empty((), dtype=accumulator([student, teacher]))
-    return value, _empty_grad(student) if learns else student.new_empty(0)
-
-
-def _write_gradient(
-    grad: Tensor,
+def _backward(
+    grads: Tensor,
     student: Tensor,
     teacher: Tensor,
     margin: Tensor | None,
     weight: float,
-    upstream: Tensor,
-    skip_one: bool,
+    grad_loss: Tensor,
+    written: bool,
 ) -> None:
-    """Write grad, unless skip_one and the gradient that comes from above is 1."""
     if student.numel():
-        _run(student, teacher, margin, weight, grad, upstream, skip_one)
+        _compute(student, teacher, margin, weight, grads, grad_loss, written)
 
 
-_map_distance_backward = torch.library.custom_op(
-    "fastkd::map_distance_backward", _write_gradient, mutates_args=("grad",)
+def _compute(
+    student: Tensor,
+    teacher: Tensor,
+    margin: Tensor | None,
+    weight: float,
+    grads: Tensor | None,
+    grad_loss: Tensor | None = None,
+    written: bool = False,
+) -> Tensor | None:
+    """Forward (no grad_loss) gives the value. grads are written unless they are None, or `written` and still right."""
+    format = _format(student)
+    student, teacher = (x.detach().contiguous(memory_format=format) for x in (student, teacher))
+    scale = weight / (student.numel() if margin is None else len(student))
+    if runs_on_gpu([student, teacher]):
+        from .gpu.map_distance import launch as compute
+    else:
+        compute = closed_form
+    return compute(student, teacher, margin, scale, grads, grad_loss, written)
+
+
+_map_distance = FusedOp(
+    "map_distance", _forward, _backward, _empty_outputs, _empty_grads, constants=2, reference="hint_distance_reference"
 )
-
-
-def _setup(ctx, inputs, output):
-    student, teacher, margin, ctx.weight, ctx.learns = inputs
-    ctx.save_for_backward(student, teacher, margin)
-    ctx.grads = None
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, upstream, _=None):
-    if torch.is_grad_enabled():
-        raise RuntimeError("no second derivative here; the distance's _reference in fastkd.kernels has one")
-    if upstream is None or not ctx.learns:
-        return None, None, None, None, None
-    student, teacher, margin = ctx.saved_tensors
-    grad = taken(ctx, (upstream,))
-    left = grad is not None
-    if not left:
-        grad = _empty_grad(student)
-    write = _write_gradient if plain((student, teacher, margin, upstream)) else _map_distance_backward
-    write(grad, student, teacher, margin, ctx.weight, upstream, left)
-    return grad, None, None, None, None
-
-
-_map_distance.register_autograd(_backward, setup_context=_setup)
-
-
-class _FusedMapDistance(torch.autograd.Function):
-    """The same autograd, and eagerly the gradient that the forward pass has left is used: nobody else sees it here.
-
-    A compiled backward may run twice and would find what it wrote: there it computes the gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, student, teacher, margin, weight, learns):
-        at_once = learns and not torch.compiler.is_compiling()
-        compute = _forward if plain((student, teacher, margin)) else _map_distance
-        value, grad = compute(student, teacher, margin, weight, at_once)
-        ctx.weight, ctx.learns = weight, learns
-        ctx.save_for_backward(student, teacher, margin)
-        ctx.grads = grad if at_once else None
-        ctx.set_materialize_grads(False)
-        return value
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return _backward(ctx, upstream)

@@ -15,6 +15,8 @@ digits; a squared distance below 16 rounding errors of its operands counts as 0.
 without a length take no part: value and gradient 0, where the official code divides by 1e-12.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,7 +47,7 @@ def rkd_loss(
     return loss
 
 
-def _huber(relation, squares_s: Tensor, squares_t: Tensor) -> Tensor:
+def _huber(relation: Callable[[Tensor], Tensor], squares_s: Tensor, squares_t: Tensor) -> Tensor:
     with torch.no_grad():
         teacher = relation(squares_t)
     student = relation(squares_s)

@@ -1,10 +1,7 @@
 """Small networks and loaders that the tests share."""
 
-import importlib.machinery
-import importlib.util
 import os
-import sys
-import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,46 +12,34 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)  # the networks here are too small for more
 
-OPTIONAL = ("hypothesis", "matplotlib", "rich", "sklearn", "tyro")  # what a machine with a GPU may lack
+TESTS = Path(__file__).parent
 
 
-def _is_missing(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is None
-    except ImportError:
-        return True
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run all of tests/ in one process per core, at most 8, where pytest-xdist is installed and nobody chose otherwise.
 
-
-MISSING = list(filter(_is_missing, OPTIONAL))
-
-
-class _Anything:
-    """For hypothesis where it is missing: `given` skips its test, all else is there and does nothing."""
-
-    def __getattr__(self, name):
-        return self
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-
-if "hypothesis" in MISSING:
-    stand_in = sys.modules["hypothesis"] = types.ModuleType("hypothesis")
-    stand_in.__spec__ = importlib.machinery.ModuleSpec("hypothesis", None)  # torch's compiler asks for it
-    stand_in.given = lambda *args, **kwargs: pytest.mark.skip(reason="hypothesis is not installed")
-    stand_in.settings = lambda *args, **kwargs: lambda test: test
-    stand_in.assume, stand_in.strategies = _Anything(), _Anything()
-    sys.modules["hypothesis.strategies"] = stand_in.strategies
+    One file, tests that need a GPU, `-s` and `--pdb` stay in one process.
+    """
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    chosen = option.numprocesses is not None or option.dist != "no" or option.tx
+    alone = option.usepdb or option.capture == "no" or option.collectonly or "not gpu" not in option.markexpr
+    everything = TESTS in [(config.invocation_params.dir / argument).resolve() for argument in config.args]
+    if everything and not chosen and not alone:
+        option.numprocesses, option.maxprocesses, option.dist = "logical", 8, "loadgroup"
+        option.benchmark_disable = True  # pytest-benchmark does so anyway, and warns
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_make_collect_report(collector):
-    """A file of tests that imports what is MISSING is skipped, not an error."""
+    """Skip a test module that imports a package which a machine for measuring may lack."""
     outcome = yield
     report = outcome.get_result()
-    lacking = [name for name in MISSING if report.failed and f"No module named '{name}" in str(report.longrepr)]
-    if lacking:
-        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {lacking[0]} is not installed")
+    for name in ("matplotlib", "rich", "sklearn", "tyro"):
+        if report.failed and f"No module named '{name}" in str(report.longrepr):
+            report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {name} is not installed")
 
 
 class TinyNet(nn.Module):
@@ -125,7 +110,8 @@ def few_digits(monkeypatch):
 
     everything = digits.read_digits()
     monkeypatch.setattr(digits, "read_digits", lambda: tuple(part[:300] for part in everything))
-    monkeypatch.setattr("fastkd.job.speed", lambda *_: 1.0)
+    for command in ("train", "eval"):
+        monkeypatch.setattr(f"fastkd.commands.{command}.speed", lambda *_: 1.0)
 
 
 @pytest.fixture

@@ -57,7 +57,9 @@ def main(folder: str) -> None:
     loader, val = NumberedLoader(), NumberedLoader()
     student = Net(seed=distributed.rank())  # different starts: DDP must make them one
     options = TrainOptions(epochs=3, lr=0.05, out=f"{folder}/run", ema_decay=0.9, mixup=0.5, grad_accum=2)
-    result = Trainer(KD(student, Net(seed=9)), loader, val, options).fit()
+    trainer = Trainer(KD(student, Net(seed=9)), loader, val, options)
+    loader.seen.clear()  # of the look at the first batch
+    result = trainer.fit()
     state = {"weights": student.state_dict(), "seen": loader.seen, "top1": result.top1}
     torch.save(state, f"{folder}/rank{distributed.rank()}.pt")
     distributed.destroy()

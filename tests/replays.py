@@ -5,7 +5,7 @@ from capture import Capture
 from every_method import batch, build, prepare
 
 from fastkd.engine import GraphedStep, Schedule, Step, TrainOptions
-from fastkd.engine.partial_graphs import SegmentedStep
+from fastkd.engine.partial_graphs import PartialGraphStep
 
 CPU = torch.device("cpu")
 STEPS = 20
@@ -19,12 +19,19 @@ class Graph(Capture):
 
 
 def trained(
-    name: str, how=None, steps: int = STEPS, device: torch.device = CPU, new=Graph, ready=lambda step: None, **options
-) -> tuple[dict, GraphedStep | SegmentedStep | Step]:
+    name: str,
+    how=None,
+    steps: int = STEPS,
+    device: torch.device = CPU,
+    new=Graph,
+    ready=lambda step: None,
+    dtype: torch.dtype = torch.float32,
+    **options,
+) -> tuple[dict, GraphedStep | PartialGraphStep | Step]:
     """All that the next step depends on after 20 steps, and the step. `how`: a class that replays, what `new` makes."""
     method = build(name)
     prepare(method)
-    method.to(device)
+    method.to(device, dtype)
     settings = TrainOptions(**{"lr": 0.05, "epochs": 10, "warmup_epochs": 2, "momentum": 0.9} | options)
     step = Step(method, settings, device)
     ready(step)
@@ -35,7 +42,8 @@ def trained(
         if number == 10:
             step.meter.reset()
         for plan in method.plans(number):
-            run(*(x.to(device) for x in batch(number % 3, 8)), plan)
+            images, target = batch(number % 3, 8)
+            run(images.to(device, dtype), target.to(device), plan)
     state = step.state_dict() | {"terms": step.meter.read(), "bad": step.nonfinite.clone()}
     return state, run
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd.bench import accuracy, accuracy_report, fashion
+from fastkd.bench import fashion
+from fastkd.bench.scripts import accuracy
 from fastkd.errors import UserError
 
 
@@ -99,23 +100,23 @@ def made_record() -> dict:
 
 
 def test_means_and_sample_deviations():
-    assert accuracy_report.mean_and_deviation([92.0, 94.0, 99.0]) == (95.0, math.sqrt((9 + 1 + 16) / 2))
-    assert accuracy_report.mean_and_deviation([91.0]) == (91.0, None)
-    assert accuracy_report.gains(made_record(), "kd") == [2.0, 1.0, 6.0]
+    assert accuracy.mean_and_deviation([92.0, 94.0, 99.0]) == (95.0, math.sqrt((9 + 1 + 16) / 2))
+    assert accuracy.mean_and_deviation([91.0]) == (91.0, None)
+    assert accuracy.gains(made_record(), "kd") == [2.0, 1.0, 6.0]
 
 
 def test_the_table_by_hand():
-    lines = accuracy_report.table(made_record()).splitlines()
+    lines = accuracy.table(made_record()).splitlines()
     assert lines[2] == "| teacher | 3 | 98.00 ± 1.00 |  |  | 10 |"
     assert lines[3] == "| student alone | 3 | 92.00 ± 1.73 |  |  | 10 |"
     assert lines[4] == "| kd | 3 | 95.00 ± 3.61 | +3.00 ± 2.65 |  | 10 |"
     assert lines[5] == "| dml | 1 | 91.00 | +1.00 | peer1 88.50 | 10 |"
     assert lines[-1] == "dml, seed 1 failed: training diverged"
-    assert "one is 0.28 %" in accuracy_report.heading(made_record())
+    assert "one is 0.28 %" in accuracy.heading(made_record())
 
 
 def test_the_picture(tmp_path):
-    accuracy_report.draw(made_record(), tmp_path / "deep/a.png")
+    accuracy.draw(made_record(), tmp_path / "deep/a.png")
     assert (tmp_path / "deep/a.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -10,34 +10,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd.bench import clock, eager
-from fastkd.bench.cases import Case, cases, contenders, least_bytes, logits
-from fastkd.bench.clock import Work, interleaved, wall_ms
-from fastkd.bench.command import show
-from fastkd.bench.measure import judge, measure
-from fastkd.bench.report import colour, notes, ratios, rows, verdict
+from fastkd.bench import timing
+from fastkd.bench.losses import baselines
+from fastkd.bench.losses.cases import COMPILED, Case, cases, least_bytes, logits, ways
+from fastkd.bench.losses.measure import colour, judge, measure, notes, ratios, rows, show_losses, verdict
+from fastkd.bench.timing import Work, interleaved, wall_ms
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
 def wrong_value(student, teacher, target):
-    return eager.kd(student, teacher, target) * 1.01
+    return baselines.kd(student, teacher, target) * 1.01
 
 
 def wrong_gradient(student, teacher, target):
-    right = eager.kd(student, teacher, target)
+    right = baselines.kd(student, teacher, target)
     return right.detach() + 0.98 * (right - right.detach())
 
 
 def spoils_its_input(student, teacher, target):
-    loss = eager.kd(student, teacher, target)
+    loss = baselines.kd(student, teacher, target)
     teacher.mul_(0.5)
     return loss
 
 
 def nothing_but_nan(student, teacher, target):
-    return eager.kd(student, teacher, target) * torch.nan
+    return baselines.kd(student, teacher, target) * torch.nan
 
 
 def breaks(student, teacher, target):
@@ -45,12 +44,12 @@ def breaks(student, teacher, target):
 
 
 def case_of(**others) -> Case:
-    return Case("KD 6 x 5", logits(2, 6, 5), eager.kd, eager.kd, 1, others)
+    return Case("KD 6 x 5", logits(2, 6, 5), baselines.kd, baselines.kd, 1, others)
 
 
 @pytest.mark.parametrize("wrong", [wrong_value, wrong_gradient, spoils_its_input, nothing_but_nan])
 def test_a_wrong_contender_is_reported_and_gets_no_time(wrong):
-    record = measure(case_of(wrong=wrong), CPU, 0.0, compiled=False, copy_rate=1e9)
+    record = measure(case_of(wrong=wrong), CPU, 0.0, compiled=False, bandwidth=1e9)
     found = record["contenders"]
     assert found["wrong"]["status"] == "wrong" and "off by" in found["wrong"]["reason"]
     assert "times" not in found["wrong"] and "copy_rate_percent" not in found["wrong"]
@@ -59,13 +58,13 @@ def test_a_wrong_contender_is_reported_and_gets_no_time(wrong):
 
 
 def test_when_fastkd_is_wrong_its_row_has_no_number():
-    case = Case("KD 6 x 5", logits(2, 6, 5), wrong_value, eager.kd, 1)
-    record = measure(case, CPU, 0.0, compiled=False, copy_rate=1e9)
-    assert rows(record) == [["KD 6 x 5", "-", "-", "-", "wrong", "-"]]
+    case = Case("KD 6 x 5", logits(2, 6, 5), wrong_value, baselines.kd, 1)
+    record = measure(case, CPU, 0.0, compiled=False, bandwidth=1e9)
+    assert rows(record) == [["KD 6 x 5", "-", "-", "-", "-", "wrong", "-"]]
 
 
 def test_what_cannot_be_built_is_unavailable_with_the_reason():
-    record = measure(case_of(broken=breaks), CPU, 0.0, compiled=False, copy_rate=1e9)
+    record = measure(case_of(broken=breaks), CPU, 0.0, compiled=False, bandwidth=1e9)
     assert record["contenders"]["broken"] == {"status": "unavailable", "reason": "no compiler here"}
 
 
@@ -74,7 +73,7 @@ def test_what_cannot_be_built_is_unavailable_with_the_reason():
 )
 def test_every_contender_of_every_case_is_right(case):
     tensors = case.make(CPU, torch.float32)
-    found = judge(case, contenders(case, compiled=False), tensors)
+    found = judge(case, ways(case, compiled=False), tensors)
     assert {verdict["status"] for verdict in found.values()} == {"right"}, found
 
 
@@ -106,7 +105,15 @@ def test_the_table_of_ratios(compiled, said, best, least):
     record = {"case": "KD", "contenders": found}
     assert ratios(record, "call") == {"eager": 3.0, "compile": compiled[1] / 2}
     assert verdict(record, "call") == said
-    assert rows(record) == [["KD", "2.000", "3.00x", f"{least} {best}", said, "12"]]
+    assert rows(record) == [["KD", "2.000", "3.00x", "-", f"{least} {best}", said, "12"]]
+
+
+def test_compiled_fastkd_is_compared_with_compiled_torch_alone():
+    found = {"fastkd": contender(1.9, 2, 2.1), "eager": contender(5, 6, 7)}
+    found |= {COMPILED: contender(0.5, 1, 1.5), "compile": contender(2.9, 3, 3.1)}
+    record = {"case": "KD", "contenders": found}
+    assert ratios(record, "call") == {"eager": 3.0, "compile": 1.5}
+    assert rows(record) == [["KD", "2.000", "3.00x", "3.00x", "1.50x compile", "faster", "12"]]
 
 
 def test_a_graph_has_a_row_of_its_own(capsys):
@@ -115,8 +122,8 @@ def test_a_graph_has_a_row_of_its_own(capsys):
         found[name]["times"]["both"]["graph"] = {"n": 9, "median": 1.0, "p20": 1.0, "p80": 1.0}
     found["eager"]["no_graph"] = "a sync"
     record = {"case": "KD", "contenders": found}
-    assert [(row[0], row[4]) for row in rows(record)] == [("KD", "faster"), ("KD (graph)", "even")]
-    show({"cases": [record], "quick": False, **ABOUT})
+    assert [(row[0], row[5]) for row in rows(record)] == [("KD", "faster"), ("KD (graph)", "even")]
+    show_losses({"cases": [record], "quick": False, **ABOUT})
     assert "KD: eager cannot be captured: a sync" in capsys.readouterr().out
 
 
@@ -146,15 +153,15 @@ def test_benchmarks_are_collected_without_a_warning():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-W", "error::pytest.PytestWarning", "bench"]
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     run = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
-    assert run.returncode == 0 and "KD 128 x 100-ours-both" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 0 and "KD 128 x 100-ours compiled-both" in run.stdout, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("script", ["aot.py", "gpu_gate.py"])
+@pytest.mark.parametrize("script", ["aot.py", "gpu_gate.py", "step_counts.py"])
 def test_scripts_know_their_options(script):
-    command = [sys.executable, ROOT / "bench" / script]
+    command = [sys.executable, ROOT / "bench" / "scripts" / script]
     wrong, helped = (subprocess.run([*command, x], capture_output=True, text=True) for x in ("--foo", "--help"))
     assert wrong.returncode == 2 and "unrecognized arguments: --foo" in wrong.stderr
-    assert helped.returncode == 0 and f"python bench/{script}" in helped.stdout
+    assert helped.returncode == 0 and f"python bench/scripts/{script}" in helped.stdout
 
 
 def noted(order: list[str], name: str) -> Work:
@@ -162,7 +169,7 @@ def noted(order: list[str], name: str) -> Work:
 
 
 def test_bouts_take_turns_and_preparing_is_not_timed(monkeypatch):
-    monkeypatch.setattr(clock, "BOUT", 0)
+    monkeypatch.setattr(timing, "BOUT", 0)
     order, timed = [], []
     calls = {name: noted(order, name) for name in "ab"}
     found = interleaved(calls, lambda work: (work.run(work.prepare()), timed.append(1), 1.0)[2], seconds=0, least=3)
@@ -217,5 +224,5 @@ def test_help_teaches(fastkd):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gate_without_a_gpu_says_so():
-    run = subprocess.run([sys.executable, ROOT / "bench/gpu_gate.py"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, ROOT / "bench/scripts/gpu_gate.py"], capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "no CUDA device" in run.stderr, run.stderr

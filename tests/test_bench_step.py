@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from fastkd import create_model
-from fastkd.bench import contenders, swap
-from fastkd.bench.contenders import BOUNDS, Ours, Plain, WithoutLoss, makers, options
-from fastkd.bench.count import counted
-from fastkd.bench.operators import WAYS, count, table
-from fastkd.bench.pair import Pair, cycle
-from fastkd.bench.parts import PARTS, breakdown
-from fastkd.bench.step import measure_step, own_step
-from fastkd.bench.step_report import best_baseline, columns, markdown, notes, ours, rows
-from fastkd.bench.step_times import compare, difference, prepared, time_steps
+from fastkd.bench.scripts.step_counts import WAYS, count, table, trace
+from fastkd.bench.steps import baselines
+from fastkd.bench.steps.baselines import BOUNDS, Fastkd, Loop, WithoutLoss, eager_step, makers, options
+from fastkd.bench.steps.breakdown import PARTS, breakdown
+from fastkd.bench.steps.measure import compare, difference, marked_step, measure_step, prepared, time_steps
+from fastkd.bench.steps.report import best_baseline, columns, markdown, notes, ours, rows
+from fastkd.bench.steps.workload import Workload, cycle
+from fastkd.bench.timing import counted
 from fastkd.engine import Step
 from fastkd.engine.mixup import Mixup
 from fastkd.errors import UserError
@@ -27,14 +26,14 @@ CPU = torch.device("cpu")
 NONE = Mixup(0.0, 0.0, 0.0, 10)
 
 
-def small(method: str) -> Pair:
-    return Pair(method, "resnet14", "resnet8", (), 4, 16, 10).filled(CPU)
+def small(method: str) -> Workload:
+    return Workload(method, "resnet14", "resnet8", (), 4, 16, 10).filled(CPU)
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr("fastkd.bench.clock.BOUT", 0)
-    monkeypatch.setattr("fastkd.bench.step.QUICK", 0)
+    monkeypatch.setattr("fastkd.bench.timing.BOUT", 0)
+    monkeypatch.setattr("fastkd.bench.steps.measure.QUICK", 0)
 
 
 @pytest.mark.parametrize("name", [*METHODS, "iekd+kd"])
@@ -52,10 +51,10 @@ def test_every_contender_of_every_method_has_the_loss_of_fastkd(name):
 @pytest.mark.parametrize("name", ["kd", "sokd", "dcm", "iekd", "iakd"])
 def test_the_parts_are_the_whole(name, monkeypatch):
     # the time of this process alone: other work on the machine does not count
-    monkeypatch.setattr("fastkd.bench.parts.time", SimpleNamespace(perf_counter=time.process_time))
-    pair = Pair(name, "resnet14", "resnet8", (), 16, 32, 10).filled(CPU)
+    monkeypatch.setattr("fastkd.bench.steps.breakdown.time", SimpleNamespace(perf_counter=time.process_time))
+    pair = Workload(name, "resnet14", "resnet8", (), 16, 32, 10).filled(CPU)
     method, batch = pair.build(CPU), pair.batch(CPU)
-    parts = breakdown(own_step(method, CPU), NONE, batch, cycle(method), rounds=3)
+    parts = breakdown(marked_step(method, CPU), NONE, batch, cycle(method), rounds=3)
     total, whole = sum(parts[part]["median"] for part in PARTS), parts["whole"]["median"]
     assert 0.75 < total / whole < 1.25, parts
     assert (parts["teacher"]["median"] > 0) == (name in ("kd", "sokd", "iekd"))
@@ -66,7 +65,7 @@ def test_the_parts_are_the_whole(name, monkeypatch):
 def test_a_step_in_parts_changes_the_weights_as_a_step_does():
     pair = small("sokd")
     method, batch = pair.build(CPU), pair.batch(CPU)
-    cut, whole = own_step(method, CPU), own_step(method, CPU)
+    cut, whole = marked_step(method, CPU), eager_step(method, CPU)
     breakdown(cut, NONE, batch, [(None,)], rounds=1)
     for _ in range(4):
         whole(*batch)
@@ -77,18 +76,18 @@ def test_a_step_in_parts_changes_the_weights_as_a_step_does():
 def wrong_loss(notes):
     pair = small("kd")
     method = pair.build(CPU)
-    return Plain(lambda *batch: 1.01 * sum(method(*batch).values()), method.param_groups(0.01), CPU)
+    return Loop(lambda *batch: 1.01 * sum(method(*batch).values()), method.param_groups(0.01), CPU)
 
 
 def wrong_rate(notes):
-    run = Ours(own_step(small("kd").build(CPU), CPU))
+    run = Fastkd(eager_step(small("kd").build(CPU), CPU))
     run.step.optimizer.param_groups[0]["lr"].zero_()
     return run
 
 
 def not_a_number(notes):
     method = small("kd").build(CPU)
-    return Plain(lambda *batch: torch.nan * sum(method(*batch).values()), method.param_groups(0.01), CPU)
+    return Loop(lambda *batch: torch.nan * sum(method(*batch).values()), method.param_groups(0.01), CPU)
 
 
 def breaks(notes):
@@ -102,7 +101,7 @@ def breaks(notes):
 )  # fmt: skip
 def test_what_is_wrong_gets_no_time(monkeypatch, make, status, word):
     eager = makers(small("kd").build(CPU), small("kd").batch(CPU), False)["fastkd eager"]
-    monkeypatch.setattr("fastkd.bench.step.makers", lambda *_: {"fastkd eager": eager, "other": make})
+    monkeypatch.setattr("fastkd.bench.steps.measure.makers", lambda *_: {"fastkd eager": eager, "other": make})
     record = measure_step(small("kd"), CPU, quick=True, compiled=False)
     assert record["contenders"]["fastkd eager"]["img_per_s"] > 0
     other = record["contenders"]["other"]
@@ -119,7 +118,7 @@ def test_differences_count_against_the_size_of_the_loss():
 @pytest.mark.parametrize("name", ["dcm", "kd", "iekd", "ofd", "rkd", "sp", "dist"])
 def test_without_a_loss_every_network_still_learns_and_no_loss_runs(name):
     method, batch = small(name).build(CPU), small(name).batch(CPU)
-    step, full = WithoutLoss(method, options(), CPU), own_step(method, CPU)
+    step, full = WithoutLoss(method, options(), CPU), eager_step(method, CPU)
     step(*batch)
     full(*batch)
     before = [weight.clone() for weight in step.parameters]
@@ -131,18 +130,18 @@ def test_without_a_loss_every_network_still_learns_and_no_loss_runs(name):
 def test_the_losses_are_put_back():
     from fastkd.losses import features, logits
 
-    before = {name: getattr(home, name) for home, names in ((logits, swap.LOGITS), (features, swap.FEATURES))
+    before = {name: getattr(home, name) for home, names in ((logits, baselines.LOGITS), (features, baselines.FEATURES))
               for name in names}  # fmt: skip
-    with pytest.raises(RuntimeError), swap.official(), swap.NoLoss():
+    with pytest.raises(RuntimeError), baselines.published_losses(), baselines.NoLoss():
         assert logits.kd_loss is not before["kd_loss"]
         raise RuntimeError
-    assert before == {name: getattr(features if name in swap.FEATURES else logits, name) for name in before}
+    assert before == {name: getattr(features if name in baselines.FEATURES else logits, name) for name in before}
     assert torch.nn.functional.cross_entropy.__module__ == "torch.nn.functional"
 
 
 def test_operators_syncs_and_layouts_are_counted():
     method, batch = small("kd").build(CPU), small("kd").batch(CPU)
-    step = own_step(method, CPU)
+    step = eager_step(method, CPU)
     fine = counted(lambda: step(*batch))
     assert fine.operators > 50 and fine.convolutions > 20 and (fine.syncs, fine.slow) == (0, 0)
     method.to(memory_format=torch.contiguous_format)
@@ -185,7 +184,7 @@ SMALL = ["--teacher", "resnet14", "--student", "resnet8", "-b", "4", "--image-si
 
 
 def test_the_command_writes_its_files(fastkd, tmp_path, monkeypatch):
-    monkeypatch.setattr(contenders, "best_form", lambda method, images, notes: own_step(method, images.device))
+    monkeypatch.setattr(baselines, "best_form", lambda method, images, notes: eager_step(method, images.device))
     files = ["--json", "deep/kd.json", "--plot", "deep/kd.png", "--trace", "deep/kd.trace.json"]
     status, out, err = fastkd("bench", "step", "--quick", *SMALL, *files)
     assert (status, err) == (0, "") and "kd resnet14 -> resnet8, 4 images of 16 px, 10 classes" in out
@@ -220,7 +219,7 @@ def test_bad_options_are_one_line(fastkd, arguments, words):
 
 def test_a_pair_that_does_not_fit_is_said():
     with pytest.raises(UserError, match="stages"):
-        Pair("iakd", "timm/resnet18", "resnet8", (), 2, 32, 10).build(CPU)
+        Workload("iakd", "timm/resnet18", "resnet8", (), 2, 32, 10).build(CPU)
 
 
 def test_doctor_of_a_pair(fastkd, monkeypatch):
@@ -234,9 +233,13 @@ def test_doctor_of_a_pair(fastkd, monkeypatch):
 
 @pytest.mark.parametrize("method, word", [("dcm", "no teacher"), ("ofd", "before the activation")])
 def test_doctor_says_why_a_teacher_is_plain(method, word):
-    from fastkd.bench.examine import examine
+    from fastkd.commands.step_doctor import examine_step
 
-    (row,) = (row for row in examine(vars(Pair(method, "resnet14", "resnet8")) | {"batch_size": 4}) if "form" in row[0])
+    (row,) = (
+        row
+        for row in examine_step(vars(Workload(method, "resnet14", "resnet8")) | {"batch_size": 4})
+        if "form" in row[0]
+    )
     assert word in row[2]
 
 
@@ -255,7 +258,7 @@ def test_help_teaches(fastkd):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["kd", "dcm", "iakd", "sokd"])
 def test_on_a_gpu_graphs_are_right_and_nothing_waits(name):
-    pair = Pair(name, "resnet14", "resnet8", (), 16, 32, 10)
+    pair = Workload(name, "resnet14", "resnet8", (), 16, 32, 10)
     record = measure_step(pair, torch.device("cuda"), quick=True, compiled=False)
     for way in (way for way in record["contenders"] if way.startswith("fastkd")):
         found = record["contenders"][way]
@@ -270,3 +273,13 @@ def test_operators_of_a_step():
     assert dcm["fastkd, fused teacher"] is None and dcm["fastkd"] < dcm["as published"]
     lines = table({"dcm resnet8 | resnet8": dcm}).splitlines()
     assert lines[-1] == f"| dcm resnet8 and resnet8 | {' | '.join(f'{dcm[way]:,}' for way in WAYS[:3])} | - |"
+
+
+def test_the_files_of_a_call_are_counted():
+    pair = small("kd")
+    step, batch = eager_step(pair.build(CPU), CPU), pair.batch(CPU)
+    found = trace(lambda: step(*batch))
+    assert found.sequence[0] == "fastkd/engine/step.py" and "fastkd/methods/kd.py" in found.sequence
+    assert all(before != after for before, after in zip(found.sequence, found.sequence[1:], strict=False))
+    assert found.files + found.returns == len(found.sequence) > found.files
+    assert trace(lambda: sum([1])).sequence == []

@@ -88,12 +88,12 @@ def test_an_interrupt_says_how_to_go_on(fastkd, monkeypatch):
     def interrupted(job):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastkd.job.Job.distill", interrupted)
+    monkeypatch.setattr("fastkd.commands.train.Job.distill", interrupted)
     options = [*QUICK, "--method", "ce", "--no-baseline"]
     status, _, err = fastkd("train", *options, "--out", "my run")
     assert (status, err) == (130, "fastkd: stopped; go on with `fastkd train --out 'my run' --resume`\n")
     assert "--out runs/digits-ce-resnet8 --resume" in fastkd("train", *options)[2]
-    monkeypatch.setattr("fastkd.job.Job.claim", interrupted)
+    monkeypatch.setattr("fastkd.commands.train.Job.claim", interrupted)
     assert fastkd("train", *options)[::2] == (130, "fastkd: stopped\n")
 
 
@@ -197,7 +197,7 @@ def test_doctor_names_the_paths(fastkd):
         (["train", "--baseline", "maybe"], ["--baseline takes no value, got 'maybe'"]),
         (["train", "--method", "ce", "--temperature", "3"], ["method ce has no option temperature", "have it: kd"]),
         (["train", "--seed", "-1"], ["--seed must be >= 0", "got -1"]),
-        (["train", "--ce-weight", "0", "--kd-weight", "0"], ["--ce-weight", "--kd-weight", "both 0"]),
+        (["train", "--ce-weight", "0", "--kd-weight", "0"], ["--ce-weight", "--kd-weight", "all 0"]),
         (["train", "--sched", "multistep", "--decay-milestones", "50", "-3"], ["--epochs 12", "got 50 -3"]),
         (["train", "--epochs", "0"], ["--epochs", "got 0"]),
         (["train", "--epochs", "-3"], ["--epochs", "-3"]),

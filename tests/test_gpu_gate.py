@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd.bench import gpu_gate
-from fastkd.bench.cases import Case, logits
-from fastkd.bench.eager import kd
-from fastkd.bench.forms import IMAGES, measure
-from fastkd.bench.gate_report import report
-from fastkd.bench.gpu_gate import CIFAR, IMAGENET, new_record, place, run_accuracy, run_step, work_off
-from fastkd.bench.pair import Pair
-from fastkd.bench.report import losses
+from fastkd.bench.losses.baselines import kd
+from fastkd.bench.losses.cases import Case, logits
+from fastkd.bench.losses.measure import measure_losses
+from fastkd.bench.scripts import gpu_gate, teacher_forms
+from fastkd.bench.scripts.gpu_gate import CIFAR, IMAGENET, new_record, place, report, run_accuracy, run_step, work_off
+from fastkd.bench.steps.workload import Workload
 
 ROOT = Path(__file__).parent.parent
 CPU, NEVER = torch.device("cpu"), float("inf")
@@ -27,9 +25,9 @@ GREEN = {"command": "pytest", "status": 0, "seconds": 1.0, "output": ["1 passed"
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr("fastkd.bench.clock.BOUT", 0)
-    monkeypatch.setattr("fastkd.bench.step.QUICK", 0)
-    monkeypatch.setattr("fastkd.bench.report.copy_rate", lambda *_, **__: 1e9)
+    monkeypatch.setattr("fastkd.bench.timing.BOUT", 0)
+    monkeypatch.setattr("fastkd.bench.steps.measure.QUICK", 0)
+    monkeypatch.setattr("fastkd.bench.losses.measure.copy_rate", lambda *_, **__: 1e9)
 
 
 def jobs(done: list[str], **more) -> list:
@@ -41,14 +39,14 @@ def jobs(done: list[str], **more) -> list:
         return GREEN
 
     found = [("tests", "gpu", tests)]
-    found.append(("losses", case.name, lambda: (done.append("losses"), losses([case], CPU, True))[1]))
+    found.append(("losses", case.name, lambda: (done.append("losses"), measure_losses([case], CPU, True, print))[1]))
     found += [("steps", name, work) for name, work in more.items()]
     return found
 
 
 def test_all_of_it_and_the_markdown(tmp_path):
     path, record = tmp_path / "a-gate.json", new_record("CPU", True)
-    pair = Pair("kd", "resnet14", "resnet8", (), 4, 16, 10)
+    pair = Workload("kd", "resnet14", "resnet8", (), 4, 16, 10)
     todo = jobs([], **{pair.name: partial(run_step, pair, CPU, True)})
     todo.append(("accuracy", "fashion", lambda: run_accuracy(tmp_path, path, NEVER)))
     assert work_off(todo, record, path, NEVER) == 0
@@ -128,8 +126,10 @@ def test_the_pairs_of_the_gate_have_the_sizes_of_their_data(monkeypatch):
 
 def test_it_imports_without_what_a_machine_for_measuring_lacks():
     hidden = ["nvidia.dali", "tyro", "rich", "matplotlib", "tensorboard", "sklearn", "hypothesis", "apex"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({hidden}, None)); import fastkd.bench.gpu_gate as gate; "
-    code += "from fastkd.bench.screen import show_table; show_table(['a', 'b'], [['long', '1']], 1); "
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({hidden}, None)); import fastkd.bench.scripts.gpu_gate as gate; "
+    )
+    code += "from fastkd.bench import show_table; show_table(['a', 'b'], [['long', '1']], 1); "
     code += "print(gate.run_accuracy(gate.ROOT, gate.ROOT, 0.0))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -156,12 +156,16 @@ def test_its_tests_are_found_without_what_a_machine_for_measuring_lacks(tmp_path
     assert "test_gpu.py::test_graphs_learn" in run.stdout and "test_logit_loss.py::" in run.stdout
 
 
-def test_forms_of_a_teacher(monkeypatch):
-    monkeypatch.setitem(IMAGES["cpu"], 32, 2)
-    found = measure("resnet8", CPU)
+def test_forms_of_a_teacher(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(teacher_forms.IMAGES["cpu"], 32, 2)
+    monkeypatch.setattr(teacher_forms, "NETWORKS", ["resnet8", "resnet9"])
+    monkeypatch.setattr("sys.argv", ["teacher_forms.py", "--file", f"{tmp_path}/a-gate-forms.json"])
+    teacher_forms.main()
+    printed = capsys.readouterr().out.splitlines()
+    found = json.loads((tmp_path / "a-gate-forms.json").read_text())["forms"]["resnet8"]
     assert found["plain"]["ratio"] == 1 and found["folded"]["error"] < 1e-4
-    record = new_record("CPU", True) | {"forms": {"resnet8": found | {"fused": {"reason": "not possible"}}}}
-    record["forms"]["broken"] = {"error": "no memory"}
-    said = report(record)
-    assert f"| resnet8 | {found['plain']['ms']:.1f} | {found['folded']['ratio']:.2f}x | - | - |" in said
-    assert "broken failed: no memory" in said
+    monkeypatch.setattr(gpu_gate, "run_script", lambda words: printed)
+    forms = gpu_gate.run_forms(tmp_path / "a-gate.json")
+    text = report(new_record("CPU", True) | {"forms": {"all": forms}})
+    assert f"| resnet8 | {found['plain']['ms']:.1f} | {found['folded']['ratio']:.2f}x |" in text
+    assert "resnet9 failed: unknown model" in text

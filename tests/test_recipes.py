@@ -1,4 +1,4 @@
-"""The recipes: each reads, fits, can be built, and says where its values come from."""
+"""Every recipe parses, fits its networks and schedule, and names the source of each value."""
 
 import importlib.resources
 import re
@@ -31,7 +31,7 @@ def text_of(name: str) -> str:
 
 
 def heading(name: str) -> str:
-    """Its comment, as one line."""
+    """The comment at the top of a recipe, as one line."""
     lines = text_of(name).splitlines()
     return " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
 
@@ -82,7 +82,7 @@ def test_the_schedule_fits_and_stretches(name):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("cifar")])
 def test_cifar_rates_are_those_of_the_papers(name):
-    """Learning rate at the middle of each part of the run, by hand."""
+    """The learning rate in the middle of each phase, calculated by hand."""
     config = config_of(name)
     epochs, middles, factor = CIFAR_SCHEDULES[SCHEDULED_LIKE.get(config.run.method, config.run.method)]
     group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": torch.tensor(0.0), "base_lr": config.train.lr}
@@ -99,7 +99,7 @@ def test_its_networks_exist(network):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_its_weights_have_that_name(name):
-    """Of a library that is asked without its network: the download is the user's."""
+    """timm lists the weights. They are not downloaded here."""
     import timm
 
     names = config_of(name).networks
@@ -109,7 +109,7 @@ def test_its_weights_have_that_name(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_its_method_takes_its_networks(name):
-    """Big ones of kd and iakd without memory; elsewhere, where weights are drawn, a smaller one of the same kind."""
+    """Large networks are on the meta device. Methods that initialise weights get a smaller network of the same kind."""
     config = config_of(name)
     kind, nets = METHODS[config.run.method], networks_of(config)
     draws = config.run.method in ("sokd", "dcm", "iekd")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,53 @@ def test_a_loader_that_is_none_is_an_error_that_names_what_it_lacks(tiny_net, ti
         Trainer(CE(tiny_net()), plain, val, options)
     assert not (tmp_path / "run").exists()
     assert Trainer(CE(tiny_net()), train, plain, options).fit().history  # to evaluate, batches are enough
+
+
+class Batches:
+    """A training loader of random images that says it has `length` batches and gives `given[epoch]`."""
+
+    classes, samples = ("a", "b", "c", "d"), 16
+
+    def __init__(self, length: int, *given: int):
+        self.length, self.given, self.epoch = length, given, 0
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        count = self.given[self.epoch]
+        self.epoch += 1
+        for _ in range(count):
+            yield torch.randn(8, 3, 8, 8), torch.arange(8) % 4
+
+    def state_dict(self):
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state):
+        self.epoch = state["epoch"]
+
+
+@pytest.mark.parametrize("length", [0, 2])
+def test_an_empty_training_loader_is_an_error_before_anything_is_written(tiny_net, tiny_loaders, tmp_path, length):
+    options = TrainOptions(epochs=1, out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=f"train_loader is empty: it gives no batch .its length is {length}"):
+        Trainer(CE(tiny_net()), Batches(length, 0), tiny_loaders()[1], options)
+    with pytest.raises(UserError, match="val_loader is empty"):
+        Trainer(CE(tiny_net()), Batches(2, 2), [], options)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="the evaluation loader gave no images"):
+        Trainer(CE(tiny_net()), Batches(2, 2), Batches(1, 0), options).fit()
+
+
+def test_a_loader_with_fewer_batches_than_its_length(tiny_net, tiny_loaders, tmp_path, capsys):
+    """Each epoch is reported as it was; an epoch without a batch is an error. IAKD counts the draws of its steps."""
+    options = TrainOptions(epochs=2, lr=0.01, out=str(tmp_path / "run"), device="cpu")
+    history = Trainer(iakd(), Batches(3, 3, 2), tiny_loaders()[1], options).fit().history
+    assert [row["epoch"] for row in history] == [1, 2] and 0 <= history[1]["gate1_share"] <= 1
+    out = capsys.readouterr().out
+    assert "warning: train_loader gave 2 batches in epoch 2, but its length is 3" in out and "in epoch 1," not in out
+    with pytest.raises(UserError, match="train_loader gave no batch in epoch 2; .* is 3"):
+        Trainer(CE(tiny_net()), Batches(3, 3, 0), tiny_loaders()[1], replace(options, out=str(tmp_path / "b"))).fit()
 
 
 def test_best_checkpoint_is_a_weights_file_too(tiny_net, tiny_loaders, tmp_path):

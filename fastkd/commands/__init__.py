@@ -1,0 +1,1 @@
+"""The commands of `fastkd`: one command, one file, each with `run(arguments)`."""

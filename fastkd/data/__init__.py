@@ -1,12 +1,12 @@
-"""Where batches come from: `create_loaders` makes the two that a run needs.
+"""Where batches come from: `create_loaders` makes the training and the evaluation loader of a run.
 
-base.py       the protocol, and the rule that splits an epoch over processes
-scan.py       the images of a folder, and what is wrong with them
+base.py       the Loader protocol, and the rule that splits an epoch over processes
+scan.py       finds the images of a folder and checks them
 folder.py     a folder of images, decoded by torchvision in worker processes
-dali.py       the same folder, decoded by NVIDIA DALI: faster, and on the GPU where there is one
+dali.py       a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
 digits.py     1,797 real images inside the package
-normalise.py  from bytes to normalised channels-last batches
-synthetic.py  random images that are already on the device, to measure everything else
+normalise.py  bytes to normalised channels-last batches
+synthetic.py  random images that are already on the device, to measure a run without loading data
 """
 
 import math
@@ -19,11 +19,11 @@ from typing import Literal, get_args
 import torch
 
 from ..errors import UserError, nearest
-from .base import IMAGENET_MEAN, IMAGENET_STD, Loader
+from .base import IMAGENET_MEAN, IMAGENET_STD, Loader, Shard
 
 
 def default_workers() -> int:
-    """This process's share of the machine's cores, 16 at the most."""
+    """The number of cores divided by the number of processes on this machine, 16 at most."""
     return max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
@@ -45,15 +45,15 @@ class DataOptions:
     workers: int = field(default_factory=default_workers)
     """Decoding threads (DALI, at least 1) or processes (torchvision; 0: the training process itself), per process."""
     hw_decoder_load: float = 0.65
-    """Share of the JPEGs that the GPU's hardware decoder takes, 0 to 1; DALI on CUDA only."""
+    """Fraction of the JPEGs that the GPU's hardware decoder decodes, 0 to 1; DALI on CUDA only."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Subtracted from each channel of an image in [0, 1]; the digits have their own."""
+    """Mean of each channel of images in [0, 1], which is subtracted; not used for the digits."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """Divides each channel after that."""
+    """Standard deviation of each channel, by which it is divided; not used for the digits."""
     synthetic_classes: int = 1000
     """Classes of the synthetic data."""
     synthetic_samples: int = 51200
-    """Training images per epoch of the synthetic data, over all processes; a tenth as many are there for evaluation."""
+    """Training images per epoch of the synthetic data, over all processes; evaluation uses a tenth as many."""
 
     def __post_init__(self) -> None:
         if self.loader not in get_args(LoaderName):
@@ -64,7 +64,7 @@ class DataOptions:
             if getattr(self, name) < low:
                 raise UserError(f"{name}={getattr(self, name)}: give at least {low}")
         if not 0 <= self.hw_decoder_load <= 1:
-            raise UserError(f"hw_decoder_load={self.hw_decoder_load}: give a share from 0 to 1")
+            raise UserError(f"hw_decoder_load={self.hw_decoder_load}: give a fraction from 0 to 1")
         self._check_normalisation()
 
     def _check_normalisation(self) -> None:
@@ -87,27 +87,24 @@ def create_loaders(
 ) -> tuple[Loader, Loader]:
     """The training and the evaluation loader: batches of `dtype` on `device`, this process's share of each epoch.
 
-    `log` gets one line for each choice made here. Raises UserError for data that cannot be trained on.
+    `log` gets one line for each choice made here. Raises UserError if the data cannot be used.
     """
-    shard = {"seed": seed, "rank": rank, "world_size": world_size, "dtype": dtype}
+    shard = Shard(seed, rank, world_size, dtype)
     if options.data in ("digits", "synthetic"):
         _reject_dali(options)
     if options.data == "digits":
         from .digits import create_digits
 
-        return create_digits(options, device, **shard)
+        return create_digits(options, device, shard)
     if options.data == "synthetic":
         from .synthetic import create_synthetic
 
-        return create_synthetic(options, device, **shard)
-    from .folder import FolderLoader
+        return create_synthetic(options, device, shard)
     from .scan import scan_pair
 
     train, val = scan_pair(options.data)
-    loader = FolderLoader
-    if _choose(options, log) == "dali":
-        from .dali import DaliLoader as loader
-    return tuple(loader(split, options, device, train=split is train, **shard) for split in (train, val))
+    loader = _folder_loader(options, log)
+    return loader(train, options, device, shard, train=True), loader(val, options, device, shard, train=False)
 
 
 def _reject_dali(options: DataOptions) -> None:
@@ -118,8 +115,18 @@ def _reject_dali(options: DataOptions) -> None:
         )
 
 
+def _folder_loader(options: DataOptions, log: Callable[[str], None]) -> Callable[..., Loader]:
+    if _choose(options, log) == "dali":
+        from .dali import DaliLoader
+
+        return DaliLoader
+    from .folder import FolderLoader
+
+    return FolderLoader
+
+
 def _choose(options: DataOptions, log: Callable[[str], None]) -> str:
-    """The decoder of a folder, said aloud where the program chose it."""
+    """The decoder of a folder. It is logged if the program chose it."""
     installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
     if options.loader == "dali" and not installed:
         raise UserError("loader='dali' needs NVIDIA DALI: pip install 'fastkd[dali]', or take loader='folder'")

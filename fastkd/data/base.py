@@ -1,8 +1,10 @@
 """What the trainer needs from a source of batches, and how an epoch is split over processes."""
 
 import hashlib
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +18,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Loader(Protocol):
     """Batches that are ready to use: on the device, channels-last, normalised.
 
-    Iterating gives one epoch of (images [B, 3, H, W] floating, target [B] int64). `len()` is the number of batches this
-    process sees in an epoch. A training loader counts the epochs it has given; `load_state_dict(state_dict())`, called
-    between epochs, makes another loader continue with exactly the batches that this one would have given next.
+    Iterating gives one epoch of (images [B, 3, H, W] floating, target [B] int64). `len()` is the number of batches of
+    this process in an epoch. A training loader counts its complete epochs. `other.load_state_dict(loader.state_dict())`
+    between epochs makes `other` continue with exactly the batches that `loader` would have given next.
 
-    An epoch counts as given once its last batch is handed out: one that was left in the middle is given again, by this
+    An epoch is complete when its last batch has been given. An epoch that was stopped before is given again, by this
     loader and by one that loads its state. An evaluation loader gives the same batches each time; its state is empty.
     """
 
@@ -31,6 +33,53 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: dict) -> None: ...
+
+
+def check_loaders(train_loader: Loader, val_loader: Iterable, gather: Callable[[Any], list[Any]]) -> None:
+    """Raise UserError if a loader lacks what the trainer needs, or gives no batch. The training loader is rewound.
+
+    A torch DataLoader is enough for evaluation, but not for training: it cannot be continued at a given epoch.
+    `gather(x)` gives the x of every process. A process may have no images to evaluate if another has some.
+    """
+    names = ("__iter__", "__len__", "classes", "samples", "state_dict", "load_state_dict")
+    for role, loader, wanted in (("train_loader", train_loader, names), ("val_loader", val_loader, names[:1])):
+        missing = [name for name in wanted if not hasattr(loader, name)]
+        if missing:
+            kind = type(loader).__name__
+            raise UserError(f"{role} ({kind}) lacks {', '.join(missing)}; see Loader in fastkd/data/base.py")
+    first_images(train_loader)
+    if all(gather(isinstance(val_loader, Sized) and len(val_loader) == 0)):
+        raise UserError("val_loader is empty: it gives no batch (its length is 0)")
+
+
+def check_count(batches: int, loader: Loader, epoch: int, log: Callable[[str], None]) -> None:
+    """Raise UserError if an epoch had no batch; log a warning if it had another number than len(loader)."""
+    if batches == 0:
+        raise UserError(f"train_loader gave no batch in epoch {epoch}; len(train_loader) is {len(loader)}")
+    if batches != len(loader):
+        log(f"warning: train_loader gave {batches} batches in epoch {epoch}, but its length is {len(loader)}")
+
+
+@contextmanager
+def rewound(loader: Loader) -> Iterator[None]:
+    """After the block, `loader` gives the batches that it would have given without the block."""
+    position = loader.state_dict()
+    yield
+    loader.load_state_dict(position)
+
+
+def first_images(train_loader: Loader) -> Tensor:
+    """The images of the next batch, [B, 3, H, W]. The loader is rewound. Raises UserError if there is no batch."""
+    with rewound(train_loader):
+        images = next((images for images, _ in train_loader), None) if len(train_loader) else None
+    if images is None:
+        raise UserError(f"train_loader is empty: it gives no batch (its length is {len(train_loader)})")
+    return images
+
+
+def describe(loader: Loader) -> dict[str, Any]:
+    """What must be equal when a run is resumed: the number of images, and the names of the classes."""
+    return {"images": loader.samples, "classes": list(loader.classes)}
 
 
 def shard_bounds(samples: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -50,7 +99,7 @@ def training_steps(samples: int, batch_size: int, world_size: int) -> int:
 
 
 def training_slices(samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:
-    """Where each training batch of this process begins and ends in the epoch's order: the rule of `training_steps`."""
+    """(start, stop) of each training batch of this process in the epoch's order; see `training_steps`."""
     if samples < 2 * world_size:
         raise UserError(
             f"{samples} training images for {world_size} processes: each process needs at least 2; "
@@ -62,9 +111,26 @@ def training_slices(samples: int, batch_size: int, rank: int, world_size: int) -
 
 
 def evaluation_slices(samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:
-    """Where each evaluation batch of this process begins and ends; together the processes cover each sample once."""
+    """(start, stop) of each evaluation batch of this process. Together the processes use each sample once."""
     first, last = shard_bounds(samples, rank, world_size)
     return [(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The share of an epoch that a process gets, and the dtype of its images."""
+
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    dtype: torch.dtype = torch.float32
+
+    def slices(self, samples: int, batch_size: int, *, train: bool) -> list[tuple[int, int]]:
+        """`training_slices` or `evaluation_slices`."""
+        return (training_slices if train else evaluation_slices)(samples, batch_size, self.rank, self.world_size)
+
+
+ONE_PROCESS = Shard()
 
 
 def resize_side(image_size: int) -> int:
@@ -73,7 +139,7 @@ def resize_side(image_size: int) -> int:
 
 
 def derived_seed(*numbers: int) -> int:
-    """One seed in [0, 2**31) from several numbers; 31 bits because DALI takes signed integers and mt19937 uses 32."""
+    """One seed in [0, 2**31) from several numbers: DALI takes signed 32-bit integers."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -84,10 +150,25 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
 
 
 def epoch_of(state: dict, loader: str) -> int:
-    """The epoch in a state that a `loader` wrote. Raises UserError where another kind of loader wrote it."""
+    """The epoch in a state that a `loader` wrote. Raises UserError if another kind of loader wrote it."""
     if state.get("loader") != loader:
         raise UserError(
             f"the checkpoint's data state was written by the {state.get('loader')!r} loader and this run uses "
             f"{loader!r}, whose batches differ: resume with the loader of the checkpoint"
         )
     return state["epoch"]
+
+
+class EpochCounter:
+    """The state of a loader whose batches depend only on the seed and the number of the epoch."""
+
+    name: str  # of the loader, in its state
+    train: bool
+    epoch: int  # complete epochs that the loader has given
+
+    def state_dict(self) -> dict:
+        return {"loader": self.name, "epoch": self.epoch} if self.train else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.train:
+            self.epoch = epoch_of(state, self.name)

@@ -1,63 +1,62 @@
-"""A folder of images, decoded, cropped and normalised by NVIDIA DALI: on the GPU where the device is one.
+"""A folder of images, decoded, cropped and normalised by NVIDIA DALI: on the GPU if the device is one.
 
-The crops have the same definition as in folder.py; evaluation agrees with it to rounding. DALI writes float16 (for a
+The crops are defined as in folder.py; in evaluation the images are equal up to rounding. DALI writes float16 (for a
 half-precision `dtype`; bfloat16 is cast from it) or float32 in HWC layout, so that `permute(0, 3, 1, 2)` is
-channels-last with no copy. EXIF orientation is ignored, as there.
+channels-last without a copy. EXIF orientation is ignored, as in folder.py.
 
-Training on the CPU, DALI draws and decodes the crops and torch resizes them: DALI's own antialiased CPU resize takes
-1.3 core-ms an image, more than the decoding; torch's takes 0.2 and gives torchvision's pixels.
+When training on the CPU, DALI decodes the crops and torch resizes them. DALI's antialiased CPU resize takes 1.3 core-ms
+an image, more than the decoding; torch's takes 0.2 and gives the same pixels as torchvision.
 
-DALI's reader shuffles the whole list after each epoch, the same way on every process; for the first epoch this file
-does. The crops and flips depend on the seed and the rank, so a state belongs to one rank: a run on several processes
-keeps one for each.
+DALI's reader shuffles the whole list after each epoch, equally on every process. This file shuffles the list for the
+first epoch. The crops and flips depend on the seed and the rank, so each process needs its own state.
 """
 
 import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import nvidia.dali.fn as fn
 import torch
 import torch.nn.functional as F
-from nvidia.dali import Pipeline, pipeline_def, types
+from nvidia.dali import Pipeline, pipeline_def
+from nvidia.dali.types import DALIDataType, DALIInterpType
 from torch import Tensor
 
 from ..errors import UserError
-from .base import (
-    derived_seed,
-    epoch_of,
-    epoch_order,
-    evaluation_slices,
-    resize_side,
-    shard_bounds,
-    training_slices,
-)
+from .base import ONE_PROCESS, Shard, derived_seed, epoch_of, epoch_order, resize_side, shard_bounds
 from .normalise import Normalise
 from .scan import Split
 
+if TYPE_CHECKING:
+    from nvidia.dali.data_node import DataNode
+
+    from . import DataOptions
+
 HALF = (torch.float16, torch.bfloat16)
+LINEAR: Any = DALIInterpType.INTERP_LINEAR  # Any: DALI's stubs know its enumerations by another name
 
 
 class DaliLoader:
     """A Loader (see base.py) over one split of a folder."""
 
-    def __init__(self, split: Split, options, device, *, train, seed=0, rank=0, world_size=1, dtype=torch.float32):
+    def __init__(
+        self, split: Split, options: "DataOptions", device: torch.device, shard: Shard = ONE_PROCESS, *, train: bool
+    ):
         if options.workers < 1:
             raise UserError("workers=0: DALI decodes in at least one thread; give workers=1, or loader='folder'")
         self.classes, self.samples, self.train = split.classes, len(split.files), train
-        self.split, self.options, self.device, self.dtype = split, options, device, dtype
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.slices = (training_slices if train else evaluation_slices)(
-            self.samples, options.batch_size, rank, world_size
-        )
-        self.threads = ThreadPoolExecutor(options.workers)  # not even started where DALI resizes
-        self.resized: Tensor | None = None  # bytes between resizing and normalising, used again for every batch
-        self.normalise = Normalise(options.mean, options.std, device, dtype)
+        self.split, self.options, self.device, self.dtype = split, options, device, shard.dtype
+        self.seed, self.rank, self.world_size = shard.seed, shard.rank, shard.world_size
+        self.slices = shard.slices(self.samples, options.batch_size, train=train)
+        self.threads = ThreadPoolExecutor(options.workers)  # starts no thread if DALI resizes
+        self.resized: Tensor | None = None  # bytes between resizing and normalising, reused for every batch
+        self.normalise = Normalise(options.mean, options.std, device, shard.dtype)
         self.lent: deque = deque()  # CUDA: DALI's outputs that torch may still be copying
         self.epoch = 0
-        self._boundary: bytes | None = None  # the pipeline's state where this epoch begins; None: as built
-        self._pipeline: Pipeline | None = None  # built when needed; None again where an epoch is left in its middle
+        self._boundary: bytes | None = None  # the pipeline's state at the beginning of this epoch; None: as built
+        self._pipeline: Pipeline | None = None  # built when needed; None if an epoch was not finished
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -70,7 +69,7 @@ class DaliLoader:
         for step, (start, stop) in enumerate(self.slices):
             batch = self._run(pipeline, step)
             runs += 1
-            if stop - start > batch_size:  # the rest of one or two images that joins this batch is DALI's next one
+            if stop - start > batch_size:  # the one or two last images, which join this batch, are DALI's next batch
                 batch = [torch.cat(pair) for pair in zip(batch, self._run(pipeline, step), strict=True)]
                 runs += 1
             if step == len(self) - 1:
@@ -78,7 +77,7 @@ class DaliLoader:
             yield batch[0][: stop - start], batch[1][: stop - start]
 
     def _finish(self, pipeline: Pipeline, runs: int) -> None:
-        """End the epoch: run what is only padding on this rank, so that DALI too stands between two epochs."""
+        """Run the batches that are only padding on this rank, so that DALI reaches the end of the epoch too."""
         for _ in range(runs, self._runs()):
             self._run(pipeline, len(self))
         self._pipeline = pipeline
@@ -87,7 +86,7 @@ class DaliLoader:
             self.epoch += 1
 
     def _runs(self) -> int:
-        """Batches of DALI's epoch: it pads every rank's share to the greatest one."""
+        """Batches of DALI's epoch: it pads every rank's share to the largest one."""
         share = -(-self.samples // self.world_size) if self.train else self.slices[-1][1] - self.slices[0][0]
         return -(-share // self.options.batch_size)
 
@@ -101,35 +100,35 @@ class DaliLoader:
         if self.train and not cuda:
             return self._resized_here(*outputs)
         images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-        # On the CPU the tensor owns DALI's buffer; on CUDA a copy, since that buffer knows nothing of torch's streams.
+        # On the CPU the tensor owns DALI's buffer. On CUDA it is copied, since DALI does not know torch's streams.
         batch = [images.permute(0, 3, 1, 2).to(self.dtype, copy=cuda), labels.squeeze(1).to(torch.int64, copy=cuda)]
         if cuda:
             self._hold(outputs)
         return batch
 
-    def _hold(self, outputs) -> None:
-        """Give DALI its memory back only when torch's stream has copied it; the wait is for a batch of two runs ago."""
+    def _hold(self, outputs: Any) -> None:
+        """Keep DALI's memory until torch's stream has copied it; this waits for the copy of two batches ago."""
         copied = torch.cuda.Event()
         copied.record()
         self.lent.append((outputs, copied))
         if len(self.lent) > 2:
             self.lent.popleft()[1].synchronize()
 
-    def _resized_here(self, crops, mirrored, labels) -> list[Tensor]:
+    def _resized_here(self, crops: Any, mirrored: Any, labels: Any) -> list[Tensor]:
         """Crops of any size, uint8 [h, w, 3], to the batch that the CUDA pipeline would give."""
         side = self.options.image_size
         if self.resized is None:
             self.resized = torch.empty(self.options.batch_size, side, side, 3, dtype=torch.uint8)
-        mirrored = torch.from_dlpack(mirrored.as_tensor()).flatten().tolist()
+        resized, flips = self.resized, torch.from_dlpack(mirrored.as_tensor()).flatten().tolist()
 
         def resize(start: int) -> None:
             for i in range(start, len(crops), self.options.workers):
                 crop = torch.from_dlpack(crops[i]).permute(2, 0, 1)[None]
                 image = F.interpolate(crop, size=(side, side), mode="bilinear", antialias=True)
-                self.resized[i] = (image.flip(3) if mirrored[i] else image)[0].permute(1, 2, 0)
+                resized[i] = (image.flip(3) if flips[i] else image)[0].permute(1, 2, 0)
 
         list(self.threads.map(resize, range(self.options.workers)))
-        return [self.normalise(self.resized[: len(crops)]), torch.from_dlpack(labels.as_tensor()).squeeze(1).long()]
+        return [self.normalise(resized[: len(crops)]), torch.from_dlpack(labels.as_tensor()).squeeze(1).long()]
 
     def _explain(self, message: str, step: int) -> str:
         files = re.findall(r"Failed to decode sample #\d+ *: *(.+)", message)
@@ -144,12 +143,12 @@ class DaliLoader:
             self._source(),
             self.options,
             cuda=self.device.type == "cuda",
-            dtype=types.FLOAT16 if self.dtype in HALF else types.FLOAT,
+            dtype=DALIDataType.FLOAT16 if self.dtype in HALF else DALIDataType.FLOAT,
             batch_size=self.options.batch_size,
             num_threads=self.options.workers,
             device_id=self._device_id(),
             seed=derived_seed(self.seed, self.rank),
-            exec_dynamic=True,  # its outputs belong to who holds them; the older executors write over them
+            exec_dynamic=True,  # outputs stay valid while referenced; older executors overwrite them
             enable_checkpointing=self.train,
             checkpoint=self._boundary,
         )
@@ -166,7 +165,7 @@ class DaliLoader:
         return torch.cuda.current_device() if self.device.index is None else self.device.index
 
     def _source(self) -> dict:
-        """What the reader reads: all files and this rank's shard to train, this rank's files in order to evaluate."""
+        """Arguments of the reader. Training: all files and this rank's shard. Evaluation: this rank's files."""
         files, labels = self.split.files, self.split.labels
         if not self.train:
             first, last = shard_bounds(self.samples, self.rank, self.world_size)
@@ -194,8 +193,8 @@ class DaliLoader:
         for name, value in self._shape().items():
             if state[name] != value:
                 raise UserError(
-                    f"the checkpoint's data state is of {name}={state[name]} and this run has {name}={value}: "
-                    "DALI goes on exactly only with the same; loader='folder' does not mind the number of processes"
+                    f"the checkpoint's data state has {name}={state[name]} and this run has {name}={value}: DALI can "
+                    "only resume with the same; loader='folder' allows another number of processes"
                 )
         self.epoch, self._boundary, self._pipeline = epoch, state["pipeline"], None
 
@@ -210,9 +209,9 @@ class DaliLoader:
 
 
 @pipeline_def
-def _train_pipeline(source: dict, options, *, cuda: bool, dtype):
+def _train_pipeline(source: dict, options: "DataOptions", *, cuda: bool, dtype: DALIDataType) -> Any:
     encoded, labels = fn.readers.file(**source, pad_last_batch=True)
-    images = fn.decoders.image_random_crop(
+    images: Any = fn.decoders.image_random_crop(
         encoded,
         random_area=(0.08, 1.0),
         random_aspect_ratio=(3 / 4, 4 / 3),
@@ -223,49 +222,43 @@ def _train_pipeline(source: dict, options, *, cuda: bool, dtype):
     mirror = fn.random.coin_flip()
     if not cuda:
         return images, mirror, labels
-    images = fn.resize(
-        images, size=(options.image_size,) * 2, interp_type=types.INTERP_LINEAR, antialias=True, subpixel_scale=False
-    )
+    size = (options.image_size,) * 2
+    images = fn.resize(images, size=size, interp_type=LINEAR, antialias=True, subpixel_scale=False)
     return _normalised(images, options, dtype, mirror), labels.gpu()
 
 
 @pipeline_def
-def _eval_pipeline(source: dict, options, *, cuda: bool, dtype):
+def _eval_pipeline(source: dict, options: "DataOptions", *, cuda: bool, dtype: DALIDataType) -> Any:
     encoded, labels = fn.readers.file(**source, pad_last_batch=True)
-    # chroma as libjpeg, hence torchvision, upsamples it: slower than nvJPEG's way, but what published scores rest on
-    exact = {"jpeg_fancy_upsampling": True} if cuda else {}
-    images = fn.decoders.image(encoded, adjust_orientation=False, **_decoder(options, cuda), **exact)
+    # upsamples chroma as libjpeg and torchvision do: slower than nvJPEG's default, but used for published results
+    decoder = _decoder(options, cuda) | ({"jpeg_fancy_upsampling": True} if cuda else {})
+    images: Any = fn.decoders.image(encoded, adjust_orientation=False, **decoder)
     shape = fn.peek_image_shape(encoded, adjust_orientation=False)
     sides = _resized(shape[0], shape[1], resize_side(options.image_size))
-    images = fn.resize(
-        images,
-        size=fn.cast(fn.stack(*sides), dtype=types.FLOAT),
-        interp_type=types.INTERP_LINEAR,
-        antialias=True,
-        subpixel_scale=False,
-    )
-    start = fn.cast(fn.stack(*(_centred(side - options.image_size) for side in sides)), dtype=types.INT32)
+    size = fn.cast(fn.stack(*sides), dtype=DALIDataType.FLOAT)
+    images = fn.resize(images, size=size, interp_type=LINEAR, antialias=True, subpixel_scale=False)
+    start = fn.cast(fn.stack(*(_centred(side - options.image_size) for side in sides)), dtype=DALIDataType.INT32)
     images = fn.slice(images, start=start, shape=(options.image_size,) * 2, axes=(0, 1))
     return _normalised(images, options, dtype, mirror=0), labels.gpu() if cuda else labels
 
 
-def _decoder(options, cuda: bool) -> dict:
+def _decoder(options: "DataOptions", cuda: bool) -> dict[str, Any]:
     return {"device": "mixed", "hw_decoder_load": options.hw_decoder_load} if cuda else {"device": "cpu"}
 
 
-def _resized(height, width, side: int):
+def _resized(height: "DataNode", width: "DataNode", side: int) -> tuple[Any, Any]:
     """torchvision's Resize(side): the shorter side exactly, the longer one rounded down."""
     shorter = fn.reductions.min(fn.stack(height, width))
     return height * side // shorter, width * side // shorter
 
 
-def _centred(spare):
-    """torchvision's CenterCrop: int(round(spare / 2)), and Python rounds a half to the even number."""
+def _centred(spare: Any) -> Any:
+    """torchvision's CenterCrop: int(round(spare / 2)), where Python rounds a half to the even number."""
     half = spare // 2
     return half + (spare - 2 * half) * (half - 2 * (half // 2))
 
 
-def _normalised(images, options, dtype, mirror):
+def _normalised(images: Any, options: "DataOptions", dtype: DALIDataType, mirror: Any) -> Any:
     return fn.crop_mirror_normalize(
         images,
         mirror=mirror,

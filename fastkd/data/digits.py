@@ -5,19 +5,23 @@ https://doi.org/10.24432/C50P49, licence CC BY 4.0. digits.npz holds its test pa
 scikit-learn's `load_digits` gives it: images uint8 [1797, 8, 8] with values 0 to 16, target uint8 [1797]. Changed here:
 enlarged to 32x32, three equal channels, normalised.
 
-Every fifth image of each class is for evaluation: 1,442 to train, 355 to evaluate. Both stay on the device. Training
-shifts each image by up to 4 pixels; the shifts of an epoch depend on (seed, epoch) and the image.
+Every fifth image of each class is for evaluation: 1,442 to train, 355 to evaluate. All images stay on the device.
+Training shifts each image by up to 4 pixels; a shift depends only on (seed, epoch) and the image.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from .base import derived_seed, epoch_of, epoch_order, evaluation_slices, training_slices
+from .base import EpochCounter, Shard, derived_seed, epoch_order
+
+if TYPE_CHECKING:
+    from . import DataOptions
 
 SIDE = 32  # pixels
 SHIFT = 4  # pixels
@@ -38,23 +42,25 @@ def is_for_evaluation(target: Tensor) -> Tensor:
     return position % 5 == 0
 
 
-def create_digits(options, device, *, seed, rank, world_size, dtype) -> tuple["DigitsLoader", "DigitsLoader"]:
+def create_digits(options: "DataOptions", device: torch.device, shard: Shard) -> tuple["DigitsLoader", "DigitsLoader"]:
     """The training and the evaluation loader."""
     images, target = read_digits()
     held_out = is_for_evaluation(target)
     std, mean = torch.std_mean(images[~held_out])
-    parts = []
-    for chosen, train in ((~held_out, True), (held_out, False)):
-        # padded before normalising: what a shift brings in is background
-        part = pad(images[chosen], (SHIFT,) * 4).sub(mean).div(std).to(device, dtype)
-        slices = (training_slices if train else evaluation_slices)(len(part), options.batch_size, rank, world_size)
-        parts.append(DigitsLoader(part, target[chosen].to(device), slices, train=train, seed=seed))
-    return tuple(parts)
+
+    def loader(chosen: Tensor, train: bool) -> DigitsLoader:
+        # padded before normalising, so that a shift brings in background
+        split = pad(images[chosen], (SHIFT,) * 4).sub(mean).div(std).to(device, shard.dtype)
+        slices = shard.slices(len(split), options.batch_size, train=train)
+        return DigitsLoader(split, target[chosen].to(device), slices, train=train, seed=shard.seed)
+
+    return loader(~held_out, True), loader(held_out, False)
 
 
-class DigitsLoader:
-    """A Loader (see base.py) over images [N, 40, 40] and target [N] that are on the device."""
+class DigitsLoader(EpochCounter):
+    """A Loader (see base.py) over images [N, 40, 40] and target [N] on the device."""
 
+    name = "digits"
     classes = tuple("0123456789")
 
     def __init__(self, images_NHW: Tensor, target: Tensor, slices: list[tuple[int, int]], *, train: bool, seed: int):
@@ -83,16 +89,9 @@ class DigitsLoader:
             2 * SHIFT + 1, (self.samples, 2), generator=random
         )
 
-    def state_dict(self) -> dict:
-        return {"loader": "digits", "epoch": self.epoch} if self.train else {}
-
-    def load_state_dict(self, state: dict) -> None:
-        if self.train:
-            self.epoch = epoch_of(state, "digits")
-
 
 def shifted(images_NHW: Tensor, chosen: Tensor, corner_B2: Tensor) -> Tensor:
-    """Crops of SIDE at `corner_B2` of the `chosen` [B] images, as channels-last [B, 3, SIDE, SIDE]. One gather."""
+    """Crops at `corner_B2` of the `chosen` [B] images, channels-last [B, 3, SIDE, SIDE], with one gather."""
     side = torch.arange(SIDE, device=images_NHW.device)
     rows, columns = (corner_B2[:, axis, None] + side for axis in (0, 1))
     crops_BHW = images_NHW[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -3,15 +3,16 @@
 Training: RandomResizedCrop (area 0.08 to 1, aspect 3/4 to 4/3, bilinear, antialiased) and a flip with probability 1/2.
 Evaluation: shorter side to image_size * 256 / 224, centre crop. Both are the settings of torchvision's references.
 
-Workers hand over uint8 [B, H, W, 3], a quarter of the bytes of float32; the device normalises. What happens to image i
-in epoch e depends on (seed, e, i) alone, so neither the number of workers nor of processes changes an image, and the
-epoch's number is all the state there is. EXIF orientation is ignored, as in torchvision's ImageFolder.
+Workers return uint8 [B, H, W, 3], a quarter of the bytes of float32; the device normalises. The crop of image i in
+epoch e depends only on (seed, e, i). So the numbers of workers and processes change no image, and the number of the
+epoch is the whole state. EXIF orientation is ignored, as in torchvision's ImageFolder.
 """
 
 import os
 import re
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,9 +22,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from ..errors import UserError
-from .base import derived_seed, epoch_of, epoch_order, evaluation_slices, resize_side, training_slices
+from .base import ONE_PROCESS, EpochCounter, Shard, derived_seed, epoch_order, resize_side
 from .normalise import Normalise
 from .scan import Split, image_kind
+
+if TYPE_CHECKING:
+    from . import DataOptions
+
+Batch = tuple[Tensor, Tensor] | str  # images and target, or an error message
 
 try:  # 1.28 times as fast as PIL, the same pixels, but deprecated by torchvision 0.29: PIL takes over once it is gone
     from torchvision.io import decode_image
@@ -32,9 +38,9 @@ except ImportError:
 
 
 def decode(file: str) -> Tensor:
-    """uint8 [3, H, W], RGB whatever the file holds (gray, CMYK, palette, alpha, 16 bits)."""
+    """uint8 [3, H, W], RGB, also from files in gray, CMYK or 16 bits, with a palette or with alpha."""
     raw = np.fromfile(file, dtype=np.uint8)
-    if decode_image is None or image_kind(raw[:16].tobytes()) == "bmp":  # which torchvision cannot decode
+    if decode_image is None or image_kind(raw[:16].tobytes()) == "bmp":  # torchvision cannot decode it
         return _decode_with_pil(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -51,10 +57,10 @@ def _decode_with_pil(file: str) -> Tensor:
 
 
 class Images(Dataset):
-    """Cropped images. A key is (epoch, position in the files), so that workers which live on learn of a new epoch."""
+    """Cropped images. A key is (epoch, position in the files): persistent workers get the epoch's number with it."""
 
     def __init__(self, split: Split, image_size: int, *, train: bool, seed: int):
-        # one array of bytes: worker processes would copy the pages of a list of str as they count references
+        # one array of bytes: with a list of str, reference counts would make every worker copy its memory pages
         self.files = np.array([os.fsencode(file) for file in split.files])
         self.labels = torch.tensor(split.labels)
         self.train, self.seed = train, seed
@@ -66,8 +72,8 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor] | str:
-        """(uint8 [B, H, W, 3], int64 [B]), or what is wrong: an exception would arrive with a worker's traceback."""
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
+        """(uint8 [B, H, W, 3], int64 [B]), or an error message: an exception would show the worker's traceback."""
         try:
             images = [self._image(epoch, i) for epoch, i in keys]
         except UserError as error:
@@ -86,13 +92,15 @@ class Images(Dataset):
     def _crop(self, image: Tensor, epoch: int, i: int) -> Tensor:
         if not self.train:
             return self.transform(image)
-        with torch.random.fork_rng(devices=[]):  # with workers=0 this is the training process: leave its numbers alone
+        with torch.random.fork_rng(devices=[]):  # with workers=0 this is the training process: keep its random state
             torch.default_generator.manual_seed(derived_seed(self.seed, epoch, i))
             return self.transform(image)
 
 
-class EpochKeys:
+class EpochKeys(EpochCounter):
     """The DataLoader's batch sampler: lists of (epoch, position in the files)."""
+
+    name = "folder"
 
     def __init__(self, slices: list[tuple[int, int]], samples: int, *, train: bool, seed: int):
         self.slices, self.samples, self.train, self.seed = slices, samples, train, seed
@@ -111,20 +119,22 @@ class EpochKeys:
 class FolderLoader:
     """A Loader (see base.py) over one split of a folder."""
 
-    def __init__(self, split: Split, options, device, *, train, seed=0, rank=0, world_size=1, dtype=torch.float32):
+    def __init__(
+        self, split: Split, options: "DataOptions", device: torch.device, shard: Shard = ONE_PROCESS, *, train: bool
+    ):
         self.classes, self.samples, self.train = split.classes, len(split.files), train
-        self.device, self.normalise = device, Normalise(options.mean, options.std, device, dtype)
-        slices = (training_slices if train else evaluation_slices)(self.samples, options.batch_size, rank, world_size)
-        self.keys = EpochKeys(slices, self.samples, train=train, seed=seed)
+        self.device, self.normalise = device, Normalise(options.mean, options.std, device, shard.dtype)
+        slices = shard.slices(self.samples, options.batch_size, train=train)
+        self.keys = EpochKeys(slices, self.samples, train=train, seed=shard.seed)
         self.batches = DataLoader(
-            Images(split, options.image_size, train=train, seed=seed),
+            Images(split, options.image_size, train=train, seed=shard.seed),
             batch_sampler=self.keys,
             num_workers=options.workers,
             persistent_workers=options.workers > 0,
             prefetch_factor=4 if options.workers else None,
             pin_memory=device.type == "cuda",
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),  # else each epoch draws a number from the training process's own
+            collate_fn=_unchanged,
+            generator=torch.Generator(),  # else each epoch draws from the training process's default generator
         )
 
     def __len__(self) -> int:
@@ -141,12 +151,12 @@ class FolderLoader:
             yield self.normalise(images), target
 
     def state_dict(self) -> dict:
-        return {"loader": "folder", "epoch": self.keys.epoch} if self.train else {}
+        return self.keys.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        if self.train:
-            self.keys.epoch = epoch_of(state, "folder")
+        self.keys.load_state_dict(state)
 
 
-def _as_it_is(batch):
+def _unchanged(batch: Any) -> Any:
+    """`__getitems__` makes whole batches already."""
     return batch

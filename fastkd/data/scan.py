@@ -1,4 +1,4 @@
-"""Find the images of a folder, and what is wrong with it, before a run begins.
+"""Find the images of a folder and check them before a run begins.
 
 Order and labels are those of torchvision's ImageFolder: classes sorted by name, then files sorted by path.
 """
@@ -22,7 +22,7 @@ class Split:
 
 
 def scan_pair(root: str) -> tuple[Split, Split]:
-    """`root`/train and `root`/val, every file's header checked. Raises UserError for anything that cannot be used."""
+    """The images of `root`/train and `root`/val. Every file's header is read. Raises UserError if one is unusable."""
     if not os.path.isdir(root):
         raise UserError(
             f"data={root!r}: no such folder; give one with train/<class>/* and val/<class>/*, or 'digits', or "
@@ -41,7 +41,7 @@ def scan_pair(root: str) -> tuple[Split, Split]:
 
 
 def scan(root: str) -> Split:
-    """The images of one split, whose folders are its classes; hidden folders and other kinds of files are skipped."""
+    """The images of one split; its folders are the classes. Hidden folders and other files are skipped."""
     classes = sorted(name for name in _listed(root) if os.path.isdir(os.path.join(root, name)) and name[0] != ".")
     if not classes:
         raise UserError(f"{root!r} holds no class folders: put the images of each class into a folder of their own")
@@ -58,19 +58,19 @@ def scan(root: str) -> Split:
 
 
 def check_headers(files: list[str]) -> None:
-    """Raise UserError for files that do not begin like an image, or cannot be opened. Reads 16 bytes of each.
+    """Raise UserError for files that do not begin like an image or cannot be opened. Reads 16 bytes of each.
 
-    The threads are for network storage, where opening waits; on a local disk the cost is about 10 us a file either way.
+    Threads help on network storage, where opening a file waits. On a local disk it takes about 10 us per file.
     """
     with ThreadPoolExecutor(16) as pool:
         wrong = [problem for group in pool.map(_problems, _chunks(files, 256)) for problem in group]
     if wrong:
         more = f" and {len(wrong) - 1} more: {_some([repr(file) for file, _ in wrong[1:]])};" if wrong[1:] else ";"
-        raise UserError(f"{wrong[0][0]!r} {wrong[0][1]}{more} repair or remove what is wrong")
+        raise UserError(f"{wrong[0][0]!r} {wrong[0][1]}{more} repair or remove these files")
 
 
 def image_kind(head: bytes) -> str | None:
-    """The format that these first 16 bytes of a file announce, or None."""
+    """The format of a file, from its first 16 bytes, or None."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
     starts = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"BM": "bmp"}
@@ -87,8 +87,8 @@ def _problems(files: list[str]) -> list[tuple[str, str]]:
             found.append((file, f"cannot be opened ({error.strerror})"))
             continue
         if image_kind(head) is None:
-            is_what = f"begins with {head[:8]!r}, which is no JPEG, PNG, BMP or WebP" if head else "is empty (0 bytes)"
-            found.append((file, is_what))
+            start = f"begins with {head[:8]!r}, not as a JPEG, PNG, BMP or WebP" if head else "is empty (0 bytes)"
+            found.append((file, start))
     return found
 
 

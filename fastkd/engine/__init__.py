@@ -1,4 +1,4 @@
-"""How a step is run: number formats, optimizers, the learning rate, the average of the weights."""
+"""How a step runs: number formats, optimizers, the learning rate, the average of the weights, graphs."""
 
 from .graph import GraphedStep
 from .launch import graphed

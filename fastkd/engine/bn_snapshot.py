@@ -1,39 +1,38 @@
-"""BatchNorm's running statistics in one block of memory, so that a bad step can be undone without asking the device.
+"""BatchNorm's running statistics in one block of memory, so that a bad step can be undone without a host sync.
 
-A batch with an infinity in it makes running means NaN for good, whatever happens to the weights: they go back as well.
+A batch that holds an infinity makes running means NaN for good, even if the weights are not updated. So a skipped step
+restores the statistics too.
 """
 
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT = 64  # elements: each buffer starts on 256 bytes, as a tensor of its own would
+ALIGNMENT = 64  # elements: each buffer starts at a multiple of 256 bytes, as a separate tensor would
 
 
 class BatchNormSnapshot:
-    """The float32 buffers of `net`, which become views of one tensor: three launches a step however many there are.
+    """The float32 buffers of `net` become views of one tensor: saving and restoring them takes three launches.
 
-    Move the network to its device before: `to()` gives it buffers of its own again, which this no longer guards.
+    Move `net` to its device first: `to()` would give it separate buffers again, which this class does not see.
     """
 
     def __init__(self, net: nn.Module):
-        places = [(module, name) for module in net.modules() for name in module._buffers]
-        places = [(module, name) for module, name in places if _moves(module._buffers[name])]
-        sizes = [-(-module._buffers[name].numel() // ALIGNMENT) * ALIGNMENT for module, name in places]
-        device = places[0][0]._buffers[places[0][1]].device if places else None
-        self.flat = torch.zeros(sum(sizes), device=device)
-        for (module, name), part in zip(places, self.flat.split(sizes), strict=True):
-            buffer = module._buffers[name]
-            view = part[: buffer.numel()].view(buffer.shape)
-            module._buffers[name] = view.copy_(buffer)
-        self.kept = self.flat.clone()
+        found = [(module, name, buffer) for module in net.modules() for name, buffer in module._buffers.items()]
+        places = [(module, name, buffer) for module, name, buffer in found if buffer is not None and _is_saved(buffer)]
+        sizes = [-(-buffer.numel() // ALIGNMENT) * ALIGNMENT for *_, buffer in places]
+        self.flat = torch.zeros(sum(sizes), device=places[0][2].device if places else None)
+        for (module, name, buffer), block in zip(places, self.flat.split(sizes), strict=True):
+            module._buffers[name] = block[: buffer.numel()].view(buffer.shape).copy_(buffer)
+        self.saved = self.flat.clone()
 
-    def keep(self) -> None:
-        self.kept.copy_(self.flat)
+    def save(self) -> None:
+        """Remember the buffers as they are now."""
+        self.saved.copy_(self.flat)
 
-    def put_back_if(self, bad: Tensor) -> None:
-        """`bad`: bool scalar on the device."""
-        self.flat.copy_(torch.where(bad, self.kept, self.flat))
+    def restore_if(self, bad: Tensor) -> None:
+        """Restore the saved buffers if `bad`, a bool scalar on the device, is true. The host does not wait."""
+        self.flat.copy_(torch.where(bad, self.saved, self.flat))
 
 
-def _moves(buffer: Tensor | None) -> bool:
-    return buffer is not None and buffer.dtype == torch.float32 and buffer.numel() > 0
+def _is_saved(buffer: Tensor) -> bool:
+    return buffer.dtype == torch.float32 and buffer.numel() > 0

@@ -1,6 +1,6 @@
 """Exponential moving average of a network's weights, by foreach: two launches a step, no sync.
 
-Our own rather than torch's AveragedModel: that one asks its device counter whether it is zero at every update.
+Ours instead of torch's AveragedModel, which reads its device counter on the host at every update.
 """
 
 import copy
@@ -10,9 +10,12 @@ from torch import nn
 
 
 class Ema:
-    """`net` is the averaged copy: average += (1 - decay) * (weights - average); integer buffers are copied."""
+    """`net` is the averaged copy: average += (1 - decay) * (weights - average); integer buffers are copied.
 
-    def __init__(self, source: nn.Module, decay: float):
+    `source`: networks by name, as `net` is then.
+    """
+
+    def __init__(self, source: nn.ModuleDict, decay: float):
         self.decay, self.net = decay, copy.deepcopy(source).eval().requires_grad_(False)
         pairs = list(zip(self.net.state_dict().values(), source.state_dict(keep_vars=True).values(), strict=True))
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
@@ -20,6 +23,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the averages towards the weights as they are now."""
         if self._floats:
             averages, weights = zip(*self._floats, strict=True)
             torch._foreach_lerp_(averages, weights, 1 - self.decay)

@@ -1,16 +1,17 @@
-"""A whole step as one CUDA graph per (plan, shapes): the host then launches one thing where it launched hundreds.
+"""A whole step as one CUDA graph per (plan, shapes): the host then launches one graph instead of hundreds of kernels.
 
-Forward, loss, backward, clipping, optimizer, average of the weights and the counters are in the graph. Outside are the
-schedule, which writes the learning rate's tensor, the mixing of images, and the copy of a batch into its inputs.
+The graph holds forward, loss, backward, clipping, optimizer, weight average and counters. Outside of it are the
+schedule, which writes the learning rate's tensor, mixup, and the copy of a batch into the graph's inputs.
 
-A plan's first steps run eagerly and count: they are the warm-up, so no state has to be put back. Then the step is
-captured, which changes nothing either, and replayed. A batch of fewer images runs eagerly, one of another image size
-gets a graph of its own. A graph has one set of inputs: the copy into them takes some 0.3 % of an ImageNet step (by its
-bytes, not timed), a second set would need every graph twice.
+The first steps of a plan run eagerly and are training steps like all others: they are the warm-up, so no state has to
+be restored. Then the step is captured, which changes nothing either, and replayed. A batch with fewer images runs
+eagerly. Each image size gets its own graph. A graph has one set of inputs: the copy into them takes about 0.3 % of an
+ImageNet step (computed from its bytes, not timed), and a second set would need every graph twice.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,52 +21,55 @@ from .step import Step
 WARM_UP = 3  # eager steps before the first capture: cuDNN chooses its algorithms, the optimizer makes its state
 LARGEST = 64  # graphs held; IAKD has 2^K plans
 
+Shapes = tuple[torch.Size, torch.dtype, torch.Size, torch.dtype]  # of images and target
+Key = tuple[Hashable, Shapes]  # plan and shapes
+
 
 class CudaGraph:
-    """`with CudaGraph(pool) as graph:` captures, `graph.replay()` runs. What tests imitate on the CPU."""
+    """`with graph:` captures on `stream` with memory from `pool`; `graph.replay()` runs. Tests have one for the CPU."""
 
-    counts_at_once = False  # capturing does not run anything
+    counts_at_once = False  # True in that of the tests, whose capture runs the operations too
 
-    def __init__(self, pool, stream: torch.cuda.Stream):
+    def __init__(self, pool: Any, stream: torch.cuda.Stream):
         self.graph = torch.cuda.CUDAGraph()
         self.context = torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        self.megabytes = 0.0
 
     def __enter__(self) -> "CudaGraph":
         self.context.__enter__()
         self.megabytes = -torch.cuda.memory_reserved() / 2**20
         return self
 
-    def __exit__(self, *problem) -> None:
+    def __exit__(self, *problem: Any) -> None:
         self.context.__exit__(*problem)
-        self.megabytes += torch.cuda.memory_reserved() / 2**20  # what the pool has grown by
+        self.megabytes += torch.cuda.memory_reserved() / 2**20  # the growth of the pool
 
     def replay(self) -> None:
         self.graph.replay()
 
 
 class GraphedStep:
-    """`step(images, target, plan)` as Step, replayed where that is possible. `largest` graphs are held, oldest use out.
+    """Runs `step(images, target, plan)`, by replay where possible. At most `largest` graphs; the oldest use goes first.
 
-    `new_graph()` gives an object like CudaGraph. A step has been captured when `(plan, shapes)` is in `graphs`.
+    `new_graph()` makes a CudaGraph. `graphs` holds the captured ones by (plan, shapes). The state stays in `step`.
     """
 
-    def __init__(self, step: Step, new_graph, warm_up: int = WARM_UP, largest: int = LARGEST):
+    def __init__(self, step: Step, new_graph: Callable[[], CudaGraph], warm_up: int = WARM_UP, largest: int = LARGEST):
         self.step, self.new_graph, self.warm_up, self.largest = step, new_graph, warm_up, largest
-        self.graphs: OrderedDict[Hashable, CudaGraph] = OrderedDict()
-        self.seen: dict[Hashable, int] = {}  # steps by plan and shapes
-        self.eager = 0  # steps of them that ran eagerly
+        self.meter = step.meter
+        self.graphs: OrderedDict[Key, CudaGraph] = OrderedDict()
+        self.seen: dict[Key, int] = {}  # steps by plan and shapes
+        self.eager = 0  # how many of them ran eagerly
         self.usual = 0  # images of the first batch
         self.megabytes = 0.0  # of the pool of all graphs
-        self.inputs: dict[Hashable, tuple[Tensor, Tensor]] = {}  # by shapes: replays take turns
-
-    def __getattr__(self, name: str):
-        return getattr(self.step, name)
+        self.inputs: dict[Shapes, tuple[Tensor, Tensor]] = {}  # shared by the graphs of one shape: replays take turns
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
-        key = (plan, images.shape, images.dtype, target.shape, target.dtype)
+        shapes = (images.shape, images.dtype, target.shape, target.dtype)
+        key = (plan, shapes)
         if key in self.graphs:
             self.graphs.move_to_end(key)
-            _fill(self.inputs[key[1:]], images, target)
+            _fill(self.inputs[shapes], images, target)
             self.graphs[key].replay()
         elif self._is_warm(key, images):
             self._capture(key, images, target, plan)
@@ -74,29 +78,29 @@ class GraphedStep:
             self.step(images, target, plan)
         self.seen[key] = self.seen.get(key, 0) + 1
 
-    def _is_warm(self, key: Hashable, images: Tensor) -> bool:
-        """Each plan and image size once eagerly, `warm_up` steps in all, and only batches of the usual number."""
+    def _is_warm(self, key: Key, images: Tensor) -> bool:
+        """True for batches of the usual size, after an eager step of this plan and shape and `warm_up` steps in all."""
         self.usual = self.usual or len(images)
         return len(images) == self.usual and self.eager >= self.warm_up and key in self.seen
 
-    def _capture(self, key: Hashable, images: Tensor, target: Tensor, plan: Hashable) -> None:
+    def _capture(self, key: Key, images: Tensor, target: Tensor, plan: Hashable) -> None:
         while len(self.graphs) >= self.largest:
             self.graphs.popitem(last=False)
-        inputs = self.inputs.get(key[1:])
-        if inputs is None:
-            inputs = self.inputs[key[1:]] = images.clone(), target.clone()
+        _, shapes = key
+        if shapes in self.inputs:
+            _fill(self.inputs[shapes], images, target)
         else:
-            _fill(inputs, images, target)
+            self.inputs[shapes] = images.clone(), target.clone()
         graph = self.new_graph()
         with graph:
-            self.step(*inputs, plan)
+            self.step(*self.inputs[shapes], plan)
         self.graphs[key] = graph
         self.megabytes += graph.megabytes
         if not graph.counts_at_once:
             graph.replay()
 
     def close(self) -> str:
-        """Give the graphs' memory back, before the process tears CUDA down; says how many there were."""
+        """Free the graphs' memory before the process tears CUDA down; gives a line about how often they were used."""
         count, replays = len(self.graphs), sum(self.seen.values()) - self.eager
         self.graphs.clear()
         return f"{count} CUDA graphs, {self.megabytes:,.0f} MB, replayed in {replays} of {replays + self.eager} steps"

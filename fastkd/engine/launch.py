@@ -1,4 +1,4 @@
-"""How steps are launched: each operation from the host, or as CUDA graphs; `--graph` decides."""
+"""How steps are launched: each operation by the host, or as CUDA graphs; `--graph` decides."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,15 @@ from ..methods.base import Method
 from .graph import LARGEST, CudaGraph, GraphedStep
 from .optim import APEX
 from .options import TrainOptions
-from .partial_graphs import SegmentedStep, paths
+from .partial_graphs import PartialGraphStep, count_paths
 from .step import Step
 
+Runner = Step | GraphedStep | PartialGraphStep
+"""Runs a step: `runner(images, target, plan)`, and `runner.close()` at the end."""
 
-def graphed(step: Step, wanted: str, device: torch.device, processes: int, log) -> Step | GraphedStep | SegmentedStep:
-    """The step as `--graph` wants it. UserError for "on" where it cannot be."""
+
+def graphed(step: Step, wanted: str, device: torch.device, processes: int, log: Callable[[str], None]) -> Runner:
+    """The step run as `--graph` wants it: "auto", "on" or "off". Raises UserError if "on" is not possible."""
     if wanted == "off":
         return step
     check_graph(wanted, step.options, device, processes)
@@ -29,18 +32,20 @@ def graphed(step: Step, wanted: str, device: torch.device, processes: int, log) 
         pool = torch.cuda.graph_pool_handle()
         return lambda: CudaGraph(pool, stream)
 
-    return SegmentedStep(step, new_pool) if paths(step.method) > LARGEST else GraphedStep(step, new_pool())
+    if count_paths(step.method) > LARGEST:
+        return PartialGraphStep(step, new_pool)
+    return GraphedStep(step, new_pool())
 
 
 def capturable(step: Step) -> None:
-    """AdamW asks for a mark in its groups, also where its step is fused; a resumed run has that of its file."""
+    """Mark AdamW's groups as capturable, which torch asks for; a resumed run has the mark of its file."""
     for group in step.optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = True
 
 
 def check_graph(wanted: str, options: TrainOptions, device: torch.device, processes: int) -> None:
-    """UserError where `--graph on` cannot be; known before anything is done."""
+    """Raise UserError if `--graph on` is not possible. Nothing is run."""
     reason = why_not(options, device, processes)
     if reason and wanted == "on":
         raise UserError(f"--graph on: {reason}; use --graph auto or off")
@@ -58,13 +63,14 @@ def why_not(options: TrainOptions, device: torch.device, processes: int) -> str:
 
 
 def check_compile(method: Method, options: TrainOptions) -> None:
-    """UserError where there are too many steps to compile; else torch is told how many there will be."""
+    """Raise UserError if there are too many paths to compile; else allow torch to compile each of them."""
     if not options.compile:
         return
-    if paths(method) > LARGEST:
+    paths = count_paths(method)
+    if paths > LARGEST:
         raise UserError(
-            f"--compile: a step takes one of {paths(method):,} paths and each would be compiled by itself, "
+            f"--compile: a step takes one of {paths:,} paths and each would be compiled by itself, "
             f"{LARGEST} at most; use --gates stage, or leave --compile out"
         )
     limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 4 * paths(method))  # of a path: its batch sizes, its autocast
+    torch._dynamo.config.recompile_limit = max(limit, 4 * paths)  # per path: two batch sizes, with and without autocast

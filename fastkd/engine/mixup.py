@@ -1,9 +1,9 @@
 """What happens to a batch between the loader and the networks: mixup, CutMix, label smoothing.
 
-mixup (arXiv:1710.09412) blends each image with another of the batch, CutMix (arXiv:1905.04899) pastes a box of it;
-the labels are blended by the same share. Every network sees the same mixed image. The random numbers are the host's
-and depend on (seed, rank, step) alone, so nothing is synchronised and nothing needs to be checkpointed.
-Our own rather than torchvision's: that one leaves channels-last on CUDA and draws from the global generator.
+mixup (arXiv:1710.09412) adds each image to another of the batch, CutMix (arXiv:1905.04899) pastes a box of it; the
+labels are mixed in the same proportion. Every network sees the same mixed image. The random numbers are drawn on the
+host and depend on (seed, rank, step) alone: nothing is synchronised, and nothing needs to be in the checkpoint.
+Ours instead of torchvision's, which leaves channels-last on CUDA and draws from the global generator.
 """
 
 import random
@@ -20,7 +20,7 @@ class Mixup:
     """
 
     def __init__(self, mixup: float, cutmix: float, smoothing: float, num_classes: int, seed: int = 0, rank: int = 0):
-        self.alphas = [(kind, alpha) for kind, alpha in ((blend, mixup), (paste, cutmix)) if alpha > 0]
+        self.alphas = [(kind, alpha) for kind, alpha in ((_mixup, mixup), (_cutmix, cutmix)) if alpha > 0]
         self.smoothing, self.num_classes, self.key = smoothing, num_classes, f"{seed}/{rank}"
 
     def __call__(self, images: Tensor, target: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -40,12 +40,16 @@ class Mixup:
         return soft.scatter_(1, target[:, None], 1 - self.smoothing + off)
 
 
-def blend(images: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:
+def _mixup(images: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:
+    """share * images + (1 - share) * the images in reverse order, and the share."""
     return images.lerp(images.flip(0), 1 - share), share
 
 
-def paste(images: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:
-    """A box of area (1 - share) around a uniform centre, cut at the border; gives back the share that was left."""
+def _cutmix(images: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:
+    """Images with a box from the images in reverse order, and the fraction of their own area that is left.
+
+    The box has an area of (1 - share) around a uniform centre, and is cut off at the border.
+    """
     height, width = images.shape[-2:]
     y, x, half = rng.randrange(height), rng.randrange(width), (1 - share) ** 0.5 / 2
     top, bottom = max(0, round(y - half * height)), min(height, round(y + half * height))

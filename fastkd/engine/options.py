@@ -1,4 +1,4 @@
-"""The options of training: what to do with the batches, whatever the method."""
+"""The options of training that every method shares."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..errors import UserError, nearest
+from ..errors import UserError, check_number, nearest
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class TrainOptions:
     opt: Literal["sgd", "nesterov", "adamw", "fusedsgd", "fusedlamb", "fusedadam"] = "sgd"
     """Optimizer; the last three come from NVIDIA apex and need it installed."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD; from 0 to below 1."""
     weight_decay: float = 1e-4
-    """On all weights (decoupled in adamw)."""
+    """Weight decay on all weights (decoupled in adamw)."""
     decay_norms: bool = True
-    """Apply it to norms and biases as well, as the papers do; --no-decay-norms spares them."""
+    """Apply weight decay to norms and biases too, as the papers do."""
     sched: Literal["cosine", "step", "multistep", "constant"] = "cosine"
     """How the learning rate falls."""
     warmup_epochs: float = 0.0
@@ -33,52 +33,54 @@ class TrainOptions:
     warmup_lr: float = 0.0
     """Learning rate at the first step of the warm-up."""
     min_lr: float = 0.0
-    """Where the cosine ends."""
+    """Learning rate at the end of the cosine."""
     decay_epochs: float = 30.0
     """Epochs between the drops of --sched step."""
     decay_milestones: tuple[float, ...] = ()
     """Epochs of the drops of --sched multistep."""
     decay_rate: float = 0.1
-    """Factor of a drop."""
+    """Factor on the learning rate at a drop."""
     clip_grad: float = 0.0
-    """Largest norm of the whole gradient; 0 does not clip."""
+    """Largest norm of the whole gradient; 0 turns clipping off."""
     grad_accum: int = 1
-    """Parts of at least 2 images in which a batch is processed, to save memory; one update for the whole batch."""
+    """Number of micro-batches that a batch is split into to save memory, of at least 2 images each. There is one update
+    for the whole batch."""
     smoothing: float = 0.0
-    """Label smoothing."""
+    """Label smoothing; from 0 to below 1."""
     mixup: float = 0.0
     """Alpha of mixup; 0 is off. The teacher sees the mixed image too."""
     cutmix: float = 0.0
     """Alpha of CutMix; 0 is off. With mixup as well, each batch draws one of the two."""
     ema_decay: float = 0.0
-    """Decay per step of the average of the weights; 0 is off. The average is evaluated and saved as the student."""
+    """Decay per step of the weights' moving average; 0 is off. The average is evaluated and saved as the student."""
     amp_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of the forward passes: auto is bfloat16 on CUDA, float32 on the CPU."""
+    """Data type of the forward passes: auto is bfloat16 on CUDA, float32 on the CPU."""
     teacher_form: Literal["auto", "plain", "folded", "fused", "compiled"] = "auto"
-    """How the frozen teacher runs: as it is, without BatchNorm, with ReLU and addition in the convolutions, compiled.
-    auto takes the fastest on CUDA, and on the CPU the plain one, whose bits are the same in every run."""
+    """How the frozen teacher runs. plain: as it is; folded: BatchNorm folded into the convolutions; fused: ReLU and
+    residual addition too; compiled: folded, by torch.compile. auto takes the fastest on CUDA, and on the CPU the plain
+    one, whose results have the same bits in every run."""
     graph: Literal["auto", "on", "off"] = "auto"
-    """Replay steps as CUDA graphs; auto does on a GPU where it is possible and says why where it is not: with several
-    processes, and with apex's optimizers."""
+    """Replay steps as CUDA graphs. auto does so on a GPU, but not with several processes or with apex's optimizers; it
+    prints the reason."""
     compile: bool = False
-    """Compile forward passes and losses by torch.compile, also in graphs; once for each image size and path."""
+    """Compile forward passes and losses by torch.compile, inside graphs too; once for each image size and path."""
     channels_last: bool = True
-    """Memory layout of the networks and images; the fast one for convolutions on GPUs."""
+    """Use the channels-last memory layout, which is the fast one for convolutions on GPUs."""
     device: str = "auto"
     """cuda, cpu, or auto: CUDA when there is one."""
     seed: int = 0
-    """Of weights, order and augmentation."""
+    """Seed of weights, order and augmentation."""
     out: str = ""
-    """Folder of the run; by default a new one below runs/."""
+    """Folder of the run. By default a new folder below runs/."""
     resume: bool = False
-    """Go on with the run in --out after its last finished epoch, as if it had not stopped."""
+    """Continue the run in --out after its last finished epoch. The result is that of an uninterrupted run."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_kinds()
         _require(self.epochs >= 1, f"--epochs must be 1 or more, got {self.epochs}")
-        _require(0 < self.lr < float("inf"), f"--lr must be a number above 0, got {self.lr}")
+        check_number("lr", self.lr, above_zero=True)
         _require(0 <= self.seed < 2**32, f"--seed must be >= 0 and below 2**32, got {self.seed}")
         _require(self.grad_accum >= 1, f"--grad-accum must be 1 or more, got {self.grad_accum}")
         _require(0 <= self.smoothing < 1, f"--smoothing must be in [0, 1), got {self.smoothing}")
@@ -92,14 +94,13 @@ class TrainOptions:
         if self.sched == "multistep":
             self._check_milestones()
         for name in ("weight_decay", "warmup_lr", "min_lr", "decay_rate", "clip_grad", "mixup", "cutmix"):
-            value = getattr(self, name)
-            _require(0 <= value < float("inf"), f"--{name.replace('_', '-')} must not be negative, got {value}")
+            check_number(name, getattr(self, name))
         _require(
             self.opt != "nesterov" or self.momentum > 0, f"--opt nesterov needs --momentum above 0, got {self.momentum}"
         )
 
     def _check_kinds(self) -> None:
-        """What the command line sees to: numbers are numbers, and words are those there are."""
+        """What the command line ensures: numbers are numbers, and words are among the choices."""
         for name, kind in get_type_hints(type(self)).items():
             value, option = getattr(self, name), f"--{name.replace('_', '-')}"
             if get_origin(kind) is Literal:
@@ -113,7 +114,7 @@ class TrainOptions:
 
     def _check_milestones(self) -> None:
         _require(
-            self.decay_milestones,
+            bool(self.decay_milestones),
             "--sched multistep needs --decay-milestones, such as --decay-milestones 150 180 210",
         )
         points = (0, *self.decay_milestones, self.epochs)
@@ -143,6 +144,7 @@ class TrainOptions:
 
     @property
     def memory_format(self) -> torch.memory_format:
+        """torch's memory format for the networks and images."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 

@@ -1,144 +1,160 @@
-"""Steps that take one of very many paths (IAKD by blocks), as graphs of their parts: a forward and a backward each.
+"""Steps that take one of very many paths (IAKD by blocks), with a graph of the forward and backward of each module.
 
-K gates have 2^K paths, too many for a graph of each; but only 2 K + 2 parts. The parts of a step are replayed one after
-the other, the host in between; loss, optimizer and counters run eagerly. A part that a step leaves out gets no gradient
-and stays untouched. Results are those of eager steps bit for bit, unless the loss looks at maps between the parts:
-there gradients are summed in another order. Memory is that of the dearest path, for each part of a place in it has its
-saved tensors where the others of that place have theirs.
+K gates have 2^K paths, too many for a graph of each, but only 2 K + 2 modules. The modules of a step are replayed one
+after another by the host; loss, optimizer and counters run eagerly. A module that a step leaves out gets no gradient
+and stays as it is. Results have the bits of eager steps, unless the loss uses feature maps between the modules: then
+gradients are summed in another order. Peak memory is that of the costliest path: alternatives at one position share a
+pool.
 """
 
 import math
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .graph import WARM_UP
+from ..methods.base import Method
+from .graph import WARM_UP, CudaGraph
 from .step import Step
-from .teacher import TeacherForm
+from .teacher_forms import TeacherForm
 
-KINDS = 4  # of inputs, for each part: batches and micro-batches of two sizes
+KINDS = 4  # graphs of a module, one for each kind of input: batches and micro-batches of two sizes
+
+NewGraph = Callable[[], CudaGraph]
+Shared = dict[tuple, Tensor]
 
 
-class SegmentedStep:
-    """`step(images, target, plan)` as Step, whose parts are replayed. `close` makes the networks plain ones again.
+class PartialGraphStep:
+    """Runs `step(images, target, plan)`; the modules in it are replayed. `close` restores their eager forward.
 
-    `new_pool()` gives what makes graphs with memory of their own, such as `lambda: CudaGraph(pool, stream)`.
+    `new_pool()` gives a function that makes graphs with a memory pool of their own, such as
+    `lambda: CudaGraph(pool, stream)`. The state stays in `step`.
     """
 
-    def __init__(self, step: Step, new_pool: Callable[[], Callable], warm_up: int = WARM_UP):
-        self.step, self.segments = step, []
-        for groups, learns in ((step.method.graph_groups(), True), (teacher_parts(step.method), False)):
+    def __init__(self, step: Step, new_pool: Callable[[], NewGraph], warm_up: int = WARM_UP):
+        self.step, self.meter = step, step.meter
+        self.modules: list[GraphedModule] = []
+        for groups, has_grad in ((step.method.graph_groups(), True), (_teacher_groups(step.method), False)):
             for group in groups:
-                shared, new_graph = {}, new_pool()  # one part of a group runs in a step
-                self.segments += [Segment(module, new_graph, warm_up, shared, learns) for module in group]
-
-    def __getattr__(self, name: str):
-        return getattr(self.step, name)
+                new_graph = new_pool()
+                shared: Shared = {}  # a step runs one module of a group
+                self.modules += [GraphedModule(module, new_graph, warm_up, shared, has_grad) for module in group]
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
         self.step(images, target, plan)
 
     def close(self) -> str:
-        captured = [part for segment in self.segments for part in segment.parts.values()]
-        megabytes = sum(graph.megabytes for part in captured for graph in part.graphs)
-        replays, eager = (sum(getattr(segment, count) for segment in self.segments) for count in ("replays", "eager"))
-        for segment in self.segments:
-            segment.close()
-        parts = f"{len(captured)} for {len(self.segments)} parts"
-        return f"CUDA graphs: {parts}, {megabytes:,.0f} MB, replayed in {replays:,} of {replays + eager:,} calls"
+        """Free the graphs' memory and restore the modules; gives a line about how often the graphs were used."""
+        captured = [graph for module in self.modules for graph in module.graphs.values()]
+        megabytes = sum(half.megabytes for graph in captured for half in graph.halves)
+        replays, eager = sum(module.replays for module in self.modules), sum(module.eager for module in self.modules)
+        for module in self.modules:
+            module.close()
+        counts = f"{len(captured)} for {len(self.modules)} modules"
+        return f"CUDA graphs: {counts}, {megabytes:,.0f} MB, replayed in {replays:,} of {replays + eager:,} calls"
 
 
-def paths(method) -> int:
-    """How many a step of the method may take."""
+def count_paths(method: Method) -> int:
+    """The number of paths that a step of the method may take."""
     return math.prod(len(group) for group in method.graph_groups())
 
 
-def teacher_parts(method) -> list[list[nn.Module]]:
-    """What can be replayed of the teacher's own forward pass, where the loss asks for it."""
-    if not method.asks_teacher:
+def _teacher_groups(method: Method) -> list[list[nn.Module]]:
+    """The modules of the teacher's own forward pass, if the loss uses it."""
+    if not method.asks_teacher or method.teacher is None:
         return []
     view = method.staged_views_for(method.plan(0)).get(method.teacher)
     if view is None:
         return [[method.teacher.net]]
-    compiled = "run" in vars(view)  # the compiler would look into the parts
-    return [[part] for part in view.parts] if isinstance(view, TeacherForm) and not compiled else []
+    if isinstance(view, TeacherForm) and not view.compiled:  # the compiler would trace into the graphed modules
+        return [[module] for module in view.sequence]
+    return []
 
 
-class Segment:
-    """The forward of a module, [N, ...] -> [N, ...]: eager at first, then replayed, for each kind of input.
+class GraphedModule:
+    """Replaces the forward of a module, [N, ...] -> [N, ...]: eager at first, then replayed for each kind of input.
 
-    `learns`: with autograd; the module may also run without, as part of the teacher, which is then left alone.
+    `has_grad`: the module trains, or passes gradients on. It may also run without autograd, as a block of the teacher;
+    such calls stay eager.
     """
 
-    busy = False  # a module inside of another's segment belongs to that
+    busy = False  # while one runs, the modules inside of it belong to its graph
 
-    def __init__(self, module: nn.Module, new_graph: Callable, warm_up: int, shared: dict, learns: bool):
+    def __init__(self, module: nn.Module, new_graph: NewGraph, warm_up: int, shared: Shared, has_grad: bool):
         self.module, self.forward, self.new_graph = module, module.forward, new_graph
-        self.shared, self.warm_up, self.learns = shared, warm_up, learns
-        self.seen, self.parts = {}, {}  # eager calls and what is captured, by kind of input
+        self.shared, self.warm_up, self.has_grad = shared, warm_up, has_grad
+        self.seen: dict[tuple, int] = {}  # eager calls by kind of input
+        self.graphs: dict[tuple, PartialGraph] = {}
         self.replays, self.eager = 0, 0
-        module.forward = self
+        module.__dict__["forward"] = self
 
     def __call__(self, x: Tensor) -> Tensor:
-        if Segment.busy or torch.is_grad_enabled() != self.learns:
+        if GraphedModule.busy or torch.is_grad_enabled() != self.has_grad:
             return self.forward(x)
-        device = x.device.type
-        kind = (x.shape, x.dtype, x.stride(), x.requires_grad, self.module.training)
-        kind += (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        if kind not in self.parts and not self._is_warm(kind):
+        kind = _kind(x, self.module)
+        if kind not in self.graphs and not self._is_warm(kind):
             self.eager += 1
             return self._run(x)
-        if kind not in self.parts:
-            self.parts[kind] = Part(self._run, list(self.module.parameters()), self.new_graph, self.shared, x)
-        part, self.replays = self.parts[kind], self.replays + 1
-        return _Replay.apply(part.anchor, x, part) if part.learns else part.forward(x)
+        if kind not in self.graphs:
+            self.graphs[kind] = PartialGraph(self._run, list(self.module.parameters()), self.new_graph, self.shared, x)
+        graph = self.graphs[kind]
+        self.replays += 1
+        return _Replay.apply(graph.anchor, x, graph) if graph.has_grad else graph.forward(x)
 
     def _is_warm(self, kind: tuple) -> bool:
         self.seen[kind] = self.seen.get(kind, 0) + 1
-        return self.seen[kind] > self.warm_up and len(self.parts) < KINDS
+        return self.seen[kind] > self.warm_up and len(self.graphs) < KINDS
 
     def _run(self, x: Tensor) -> Tensor:
-        Segment.busy = True
+        GraphedModule.busy = True
         try:
             return self.forward(x)
         finally:
-            Segment.busy = False
+            GraphedModule.busy = False
 
     def close(self) -> None:
-        self.parts.clear()
-        del self.module.forward  # that of its class comes back
+        """Free the graphs and restore the module's forward."""
+        self.graphs.clear()
+        del self.module.__dict__["forward"]  # that of its class is visible again
 
 
-class Part:
-    """The two graphs of a module for one kind of input, and what goes in and comes out."""
+def _kind(x: Tensor, module: nn.Module) -> tuple:
+    """Everything about a call that a captured graph has fixed."""
+    device = x.device.type
+    autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+    return (x.shape, x.dtype, x.stride(), x.requires_grad, module.training, *autocast)
 
-    def __init__(self, run: Callable, parameters: list[Tensor], new_graph: Callable, shared: dict, x: Tensor):
-        self.shared = shared  # inputs, and gradients of results, are in one place for all parts of a group
+
+class PartialGraph:
+    """The graphs of a module's forward and backward (`halves`) for one kind of input, with their inputs and outputs."""
+
+    def __init__(self, run: Callable, parameters: list[nn.Parameter], new_graph: NewGraph, shared: Shared, x: Tensor):
+        self.shared = shared  # inputs and output gradients have one place for all modules of a group
         self.x = self._place("x", x).requires_grad_(x.requires_grad)
         with torch.no_grad():
             self.x.copy_(x)
         graph, cached = new_graph(), torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # weights that were cast before would be those of this step for ever
+        torch.set_autocast_cache_enabled(False)  # else the graph would keep the weights that were cast in this step
         try:
             with graph:
                 y = run(self.x)
         finally:
             torch.set_autocast_cache_enabled(cached)
-        self.graphs, self.reinit, self.learns = [graph], graph.counts_at_once, y.requires_grad
-        if self.learns:
-            self.anchor = torch.empty(0, device=x.device, requires_grad=True)  # makes the result ask for a gradient
+        self.halves, self.is_fresh, self.has_grad = [graph], graph.counts_at_once, y.requires_grad
+        self.anchor = torch.empty(0, device=x.device, requires_grad=self.has_grad)  # gives the result a gradient
+        if self.has_grad:
             self._capture_backward(y, [p for p in parameters if p.requires_grad], new_graph())
         self.y = y.detach()
 
-    def _capture_backward(self, y: Tensor, learners: list[Tensor], graph) -> None:
-        self.dy, self.learners = self._place("dy", y), learners
-        inputs = [*learners, *([self.x] if self.x.requires_grad else [])]
+    def _capture_backward(self, y: Tensor, parameters: list[nn.Parameter], graph: CudaGraph) -> None:
+        self.dy, self.parameters = self._place("dy", y), parameters
+        inputs = [*parameters, *([self.x] if self.x.requires_grad else [])]
         with graph, torch.autocast(y.device.type, enabled=False):  # as autograd runs
-            found = torch.autograd.grad(y, inputs, self.dy, allow_unused=True)
-            found = [_laid_out_as(x, g) for x, g in zip(inputs, found, strict=True)]
-        self.grads, self.dx = found[: len(learners)], found[-1] if self.x.requires_grad else None
-        self.graphs.append(graph)
+            grads = torch.autograd.grad(y, inputs, self.dy, allow_unused=True)
+            laid_out = [_laid_out_as(x, grad) for x, grad in zip(inputs, grads, strict=True)]
+        self.grads, self.dx = laid_out[: len(parameters)], laid_out[-1] if self.x.requires_grad else None
+        self.halves.append(graph)
 
     def _place(self, name: str, like: Tensor) -> Tensor:
         key = (name, like.shape, like.dtype, like.stride())
@@ -147,26 +163,29 @@ class Part:
         return self.shared[key].detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The graph's own result, good until the next step."""
-        if not self.reinit:
+        """The graph's output, valid until the next step. Right after a capture that ran, it is there already."""
+        if not self.is_fresh:
             self.x.detach().copy_(x)
-            self.graphs[0].replay()
-        self.reinit = False
+            self.halves[0].replay()
+        self.is_fresh = False
         return self.y.detach()
 
     def backward(self, dy: Tensor) -> Tensor | None:
-        """Leaves the gradients of the weights in `grad`, gives that of the input."""
-        before = [p.grad for p in self.learners]  # of this step's earlier micro-batches
+        """Add the weights' gradients to `grad`; gives the gradient of the input."""
+        before = [p.grad for p in self.parameters]  # of this step's earlier micro-batches
         kept = [g if g is None or g is not own else g.clone() for g, own in zip(before, self.grads, strict=True)]
         self.dy.copy_(dy)
-        self.graphs[1].replay()
-        for p, g, own in zip(self.learners, kept, self.grads, strict=True):
-            p.grad = own if g is None else g if own is None else g.add_(own)
+        self.halves[1].replay()
+        for p, g, own in zip(self.parameters, kept, self.grads, strict=True):
+            if g is None:
+                p.grad = own
+            else:
+                p.grad = g if own is None else g.add_(own)
         return self.dx
 
 
 def _laid_out_as(weight: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """As autograd leaves it in `grad`: the fused optimizers go through both in one order."""
+    """The gradient with the strides of the weight, as autograd leaves it: fused optimizers need equal strides."""
     if gradient is None or gradient.stride() == weight.stride():
         return gradient
     return torch.empty_like(weight, requires_grad=False).copy_(gradient)
@@ -174,10 +193,10 @@ def _laid_out_as(weight: Tensor, gradient: Tensor | None) -> Tensor | None:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchor, x, part):
-        ctx.part = part
-        return part.forward(x)
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, graph: PartialGraph) -> Tensor:
+        ctx.graph = graph
+        return graph.forward(x)
 
     @staticmethod
-    def backward(ctx, dy):
-        return None, ctx.part.backward(dy), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor | None, None]:
+        return None, ctx.graph.backward(*grad_outputs), None

@@ -1,17 +1,18 @@
-"""Number formats of a step: autocast for the forward passes, a gradient scaler where fp16 needs one."""
+"""Number formats of a step: autocast for the forward passes, and a gradient scaler for fp16."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ..methods.base import FrozenTeacher, Method
+from ..methods.base import Method
+from ..methods.frozen import FrozenTeacher
 
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class Precision:
-    """`amp_dtype` "auto" is bfloat16 on CUDA and float32 elsewhere. Only float16 needs the gradient scaler."""
+    """`amp_dtype`: a key of AMP_DTYPES, or "auto": bfloat16 on CUDA, else float32. Only float16 scales gradients."""
 
     def __init__(self, amp_dtype: str, device: torch.device):
         if amp_dtype == "auto":
@@ -19,20 +20,21 @@ class Precision:
         self.dtype, self.device = AMP_DTYPES[amp_dtype], device
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
+        """A context for forward passes; it does nothing in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def cast_frozen(method: Method, images: Tensor, precision: Precision) -> Callable[[], None]:
-    """Teachers' convolutions and matrices in the format to which autocast would cast them in every step.
+    """Cast the teachers' convolutions and linear layers once to the dtype to which autocast casts them in every step.
 
-    Their results are the same to the bit; where they are not, as with layers that leave autocast, nothing is cast. What
-    is evaluated and saved keeps its weights: in SOKD a part of the teacher, unless a faster form runs in its place.
-    Call what comes back to have the weights as they were.
+    The results keep their bits. If a forward pass of `images` [N, 3, H, W] shows that they do not, as with layers that
+    leave autocast, nothing is cast. Layers shared with a saved network are not cast (SOKD's teacher bottom). The
+    returned function gives the teachers their weights back.
     """
-    frozen = [module for module in method.modules() if isinstance(module, FrozenTeacher)]
+    teachers = [module for module in method.modules() if isinstance(module, FrozenTeacher)]
     saved = {module for net in method.networks().values() for module in net.modules()}
-    layers = [layer for each in frozen for layer in each.net.modules() if type(layer) in (nn.Conv2d, nn.Linear)]
+    layers = [layer for each in teachers for layer in each.net.modules() if type(layer) in (nn.Conv2d, nn.Linear)]
     weights = [(p, p.data) for layer in layers if layer not in saved for p in layer.parameters()]
 
     def put_back() -> None:
@@ -47,7 +49,7 @@ def cast_frozen(method: Method, images: Tensor, precision: Precision) -> Callabl
             p.data = data.to(precision.dtype)
         try:
             same = torch.allclose(method.teacher(images), right, 1e-2, 1e-2)
-        except RuntimeError:  # numbers of two formats meet
+        except RuntimeError:  # two dtypes in one operation
             same = False
     if not same:
         put_back()

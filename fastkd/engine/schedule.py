@@ -8,20 +8,22 @@ import math
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .options import TrainOptions
+
 
 class Schedule:
-    """`at(epoch)`: the factor on each group's own rate at a fractional epoch; `write(epoch)`: puts the rates in place.
+    """`write(epoch)` sets the learning rate of every group to its own rate times `at(epoch)`.
 
     Linear warm-up from `warmup_lr` over the first epochs, then cosine to `min_lr`, or a drop by `decay_rate` every
     `decay_epochs` ("step") or at the `decay_milestones` ("multistep").
     """
 
-    def __init__(self, options, optimizer: Optimizer):
+    def __init__(self, options: TrainOptions, optimizer: Optimizer):
         self.options, self.optimizer = options, optimizer
         self.base = [group["base_lr"] for group in optimizer.param_groups]
 
     def write(self, epoch: float) -> float:
-        """Set every group's rate for this moment; gives the first group's, for the log."""
+        """Set every group's rate for this fractional epoch; gives that of the first group, for the log."""
         factor = self.at(epoch)
         for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
             if isinstance(group["lr"], Tensor):
@@ -31,6 +33,7 @@ class Schedule:
         return self.base[0] * factor
 
     def at(self, epoch: float) -> float:
+        """The factor on the learning rates at this fractional epoch: 1 after the warm-up, then falling."""
         o = self.options
         if epoch < o.warmup_epochs:
             start = o.warmup_lr / o.lr

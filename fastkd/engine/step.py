@@ -1,53 +1,105 @@
-"""One training step, eagerly: forward, backward, update. The host asks the device nothing in it."""
+"""One eager training step: forward, backward, update. The host never waits for the device in it."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .. import distributed
+from ..errors import UserError
 from ..methods.base import Method
-from ..metrics import Meter
+from ..methods.context import RunContext
+from ..metrics import Meter, read_and_reset
 from .bn_snapshot import BatchNormSnapshot
 from .ema import Ema
 from .optim import can_skip, create_optimizer
 from .options import TrainOptions
 from .precision import Precision
 
+Track = Callable[[Sequence, str], Iterable]
+"""Shows a progress bar around a sequence, with a title."""
+
 
 class Step:
-    """`step(images, target, plan)` changes the method's weights and adds its loss terms to `step.meter`.
+    """`step(images, target, plan)` updates the method's weights and adds its loss terms to `step.meter`.
 
-    A step whose gradient is not finite is skipped on the device (apex's optimizers cannot): weights, momentum and
-    BatchNorm statistics stay as they were, `step.nonfinite` counts it.
+    images: [N, 3, H, W] on the device; target: [N] int64 or [N, C] floating. A step whose gradient is not finite is
+    skipped on the device (apex's optimizers cannot): weights, momentum and BatchNorm statistics stay as they were, and
+    `step.nonfinite` counts it.
     """
 
     def __init__(self, method: Method, options: TrainOptions, device: torch.device):
         self.method, self.options = method, options
-        self.statistics = BatchNormSnapshot(method)
+        self.bn_snapshot = BatchNormSnapshot(method)
         if options.compile:
             method.compile(dynamic=False)  # in place: names and weights stay
         self.module = distributed.parallel(method, device, method.find_unused_parameters)
         self.optimizer = create_optimizer(method.param_groups(options.lr), options, device)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.parameters: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.precision = Precision(options.amp_dtype, device)
         self.ema = Ema(nn.ModuleDict(method.networks()), options.ema_decay) if options.ema_decay else None
         self.meter = Meter()
         self.nonfinite = torch.zeros((), device=device)  # steps whose gradient was not finite
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
-        self.statistics.keep()
+        self.bn_snapshot.save()
         count = max(1, min(self.options.grad_accum, len(images) // 2))  # BatchNorm cannot train on one image
-        parts = list(zip(images.tensor_split(count), target.tensor_split(count), strict=True))
-        for number, part in enumerate(parts, 1):
-            self.module.require_backward_grad_sync = number == len(parts)  # DDP sends gradients with the last part
-            self._backward(*part, plan, share=len(part[0]) / len(images))
+        micro_batches = list(zip(images.tensor_split(count), target.tensor_split(count), strict=True))
+        for number, (some_images, some_target) in enumerate(micro_batches, 1):
+            if isinstance(self.module, DistributedDataParallel):  # it sends gradients with the last micro-batch
+                self.module.require_backward_grad_sync = number == count
+            self._backward(some_images, some_target, plan, share=len(some_images) / len(images))
         self._update()
 
     def close(self) -> str:
-        """What there is to say at the end."""
+        """The line to print at the end of a run: none. GraphedStep and PartialGraphStep have one."""
         return ""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """What is evaluated and saved, the student first: the networks, or with EMA the averages of their weights."""
+        return dict(self.ema.net.items()) if self.ema else self.method.networks()
+
+    def average_buffers(self) -> None:
+        """Give every process the mean of the BatchNorm statistics."""
+        distributed.average_buffers(self.method)
+        if self.ema:
+            distributed.average_buffers(self.ema.net)
+
+    def check_finite(self, steps: int, epoch: int, log: Callable[[str], None]) -> None:
+        """Log a warning if some of the last `steps` steps were skipped. Waits for the device.
+
+        Raises UserError if so many were skipped that training diverges. `epoch` counts from 1, for the message.
+        """
+        bad = read_and_reset(self.nonfinite)
+        message = f"the gradient was not finite in {bad} of {steps} steps of epoch {epoch}"
+        # fp16 finds its scale by overflow: some 20 such steps at the start are normal
+        if bad > max(steps / 2, 25 if self.precision.scaler.is_enabled() else 0):
+            raise UserError(
+                f"training diverged: {message}; lower --lr {self.options.lr:g}, or set --clip-grad or --warmup-epochs; "
+                f"the last good state is in {self.options.out}"
+            )
+        if bad:
+            log(f"warning: {message}")
+
+    def run_context(self, steps_per_epoch: int, folder: Path, track: Track, log: Callable[[str], None]) -> RunContext:
+        """What `Method.prepare` may know of the run."""
+        return RunContext(
+            epochs=self.options.epochs,
+            steps_per_epoch=steps_per_epoch,
+            drops=self.options.drops,
+            seed=self.options.seed,
+            device=self.precision.device,
+            folder=folder,
+            autocast=self.precision.autocast,
+            parallel=partial(distributed.parallel, device=self.precision.device),
+            track=track,
+            log=log,
+        )
 
     def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:
         with self.precision.autocast():
@@ -64,17 +116,17 @@ class Step:
             clip_grads_with_norm_(self.parameters, self.options.clip_grad, norm)
         bad = ~norm.isfinite()
         self.nonfinite += bad
-        self.statistics.put_back_if(bad)
+        self.bn_snapshot.restore_if(bad)
         if can_skip(self.optimizer):
-            self.optimizer.found_inf = bad.float()
+            setattr(self.optimizer, "found_inf", bad.float())  # noqa: B010, not in torch's types
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update()
 
-    def state_dict(self) -> dict:
-        """All that the next step depends on; the teacher is not part of it."""
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on but the teacher."""
         return {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -82,7 +134,8 @@ class Step:
             "ema": self.ema.net.state_dict() if self.ema else {},
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # torch leaves a group's own tensors where the file had them

@@ -1,7 +1,8 @@
-"""The losses as modules: what other trainers import. `loss = KDLoss()(student_logits, teacher_logits, target)`.
+"""The losses as modules, for use in any trainer: `loss = KDLoss()(student_logits, teacher_logits, target)`.
 
-Each gives a scalar in fp32 (fp64 for fp64 input) from inputs of any floating dtype and any row strides, on the CPU and
-on CUDA, without a host sync, and compiles without a break. The gradient goes to the student's side only.
+Each returns a scalar in fp32, or in fp64 for fp64 input. Inputs may have any floating dtype and any row strides, on the
+CPU or on CUDA. No loss synchronises with the host, and each compiles without a graph break. Only the student's side
+gets a gradient. Wrong options and shapes raise ValueError, wrong types TypeError.
 """
 
 from .features import (

@@ -8,15 +8,19 @@ from torch import Tensor
 
 
 def check_positive(name: str, value: float) -> float:
-    if isinstance(value, Real) and value > 0 and math.isfinite(value):
+    if _is_finite(value) and value > 0:
         return value
     raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def check_weight(name: str, value: float) -> float:
-    if isinstance(value, Real) and value >= 0 and math.isfinite(value):
+    if _is_finite(value) and value >= 0:
         return value
     raise ValueError(f"{name} must be zero or a positive number, got {value!r}")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def check_smoothing(name: str, value: float) -> float:
@@ -28,7 +32,7 @@ def check_smoothing(name: str, value: float) -> float:
 def check_ignored(name: str, value: int | None) -> int | None:
     if value is None or isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise ValueError(f"{name} must be the label of the rows that have none, such as -100, or None, got {value!r}")
+    raise ValueError(f"{name} must be the label of rows without a class, such as -100, or None, got {value!r}")
 
 
 def check_order(name: str, value: int) -> int:

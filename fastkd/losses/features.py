@@ -1,7 +1,7 @@
 """Losses from feature maps [N, C, H, W] (channels-last is the fast layout) and from pooled features [N, D]."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -15,17 +15,17 @@ from ..kernels import (
     sp_loss,
 )
 from ..kernels.check import check_tensors
-from .base import Loss
+from .base import Checks, Loss
 from .checks import check_order, check_weight
 
 
 class FactorTransferLoss(Loss):
-    """weight * ( mean |f^_s - f^_t|^p )^(1/p), f^ = the factor over its norm per sample; FT, arXiv:1802.04977.
+    """weight * ( mean |f^_s - f^_t|^p )^(1/p), f^ = the factor divided by its norm per sample; FT, arXiv:1802.04977.
 
-    Called with student_factor and teacher_factor [N, C, H, W], of translator and paraphraser. p is 1 or 2.
+    student_factor and teacher_factor: [N, C, H, W], the outputs of the translator and the paraphraser. p is 1 or 2.
     """
 
-    checks = {"p": check_order, "weight": check_weight}
+    checks: Checks = {"p": check_order, "weight": check_weight}
 
     def __init__(self, p: int = 1, weight: float = 500.0):
         super().__init__()
@@ -36,10 +36,10 @@ class FactorTransferLoss(Loss):
 
 
 class InheritanceLoss(FactorTransferLoss):
-    """( mean |f^_inh - f^_t|^p )^(1/p) over all elements: draws a part to the teacher; IE-KD, arXiv:2107.00181.
+    """( mean |f^_inh - f^_t|^p )^(1/p) over all elements: inherit from the teacher; IE-KD, arXiv:2107.00181.
 
-    Called with student_factor and teacher_factor [N, C, H, W]: the inheriting half of the student's channels through
-    its translator, and the teacher's map through the paraphraser's encoder. Gradient to the student only. p is 1 or 2.
+    student_factor [N, C, H, W]: the inheriting half of the student's channels, encoded. teacher_factor [N, C, H, W]:
+    the teacher's map, encoded by its auto-encoder. Only the student gets a gradient. p is 1 or 2.
     """
 
     def __init__(self, p: int = 1):
@@ -47,13 +47,13 @@ class InheritanceLoss(FactorTransferLoss):
 
 
 class ExplorationLoss(Loss):
-    """-( mean |f^_exp - f^_t|^p )^(1/p): drives a part away from the teacher; IE-KD, arXiv:2107.00181.
+    """-( mean |f^_exp - f^_t|^p )^(1/p): explore, away from the teacher; IE-KD, arXiv:2107.00181.
 
-    Called like InheritanceLoss, with the factor of the exploring half. Its value is negative: what is minimised is the
-    resemblance.
+    student_factor and teacher_factor: as in InheritanceLoss, but from the exploring half of the channels. The value is
+    negative, so that minimising it increases the distance.
     """
 
-    checks = {"p": check_order}
+    checks: Checks = {"p": check_order}
 
     def __init__(self, p: int = 1):
         super().__init__()
@@ -66,25 +66,26 @@ class ExplorationLoss(Loss):
 class InheritanceExplorationLoss(Loss):
     """inheritance_weight * L_inh + exploration_weight * L_exp, both in one pass over the teacher's factor; IE-KD.
 
-    Called with the student's two factors, inheritance and exploration, and the teacher's, all [N, C, H, W]; 50 each
-    with p = 1 is said to be best. A part of weight 0 may be None.
+    inheritance, exploration, teacher: factors [N, C, H, W]. The weights 50 with p = 1 are reported to be best. A factor
+    whose weight is 0 may be None.
     """
 
-    checks = {"p": check_order, "inheritance_weight": check_weight, "exploration_weight": check_weight}
+    checks: Checks = {"p": check_order, "inheritance_weight": check_weight, "exploration_weight": check_weight}
 
     def __init__(self, p: int = 1, inheritance_weight: float = 50.0, exploration_weight: float = 50.0):
         super().__init__()
         self.p, self.inheritance_weight, self.exploration_weight = p, inheritance_weight, exploration_weight
 
     def terms(self, inheritance: Tensor | None, exploration: Tensor | None, teacher: Tensor) -> dict[str, Tensor]:
-        """The weighted terms by name, those of weight 0 left out; their sum is the loss."""
+        """The weighted terms by name; their sum is the loss. A term of weight 0 is left out."""
         weights = {"inheritance": self.inheritance_weight, "exploration": -self.exploration_weight}
-        parts = {"inheritance": inheritance, "exploration": exploration}
-        used = {name: parts[name] for name, weight in weights.items() if weight}
+        factors = {"inheritance": inheritance, "exploration": exploration}
+        used = {name: factors[name] for name, weight in weights.items() if weight}
         if not used:
             return {}
         check_tensors(**used, teacher=teacher)
-        fused = factor_distance([*used.values()], teacher, [weights[name] for name in used], self.p)
+        student_factors = cast(list[Tensor], [*used.values()])  # checked above
+        fused = factor_distance(student_factors, teacher, [weights[name] for name in used], self.p)
         return dict(zip(used, fused.terms.unbind(), strict=True))
 
     def forward(self, inheritance: Tensor | None, exploration: Tensor | None, teacher: Tensor) -> Tensor:
@@ -94,10 +95,10 @@ class InheritanceExplorationLoss(Loss):
 class AttentionTransferLoss(Loss):
     """weight * sum over stages of mean (a_s - a_t)^2, a = l2norm(flatten(mean_c f^2)); AT, arXiv:1612.03928.
 
-    Called with the maps of one stage, or two lists of maps, stage by stage: [N, Cs, H, W] and [N, Ct, H, W].
+    student_maps [N, Cs, H, W] and teacher_maps [N, Ct, H, W]: the maps of one stage, or lists with one map per stage.
     """
 
-    checks = {"weight": check_weight}
+    checks: Checks = {"weight": check_weight}
 
     def __init__(self, weight: float = 1000.0):
         super().__init__()
@@ -105,19 +106,18 @@ class AttentionTransferLoss(Loss):
 
     def forward(self, student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor]) -> Tensor:
         stages = _stages(student_maps, teacher_maps)
-        return sum(_at_stage(number, len(stages), attention_transfer, *maps, self.weight)
-                   for number, maps in enumerate(stages, 1))  # fmt: skip
+        return _sum_over_stages(attention_transfer, stages, [self.weight] * len(stages))
 
 
 class OverhaulLoss(Loss):
     """weight * sum over L stages l of 2^-(L-l) partial-L2(f_s, max(f_t, margin)); OFD, arXiv:1904.01866.
 
-    Called with maps before the ReLU, stage by stage, the student's through its connectors, and the teacher's margins
-    [C], from `OverhaulLoss.margins(batch_norms)`: of one stage, or three lists. A sum over elements, a mean over the
-    batch.
+    student_maps, teacher_maps: maps [N, C, H, W] before the ReLU; the student's have passed its connectors. margins:
+    [C], from `OverhaulLoss.margins(batch_norms)`. Each is a tensor for one stage, or a list with one per stage. The
+    loss is a sum over elements and a mean over the batch.
     """
 
-    checks = {"weight": check_weight}
+    checks: Checks = {"weight": check_weight}
 
     def __init__(self, weight: float = 1e-3):
         super().__init__()
@@ -125,10 +125,10 @@ class OverhaulLoss(Loss):
 
     @staticmethod
     def margins(norms: Iterable[nn.Module]) -> list[Tensor]:
-        """The margins [C] from the teacher's BatchNorms, of which each gives one map; as they are now."""
+        """The margins [C] from the current weights and biases of the teacher's BatchNorms, one BatchNorm per map."""
         if isinstance(norms, nn.Module) and not isinstance(norms, Iterable):
             raise TypeError(f"margins needs a list of BatchNorms, one for each map, got one {type(norms).__name__}")
-        return [bn_margin(norm.weight, norm.bias) for norm in norms]
+        return [bn_margin(cast(Tensor, norm.weight), cast(Tensor, norm.bias)) for norm in norms]
 
     def forward(
         self,
@@ -137,18 +137,17 @@ class OverhaulLoss(Loss):
         margins: Tensor | Sequence[Tensor],
     ) -> Tensor:
         stages = _stages(student_maps, teacher_maps, margins)
-        weights = [self.weight / 2 ** (len(stages) - number) for number in range(1, len(stages) + 1)]
-        return sum(_at_stage(number, len(stages), partial(overhaul_distance, weight=weight), *maps)
-                   for number, (maps, weight) in enumerate(zip(stages, weights, strict=True), 1))  # fmt: skip
+        weights = [self.weight / 2**later for later in reversed(range(len(stages)))]
+        return _sum_over_stages(overhaul_distance, stages, weights)
 
 
 class HintLoss(Loss):
     """weight * mean (f_s - f_t)^2 over all elements of one stage; FitNets, arXiv:1412.6550.
 
-    Called with the student's map through its regressor and the teacher's, both [N, C, H, W].
+    student_map: the output of the student's regressor. teacher_map: the teacher's map. Both are [N, C, H, W].
     """
 
-    checks = {"weight": check_weight}
+    checks: Checks = {"weight": check_weight}
 
     def __init__(self, weight: float = 100.0):
         super().__init__()
@@ -159,12 +158,13 @@ class HintLoss(Loss):
 
 
 class RKDLoss(Loss):
-    """Relations between samples, distances and angles; Park et al. 2019, arXiv:1904.05068.
+    """distance_weight * mean_ij h(d_s, d_t) + angle_weight * mean_ijk h(a_s, a_t); Park et al. 2019, arXiv:1904.05068.
 
-    Called with pooled features [N, D] and [N, D2].
+    d: distances of samples over their mean; a: cosines of the angles of triples; h: smooth L1. student_features [N, D]
+    and teacher_features [N, D2] are pooled features.
     """
 
-    checks = {"distance_weight": check_weight, "angle_weight": check_weight}
+    checks: Checks = {"distance_weight": check_weight, "angle_weight": check_weight}
 
     def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0):
         super().__init__()
@@ -178,10 +178,10 @@ class RKDLoss(Loss):
 class SPLoss(Loss):
     """weight * |G_s - G_t|_F^2 / N^2, G the row-normalised Gram matrix of the batch; SP, arXiv:1907.09682.
 
-    Called with maps or features [N, ...]; only N must agree.
+    student_map, teacher_map: maps or features [N, ...]; only N must be equal.
     """
 
-    checks = {"weight": check_weight}
+    checks: Checks = {"weight": check_weight}
 
     def __init__(self, weight: float = 3000.0):
         super().__init__()
@@ -194,18 +194,21 @@ class SPLoss(Loss):
 def _stages(*maps: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     for stages in maps:
         if not isinstance(stages, Iterable):
-            raise TypeError(f"maps and margins must be a tensor of one stage or a list, got {type(stages).__name__}")
+            raise TypeError(f"maps and margins must be a tensor or a list of tensors, got {type(stages).__name__}")
     lists = [[stages] if isinstance(stages, Tensor) else list(stages) for stages in maps]
     if not lists[0] or len({len(stages) for stages in lists}) > 1:
-        raise ValueError(f"as many maps are needed of each, one or more: got {[len(stages) for stages in lists]}")
+        raise ValueError(f"give one or more maps, equally many of each: got {[len(stages) for stages in lists]}")
     return list(zip(*lists, strict=True))
 
 
-def _at_stage(number: int, stages: int, distance: Callable[..., Tensor], *arguments) -> Tensor:
-    """The distance; what does not fit is reported with the stage."""
-    if stages == 1:
-        return distance(*arguments)
-    try:
-        return distance(*arguments)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"stage {number} of {stages}: {error}") from None
+def _sum_over_stages(distance: Callable[..., Tensor], stages: list[tuple[Tensor, ...]], weights: list[float]) -> Tensor:
+    """The sum of the weighted distances. An error names the stage, if there are several."""
+    total: Tensor | None = None
+    for number, (maps, weight) in enumerate(zip(stages, weights, strict=True), 1):
+        try:
+            value = distance(*maps, weight=weight)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"stage {number} of {len(stages)}: {error}" if len(stages) > 1 else str(error)) from None
+        total = value if total is None else total + value
+    assert total is not None  # `_stages` returns at least one
+    return total

@@ -1,25 +1,30 @@
-"""Losses from logits, over the fused kernel of kernels/logit_loss.py and its relatives."""
+"""Losses from logits [N, C]. Most of them are one call of the fused kernel in kernels/logit_loss.py."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..kernels import dist_loss, dkd_loss, kd_loss, logit_loss
 from ..kernels.check import check_tensors
-from .base import Loss
+from .base import Checks, Loss
 from .checks import check_ignored, check_pairs, check_positive, check_smoothing, check_weight
+
+if TYPE_CHECKING:
+    from ..kernels.logit_loss import LogitLoss
 
 
 class LogitLossModule(Loss):
-    """What the losses from logits have in common: the options of the cross-entropy."""
+    """The base class of the losses with a cross-entropy: its options and the temperature."""
 
-    checks = {"temperature": check_positive, "label_smoothing": check_smoothing, "ignore_index": check_ignored}
+    checks: Checks = {"temperature": check_positive, "label_smoothing": check_smoothing, "ignore_index": check_ignored}
 
     def __init__(self, temperature: float, label_smoothing: float, ignore_index: int | None):
         super().__init__()
         self.temperature, self.label_smoothing, self.ignore_index = temperature, label_smoothing, ignore_index
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of the kernel."""
         return {name: getattr(self, name) for name in LogitLossModule.checks}
 
 
@@ -28,16 +33,16 @@ class KDLoss(LogitLossModule):
 
     The defaults are the usual ones for CIFAR; for ImageNet temperature 1 and weights 0.5 / 0.5 are common.
     `standardize=True` is logit standardisation (arXiv:2403.01427), usually with temperature 2 and kd_weight 9.
-    Called with student_logits and teacher_logits [N, C], which are no probabilities, and target [N] int64 or [N, C]
-    floating. The gradient goes to the student's logits only. Rows labelled `ignore_index` have no cross-entropy; the
-    teacher still teaches there.
-    A floating target is used as it is: it is not normalised, and what its rows sum to weighs them; `ignore_index` is
-    of no effect there, and `label_smoothing` smooths it once more, also one that mixup has smoothed.
-    A label that is no class is a ValueError on the CPU. On a GPU nobody asks, for that would wait for the device: the
-    loss and the gradient of that row are NaN. FASTKD_DEBUG=1 in the environment checks there too.
+    student_logits, teacher_logits: [N, C], not probabilities. target: class indices [N] int64, or probabilities [N, C]
+    floating. Only the student's logits get a gradient. Rows labelled `ignore_index` have no cross-entropy, but they
+    keep the KD term.
+    A floating target is not normalised: the sum of a row scales its cross-entropy. `ignore_index` has no effect on it.
+    `label_smoothing` is applied to it as well, even if mixup has smoothed it already.
+    A label outside the classes is a ValueError on the CPU. Not checked on a GPU, since the check would synchronise: the
+    loss and the gradient of that row are then NaN. FASTKD_DEBUG=1 in the environment enables the check there.
     """
 
-    checks = LogitLossModule.checks | {"ce_weight": check_weight, "kd_weight": check_weight}
+    checks: Checks = {**LogitLossModule.checks, "ce_weight": check_weight, "kd_weight": check_weight}
 
     def __init__(
         self,
@@ -51,9 +56,9 @@ class KDLoss(LogitLossModule):
         super().__init__(temperature, label_smoothing, ignore_index)
         self.ce_weight, self.kd_weight, self.standardize = ce_weight, kd_weight, standardize
 
-    def settings(self) -> dict:
-        own = {"ce_weight": self.ce_weight, "kd_weight": self.kd_weight, "standardize": self.standardize}
-        return super().settings() | own
+    def settings(self) -> dict[str, Any]:
+        weights = {"ce_weight": self.ce_weight, "kd_weight": self.kd_weight}
+        return super().settings() | weights | {"standardize": self.standardize}
 
     def terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The weighted terms by name; their sum is the loss."""
@@ -65,16 +70,18 @@ class KDLoss(LogitLossModule):
 
 
 class MutualLoss(LogitLossModule):
-    """Networks that teach one another: DML (arXiv:1706.00384), with several heads each DCM (arXiv:2008.07816).
+    """Networks that teach one another: DML (arXiv:1706.00384), or DCM with several heads each (arXiv:2008.07816).
 
-    Sum over heads of ce_weight * CE, and kl_weight * T^2 * KL(sg q || p) for each head p and each head q of every
-    other network, divided by the number of other networks. `pair_weights` [K][K]: factor for a head number k that
-    learns from a head number l (DCM's same-stage and cross-stage weights), K = the most heads that a network has.
-    Called with heads[n][k]: logits [N, C] of classifier k of network n; target [N] int64 or [N, C] floating. Every head
-    that requires a gradient gets one; as a target it is a constant.
+    The loss is the sum over all heads p of ce_weight * CE(p), plus the sum over all pairs of a head p and a head q of
+    another network of kl_weight * T^2 * KL(sg q || p), divided by the number of other networks.
+    `pair_weights` [K][K], K = the largest number of heads of a network: entry [k][l] scales the KL term by which head k
+    learns from head l (DCM's same-stage and cross-stage weights).
+    heads[n][k]: logits [N, C] of classifier k of network n. target: class indices [N] int64, or probabilities [N, C]
+    floating. Every head that requires a gradient gets one; as a target of other heads it is a constant.
     """
 
-    checks = LogitLossModule.checks | {
+    checks: Checks = {
+        **LogitLossModule.checks,
         "ce_weight": check_weight,
         "kl_weight": check_weight,
         "pair_weights": check_pairs,
@@ -90,12 +97,13 @@ class MutualLoss(LogitLossModule):
         ignore_index: int | None = None,
     ):
         super().__init__(temperature, label_smoothing, ignore_index)
-        self.ce_weight, self.kl_weight, self.pair_weights = ce_weight, kl_weight, pair_weights
+        self.ce_weight, self.kl_weight = ce_weight, kl_weight
+        self.pair_weights = pair_weights  # stored as list[list[float]] | None, see check_pairs
 
-    def fused(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> Tensor:
-        """The terms [H, 1 + H] and the loss of all heads in a row, those of the first network first."""
+    def fused(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> "LogitLoss":
+        """`loss`, a scalar, and `terms` [H, 1 + H] of all H heads, those of the first network first."""
         counts = _counts(heads)
-        if self.pair_weights and len(self.pair_weights) != max(counts):
+        if self.pair_weights is not None and len(self.pair_weights) != max(counts):
             K = len(self.pair_weights)
             raise ValueError(
                 f"pair_weights is [{K}, {K}]; networks with {counts} heads need [{max(counts)}, {max(counts)}]"
@@ -108,7 +116,7 @@ class MutualLoss(LogitLossModule):
     def _weight(self, n: int, k: int, m: int, other_k: int, networks: int) -> float:
         if n == m:
             return 0.0
-        pair = self.pair_weights[k][other_k] if self.pair_weights else 1.0
+        pair = 1.0 if self.pair_weights is None else float(self.pair_weights[k][other_k])
         return self.kl_weight * pair / (networks - 1)
 
     def terms(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> dict[str, Tensor]:
@@ -125,7 +133,7 @@ class MutualLoss(LogitLossModule):
 
 
 def _counts(heads: Sequence[Sequence[Tensor]]) -> list[int]:
-    """How many heads each network has. TypeError or ValueError unless they are given network by network."""
+    """The number of heads of each network. TypeError or ValueError unless heads is a list of lists of logits."""
     if isinstance(heads, dict) or not hasattr(heads, "__len__"):
         raise TypeError(
             f"heads must be a list with the logits of each network, heads[n][k], got {type(heads).__name__}"
@@ -138,20 +146,23 @@ def _counts(heads: Sequence[Sequence[Tensor]]) -> list[int]:
             raise TypeError(f"heads[n] must be a list of logits [N, C], got {[type(net).__name__ for net in heads]}")
     counts = [len(net) for net in heads]
     if len(counts) < 2 or not all(counts):
-        raise ValueError(f"heads[n][k] must be of two networks or more, got {counts} heads")
+        raise ValueError(f"heads[n][k] needs two networks or more, got {counts} heads")
     return counts
 
 
 class BridgeLoss(LogitLossModule):
-    """SOKD's loss (arXiv:2111.11747): the student S learns from the bridge A, the bridge from teacher T and student.
+    """SOKD (arXiv:2111.11747): the student S learns from the bridge A, the bridge from the teacher T and the student.
 
     L_S = ce_s CE(z_S, y) + kd_sa KD(S <- A),   L_A = ce_a CE(z_A, y) + kd_at KD(A <- T) + kd_as KD(A <- S)
     with KD(a <- b) = T^2 KL(sg p_b || p_a). Temperature 4 and all weights 1 as in the authors' code.
-    Called with student, bridge, teacher logits [N, C], target [N] int64 or [N, C] floating. Student and bridge get
-    gradients, each from its own loss only; the teacher none.
+    student, bridge, teacher: logits [N, C]. target: class indices [N] int64, or probabilities [N, C] floating. The
+    student gets the gradient of L_S only, the bridge that of L_A only, and the teacher none.
     """
 
-    checks = LogitLossModule.checks | dict.fromkeys(("ce_s", "kd_sa", "ce_a", "kd_at", "kd_as"), check_weight)
+    checks: Checks = {
+        **LogitLossModule.checks,
+        **dict.fromkeys(("ce_s", "kd_sa", "ce_a", "kd_at", "kd_as"), check_weight),
+    }
 
     def __init__(
         self,
@@ -167,7 +178,8 @@ class BridgeLoss(LogitLossModule):
         super().__init__(temperature, label_smoothing, ignore_index)
         self.ce_s, self.kd_sa, self.ce_a, self.kd_at, self.kd_as = ce_s, kd_sa, ce_a, kd_at, kd_as
 
-    def fused(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor):
+    def fused(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor) -> "LogitLoss":
+        """`loss`, a scalar, and `terms` [3, 4] of student, bridge and teacher."""
         check_tensors(student=student, bridge=bridge, teacher=teacher, target=target)
         table = [[0.0, self.kd_sa, 0.0], [self.kd_as, 0.0, self.kd_at], [0.0, 0.0, 0.0]]
         heads = [student, bridge, teacher.detach()]
@@ -185,12 +197,12 @@ class BridgeLoss(LogitLossModule):
 class DKDLoss(Loss):
     """T^2 (alpha TCKD + beta NCKD), decoupled distillation; Zhao et al. 2022, arXiv:2203.08679. No cross-entropy.
 
-    Called with student_logits, teacher_logits [N, C], C >= 2, target [N] int64. Gradient to the student only.
-    The authors' code multiplies it by min(epoch / 20, 1) (on ImageNet from the first epoch on by 1): with beta 8 and a
-    large rate the first steps may diverge without.
+    student_logits, teacher_logits: [N, C], C >= 2. target: class indices [N] int64. Only the student gets a gradient.
+    The authors' code scales the loss by min(epoch / 20, 1), but not on ImageNet. Without this warm-up, the first steps
+    may diverge at beta 8 and a high learning rate.
     """
 
-    checks = {"alpha": check_weight, "beta": check_weight, "temperature": check_positive}
+    checks: Checks = {"alpha": check_weight, "beta": check_weight, "temperature": check_positive}
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0):
         super().__init__()
@@ -205,10 +217,10 @@ class DKDLoss(Loss):
 class DISTLoss(Loss):
     """T^2 [beta (1 - mean row correlation) + gamma (1 - mean column correlation)] of the softmaxes; arXiv:2205.10536.
 
-    Called with student_logits, teacher_logits [N, C]. Gradient to the student only. No cross-entropy.
+    student_logits, teacher_logits: [N, C]. Only the student gets a gradient. No cross-entropy.
     """
 
-    checks = {"beta": check_weight, "gamma": check_weight, "temperature": check_positive}
+    checks: Checks = {"beta": check_weight, "gamma": check_weight, "temperature": check_positive}
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0):
         super().__init__()

@@ -1,15 +1,18 @@
-"""The methods by name. A new one is a file beside these and a line here."""
+"""The methods by name. A new method is a file in this folder and a line in METHODS."""
 
 from ..errors import UserError, nearest
 from .at import AT
-from .base import ForwardCache, FrozenTeacher, Method, RunContext
+from .base import Method
 from .ce import CE
 from .combo import Combo, combine
+from .context import RunContext
 from .dcm import DCM
 from .dist import DIST
 from .dkd import DKD
 from .dml import DML
 from .fitnet import FitNet
+from .forwards import ForwardCache
+from .frozen import FrozenTeacher
 from .ft import FT
 from .iakd import IAKD
 from .iedml import IEDML
@@ -41,13 +44,13 @@ METHODS: dict[str, type[Method]] = {
 
 
 def find_method(name: str) -> type[Method]:
-    """Of a name, or of several with + between them, which becomes their weighted sum. UserError for unknown ones."""
+    """The class of a method, or of the weighted sum of several: "kd", "iekd+kd". UserError for an unknown name."""
     parts = name.split("+")
     for part in parts:
         if not part:
-            raise UserError(f"method {name!r}: a sum has a method on both sides of each +")
+            raise UserError(f"method {name!r}: give a method on both sides of each +")
         if part not in METHODS:
-            raise UserError(f"unknown method {part!r}{nearest(part, METHODS)}; there are {', '.join(METHODS)}")
+            raise UserError(f"unknown method {part!r}{nearest(part, METHODS)}; choose from {', '.join(METHODS)}")
     return METHODS[name] if len(parts) == 1 else combine({part: METHODS[part] for part in parts}, name)
 
 

@@ -1,6 +1,11 @@
-"""CE: plain training on the labels. How teachers are made, and the baseline that every distillation is held against."""
+"""CE: training on the labels alone. It makes the teachers, and it is the baseline of every distillation."""
+
+from collections.abc import Hashable
+
+from torch import Tensor
 
 from .base import Method, cross_entropy
+from .forwards import ForwardCache
 
 
 class CE(Method):
@@ -8,5 +13,5 @@ class CE(Method):
 
     needs_teacher = False
 
-    def losses(self, out, target, plan):
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         return {"ce": cross_entropy(out(self.student), target)}

@@ -2,27 +2,34 @@
 
     L = sum_m weight_m * L_m,    --method iekd+kd --iekd-weight 1 --kd-weight 0.5
 
-The cross-entropy of each network with the labels is counted once: the terms `ce` and `ce_peer1`, ... are those of the
-first method that has them. Every option of a method is there with its name in front: `--kd-temperature`,
-`--iekd-inheritance-weight`. There is one teacher: what `--iakd-teacher-bn batch` makes of it is what all see. All of
-this is ours.
+The cross-entropy of each network with the labels is counted once: of `ce`, `ce_peer1`, ... only the first method's term
+is used. Every option of a method has the method's name in front: `--kd-temperature`, `--iekd-inheritance-weight`. All
+methods share one teacher, so `--iakd-teacher-bn batch` changes the teacher of the others too.
+
+Source: ours.
 """
 
 import ast
 import inspect
 import itertools
-import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
 from textwrap import dedent
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, check_number
 from ..models import PreActivation
-from .base import FrozenTeacher, Method, RunContext
+from .base import Method
+from .context import RunContext
+from .forwards import ForwardCache, StagedView
+from .frozen import FrozenTeacher
+
+if TYPE_CHECKING:
+    from ..data.base import Loader
 
 
 class Combo(Method):
@@ -30,35 +37,43 @@ class Combo(Method):
 
     kinds: dict[str, type[Method]] = {}  # by name; `combine` makes a subclass that has some
 
-    def __init__(self, student, teacher=None, options=None, peers=()):
-        super().__init__(student, teacher, options, peers)
-        self.parts = nn.ModuleDict({name: self._part(name, kind) for name, kind in self.kinds.items()})
+    def build(self) -> None:
+        self.parts = nn.ModuleDict({name: self._make(name, kind) for name, kind in self.kinds.items()})
         self.weights = {name: getattr(self.options, f"{name}_weight") for name in self.parts}
-        self.find_unused_parameters = any(part.find_unused_parameters for part in self.parts.values())
+        self.find_unused_parameters = any(method.find_unused_parameters for method in self.methods.values())
         self._check_options()
-        for net in {net for part in self.parts.values() for net in part.staged_views}:
+        for net in {net for method in self.methods.values() for net in method.staged_views}:
             self._check_views(net)
 
+    @property
+    def methods(self) -> dict[str, Method]:
+        """The summed methods by name."""
+        return {name: cast(Method, method) for name, method in self.parts.items()}
+
+    def _make(self, name: str, kind: type[Method]) -> Method:
+        teacher = self.teacher if kind.needs_teacher else None
+        peers = list(self.peers) if kind.needs_peers else ()
+        return kind(self.student, teacher, _options_of(self.options, name, kind), peers)
+
     def _check_options(self) -> None:
-        parts = self.parts.items()
-        for name, part in parts:
-            if len(part.plans(0)) > 1:
+        methods = self.methods.items()
+        for name, method in methods:
+            if len(method.plans(0)) > 1:
                 raise UserError(f"--{name}-alternate makes several updates with a batch: that cannot be summed")
-        norms = {name: part.options.teacher_bn for name, part in parts if hasattr(part.options, "teacher_bn")}
+        norms = {name: m.options.teacher_bn for name, m in methods if hasattr(m.options, "teacher_bn")}
         if len(set(norms.values())) > 1:
             given = " and ".join(f"--{name}-teacher-bn {norm}" for name, norm in norms.items())
             raise UserError(f"{given}: there is one teacher in a sum; give both the same")
 
     def _check_views(self, net: nn.Module) -> None:
-        """One forward pass gives a network's maps before the activation or after it."""
-        parts = self.parts.items()
-        before = [name for name, part in parts if isinstance(part.staged_views.get(net), PreActivation)]
-        paths = [
+        """One forward pass gives a network's feature maps either before the activation or after it."""
+        methods = self.methods.items()
+        before = [name for name, method in methods if isinstance(method.staged_views.get(net), PreActivation)]
+        after = [
             name
-            for name, part in parts
-            if net is self.student and type(part).staged_views_for is not Method.staged_views_for
+            for name, method in methods
+            if name not in before and (net in method.staged_views or net is self.student and _chooses_views(method))
         ]
-        after = [name for name, part in parts if name not in before and (name in paths or net in part.staged_views)]
         if before and after:
             kind = type(net.net if isinstance(net, FrozenTeacher) else net).__name__
             raise UserError(
@@ -66,143 +81,148 @@ class Combo(Method):
                 "be summed; leave one of them out"
             )
 
-    def _part(self, name: str, kind: type[Method]) -> Method:
-        teacher, peers = self.teacher if kind.needs_teacher else None, self.peers if kind.needs_peers else ()
-        return kind(self.student, teacher, _own_options(self.options, name, kind), peers)
-
-    def check(self, run):
-        for name, part in self.parts.items():
-            with _named(name):
-                part.check(run)
-
-    def prepare(self, loader, run=RunContext()):  # noqa: B008, frozen
-        random = torch.get_rng_state()
-        for part in self.parts.values():  # each as if alone, whether or not another found its work done before
-            position = loader.state_dict()
-            torch.set_rng_state(random)
-            part.prepare(loader, run)
-            loader.load_state_dict(position)
-
-    def plan(self, step):
-        return tuple(part.plan(step) for part in self.parts.values())
-
-    def staged_views_for(self, plan):
-        parts = self._with(plan)
-        views = {net: view for part, _ in parts for net, view in part.staged_views.items()}
-        for part, own in parts:  # what a method itself makes of a network, such as a path through it, comes first
-            views |= {
-                net: view for net, view in part.staged_views_for(own).items() if view is not part.staged_views.get(net)
-            }
-        return views
-
-    def losses(self, out, target, plan):
-        terms = {}
-        for (name, weight), (part, own) in zip(self.weights.items(), self._with(plan), strict=True):
-            for term, value in part.losses(out, target, own).items():
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        for (name, weight), (method, its_plan) in zip(self.weights.items(), self._with_plans(plan), strict=True):
+            for term, value in method.losses(out, target, its_plan).items():
                 if term not in terms or not (term == "ce" or term.startswith("ce_peer")):
                     terms[f"{name}_{term}" if term in terms else term] = weight * value
         return terms
 
     @property
-    def asks_teacher(self):
-        return any(part.asks_teacher for part in self.parts.values())
+    def asks_teacher(self) -> bool:
+        return any(method.asks_teacher for method in self.methods.values())
 
-    def param_groups(self, lr):
-        groups, seen = [], set()
-        for group in itertools.chain(*(part.param_groups(lr) for part in self.parts.values())):
+    def check(self, run: RunContext) -> None:
+        for name, method in self.methods.items():
+            with _errors_name_the_sum(name):
+                method.check(run)
+
+    def prepare(self, loader: "Loader", run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
+        """Each method is prepared as if it were alone: from the same random state, on the same batches."""
+        random = torch.get_rng_state()
+        for method in self.methods.values():
+            position = loader.state_dict()
+            torch.set_rng_state(random)
+            method.prepare(loader, run)
+            loader.load_state_dict(position)
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = []
+        seen: set[Tensor] = set()
+        for group in itertools.chain(*(method.param_groups(lr) for method in self.methods.values())):
             groups.append({**group, "params": [p for p in group["params"] if p not in seen]})
             seen.update(group["params"])
         return [group for group in groups if group["params"]]
 
-    def networks(self):
-        return {name: net for part in self.parts.values() for name, net in part.networks().items()}
+    def networks(self) -> dict[str, nn.Module]:
+        return {name: net for method in self.methods.values() for name, net in method.networks().items()}
 
-    def graph_groups(self):
-        return [group for part in self.parts.values() for group in part.graph_groups()]
+    def plan(self, step: int) -> tuple[Hashable, ...]:
+        """The plan of each method, in the order of the sum."""
+        return tuple(method.plan(step) for method in self.methods.values())
 
-    def selection_rates(self, steps):
-        return {name: share for part in self.parts.values() for name, share in part.selection_rates(steps).items()}
+    def staged_views_for(self, plan: Hashable) -> Mapping[nn.Module, StagedView]:
+        """The views of all methods. A view that a method makes for its plan, such as a path, takes precedence."""
+        methods = self._with_plans(plan)
+        views = {net: view for method, _ in methods for net, view in method.staged_views.items()}
+        for method, its_plan in methods:
+            chosen = method.staged_views_for(its_plan)
+            views |= {net: view for net, view in chosen.items() if view is not method.staged_views.get(net)}
+        return views
 
-    def _with(self, plan: Hashable) -> list[tuple[Method, Hashable]]:
-        return list(zip(self.parts.values(), plan or [None] * len(self.parts), strict=True))
+    def graph_groups(self) -> list[list[nn.Module]]:
+        return [group for method in self.methods.values() for group in method.graph_groups()]
+
+    def selection_rates(self, steps: range) -> dict[str, float]:
+        return {name: rate for method in self.methods.values() for name, rate in method.selection_rates(steps).items()}
+
+    def _with_plans(self, plan: Hashable) -> list[tuple[Method, Hashable]]:
+        plans = plan if isinstance(plan, tuple) and plan else [None] * len(self.parts)
+        return list(zip(self.methods.values(), plans, strict=True))
+
+
+def _chooses_views(method: Method) -> bool:
+    return type(method).staged_views_for is not Method.staged_views_for
 
 
 def combine(kinds: dict[str, type[Method]], name: str) -> type[Combo]:
-    """The class of the sum. UserError for a method given twice."""
+    """The class of the sum of `kinds`, called `name`. Raises UserError if a method is given twice."""
     if name.count("+") + 1 != len(kinds):
-        raise UserError(f"method {name}: each part can be there once; its share is --NAME-weight")
-    needs = {flag: any(getattr(kind, flag) for kind in kinds.values()) for flag in ("needs_teacher", "needs_peers")}
-    stages = "; ".join(f"{part}: {kind.needs_stages}" for part, kind in kinds.items() if kind.needs_stages)
+        raise UserError(f"method {name}: give each method once; --NAME-weight sets its weight")
     about = {
         "kinds": kinds,
         "Options": _sum_of_options(kinds),
         "__doc__": f"The sum of {name}.",
-        "needs_stages": stages,
+        "needs_stages": "; ".join(f"{each}: {kind.needs_stages}" for each, kind in kinds.items() if kind.needs_stages),
+        "needs_teacher": any(kind.needs_teacher for kind in kinds.values()),
+        "needs_peers": any(kind.needs_peers for kind in kinds.values()),
     }
-    return type(name, (Combo,), about | needs)
+    return type(name, (Combo,), about)
 
 
 def _sum_of_options(kinds: dict[str, type[Method]]) -> type:
-    """A dataclass with the options of all, checked as theirs are; its docstring explains them to `--help`."""
-    options, about = [], ["The parts.", "", "Args:"]
-    for part, kind in kinds.items():
+    """A dataclass with the options of all methods and their checks; its docstring explains them to `--help`."""
+    options: list[tuple[str, Any, Any]] = []
+    about = ["The methods of the sum.", "", "Args:"]
+    for name, kind in kinds.items():
         helps = explained(kind.Options)
         for o in fields(kind.Options):
             default = field(default=o.default, default_factory=o.default_factory)
-            options.append((f"{part}_{o.name}", o.type, default))
-            about.append(f"    {part}_{o.name}: {helps.get(o.name, '')}")
-        options.append((f"{part}_weight", float, field(default=1.0)))
-        about.append(f"    {part}_weight: Factor on all terms of {part}; above 0.")
+            options.append((f"{name}_{o.name}", o.type, default))
+            about.append(f"    {name}_{o.name}: {helps.get(o.name, '')}")
+        options.append((f"{name}_weight", float, field(default=1.0)))
+        about.append(f"    {name}_weight: Factor on all terms of {name}; above 0.")
 
-    def check(self):
-        for part, kind in kinds.items():
-            weight = getattr(self, f"{part}_weight")
-            if not 0 < weight < math.inf:
-                raise UserError(f"--{part}-weight must be a number above 0, got {weight}; or leave {part} out")
-            _own_options(self, part, kind)
-        _check_labels(self, kinds)
+    def check(self: Any) -> None:
+        for name, kind in kinds.items():
+            weight = getattr(self, f"{name}_weight")
+            check_number(f"{name}_weight", weight, above_zero=True, hint=f"; or leave {name} out")
+            _options_of(self, name, kind)
+        _check_ce_options(self, kinds)
 
     return make_dataclass(
         "ComboOptions", options, frozen=True, namespace={"__post_init__": check, "__doc__": "\n".join(about)}
     )
 
 
-def _check_labels(options, kinds: dict[str, type[Method]]) -> None:
-    """UserError for the weight of a cross-entropy that is not counted."""
-    first, *others = [part for part, kind in kinds.items() if kind.ce_option is not None] or [""]
-    for part in others:
-        name = kinds[part].ce_option
-        default = {o.name: o.default for o in fields(kinds[part].Options)}.get(name)
-        if default is not None and getattr(options, f"{part}_{name}") != default:
+def _check_ce_options(options: Any, kinds: dict[str, type[Method]]) -> None:
+    """Raise UserError if the weight of a cross-entropy that is not counted was changed."""
+    first, *others = [name for name, kind in kinds.items() if kind.ce_option is not None] or [""]
+    for name in others:
+        option = kinds[name].ce_option or ""
+        default = {o.name: o.default for o in fields(kinds[name].Options)}.get(option)
+        if default is not None and getattr(options, f"{name}_{option}") != default:
             raise UserError(
-                f"--{part}-{name.replace('_', '-')} has no effect: in a sum the student's cross-entropy is counted "
-                f"once, as {first} has it; leave the option out, or put {part} first"
+                f"--{name}-{option.replace('_', '-')} has no effect: in a sum the student's cross-entropy is counted "
+                f"once, as {first} has it; leave the option out, or put {name} first"
             )
 
 
-def _own_options(options, part: str, kind: type[Method]):
-    values = {o.name: getattr(options, f"{part}_{o.name}") for o in fields(kind.Options)}
-    with _named(part):
+def _options_of(options: Any, name: str, kind: type[Method]) -> Any:
+    """The options of one method out of those of the sum."""
+    values = {o.name: getattr(options, f"{name}_{o.name}") for o in fields(kind.Options)}
+    with _errors_name_the_sum(name):
         return kind.Options(**values)
 
 
 @contextmanager
-def _named(part: str):
-    """Errors about a part's options say how they are called in the sum."""
+def _errors_name_the_sum(name: str) -> Iterator[None]:
+    """Errors about a method's options say what the options are called in the sum."""
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{part} (here its options begin with --{part}-): {error}") from None
+        raise UserError(f"{name} (here its options begin with --{name}-): {error}") from None
 
 
 def explained(options: type) -> dict[str, str]:
-    """The line below each option in the source of its dataclass."""
+    """By option, the docstring below it in the source of a dataclass. Empty if there is no source file."""
     try:
-        body = ast.parse(dedent(inspect.getsource(options))).body[0].body
+        (node,) = ast.parse(dedent(inspect.getsource(options))).body
     except OSError:  # typed into an interpreter
         return {}
-    return {
-        option.target.id: " ".join(line.value.value.split())
-        for option, line in itertools.pairwise(body)
-        if isinstance(option, ast.AnnAssign) and isinstance(line, ast.Expr)
-    }
+    texts = {}
+    for option, line in itertools.pairwise(cast(ast.ClassDef, node).body):
+        if isinstance(option, ast.AnnAssign) and isinstance(line, ast.Expr):
+            texts[ast.unparse(option.target)] = " ".join(ast.literal_eval(line.value).split())
+    return texts

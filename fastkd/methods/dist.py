@@ -1,16 +1,21 @@
-"""DIST: the student's probabilities correlate with the teacher's, in a sample and in a class (arXiv:2205.10536).
+"""DIST: the student's probabilities correlate with the teacher's, per sample and per class (arXiv:2205.10536).
 
     L = ce_weight * CE(z_s, y) + T^2 * (beta * (1 - mean Pearson over rows) + gamma * (1 - mean Pearson over columns))
-    of the matrices [N, C] softmax(z_s / T) and softmax(z_t / T)
+    rows and columns: of the matrices [N, C] softmax(z_s / T) and softmax(z_t / T)
 
 Defaults: all 1.
-Departures: none known; the authors' code could not be read.
+Departures: none known; it was not compared with the authors' code.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor, nn
 
 from ..losses import DISTLoss
 from .base import Method, check_temperature, check_weights, cross_entropy
+from .forwards import ForwardCache
+from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -26,21 +31,30 @@ class DISTOptions:
     gamma: float = 1.0
     """Weight of 1 - correlation between the samples of the batch in a class, times T^2; from 0."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_weights(ce_weight=self.ce_weight, beta=self.beta, gamma=self.gamma)
         check_temperature(self.temperature)
 
 
 class DIST(Method):
-    """Correlation with the teacher in samples and classes (Huang et al. 2022)."""
+    """Correlation with the teacher per sample and per class (Huang et al. 2022)."""
 
     Options = DISTOptions
     paper = "arXiv:2205.10536"
 
-    def __init__(self, student, teacher, options=None, peers=()):
+    teacher: FrozenTeacher
+    options: DISTOptions
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        options: DISTOptions | None = None,
+        peers: Sequence[nn.Module] = (),
+    ):
         super().__init__(student, teacher, options, peers)
         self.loss = DISTLoss(self.options.beta, self.options.gamma, self.options.temperature)
 
-    def losses(self, out, target, plan):
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, theirs = out(self.student), out(self.teacher)
         return {"ce": cross_entropy(ours, target, self.options.ce_weight), "dist": self.loss(ours, theirs)}

@@ -3,17 +3,20 @@
     L_i = CE(z_i, y) + kl_weight / (M - 1) * sum_{j != i} KL(sg p_j || p_i),    M networks, T = 1
 
 Defaults: all weights 1, as in the paper. The student is network 1; the peers follow.
-Departures: simultaneous updates by default, one forward pass for all; `alternate` is the original: forward all, step
-one, forward all again, step the next. Then each batch makes M updates, and BatchNorm sees it M times.
+Departures: all networks are updated at once by default, after one forward pass each. `alternate` is the original: run
+all, update one, run all again, update the next. Then each batch makes M updates and BatchNorm sees it M times.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..errors import UserError
+from ..errors import check_number
 from ..losses import MutualLoss
 from .base import Method
+from .forwards import ForwardCache
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,12 @@ class DMLOptions:
     """Deep mutual learning."""
 
     kl_weight: float = 1.0
-    """Weight of what the networks learn from one another."""
+    """Weight of the KL terms, by which the networks learn from one another."""
     alternate: bool = False
-    """Update one network after the other, each on fresh forward passes of all, instead of all at once."""
+    """Update one network after another, each after new forward passes of all networks, instead of all at once."""
 
-    def __post_init__(self):
-        if not 0 < self.kl_weight < float("inf"):
-            raise UserError(f"--kl-weight must be a number above 0, got {self.kl_weight}; for plain training use ce")
+    def __post_init__(self) -> None:
+        check_number("kl_weight", self.kl_weight, above_zero=True, hint="; to train on the labels alone use ce")
 
 
 class DML(Method):
@@ -37,20 +39,22 @@ class DML(Method):
     paper = "arXiv:1706.00384"
     needs_teacher, needs_peers = False, True
 
-    def __init__(self, student, teacher=None, options=None, peers=()):
-        super().__init__(student, teacher, options, peers)
+    options: DMLOptions
+
+    def build(self) -> None:
         self.loss = MutualLoss(kl_weight=self.options.kl_weight)
         self.find_unused_parameters = self.options.alternate
 
-    def plans(self, step):
-        """Which network learns; None: all at once."""
+    def plans(self, step: int) -> Sequence[Hashable]:
+        """The number of the network that each update trains, student 0; None: one update trains all."""
         return tuple(range(1 + len(self.peers))) if self.options.alternate else (None,)
 
-    def losses(self, out, target, plan):
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
+        assert plan is None or isinstance(plan, int)
         heads = []
         for number, net in enumerate((self.student, *self.peers)):
             with torch.set_grad_enabled(torch.is_grad_enabled() and plan in (None, number)):
                 heads.append([out(net)])
         terms = self.loss.terms(heads, target)
-        learning = range(len(heads)) if plan is None else (plan,)
-        return {f"{kind}_peer{n}" if n else kind: terms[f"{kind}{n + 1}"] for n in learning for kind in ("ce", "kl")}
+        trained = range(len(heads)) if plan is None else (plan,)
+        return {f"{kind}_peer{n}" if n else kind: terms[f"{kind}{n + 1}"] for n in trained for kind in ("ce", "kl")}

@@ -3,19 +3,23 @@
     L = ce_weight * CE(z_s, y) + hint_weight * mean (r(f_s) - f_t)^2,    r: 1x1 convolution, BatchNorm
 
 Defaults: ce_weight 1, hint_weight 100 and the second of three stages, as in the code of DKD's comparison.
-Departures: one phase, as in that comparison; the original is two: up to the hint alone, then the logits. Ours: the
-regressor has no ReLU, since a stage may end before one, and is initialised after He et al.
+Departures: one phase, as in that comparison; the original has two, first the hint and then the logits. Ours: the
+regressor has no ReLU, because a stage may end before one, and starts from He initialisation.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import HintLoss
+from ..models import staged
 from ..models.nets.init import he_init
 from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
+from .forwards import ForwardCache
+from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -27,22 +31,31 @@ class FitNetOptions:
     hint_weight: float = 100.0
     """Weight of the mean squared error of the student's map; from 0."""
     stage: int = 0
-    """Which stage gives the hint, counted from 1; 0 is the middle one (2 of 3, 2 of 4)."""
+    """The stage whose maps are compared, counted from 1; 0 is the middle one (2 of 3, 2 of 4)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_weights(ce_weight=self.ce_weight, hint_weight=self.hint_weight)
         if self.stage < 0:
             raise UserError(f"--stage counts from 1 (0: the middle one), got {self.stage}")
 
 
 class FitNet(Method):
-    """A hint from the middle of the teacher (Romero et al. 2015)."""
+    """A hint: the teacher's map of one stage (Romero et al. 2015)."""
 
     Options = FitNetOptions
     paper = "arXiv:1412.6550"
     needs_stages = "both staged, equal H x W at the hint's stage"
 
-    def __init__(self, student, teacher, options=None, peers=()):
+    teacher: FrozenTeacher
+    options: FitNetOptions
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        options: FitNetOptions | None = None,
+        peers: Sequence[nn.Module] = (),
+    ):
         super().__init__(student, teacher, options, peers)
         self.request_features(self.student)
         self.request_features(self.teacher)
@@ -54,15 +67,15 @@ class FitNet(Method):
         self.loss = HintLoss(self.options.hint_weight)
 
     def _stage(self) -> int:
-        """Its index, in both networks."""
-        counts = [len(view.stages) for view in self.staged_views.values()]
+        """The index of the stage, the same in both networks."""
+        counts = [len(staged(net).stages) for net in (self.student, self.teacher.net)]
         if self.options.stage > min(counts):
             raise UserError(
                 f"--stage {self.options.stage}: the student has {counts[0]} stages, the teacher {counts[1]}"
             )
         return (self.options.stage or (min(counts) + 1) // 2) - 1
 
-    def losses(self, out, target, plan):
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ce = cross_entropy(out(self.student), target, self.options.ce_weight)
         ours, theirs = out.features(self.student)[self.stage], out.features(self.teacher)[self.stage]
         return {"ce": ce, "hint": self.loss(self.regressor(ours), theirs)}

@@ -1,26 +1,34 @@
-"""FT: the student's factors follow those of the teacher (arXiv:1802.04977).
+"""FT: the student's factors match the teacher's (arXiv:1802.04977).
 
     L = ce_weight * CE(z_s, y) + factor_weight * ( sum |F^_s - F^_t|^p / N_el )^(1/p)
-    x^ = flatten(x) / ||flatten(x)||_2 per sample;   N_el: the elements of the whole batch
+    x^ = flatten(x) / ||flatten(x)||_2 per sample;   N_el: the number of elements of the whole batch
 
-The last stage's maps are compared: the teacher's through the paraphraser, the encoder of an auto-encoder that is
-trained on them before the first epoch and then frozen; the student's through the translator, which learns with the
-student and is no part of it. Factors have half of the teacher's channels.
+F_t and F_s are factors of the last stage's maps, with half of the teacher's channels. F_t: the output of the
+paraphraser, the encoder of an auto-encoder that is trained on the teacher's maps before the first epoch and then
+frozen. F_s: the output of the translator, which is trained with the student and not saved with it.
 
 From a copy of the authors' code: factor_weight 500, p = 1, half of the channels, the auto-encoder's mean absolute
-error, rate 0.1 and weight decay. Ours: the coder of IE-KD for both, with its 30 epochs and Nesterov momentum.
+error, learning rate 0.1 and weight decay. Ours: IE-KD's encoder for both, with its 30 epochs and Nesterov momentum.
 Departures: student and translator share one optimizer, with one momentum and weight decay.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import FactorTransferLoss
 from ..models.stages.shapes import check_stage_shapes
-from .base import FrozenTeacher, Method, RunContext, check_weights, cross_entropy
-from .parts.autoencoder import Coder
-from .parts.teacher_autoencoder import check_auto_encoder, fingerprint, fit_encoder, teacher_maps
+from .base import Method, check_weights, cross_entropy
+from .context import RunContext
+from .forwards import ForwardCache
+from .frozen import FrozenTeacher
+from .parts.autoencoder import Coder, check_auto_encoder, fit_teacher_encoder
+
+if TYPE_CHECKING:
+    from ..data.base import Loader
 
 FILE = "paraphraser.safetensors"
 
@@ -32,33 +40,38 @@ class FTOptions:
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the labels; from 0."""
     factor_weight: float = 500.0
-    """Weight of the distance of the factors, a mean over their elements; above 0."""
+    """Weight of the distance between the factors, a mean over their elements; above 0."""
     p: int = 1
-    """Norm in which factors are compared: 1 or 2."""
+    """Norm of the distance between factors: 1 or 2."""
     ae_epochs: int = 30
-    """Passes over the training images for the teacher's auto-encoder, whose first half is the paraphraser."""
+    """Epochs of training for the auto-encoder, whose first half is the paraphraser."""
     ae_lr: float = 0.1
-    """Its constant learning rate."""
+    """Learning rate of the auto-encoder; constant."""
     ae_error: Literal["l1", "l2"] = "l1"
-    """Its error: mean absolute (l1) or mean squared (l2)."""
+    """Loss of the auto-encoder: mean absolute (l1) or mean squared error (l2)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_weights(ce_weight=self.ce_weight, factor_weight=self.factor_weight)
         if not self.factor_weight:
-            raise UserError("--factor-weight is 0: nothing of the teacher is learnt; for plain training use ce")
+            raise UserError("--factor-weight is 0: the teacher is not used; to train on the labels alone use ce")
         if self.p not in (1, 2):
             raise UserError(f"--p must be 1 or 2, got {self.p}")
         check_auto_encoder(self)
 
 
 class FT(Method):
-    """Factors of the teacher's last maps, translated (Kim et al. 2018)."""
+    """Factors of the last stage's maps (Kim et al. 2018)."""
 
     Options = FTOptions
     paper = "arXiv:1802.04977"
     needs_stages = "both staged, equal last H x W"
 
-    def __init__(self, student, teacher, options=None, peers=()):
+    teacher: FrozenTeacher
+    options: FTOptions
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, options: FTOptions | None = None, peers: Sequence[nn.Module] = ()
+    ):
         super().__init__(student, teacher, options, peers)
         mine, theirs = (shapes[-1][0] for shapes in check_stage_shapes(self.student, self.teacher.net, "FT", -1))
         if theirs < 2:
@@ -70,13 +83,12 @@ class FT(Method):
         self.loss = FactorTransferLoss(self.options.p, self.options.factor_weight)
         self.ready = False
 
-    def prepare(self, loader, run=RunContext()):  # noqa: B008, frozen
-        about = {"teacher": fingerprint(self.teacher.net), "batches": len(loader)}
-        maps = teacher_maps(self.staged_views[self.teacher], loader, run)
-        fit_encoder(self.paraphraser.net, maps, self.options, about, FILE, run)
+    def prepare(self, loader: "Loader", run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
+        teacher, view = self.teacher.net, self.staged_views[self.teacher]
+        fit_teacher_encoder(self.paraphraser.net, teacher, view, loader, self.options, FILE, run)
         self.ready = True
 
-    def losses(self, out, target, plan):
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         if not self.ready:
             raise UserError("the teacher's auto-encoder is not trained yet: call prepare(loader) before the first step")
         mine = self.translator(out.features(self.student)[-1])

@@ -4,27 +4,33 @@ Student S and teacher T are divided into K gates. In each step, for the whole ba
 
     y_{i+1} = S_i(y_i) if a_i else T_i(y_i),    loss = CE (+ KD with the teacher, where kd_weight > 0)
 
-Stem and classifier are the student's. Teacher blocks are frozen, their BatchNorm in eval mode; gradients flow through
-them to what is before. A student block that is not drawn is not touched in that step: no weight decay, no momentum, no
-statistics. Evaluated and saved is the student alone.
+Stem and classifier are the student's. Teacher blocks are frozen and their BatchNorm is in eval mode; gradients flow
+through them to the blocks before. A student block that is not drawn stays as it is in that step: no weight decay, no
+momentum, no statistics. The student alone is evaluated and saved.
 
-From the abstract: swapping-in, at random, and no feature matching. No code was released and only the abstract could be
-read, so all else is ours: what a gate is, the schedules of p and their defaults, and that KD can be added.
-Departures: none can be told, see above. The draws depend on seed and step alone: equal in all processes and after a
+Source: no code was released and only the abstract could be read. From it: random swapping, no feature matching. The
+rest is ours: what a gate is, the schedules of p and their defaults, and the optional KD term.
+Departures: unknown, see above. The draws depend on seed and step alone, so they are equal in all processes and after a
 resume.
 """
 
 import math
 import random
 from bisect import bisect_right
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import UserError
+from torch import Tensor, nn
+
+from ..errors import UserError, check_number
 from ..losses import KDLoss
-from ..models import staged
-from .base import Method, RunContext, cross_entropy
-from .parts.gates import Swapped, adapted, adapters, gates_of
+from ..models import Staged, staged
+from .base import Method, cross_entropy
+from .context import RunContext
+from .forwards import ForwardCache, StagedView
+from .frozen import FrozenTeacher
+from .parts.gates import Gate, Swapped, adapted, adapters, gates_of
 
 
 @dataclass(frozen=True)
@@ -32,28 +38,29 @@ class IAKDOptions:
     """Interactive distillation."""
 
     gates: Literal["stage", "block"] = "stage"
-    """What is swapped: whole stages, or blocks, for which groups of equally many teacher blocks stand."""
+    """What is swapped: whole stages, or single student blocks for groups of equally many teacher blocks."""
     schedule: Literal["uniform", "linear", "review"] = "linear"
-    """p stays; p rises to 1 over the run; p rises to 1 anew after each drop of the learning rate."""
+    """uniform: p is constant; linear: p rises to 1 over the run; review: it does so after each drop of the learning
+    rate."""
     p: tuple[float, ...] = (0.5,)
-    """Probability of the student's block, at first (linear, review) or always; one for all gates or one for each."""
+    """Probability of the student's block: the initial one (linear, review) or the constant one (uniform). Give one
+    number for all gates, or one for each gate."""
     finish_epochs: float = 0.0
-    """With --schedule uniform: the last epochs, in which the student is whole (p = 1)."""
+    """With --schedule uniform: number of last epochs in which only the student's blocks run (p = 1)."""
     teacher_bn: Literal["eval", "batch"] = "eval"
-    """BatchNorm of the teacher's blocks: with its own statistics, or with those of the batch."""
+    """Statistics that BatchNorm uses in the teacher's blocks: the running ones (eval) or those of the batch."""
     kd_weight: float = 0.0
     """Weight of T^2 * KL(teacher || student) beside the cross-entropy."""
     temperature: float = 4.0
-    """Of that term."""
+    """Temperature T of that term; above 0."""
     adapters: bool = False
     """Put a 1x1 convolution with BatchNorm before and after each teacher block whose channels differ."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         KDLoss(self.temperature, 1.0, self.kd_weight)  # checks the values
         if not self.p or not all(0 <= p <= 1 for p in self.p):
             raise UserError(f"--p must be one or more probabilities from 0 to 1, got {' '.join(map(str, self.p))}")
-        if not 0 <= self.finish_epochs < float("inf"):
-            raise UserError(f"--finish-epochs must be a number from 0, got {self.finish_epochs}")
+        check_number("finish_epochs", self.finish_epochs)
         if self.finish_epochs and self.schedule != "uniform":
             raise UserError(f"--finish-epochs is for --schedule uniform; {self.schedule} ends at p = 1 by itself")
 
@@ -66,8 +73,13 @@ class IAKD(Method):
     needs_stages = "both staged, equal shapes at the gates (or --adapters)"
     find_unused_parameters = True
 
-    def __init__(self, student, teacher, options=None, peers=()):
-        super().__init__(student, teacher, options, peers)
+    teacher: FrozenTeacher
+    options: IAKDOptions
+    gates: list[Gate]
+    view: Staged
+    run: RunContext
+
+    def build(self) -> None:
         o = self.options
         if o.teacher_bn == "batch":
             self.teacher.batch_statistics = True
@@ -80,11 +92,16 @@ class IAKD(Method):
         self.first = o.p * (len(gates) // len(o.p))
         self.kd = KDLoss(o.temperature, ce_weight=1.0, kd_weight=o.kd_weight)
 
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
+        if not self.options.kd_weight:
+            return {"ce": cross_entropy(out(self.student), target)}
+        return self.kd.terms(out(self.student), out(self.teacher), target)
+
     @property
-    def asks_teacher(self):
+    def asks_teacher(self) -> bool:
         return bool(self.options.kd_weight)
 
-    def check(self, run):
+    def check(self, run: RunContext) -> None:
         o = self.options
         if o.schedule == "review" and not run.drops:
             raise UserError(
@@ -94,45 +111,42 @@ class IAKD(Method):
         if o.finish_epochs >= run.epochs and o.finish_epochs:
             raise UserError(f"--finish-epochs {o.finish_epochs:g} leaves nothing of --epochs {run.epochs}; lower it")
 
-    def prepare(self, loader, run=RunContext()):  # noqa: B008, frozen
+    def prepare(self, loader: object, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
         self.check(run)
         self.__dict__["run"] = run
 
-    def plan(self, step):
-        """For every gate whether the student's block is used."""
+    def plan(self, step: int) -> tuple[bool, ...]:
+        """For every gate, True if the student's block runs in this step."""
         draw = random.Random(f"{self.run.seed} {step}")  # a generator per step: nothing to save, equal everywhere
         return tuple(draw.random() < p for p in self.probabilities(step))
 
     def probabilities(self, step: int) -> list[float]:
         """p_i of every gate in this step."""
-        start, end = self._part_of_run(step / self.run.steps_per_epoch)
+        start, end = self._schedule_bounds(step / self.run.steps_per_epoch)
         if self.options.schedule == "uniform":
             return [1.0] * len(self.gates) if step >= end else list(self.first)
-        done = min(1.0, (step - start) / max(1, end - start - 1))  # 0 at its first step, 1 at its last
+        done = min(1.0, (step - start) / max(1, end - start - 1))  # 0 at the first step of the period, 1 at its last
         return [p + (1 - p) * done for p in self.first]
 
-    def _part_of_run(self, epoch: float) -> tuple[int, int]:
-        """First step of the part of the run that the schedule is in, and the first after it."""
+    def _schedule_bounds(self, epoch: float) -> tuple[int, int]:
+        """The steps from which and up to which p rises, for the period of the schedule that holds `epoch`."""
         ends = [0.0, *(self.run.drops if self.options.schedule == "review" else ()), float(self.run.epochs)]
         place = min(bisect_right(ends, epoch), len(ends) - 1)
         ends[-1] -= self.options.finish_epochs
         start, end = (math.ceil(at * self.run.steps_per_epoch) for at in ends[place - 1 : place + 1])
         return start, end
 
-    def staged_views_for(self, plan):
-        own = plan or (True,) * len(self.gates)
-        return self.staged_views | {self.student: Swapped(self.view, self.gates, own)}
+    def staged_views_for(self, plan: Hashable) -> Mapping[nn.Module, StagedView]:
+        """The student runs along the path `plan`: tuple[bool, ...], one for each gate; None: its own blocks alone."""
+        path = plan if isinstance(plan, tuple) else (True,) * len(self.gates)
+        return self.staged_views | {self.student: Swapped(self.view, self.gates, path)}
 
-    def graph_groups(self):
-        parts = [[gate.student, gate.teacher] for gate in self.gates]
-        return [[self.view.stem], *parts, [self.view.head]]
+    def graph_groups(self) -> list[list[nn.Module]]:
+        """The stem, the two alternatives of every gate, and the head."""
+        swapped = [[gate.student, gate.teacher] for gate in self.gates]
+        return [[self.view.stem], *swapped, [self.view.head]]
 
-    def losses(self, out, target, plan):
-        if not self.options.kd_weight:
-            return {"ce": cross_entropy(out(self.student), target)}
-        return self.kd.terms(out(self.student), out(self.teacher), target)
-
-    def selection_rates(self, steps):
-        """How often the student's block was used at each gate."""
+    def selection_rates(self, steps: range) -> dict[str, float]:
+        """How often the student's block ran at each gate."""
         paths = [self.plan(step) for step in steps]
         return {f"gate{i}_share": sum(own) / len(paths) for i, own in enumerate(zip(*paths, strict=True), 1)}

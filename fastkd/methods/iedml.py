@@ -3,23 +3,27 @@
     L_i = CE(z_i, y) + kl_weight * KL(sg p_j || p_i) + inheritance_weight * L_inh,i + exploration_weight * L_exp,i
     L_inh,i = ( sum |F^_inh,i - F^_j|^p / N_el )^(1/p),   L_exp,i = -( sum |F^_exp,i - F^_j|^p / N_el )^(1/p)
 
-F_j: the last stage's map of the other network, a constant; F_inh,i and F_exp,i: the first half of network i's channels
-there and the rest, each through an encoder of its own that gives as many channels as F_j has. x^ and N_el as in IE-KD.
+F_j: the last stage's map of the other network, a constant. F_inh,i and F_exp,i: the first half of network i's channels
+at its last stage and the rest, each passed through a separate encoder with as many output channels as F_j. x^ and N_el
+as in IE-KD.
 
-From second-hand notes on IE-KD's paper (arXiv:2107.00181): that two networks each have both parts, against the other's
-factor, together with DML's KL; weights 50 and p = 1 are those of IE-KD. Ours: all else. No auto-encoder: the other
-network changes with every step, so its map itself is the factor.
-Departures: none that can be known. A distance of weight 0 is left out.
+From second-hand notes on IE-KD's paper (arXiv:2107.00181): each of two networks has both halves, compared with the
+other's factor, together with DML's KL. Weights 50 and p = 1 are those of IE-KD. The rest is ours. There is no
+auto-encoder: the other network changes with every step, so its map itself is the factor.
+Departures: none known. A distance of weight 0 is left out.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import InheritanceExplorationLoss, MutualLoss
 from ..models import stage_shapes
 from .base import Method, check_weights
+from .forwards import ForwardCache
 from .parts.autoencoder import Coder
 
 
@@ -28,30 +32,38 @@ class IEDMLOptions:
     """Inheritance and exploration of two networks that learn together."""
 
     inheritance_weight: float = 50.0
-    """Weight of the distance that each inheriting half makes small; from 0."""
+    """Weight of the distance that the inheriting half of each network minimises; from 0."""
     exploration_weight: float = 50.0
-    """Weight of the distance that each exploring half makes great; from 0."""
+    """Weight of the distance that the exploring half of each network maximises; from 0."""
     kl_weight: float = 1.0
-    """Weight of what the logits learn from one another; from 0."""
+    """Weight of the KL terms, by which the logits learn from one another; from 0."""
     p: int = 1
-    """Norm in which factors are compared: 1 or 2."""
+    """Norm of the distance between factors: 1 or 2."""
 
-    def __post_init__(self):
-        names = ("inheritance_weight", "exploration_weight", "kl_weight")
-        check_weights(**{name: getattr(self, name) for name in names})
+    def __post_init__(self) -> None:
+        halves = {"inheritance_weight": self.inheritance_weight, "exploration_weight": self.exploration_weight}
+        check_weights(**halves, kl_weight=self.kl_weight)
         if self.p not in (1, 2):
             raise UserError(f"--p must be 1 or 2, got {self.p}")
 
 
 class IEDML(Method):
-    """DML with halves that inherit from the other network or explore (Huang et al. 2021, in our form)."""
+    """DML whose halves inherit from the other network or explore (after Huang et al. 2021)."""
 
     Options = IEDMLOptions
     paper = "arXiv:2107.00181"
     needs_teacher, needs_peers = False, True
     needs_stages = "two networks, both staged, equal last H x W"
 
-    def __init__(self, student, teacher=None, options=None, peers=()):
+    options: IEDMLOptions
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: None = None,
+        options: IEDMLOptions | None = None,
+        peers: Sequence[nn.Module] = (),
+    ):
         super().__init__(student, teacher, options, peers)
         self.mutual = MutualLoss(kl_weight=self.options.kl_weight)
         weights = (self.options.inheritance_weight, self.options.exploration_weight)
@@ -61,35 +73,39 @@ class IEDML(Method):
         self.request_features(self.peers[0])
         self.encoders = nn.ModuleList([_encoders(one, other, *weights), _encoders(other, one, *weights)])
 
-    def _channels(self) -> list[int]:
-        """Of the last maps of student and peer."""
+    def _channels(self) -> tuple[int, int]:
+        """The channels of the last stages of student and peer."""
         if len(self.peers) != 1:
-            raise UserError(f"IE-DML is of two networks: the student and one peer, got {len(self.peers)} peers")
+            raise UserError(f"IE-DML needs exactly two networks, the student and one peer; got {len(self.peers)} peers")
         one, other = (stage_shapes(net)[-1] for net in (self.student, self.peers[0]))
         if one[1:] != other[1:] or min(one[0], other[0]) < 2:
             names = [type(net).__name__ for net in (self.student, self.peers[0])]
             raise UserError(
-                f"IE-DML compares the last stage's maps of both networks, of equal height and width and of 2 channels "
-                f"or more; for 64 x 64 images (C, H, W) is {one} in the student {names[0]} and {other} in the peer "
-                f"{names[1]}: take networks that halve the resolution alike, or dml"
+                f"IE-DML compares the last stage's maps of both networks, which need equal height and width and 2 "
+                f"channels or more; for 64 x 64 images (C, H, W) is {one} in the student {names[0]} and {other} in the "
+                f"peer {names[1]}: use networks with equal resolutions, or dml"
             )
-        return [one[0], other[0]]
+        return one[0], other[0]
 
-    def losses(self, out, target, plan):
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         nets = (self.student, self.peers[0])
         mutual = self.mutual.terms([[out(net)] for net in nets], target)
         terms = {"ce": mutual["ce1"], "kl": mutual["kl1"], "ce_peer1": mutual["ce2"], "kl_peer1": mutual["kl2"]}
         for end, net, other, encoders in zip(("", "_peer1"), nets, nets[::-1], self.encoders, strict=True):
             maps, wanted = out.features(net)[-1], out.features(other)[-1].detach()
-            parts = maps.tensor_split([maps.shape[1] // 2], dim=1)
-            factors = [encode(part) if encode else None for encode, part in zip(encoders, parts, strict=True)]
-            terms |= {f"{name}{end}": term for name, term in self.loss.terms(*factors, wanted).items()}
+            halves = maps.tensor_split([maps.shape[1] // 2], dim=1)
+            inheritance, exploration = (
+                encode(half) if encode else None
+                for encode, half in zip(cast(nn.ModuleList, encoders), halves, strict=True)
+            )
+            terms |= {f"{name}{end}": t for name, t in self.loss.terms(inheritance, exploration, wanted).items()}
         return terms
 
 
 def _encoders(channels: int, wanted: int, inheritance_weight: float, exploration_weight: float) -> nn.ModuleList:
+    """The encoders of both halves, None for a half without weight."""
     half = channels // 2
-    return nn.ModuleList([
-        Coder(half, wanted) if inheritance_weight else None,
-        Coder(channels - half, wanted) if exploration_weight else None,
-    ])  # fmt: skip
+    encoders = nn.ModuleList()
+    encoders.add_module("0", Coder(half, wanted) if inheritance_weight else None)
+    encoders.add_module("1", Coder(channels - half, wanted) if exploration_weight else None)
+    return encoders

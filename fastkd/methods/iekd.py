@@ -1,26 +1,27 @@
-"""IE-KD: one half of the student's channels inherits the teacher's knowledge, the other explores (arXiv:2107.00181).
+"""IE-KD: half of the student's channels inherits the teacher's knowledge, the other half explores (arXiv:2107.00181).
 
     L = ce_weight * CE(z_s, y) + inheritance_weight * L_inh + exploration_weight * L_exp   (+ kd_weight * KD)
     L_inh = ( sum |F^_inh - F^_t|^p / N_el )^(1/p),   L_exp = -( sum |F^_exp - F^_t|^p / N_el )^(1/p)
-    x^ = flatten(x) / ||flatten(x)||_2 per sample;   N_el: the elements of the whole batch
+    x^ = flatten(x) / ||flatten(x)||_2 per sample;   N_el: the number of elements of the whole batch
 
-The last stage's maps are compared. F_t: the teacher's, through the encoder of an auto-encoder that is trained on them
-before the first epoch and then frozen. F_inh, F_exp: the first half of the student's channels and the rest, each
-through an encoder of its own, which learns with the student and is no part of it.
+The last stage's maps are compared. F_t: the teacher's maps, encoded by an auto-encoder that is trained on them before
+the first epoch and then frozen. F_inh, F_exp: the first half of the student's channels and the rest, each encoded by a
+separate encoder, which is trained with the student and not saved with it.
 
-From the authors' code: the tap, the encoders, the auto-encoder and its training (30 epochs, rate 0.1, mean absolute
-error), the split, the two losses. From second-hand notes on the paper: weights 50, halves and p = 1 are best.
-Ours: the exact formulas of the variants `attention` (IE-AT: AT's distance of each half) and `overhaul` (IE-OD: OFD's
-partial squared error of each half through a 1x1 convolution and BatchNorm, against the teacher's map before its ReLU),
-same two signs. Their distances are scaled so that the weight 50 gives AT's 1000 and OFD's 1e-3. The exploring half's
-BatchNorm in IE-OD has no scale and shift: with them the negative distance would have no lower bound.
-Departures: the code swaps the names of teacher and student, sends gradients into the frozen net and runs decoders
-that nothing trains; none of that here. In Wide ResNets the last stage's map is not activated. A term of weight 0 is
-left out.
+From the authors' code: the stage, the encoders, the auto-encoder and its training (30 epochs, learning rate 0.1, mean
+absolute error), the split, the two losses. From second-hand notes on the paper: weights 50, halves and p = 1 are best.
+Ours: the formulas of two variants, with the same two signs. `attention` (IE-AT): AT's distance of each half. `overhaul`
+(IE-OD): each half passes a 1x1 convolution and BatchNorm, then OFD's partial squared error from the teacher's pre-ReLU
+map. Both distances are scaled so that the weight 50 gives AT's 1000 and OFD's 1e-3. In IE-OD the exploring half's
+BatchNorm has no scale and shift, because with them the negative distance would have no lower bound.
+Departures: the code swaps the names of teacher and student, lets gradients flow into the frozen network and runs
+decoders that are not trained. We do none of this. In Wide ResNets the last stage's map is not activated. A term of
+weight 0 is left out.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,14 @@ from ..losses import AttentionTransferLoss, InheritanceExplorationLoss, KDLoss, 
 from ..models import PreActivation
 from ..models.nets.init import he_init
 from ..models.stages.shapes import check_stage_shapes
-from .base import FrozenTeacher, Method, RunContext, check_temperature, check_weights, cross_entropy
-from .parts.autoencoder import Coder
-from .parts.teacher_autoencoder import check_auto_encoder, fingerprint, fit_encoder, teacher_maps
+from .base import Method, check_temperature, check_weights, cross_entropy
+from .context import RunContext
+from .forwards import ForwardCache
+from .frozen import FrozenTeacher
+from .parts.autoencoder import Coder, check_auto_encoder, fit_teacher_encoder
+
+if TYPE_CHECKING:
+    from ..data.base import Loader
 
 Variant = Literal["factor", "attention", "overhaul"]
 Split = Literal["natural", "random"]
@@ -45,29 +51,29 @@ class IEKDOptions:
     """Inheritance and exploration."""
 
     variant: Variant = "factor"
-    """What is compared: factors of an auto-encoder (IE-FT), attention maps (IE-AT), maps before the ReLU (IE-OD)."""
+    """What is compared: factors of an auto-encoder (IE-FT), attention maps (IE-AT) or pre-ReLU maps (IE-OD)."""
     inheritance_weight: float = 50.0
-    """Weight of the distance that the inheriting half makes small; from 0."""
+    """Weight of the distance that the inheriting half minimises; from 0."""
     exploration_weight: float = 50.0
-    """Weight of the distance that the exploring half makes great; from 0."""
+    """Weight of the distance that the exploring half maximises; from 0."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the labels; from 0."""
     kd_weight: float = 0.0
-    """Weight of T^2 * KL(teacher || student) of the logits; from 0, which leaves it out."""
+    """Weight of T^2 * KL(teacher || student) of the logits; from 0."""
     temperature: float = 4.0
-    """Of that KL; above 0."""
+    """Temperature T of that term; above 0."""
     p: int = 1
-    """Norm in which factors are compared: 1 or 2."""
+    """Norm of the distance between factors: 1 or 2."""
     split: Split = "natural"
-    """Which channels inherit: the first half, or a random one drawn from --seed."""
+    """Which channels inherit: the first half (natural), or a half drawn from --seed (random)."""
     ae_epochs: int = 30
-    """Passes over the training images for the teacher's auto-encoder (variant factor)."""
+    """Epochs of training for the teacher's auto-encoder (variant factor)."""
     ae_lr: float = 0.1
-    """Its constant learning rate."""
+    """Learning rate of the auto-encoder; constant."""
     ae_error: Literal["l1", "l2"] = "l1"
-    """Its error: mean absolute (l1) or mean squared (l2)."""
+    """Loss of the auto-encoder: mean absolute (l1) or mean squared error (l2)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in (("variant", get_args(Variant)), ("split", get_args(Split))):
             if getattr(self, name) not in choices:
                 raise UserError(f"--{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -80,6 +86,7 @@ class IEKDOptions:
 
     @property
     def weights(self) -> tuple[float, float]:
+        """Those of inheritance and exploration."""
         return self.inheritance_weight, self.exploration_weight
 
 
@@ -90,7 +97,18 @@ class IEKD(Method):
     paper = "arXiv:2107.00181"
     needs_stages = "both staged, equal last H x W; overhaul: a teacher that OFD can use"
 
-    def __init__(self, student, teacher, options=None, peers=()):
+    teacher: FrozenTeacher
+    options: IEKDOptions
+    halves: "Factors | Attention | Overhaul | None"
+    order: Tensor  # the channels, those that inherit first; with --split random
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        options: IEKDOptions | None = None,
+        peers: Sequence[nn.Module] = (),
+    ):
         super().__init__(student, teacher, options, peers)
         self.kd = KDLoss(self.options.temperature, self.options.ce_weight, self.options.kd_weight)
         self.halves = None
@@ -103,32 +121,34 @@ class IEKD(Method):
             raise UserError(f"IE-KD halves channels; the last stages of student and teacher have {mine} and {theirs}")
         self.request_features(self.student)
         self.request_features(self.teacher)
-        self.half = mine // 2
+        self.inheriting = mine // 2
         if self.options.split == "random":
             self.register_buffer("order", _permutation(mine, seed=0))
-        sizes = (self.half, mine - self.half, theirs)
+        exploring = mine - self.inheriting
         if self.options.variant == "overhaul":
-            self.staged_views[self.teacher] = PreActivation(self.teacher.net)
-            self.halves = Overhaul(*sizes, self.options, self.staged_views[self.teacher].norms[-1])
+            view = PreActivation(self.teacher.net)
+            self.staged_views[self.teacher] = view
+            self.halves = Overhaul(self.inheriting, exploring, theirs, self.options, view.norms[-1])
+        elif self.options.variant == "factor":
+            self.halves = Factors(self.inheriting, exploring, theirs, self.options)
         else:
-            self.halves = (Factors if self.options.variant == "factor" else Attention)(*sizes, self.options)
+            self.halves = Attention(self.options)
 
-    def prepare(self, loader, run=RunContext()):  # noqa: B008, frozen
+    def prepare(self, loader: "Loader", run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
         if self.halves is not None and self.options.split == "random":
-            self.order.copy_(_permutation(len(self.order), run.seed))  # a checkpoint that is resumed has the same one
+            self.order.copy_(_permutation(len(self.order), run.seed))  # the same again when a run is resumed
         if isinstance(self.halves, Factors):
-            about = {"teacher": fingerprint(self.teacher.net), "batches": len(loader)}
-            maps = teacher_maps(self.staged_views[self.teacher], loader, run)
-            fit_encoder(self.halves.teacher.net, maps, self.options, about, FILE, run)
+            teacher, view = self.teacher.net, self.staged_views[self.teacher]
+            fit_teacher_encoder(self.halves.teacher.net, teacher, view, loader, self.options, FILE, run)
             self.halves.ready = True
 
     def split(self, maps_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The channels that inherit, and those that explore."""
+        """The channels that inherit and those that explore."""
         if self.options.split == "random":
             maps_NCHW = maps_NCHW.index_select(1, self.order)
-        return maps_NCHW[:, : self.half], maps_NCHW[:, self.half :]
+        return maps_NCHW[:, : self.inheriting], maps_NCHW[:, self.inheriting :]
 
-    def losses(self, out, target, plan):
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         if self.options.kd_weight:
             terms = self.kd.terms(out(self.student), out(self.teacher), target)
         else:
@@ -140,7 +160,7 @@ class IEKD(Method):
 
 
 class Factors(nn.Module):
-    """IE-FT: each half through an encoder of its own, the teacher's map through a frozen one."""
+    """IE-FT: each half is encoded by its encoder, the teacher's map by a frozen one."""
 
     def __init__(self, inheriting: int, exploring: int, teacher: int, options: IEKDOptions):
         super().__init__()
@@ -160,35 +180,38 @@ class Factors(nn.Module):
 
 
 class Attention(nn.Module):
-    """IE-AT: the attention map of each half against the teacher's."""
+    """IE-AT: the attention map of each half is compared with the teacher's."""
 
-    def __init__(self, inheriting: int, exploring: int, teacher: int, options: IEKDOptions):
+    def __init__(self, options: IEKDOptions):
         super().__init__()
         self.losses = [AttentionTransferLoss(ATTENTION_SCALE * weight) for weight in options.weights]
 
     def forward(self, inheritance: Tensor, exploration: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        near, far = self.losses
-        terms = {"inheritance": near(inheritance, teacher)} if near.weight else {}
-        return terms | ({"exploration": -far(exploration, teacher)} if far.weight else {})
+        inherit, explore = self.losses
+        terms = {"inheritance": inherit(inheritance, teacher)} if inherit.weight else {}
+        return terms | ({"exploration": -explore(exploration, teacher)} if explore.weight else {})
 
 
 class Overhaul(nn.Module):
-    """IE-OD: each half, connected to the teacher's channels, against the teacher's map before its last ReLU."""
+    """IE-OD: each half passes a connector to the teacher's channels; compared with the teacher's pre-ReLU map."""
+
+    margin: Tensor
 
     def __init__(self, inheriting: int, exploring: int, teacher: int, options: IEKDOptions, norm: nn.Module):
         super().__init__()
         self.losses = [OverhaulLoss(OVERHAUL_SCALE * weight) for weight in options.weights]
-        near, far = options.weights
-        self.inheritance = _connector(inheriting, teacher, affine=True) if near else None
-        self.exploration = _connector(exploring, teacher, affine=False) if far else None
+        inheritance_weight, exploration_weight = options.weights
+        self.inheritance = _connector(inheriting, teacher, affine=True) if inheritance_weight else None
+        self.exploration = _connector(exploring, teacher, affine=False) if exploration_weight else None
         self.register_buffer("margin", OverhaulLoss.margins([norm])[0], persistent=False)
 
     def forward(self, inheritance: Tensor, exploration: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        near, far, terms = *self.losses, {}
+        inherit, explore = self.losses
+        terms = {}
         if self.inheritance:
-            terms["inheritance"] = near(self.inheritance(inheritance), teacher, self.margin)
+            terms["inheritance"] = inherit(self.inheritance(inheritance), teacher, self.margin)
         if self.exploration:
-            terms["exploration"] = -far(self.exploration(exploration), teacher, self.margin)
+            terms["exploration"] = -explore(self.exploration(exploration), teacher, self.margin)
         return terms
 
 
@@ -199,5 +222,5 @@ def _connector(channels: int, wanted: int, affine: bool) -> nn.Module:
 
 
 def _permutation(channels: int, seed: int) -> Tensor:
-    """The same on every process."""
+    """The same permutation on every process."""
     return torch.randperm(channels, generator=torch.Generator().manual_seed(seed))

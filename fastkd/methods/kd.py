@@ -6,11 +6,15 @@ Defaults: T = 4, 0.1 / 0.9, usual for CIFAR since the CRD comparison; for ImageN
 Departures: none. `standardize` is arXiv:2403.01427's logit standardisation (its own defaults: T = 2, kd_weight = 9).
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-from ..errors import UserError
+from torch import Tensor
+
 from ..losses import KDLoss
-from .base import Method
+from .base import Method, check_weights
+from .forwards import ForwardCache
+from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,9 @@ class KDOptions:
     standardize: bool = False
     """Z-score each row of logits before the softmax (logit standardisation)."""
 
-    def __post_init__(self):
-        self.loss()  # the loss checks the values
-        if not self.ce_weight + self.kd_weight:
-            raise UserError("--ce-weight and --kd-weight are both 0: nothing is learnt; give one of them above 0")
+    def __post_init__(self) -> None:
+        self.loss()  # the loss checks the types and the ranges
+        check_weights(ce_weight=self.ce_weight, kd_weight=self.kd_weight)
 
     def loss(self) -> KDLoss:
         return KDLoss(self.temperature, self.ce_weight, self.kd_weight, standardize=self.standardize)
@@ -41,9 +44,11 @@ class KD(Method):
     Options = KDOptions
     paper = "arXiv:1503.02531"
 
-    def __init__(self, student, teacher, options=None, peers=()):
-        super().__init__(student, teacher, options, peers)
+    teacher: FrozenTeacher
+    options: KDOptions
+
+    def build(self) -> None:
         self.loss = self.options.loss()
 
-    def losses(self, out, target, plan):
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         return self.loss.terms(out(self.student), out(self.teacher), target)

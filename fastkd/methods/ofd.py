@@ -1,23 +1,26 @@
-"""OFD: the student's maps before the ReLU match what of the teacher's is heard after it (arXiv:1904.01866).
+"""OFD: the student's pre-ReLU maps match the teacher's where they are active (arXiv:1904.01866).
 
     L = ce_weight * CE(z_s, y) + overhaul_weight * sum_l 2^-(L-l) d(c_l(f_s), max(f_t, m_l)),    l = 1 .. L stages
     d(s, t) = sum of (s - t)^2 / N where s > t or t > 0;    c: 1x1 convolution, BatchNorm
-    m: E[x | x < 0] of what the teacher's BatchNorm before the map puts out
+    m: E[x | x < 0] of the output x of the teacher's BatchNorm before the map
 
-Defaults: overhaul_weight 1e-3, the connectors and their start from the authors' CIFAR code; ce_weight 1.
-Departures: the teacher is in eval mode; the code leaves it in train mode. The maps of pre-activation nets (Wide
-ResNet) pass their BatchNorm once; in the code twice (see fastkd/models/preactivation.py).
+Defaults: overhaul_weight 1e-3, the connectors and their initialisation from the authors' CIFAR code; ce_weight 1.
+Departures: the teacher is in eval mode; the code leaves it in train mode. The maps of pre-activation networks (Wide
+ResNet) pass their BatchNorm once; in the code twice (see fastkd/models/stages/preactivation.py).
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..losses import OverhaulLoss
 from ..models import PreActivation
 from ..models.nets.init import he_init
 from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
+from .forwards import ForwardCache
+from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,9 @@ class OFDOptions:
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the labels; from 0."""
     overhaul_weight: float = 1e-3
-    """Weight of the partial squared error of the last stage, a sum over elements; earlier ones get less; from 0."""
+    """Weight of the partial squared error of the last stage, a sum over elements; halved per earlier stage; from 0."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_weights(ce_weight=self.ce_weight, overhaul_weight=self.overhaul_weight)
 
 
@@ -40,21 +43,27 @@ class OFD(Method):
     paper = "arXiv:1904.01866"
     needs_stages = "both ResNet, WRN, VGG-BN or MobileNet, equal H x W at every stage"
 
-    def __init__(self, student, teacher, options=None, peers=()):
+    teacher: FrozenTeacher
+    options: OFDOptions
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, options: OFDOptions | None = None, peers: Sequence[nn.Module] = ()
+    ):
         super().__init__(student, teacher, options, peers)
         ours, theirs = check_stage_shapes(self.student, self.teacher.net, "OFD")
+        view = PreActivation(self.teacher.net)
         self.staged_views[self.student] = PreActivation(self.student)
-        self.staged_views[self.teacher] = PreActivation(self.teacher.net)
+        self.staged_views[self.teacher] = view
         self.connectors = nn.ModuleList(
             nn.Sequential(nn.Conv2d(s[0], t[0], 1, bias=False), nn.BatchNorm2d(t[0]))
             for s, t in zip(ours, theirs, strict=True)
         )
         he_init(self.connectors)
         self.loss = OverhaulLoss(self.options.overhaul_weight)
-        for number, margin in enumerate(self.loss.margins(self.staged_views[self.teacher].norms)):
+        for number, margin in enumerate(self.loss.margins(view.norms)):
             self.register_buffer(f"margin{number}", margin, persistent=False)
 
-    def losses(self, out, target, plan):
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours = [connect(f) for connect, f in zip(self.connectors, out.features(self.student), strict=True)]
         margins = [getattr(self, f"margin{number}") for number in range(len(ours))]
         ce = cross_entropy(out(self.student), target, self.options.ce_weight)

@@ -1,22 +1,27 @@
-"""RKD: distances and angles between the samples of a batch are the teacher's (arXiv:1904.05068).
+"""RKD: distances and angles between the samples of a batch match the teacher's (arXiv:1904.05068).
 
     L = ce_weight * CE(z_s, y) + distance_weight * mean_ij h(d_s, d_t) + angle_weight * mean_ijk h(a_s, a_t)
-    d: distances of pooled features over their mean; a: cosines of the angles in triples; h: smooth L1
+    d: distances of pooled features, divided by their mean; a: cosines of the angles of triples; h: smooth L1
 
-Defaults: 25 and 50 from the authors' code, ce_weight 1 as in that of DKD's comparison.
-Departures: features are the means of the last stage's maps. For ResNets that is what the classifier sees; in nets with
-layers between the last stage and the pool (a Wide ResNet's last BatchNorm and ReLU) it is before them (ours).
+Defaults: 25 and 50 from the authors' code, ce_weight 1 as in the code of DKD's comparison.
+Departures: the features are the means of the last stage's maps. In ResNets these are the inputs of the classifier. In
+networks with layers between the last stage and the pool (a Wide ResNet's BatchNorm and ReLU) they are taken before.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor, nn
 
 from ..losses import RKDLoss
 from .base import Method, check_weights, cross_entropy
+from .forwards import ForwardCache
+from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
 class RKDOptions:
-    """Relations between samples."""
+    """Relational knowledge distillation."""
 
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the labels; from 0."""
@@ -25,7 +30,7 @@ class RKDOptions:
     angle_weight: float = 50.0
     """Weight of the smooth L1 error of cosines, a mean over triples; from 0."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_weights(ce_weight=self.ce_weight, distance_weight=self.distance_weight, angle_weight=self.angle_weight)
 
 
@@ -36,12 +41,17 @@ class RKD(Method):
     paper = "arXiv:1904.05068"
     needs_stages = "both staged, any shapes"
 
-    def __init__(self, student, teacher, options=None, peers=()):
+    teacher: FrozenTeacher
+    options: RKDOptions
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, options: RKDOptions | None = None, peers: Sequence[nn.Module] = ()
+    ):
         super().__init__(student, teacher, options, peers)
         self.request_features(self.student)
         self.request_features(self.teacher)
         self.loss = RKDLoss(self.options.distance_weight, self.options.angle_weight)
 
-    def losses(self, out, target, plan):
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, theirs = (out.features(net)[-1].flatten(2).mean(2) for net in (self.student, self.teacher))
         return {"ce": cross_entropy(out(self.student), target, self.options.ce_weight), "rkd": self.loss(ours, theirs)}

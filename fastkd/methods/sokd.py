@@ -1,29 +1,33 @@
 """SOKD: a trainable bridge between a frozen teacher and the student (arXiv:2111.11747).
 
-The bridge A has the architecture of the teacher's top (last stage, norm, pooling, classifier) and is fed with the
-teacher's penultimate stage, detached. With KD(a <- b) = T^2 KL(sg p_b || p_a):
+The bridge A has the architecture of the teacher's top (last stage, norm, pooling, classifier). Its input is the output
+of the teacher's penultimate stage, detached. With KD(a <- b) = T^2 KL(sg p_b || p_a):
 
     L_S = ce_s CE(z_S, y) + kd_sa KD(S <- A)
     L_A = ce_a CE(z_A, y) + kd_at KD(A <- T) + kd_as KD(A <- S)
 
-One backward pass, one optimizer, a learning rate of its own for the bridge. The student learns from the bridge and the
-labels only, the teacher nothing. Teacher bottom and bridge together are an improved teacher, which is saved too.
+There is one backward pass and one optimizer, in which the bridge has a separate learning rate. The student learns from
+the bridge and the labels only; the teacher is frozen. The teacher's bottom and the bridge form an improved teacher,
+which is saved too.
 
-From the authors' code: T = 4, weights 1, bridge_lr 0.1, the random start of the bridge.
-Departures: the teacher's BatchNorm stays in eval mode (`--teacher-bn batch` normalises as the code does, and writes no
-statistics, which the code does). Ours: the feature forms, which the abstract claims and the code does not hold.
+From the authors' code: T = 4, weights 1, bridge_lr 0.1, the random initialisation of the bridge.
+Departures: the teacher's BatchNorm stays in eval mode. `--teacher-bn batch` normalises with the batch as the code does,
+but does not update the running statistics. Ours: the feature losses, which the abstract claims and the code lacks.
 """
 
 import copy
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, check_number
 from ..losses import AttentionTransferLoss, BridgeLoss, FactorTransferLoss, HintLoss
 from ..models import stage_shapes, staged
 from .base import Method
+from .forwards import ForwardCache
+from .frozen import FrozenTeacher
 from .parts.autoencoder import Coder
 from .parts.reinit import reinit
 
@@ -39,33 +43,32 @@ class SOKDOptions:
     ce_s: float = 1.0
     """Weight of the student's cross-entropy with the labels."""
     kd_sa: float = 1.0
-    """Weight of what the student learns from the bridge."""
+    """Weight of the KD term by which the student learns from the bridge."""
     ce_a: float = 1.0
     """Weight of the bridge's cross-entropy with the labels."""
     kd_at: float = 1.0
-    """Weight of what the bridge learns from the teacher."""
+    """Weight of the KD term by which the bridge learns from the teacher."""
     kd_as: float = 1.0
-    """Weight of what the bridge learns from the student."""
+    """Weight of the KD term by which the bridge learns from the student."""
     bridge_lr: float = 0.1
-    """Learning rate of the bridge; it follows the schedule of --lr."""
+    """Initial learning rate of the bridge; it follows the schedule of --lr."""
     bridge_init: Literal["random", "teacher"] = "random"
-    """Where the bridge starts: anew, or as a copy of the teacher's top."""
+    """Initial weights of the bridge: random, or those of the teacher's top."""
     teacher_bn: Literal["eval", "batch"] = "eval"
-    """The teacher's BatchNorm: with its own statistics, or with those of the batch."""
+    """Statistics of the teacher's BatchNorm: the running ones (eval), or those of the batch."""
     feature: Literal["none", "at", "ft", "hint"] = "none"
-    """Also compare last-stage maps, student with bridge and bridge with teacher, by attention, factors or values."""
+    """Loss between last-stage maps, student with bridge and bridge with teacher: AT, FT or FitNet's."""
     feature_weight: float = 1.0
-    """Factor on that loss, whose own weight is the usual one (at 1000, ft 500, hint 100)."""
+    """Factor on that loss, in addition to its usual weight (at 1000, ft 500, hint 100)."""
     export_teacher: bool = True
-    """Evaluate and save the improved teacher as well."""
+    """Also evaluate and save the improved teacher."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.loss()  # checks the values
+        check_number("bridge_lr", self.bridge_lr)
+        check_number("feature_weight", self.feature_weight)
         if not (self.ce_s or self.kd_sa or (self.feature != "none" and self.feature_weight)):
             raise UserError("--ce-s and --kd-sa are both 0: the student learns nothing; give one of them above 0")
-        for name in ("bridge_lr", "feature_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"--{name.replace('_', '-')} must be a number from 0, got {getattr(self, name)}")
 
     def loss(self) -> BridgeLoss:
         return BridgeLoss(self.temperature, self.ce_s, self.kd_sa, self.ce_a, self.kd_at, self.kd_as)
@@ -77,23 +80,33 @@ class SOKD(Method):
     Options = SOKDOptions
     paper = "arXiv:2111.11747"
     ce_option = "ce_s"
-    needs_stages = "teacher staged; for feature forms the student too, with equal last H x W"
+    needs_stages = "teacher staged; for feature losses the student too, with equal last H x W"
 
-    def __init__(self, student, teacher, options=None, peers=()):
+    teacher: FrozenTeacher
+    options: SOKDOptions
+    improved: nn.Module  # the teacher with the bridge as its top; not registered: it shares modules with both
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        options: SOKDOptions | None = None,
+        peers: Sequence[nn.Module] = (),
+    ):
         super().__init__(student, teacher, options, peers)
         self.loss = self.options.loss()
         if self.options.teacher_bn == "batch":
             self.teacher.batch_statistics = True
         self.request_features(self.teacher)
-        self.__dict__["improved"] = _with_own_top(self.teacher.net)  # shares the bottom with the teacher
+        self.__dict__["improved"] = _with_copied_top(self.teacher.net)
         view = staged(self.improved)
         self.bridge = nn.ModuleDict({"stage": view.stages[-1], "head": view.head}).requires_grad_(True)
         if self.options.bridge_init == "random":
             self.bridge.load_state_dict(reinit(self.bridge).state_dict())
         if self.options.feature != "none":
-            self._add_feature_form()
+            self._add_feature_loss()
 
-    def _add_feature_form(self) -> None:
+    def _add_feature_loss(self) -> None:
         (mine, *size), (theirs, *wanted) = stage_shapes(self.student)[-1], stage_shapes(self.teacher.net)[-1]
         if size != wanted:
             raise UserError(
@@ -103,10 +116,10 @@ class SOKD(Method):
         self.request_features(self.student)
         self.feature_loss = FEATURE_LOSSES[self.options.feature]()
         regressor = nn.Sequential(nn.Conv2d(mine, theirs, 1, bias=False), nn.BatchNorm2d(theirs))
-        translators = {"at": nn.Identity(), "ft": Coder(mine, theirs), "hint": regressor}
+        translators: dict[str, nn.Module] = {"at": nn.Identity(), "ft": Coder(mine, theirs), "hint": regressor}
         self.translator = translators[self.options.feature]
 
-    def losses(self, out, target, plan):
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         bottom, top = out.features(self.teacher)[-2:]
         maps = self.bridge["stage"](bottom.detach())
         terms = self.loss.terms(out(self.student), self.bridge["head"](maps), out(self.teacher), target)
@@ -117,20 +130,19 @@ class SOKD(Method):
             terms["feature_a"] = self.options.feature_weight * self.feature_loss(maps, top)
         return terms
 
-    def param_groups(self, lr):
-        bridge = list(self.bridge.parameters())
-        own = set(bridge)
-        rest = [p for p in self.parameters() if p.requires_grad and p not in own]
-        return [{"params": rest, "lr": lr}, {"params": bridge, "lr": self.options.bridge_lr}]
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        bridge = set(self.bridge.parameters())
+        rest = [p for p in self.parameters() if p.requires_grad and p not in bridge]
+        return [{"params": rest, "lr": lr}, {"params": [*self.bridge.parameters()], "lr": self.options.bridge_lr}]
 
-    def networks(self):
+    def networks(self) -> dict[str, nn.Module]:
         return super().networks() | ({"improved_teacher": self.improved} if self.options.export_teacher else {})
 
 
-def _with_own_top(net: nn.Module) -> nn.Module:
-    """A copy of `net` whose modules up to the penultimate stage are those of `net` itself."""
+def _with_copied_top(net: nn.Module) -> nn.Module:
+    """A copy of `net` that shares the modules up to the penultimate stage with `net`."""
     view = staged(net)
     if len(view.stages) < 2:
         raise UserError(f"SOKD needs a teacher of two stages or more, {type(net).__name__} has {len(view.stages)}")
-    bottom = [module for part in (view.stem, *view.stages[:-1]) for module in part.modules()]
+    bottom = [module for shared in (view.stem, *list(view.stages)[:-1]) for module in shared.modules()]
     return copy.deepcopy(net, {id(module): module for module in bottom})

@@ -1,16 +1,21 @@
-"""SP: samples that are alike to the teacher are alike to the student (arXiv:1907.09682).
+"""SP: samples that are similar in the teacher are similar in the student (arXiv:1907.09682).
 
     L = ce_weight * CE(z_s, y) + similarity_weight * |G_s - G_t|_F^2 / N^2
-    G: the Gram matrix [N, N] of the last stage's maps, flattened, each row over its norm
+    G: the Gram matrix [N, N] of the last stage's flattened maps, each row divided by its norm
 
 Defaults: ce_weight 1 and similarity_weight 3000, as in the code of DKD's comparison.
 Departures: none known.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor, nn
 
 from ..losses import SPLoss
 from .base import Method, check_weights, cross_entropy
+from .forwards import ForwardCache
+from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -22,23 +27,28 @@ class SPOptions:
     similarity_weight: float = 3000.0
     """Weight of the squared distance of the similarity matrices, a mean over all pairs of samples; from 0."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_weights(ce_weight=self.ce_weight, similarity_weight=self.similarity_weight)
 
 
 class SP(Method):
-    """Which samples are alike (Tung and Mori 2019)."""
+    """Similarities between samples (Tung and Mori 2019)."""
 
     Options = SPOptions
     paper = "arXiv:1907.09682"
     needs_stages = "both staged, any shapes"
 
-    def __init__(self, student, teacher, options=None, peers=()):
+    teacher: FrozenTeacher
+    options: SPOptions
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, options: SPOptions | None = None, peers: Sequence[nn.Module] = ()
+    ):
         super().__init__(student, teacher, options, peers)
         self.request_features(self.student)
         self.request_features(self.teacher)
         self.loss = SPLoss(self.options.similarity_weight)
 
-    def losses(self, out, target, plan):
+    def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, theirs = (out.features(net)[-1] for net in (self.student, self.teacher))
         return {"ce": cross_entropy(out(self.student), target, self.options.ce_weight), "sp": self.loss(ours, theirs)}

@@ -1,4 +1,4 @@
-"""Networks by name, their weights, and their division into stages."""
+"""Networks by name, their weights, and their stages."""
 
 import os
 import re
@@ -38,49 +38,49 @@ def create_model(name: str, num_classes: int, weights: str | os.PathLike | None 
     """A network for images [N, 3, H, W] and `num_classes` classes, fp32, on the CPU, in train mode.
 
     `name`: one of `model_names()`, any `wrn_D_K`, `timm/<name>` or `torchvision/<name>`. `weights`: a file (see
-    `read_state_dict`), "pretrained" for the library's default weights, or the name of one of its sets: timm's tag,
-    which may also stand in the name (`timm/resnet50.a1_in1k`), torchvision's `IMAGENET1K_V2`. A file goes before a
-    tag in the name. UserError for unknown names and weights, for a pre-trained net of another number of classes, and
-    when a download fails.
+    `read_state_dict`), "pretrained" for the library's default weights, or the tag of other weights: timm's (also as
+    part of the name, `timm/resnet50.a1_in1k`) or torchvision's (`IMAGENET1K_V2`). A file overrides a tag in the name.
+    Raises UserError for unknown names and weights, for pre-trained weights of another number of classes, and when a
+    download fails.
     """
     if not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(f"num_classes is {num_classes!r}: a net needs at least one class")
     file = weights if weights is not None and _is_file(weights) else None
     tag = None if file is not None or weights is None else str(weights)
-    model = _build(name, num_classes, tag, plain=file is not None)
+    model = _build(name, num_classes, tag, from_file=file is not None)
     if file is not None:
         load_weights(model, file)
     return model
 
 
 def model_names() -> list[str]:
-    """The names of our own networks."""
+    """The names of the networks in `nets/`."""
     resnets = [f"resnet{depth}" for depth in DEPTHS]
     return [*resnets, *X4_DEPTHS, *WIDE, *CONVOLUTIONS, "mobilenet", "mobilenetv2"]
 
 
 def _is_file(weights: str | os.PathLike) -> bool:
-    """Whether a path is meant: a path object, a separator or a known ending in it, or a file of that name."""
+    """True for a path object, a name with a separator or a known suffix, and the name of an existing file."""
     text = os.fspath(weights)
     return not isinstance(weights, str) or os.sep in text or text.endswith(SUFFIXES) or Path(text).is_file()
 
 
-def _build(name: str, num_classes: int, tag: str | None, plain: bool) -> nn.Module:
-    """`plain`: weights come from a file, so a tag in the name only says which architecture."""
+def _build(name: str, num_classes: int, tag: str | None, from_file: bool) -> nn.Module:
+    """`from_file`: the weights come from a file, so a tag in the name is not used."""
     library, slash, rest = name.partition("/")
     if library == "timm" and slash:
-        return timm_model(rest.partition(".")[0] if plain else rest, num_classes, tag)
+        return timm_model(rest.partition(".")[0] if from_file else rest, num_classes, tag)
     if library == "torchvision" and slash:
         return torchvision_model(rest, num_classes, tag)
     if slash:
         raise UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision'])}")
-    model = _own(name, num_classes)
+    model = _cifar_net(name, num_classes)
     if tag is not None:
-        raise UserError(f"{tag!r} is no file, and {name!r} has no pre-trained weights to name: pass a weights file")
+        raise UserError(f"{tag!r} is not a file, and {name!r} has no pre-trained weights: pass a weights file")
     return model
 
 
-def _own(name: str, num_classes: int) -> nn.Module:
+def _cifar_net(name: str, num_classes: int) -> nn.Module:
     if name in X4_DEPTHS:
         return CifarResNet(X4_DEPTHS[name], num_classes, WIDTHS_X4)
     if name in CONVOLUTIONS:
@@ -103,7 +103,7 @@ def _wide(name: str, depth: int, width: int, num_classes: int) -> nn.Module:
 
 
 def _hint(name: str) -> str:
-    """A net of torchvision, if that is what it is: by spelling alone resnet50 would be close to resnet56."""
+    """The torchvision network of that name, if there is one: by spelling, resnet50 would be close to resnet56."""
     from torchvision import models
 
     if name in models.list_models(module=models):

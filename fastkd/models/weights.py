@@ -1,4 +1,4 @@
-"""Weights from a file: safetensors, or a torch checkpoint read without running any code that it may carry."""
+"""Weights from a file: safetensors, or a torch checkpoint, whose code is never run."""
 
 import argparse
 import os
@@ -14,50 +14,49 @@ from torch import Tensor, nn
 from ..errors import UserError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
-# Where trainers put the state dict, in the order in which they are tried. Averaged weights come last: next to plain
-# ones they are a second net, and taking them would be a choice that nobody made.
+# Keys under which trainers save the state dict, in the order in which they are tried. Averaged weights come last: they
+# are used only if the file has no others.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "student", "state_dict_ema")
-SHOWN = 5  # keys named per complaint
+SHOWN = 5  # keys per error message
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The name -> tensor table of a file, on the CPU, in the file's dtypes.
+    """The state dict in a file, name -> tensor, on the CPU, in the file's dtypes.
 
-    Wrapping dicts are opened (`WRAPPERS`, nested too); the prefixes that DistributedDataParallel (`module.`) and
-    torch.compile (`_orig_mod.`) put before names are taken off. All other kinds go through torch's
-    weights-only reader: a file that carries code or objects (`argparse.Namespace`, a plain record of options, is let
-    through) is refused and nothing in it runs. UserError for anything that is not a readable state dict.
+    Wrapping dicts (`WRAPPERS`) are opened, also nested ones. The prefixes of DistributedDataParallel (`module.`) and
+    torch.compile (`_orig_mod.`) are removed. Torch checkpoints are read with `weights_only`, so that no code in them
+    runs; objects other than `argparse.Namespace` are refused. Raises UserError if there is no readable state dict.
     """
     path = _checked(Path(path))
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     table = _unwrap(content, path)
-    renamed = {plain_name(key): tensor for key, tensor in table.items()}
+    renamed = {without_prefixes(key): tensor for key, tensor in table.items()}
     if len(renamed) < len(table):
-        raise UserError(f"{path}: several entries have the same name once 'module.' and '_orig_mod.' are taken off")
+        raise UserError(f"{path}: several entries have the same name after removing 'module.' and '_orig_mod.'")
     return renamed
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
-    """Copy a file's weights into `model`, all of them or none.
+    """Copy the weights in a file into `model`. Keys and shapes must match exactly. Partial loading is an error.
 
-    Names (prefixes taken off on both sides), shapes and the kind of number (floating or not) must match, else
-    UserError and the model is as before. The one thing that may be missing is `num_batches_tracked`, which files
-    older than torch 0.4.1 lack: batch normalisation with a fixed momentum never reads it.
+    Keys are compared without the prefixes of `read_state_dict`; floating tensors must stay floating. Only
+    `num_batches_tracked` may be missing, as in files older than torch 0.4.1: batch normalisation with a fixed momentum
+    does not use it. On UserError the model is unchanged.
     """
     table = read_state_dict(path)
-    own = {plain_name(key): (key, tensor) for key, tensor in model.state_dict().items()}
-    missing = [name for name in own if name not in table and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in table if name not in own]
-    both = [name for name in table if name in own]
-    misfits = [_misfit(name, table[name], own[name][1]) for name in both if not _fits(table[name], own[name][1])]
+    wanted = {without_prefixes(key): (key, tensor) for key, tensor in model.state_dict().items()}
+    missing = [name for name in wanted if name not in table and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in table if name not in wanted]
+    both = [name for name in table if name in wanted]
+    misfits = [_misfit(name, table[name], wanted[name][1]) for name in both if not _fits(table[name], wanted[name][1])]
     complaints = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("different", misfits)]
     if any(complaints):
         raise UserError(f"{path} does not fit this {type(model).__name__}: {'; '.join(filter(None, complaints))}")
-    model.load_state_dict({own[name][0]: table[name] for name in both}, strict=False)
+    model.load_state_dict({wanted[name][0]: table[name] for name in both}, strict=False)
 
 
-def plain_name(key: str) -> str:
-    """A name without the prefixes of torch.compile (which wraps at any depth) and DistributedDataParallel."""
+def without_prefixes(key: str) -> str:
+    """A key without the prefixes of torch.compile (at any depth) and DistributedDataParallel (at the start)."""
     key = key.replace("_orig_mod.", "")
     while key.startswith("module."):
         key = key.removeprefix("module.")
@@ -72,7 +71,7 @@ def _checked(path: Path) -> Path:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: weights files end in {', '.join(SUFFIXES)}, this one in {path.suffix!r}")
     if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: the file was not written to its end")
+        raise UserError(f"{path} is empty: it was not written completely")
     return path
 
 
@@ -80,7 +79,7 @@ def _read_safetensors(path: Path) -> object:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no safetensors file, or it is cut short ({_first_line(error)})") from error
+        raise UserError(f"{path} is not a safetensors file, or it is incomplete ({_first_line(error)})") from error
 
 
 def _read_torch(path: Path) -> object:
@@ -88,19 +87,19 @@ def _read_torch(path: Path) -> object:
 
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols; what cannot be read is said below
+            warnings.simplefilter("ignore")  # about pickle protocols; errors are reported below
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise UserError(
-            f"{path} is damaged or holds more than tensors ({_refused(error)}) and was refused, no code of it was run: "
-            "save model.state_dict(), or a .safetensors file"
+            f"{path} is damaged or holds more than tensors ({_refused(error)}) and was refused; none of its code "
+            "was run: save model.state_dict(), or a .safetensors file"
         ) from error
-    except Exception as error:  # of many kinds: torch's readers trust the bytes they are given
-        raise UserError(f"{path} is no torch file, or it is cut short ({_first_line(error)})") from error
+    except Exception as error:  # torch's readers raise many kinds of errors on damaged bytes
+        raise UserError(f"{path} is not a torch file, or it is incomplete ({_first_line(error)})") from error
 
 
 def _refused(error: Exception) -> str:
-    """The line of torch's long message that says what it met."""
+    """The line of torch's long message that names the refused object."""
     marks = ("GLOBAL", "Unsupported", "Can only")
     lines = [line.strip() for line in str(error).splitlines() if any(mark in line for mark in marks)]
     return lines[0][:160] if lines else "no detail"
@@ -135,10 +134,10 @@ def _fits(new: Tensor, old: Tensor) -> bool:
 
 
 def _misfit(name: str, new: Tensor, old: Tensor) -> str:
-    def form(tensor: Tensor) -> str:
+    def described(tensor: Tensor) -> str:
         return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
-    return f"{name} (file {form(new)}, model {form(old)})"
+    return f"{name} (file {described(new)}, model {described(old)})"
 
 
 def _listed(title: str, items: list[str]) -> str:

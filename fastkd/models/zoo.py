@@ -1,5 +1,6 @@
-"""Networks of timm and torchvision by name, whole or not at all."""
+"""Networks of timm and torchvision by name. Partial loading is an error."""
 
+from collections.abc import Callable
 from types import ModuleType
 
 from torch import nn
@@ -8,22 +9,23 @@ from ..errors import UserError, nearest
 
 
 def timm_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
-    """`resnet50`, or `resnet50.a1_in1k`: a tag, there or in `tag`, asks for weights ("pretrained": the default)."""
+    """`resnet50`, or with weights `resnet50.a1_in1k`; `tag` is another way to name them ("pretrained": the default)."""
     timm = _library("timm")
     architecture, _, name_tag = name.partition(".")
     if not timm.is_model(architecture):
         raise UserError(f"timm has no model {architecture!r}{nearest(architecture, timm.list_models())}")
     if name_tag and tag not in (None, "pretrained", name_tag):
         raise UserError(f"timm/{name} names the weights {name_tag!r}, and {tag!r} was asked for: leave one of them out")
-    if not (name_tag or tag):
+    wanted = name_tag or tag
+    if not wanted:
         return timm.create_model(architecture, num_classes=num_classes)
-    full = f"{architecture}.{_timm_tag(architecture, name_tag or tag)}".removesuffix(".")
+    full = f"{architecture}.{_timm_tag(architecture, wanted)}".removesuffix(".")
     _check_classes(f"timm/{full}", timm.get_pretrained_cfg(full).num_classes, num_classes)
     return _download(f"timm/{full}", lambda: timm.create_model(full, pretrained=True, num_classes=num_classes))
 
 
 def torchvision_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
-    """`resnet18`; `tag` names one of its weights (`IMAGENET1K_V1`), or "pretrained" takes torchvision's default."""
+    """`resnet18`; `tag` names its weights (`IMAGENET1K_V1`), "pretrained" the default ones; None: no weights."""
     models = _library("torchvision").models
     names = models.list_models(module=models)
     if name not in names:
@@ -51,7 +53,7 @@ def _library(name: str) -> ModuleType:
 
 
 def _timm_tag(architecture: str, tag: str) -> str:
-    """The tag in full; empty for an architecture whose only weights have no tag."""
+    """The full tag; empty if the architecture's only weights have no tag."""
     timm = _library("timm")
     names = [name.partition(".") for name in timm.list_pretrained(f"{architecture}*")]
     tags = [tag for name, _, tag in names if name == architecture]
@@ -71,14 +73,14 @@ def _no_weights(model: str, tag: str, choices: list[str]) -> str:
 def _check_classes(model: str, have: int, wanted: int) -> None:
     if have != wanted:
         raise UserError(
-            f"{model} was trained for {have} classes and {wanted} are wanted: its classifier cannot be used, and a net "
-            "is never half loaded; fine-tune it first and pass the weights as a file"
+            f"{model} was trained for {have} classes and {wanted} are wanted: its classifier does not fit, and partial "
+            "loading is an error; fine-tune it first and pass the weights as a file"
         )
 
 
-def _download(model: str, build) -> nn.Module:
+def _download(model: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
-    except Exception as error:  # both hubs let the exceptions of their HTTP libraries through
+    except Exception as error:  # both hubs raise the exceptions of their HTTP libraries
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise UserError(f"the weights of {model} could not be fetched ({reason}): pass them as a file") from error

@@ -1,6 +1,7 @@
 """augment.py on the CPU, one image at a time: its crop stays in the cache; a gather of the whole batch is slower."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,10 @@ def check_boxes(boxes: Tensor, H: int, W: int) -> None:
 
 
 def closed_form(
-    images: Tensor, boxes: Tensor, flips: Tensor, outputs: list[Tensor], mean: list[float], std: list[float]
+    images: Tensor, boxes: Tensor, flips: Tensor, outputs: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]
 ) -> None:
     """The same arguments as the kernel's `launch`."""
-    size = tuple(outputs[0].shape[2:])
+    size = outputs[0].shape[2], outputs[0].shape[3]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
     scales, shifts = torch.tensor([1 / (255 * s) for s in std]).split(3), torch.tensor(shift).split(3)
     outputs = [output.permute(0, 2, 3, 1) for output in outputs]

@@ -15,7 +15,6 @@ def closed_form(
     temperature: float,
     loss: Tensor,
     gradient: Tensor,
-    _: Tensor,
 ) -> None:
     """Writes `loss` and, unless it has no elements, `gradient` [N, C]. Five buffers in all: fresh pages cost more."""
     N, C = student.shape
@@ -42,4 +41,5 @@ def _correlation(x: Tensor, y: Tensor, dim: int, scratch: Tensor) -> tuple[Tenso
     D = x_norm * y_norm + 1e-8
     constant = x_norm * y_norm == 0
     a = -xy / D * (y_norm / D) / x_norm
-    return tuple(value.masked_fill(constant, 0) for value in (xy / D, a, 1 / D))
+    r, a, b = (value.masked_fill(constant, 0) for value in (xy / D, a, 1 / D))
+    return r, a, b

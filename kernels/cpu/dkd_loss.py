@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..op import accumulator, without_autocast
-from .grad_output import scaled
+from ..op import acc_dtype, scale_in_place, without_autocast
 from .scratch import scratch
 
 
@@ -21,24 +20,24 @@ def closed_form(
     beta: float,
     temperature: float,
     grads: Tensor | None,
-    upstream: Tensor | None = None,
+    grad_output: Tensor | None = None,
     written: bool = False,
 ) -> Tensor | None:
     """The same arguments and results as the kernel's `launch`."""
-    if written and scaled(grads, upstream):
+    if written and grads is not None and scale_in_place(grads, grad_output):
         return None
     N, y = len(target), target[:, None]
     d, shifted, r, log_sum, known = _rest(student, teacher, y, temperature)
     p, q = d.sigmoid(), (-d).sigmoid()  # of the label, of all others together
     if grads is not None:
         gap = torch.where(d[0] > 0, q[1] - q[0], p[0] - p[1])  # p_s - p_t without cancellation near 1
-        scale = d.new_tensor(temperature / N) * (1 if upstream is None else upstream)
+        scale = d.new_tensor(temperature / N) * (1 if grad_output is None else grad_output)
         out = grads if grads.dtype == r.dtype else scratch("gradient", grads.shape, r)
         torch.sub(*r, out=out).mul_(beta * scale).addcmul_(r[0], -alpha * scale * gap)
         out.scatter_(1, y, alpha * scale * gap)
         if out is not grads:
             grads.copy_(out)
-    if upstream is not None:
+    if grad_output is not None:
         return None
     tckd = sum(torch.where(t == 0, 0, t * (log[1] - log[0])).sum() for t, log in ((p[1], _log(d)), (q[1], _log(-d))))
     nckd = _divergence(r[1], shifted).sum() + ((log_sum[0] - log_sum[1]) * known[1]).sum()
@@ -50,11 +49,13 @@ def _log(d: Tensor) -> Tensor:
     return -F.softplus(-d, threshold=50)
 
 
-def _rest(student: Tensor, teacher: Tensor, y: Tensor, temperature: float):
+def _rest(
+    student: Tensor, teacher: Tensor, y: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of the classes other than the label, for both networks [2, N, ...]: d [.., 1] = z_y / T - their log-sum-exp,
     their logits / T less the largest (the label's place holds 0), their softmax (the label's place holds anything),
     log-sum-exp of the shifted [.., 1], and whether one of them is above -inf [.., 1]."""
-    dtype, inverse, places = accumulator([student, teacher]), 1 / temperature, y.expand(2, -1, 1)
+    dtype, inverse, places = acc_dtype([student, teacher]), 1 / temperature, y.expand(2, -1, 1)
     z = scratch("z", (2, *student.shape), student.new_empty((), dtype=dtype))
     for mine, logits in zip(z, (student, teacher), strict=True):
         torch.mul(logits.detach().to(dtype), inverse, out=mine)

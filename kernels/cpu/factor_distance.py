@@ -6,6 +6,7 @@ well: there are few.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,48 +21,56 @@ NO_NORM = 1e-12
 
 
 def closed_form(
-    parts: list[Tensor],
+    parts: Sequence[Tensor],
     teacher: Tensor,
-    weights: list[float],
+    weights: Sequence[float],
     p: int,
-    learns: list[bool],
+    needs_grad: Sequence[bool],
     loss: Tensor | None,
     terms: Tensor,
     statistics: Tensor,
     grads: Tensor,
-    upstream: tuple[Tensor | None, Tensor | None] | None = None,
+    grad_output: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> None:
-    """Forward (no `upstream`): loss, terms, statistics, and for p = 1 grads, are written. Backward: grads are."""
+    """Forward (no `grad_output`): loss, terms, statistics, and for p = 1 grads, are written. Backward: grads are."""
     N, D = teacher.shape
     chunks = math.ceil(N * D / CHUNK) if teacher.device.type == "cpu" else 1
     rows, w = math.ceil(N / chunks), terms.new_tensor(weights)
-    factors = w / (N * D) if upstream is None else _factors(w, p, N * D, terms, upstream)
+    factors = w / (N * D) if grad_output is None else _factors(w, p, N * D, terms, grad_output)
     slots = iter(grads.unbind())
-    outs = [next(slots) if learner and len(grads) else None for learner in learns]
+    outs = [next(slots) if learner and len(grads) else None for learner in needs_grad]
     sums = []
     for start in range(0, N, rows):
         some = slice(start, start + rows) if rows < N else ...
         xs, t = [x[some].detach().to(terms.dtype) for x in parts], teacher[some].to(terms.dtype)
         here = [out if out is None else out[some] for out in outs]
-        sums.append(_samples(xs, t, p, statistics[:, some, None], factors[:, None, None], here, upstream is None))
-    if upstream is None:
-        distances = torch.stack(sums).sum(0) / (N * D)
+        sums.append(_samples(xs, t, p, statistics[:, some, None], factors[:, None, None], here, grad_output is None))
+    if grad_output is None:
+        distances = torch.stack([x for x in sums if x is not None]).sum(0) / (N * D)
         torch.mul(distances if p == 1 else distances.sqrt_(), w, out=terms)
         if 0.0 in weights:
             terms.masked_fill_(w == 0, 0)
         torch.sum(terms, 0, out=loss)
 
 
-def _factors(w: Tensor, p: int, elements: int, terms: Tensor, upstream: tuple[Tensor | None, Tensor | None]) -> Tensor:
+def _factors(
+    w: Tensor, p: int, elements: int, terms: Tensor, grad_output: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
     """What the gradients are multiplied by: weight / N_el, over the distance for p = 2, times what comes from above."""
     factors = w / elements
     if p == 2:  # the distance is term / weight; at distance 0 the gradient is 0
         factors = torch.where(terms == 0, 0, w * factors / terms)
-    return factors * sum(gradient for gradient in upstream if gradient is not None)
+    return factors * sum(gradient for gradient in grad_output if gradient is not None)
 
 
 def _samples(
-    xs: list[Tensor], t: Tensor, p: int, statistics: Tensor, factors: Tensor, outs: list[Tensor | None], forward: bool
+    xs: Sequence[Tensor],
+    t: Tensor,
+    p: int,
+    statistics: Tensor,
+    factors: Tensor,
+    outs: list[Tensor | None],
+    forward: bool,
 ) -> Tensor | None:
     """Forward [K]: sum |x^ - t^|^p of some samples of each part, [n, D]. Gradients go into outs, where there is one."""
     norms, dots = statistics[: len(xs) + 1], statistics[len(xs) + 1 :]

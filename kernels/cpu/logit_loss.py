@@ -5,11 +5,12 @@ product per row, the gradients as one product with the [H, H] table. It is also 
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..op import accumulator, without_autocast
+from ..op import acc_dtype, without_autocast
 from .many_heads import many_heads
 from .scratch import scratch
 from .student_teacher import student_and_teacher
@@ -17,84 +18,85 @@ from .student_teacher import student_and_teacher
 
 @without_autocast
 def closed_form(
-    heads: list[Tensor],
+    heads: Sequence[Tensor],
     target: Tensor,
-    weights: list[float],
+    weights: Sequence[float],
     temperature: float,
     smoothing: float,
     ignore_index: int | None,
     standardize: bool,
-    learns: list[bool],
-    count_hits: bool,
+    needs_grad: Sequence[bool],
     grads: Tensor,
-    upstream: tuple[Tensor | None, Tensor | None] | None = None,
+    grad_output: tuple[Tensor | None, Tensor | None] | None = None,
     skip_ones: bool = False,
-) -> tuple[Tensor, Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor] | None:
     """The same arguments and results as the kernel's `launch`; nothing is skipped here."""
-    on_cpu, backward = heads[0].device.type == "cpu", upstream is not None
-    if backward and on_cpu:
-        given = _given(*upstream, weights)
-        weights, upstream = [w * gradient if w else 0.0 for w, gradient in zip(weights, given, strict=True)], None
-    H = len(heads)
-    plain = not (smoothing or standardize or count_hits or target.is_floating_point()) and ignore_index is None
+    on_cpu, backward = heads[0].device.type == "cpu", grad_output is not None
+    if grad_output is not None and on_cpu:
+        given = _given(*grad_output, weights=weights)
+        weights, grad_output = [w * gradient if w else 0.0 for w, gradient in zip(weights, given, strict=True)], None
+    plain = not (smoothing or standardize or target.is_floating_point()) and ignore_index is None
     if plain and on_cpu:
-        terms = _quick(heads, target, weights, temperature, learns, grads)
+        terms = _quick(heads, target, weights, temperature, needs_grad, grads)
         if terms is not None:
-            terms = terms.to(accumulator(heads))
-            return terms.sum(), terms, terms.new_zeros(2, H)
-    settings = (weights, temperature, smoothing, ignore_index, standardize, learns, count_hits)
-    return careful(heads, target, *settings, grads, upstream, terms_too=not backward)
+            terms = terms.to(acc_dtype(heads))
+            return terms.sum(), terms
+    settings = (weights, temperature, smoothing, ignore_index, standardize, needs_grad)
+    return careful(heads, target, *settings, grads, grad_output, terms_too=not backward)
 
 
 def careful(
-    heads: list[Tensor],
+    heads: Sequence[Tensor],
     target: Tensor,
-    weights: list[float],
+    weights: Sequence[float],
     temperature: float,
     smoothing: float,
     ignore_index: int | None,
     standardize: bool,
-    learns: list[bool],
-    count_hits: bool,
+    needs_grad: Sequence[bool],
     grads: Tensor,
-    upstream: tuple[Tensor | None, Tensor | None] | None = None,
+    grad_output: tuple[Tensor | None, Tensor | None] | None = None,
     terms_too: bool = True,
-) -> tuple[Tensor, Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor] | None:
     """The same for every case: all options, large logits, classes that are ruled out. None without the terms."""
     H, (N, C) = len(heads), heads[0].shape
-    like = torch.empty((), dtype=accumulator(heads), device=heads[0].device)
+    like = torch.empty((), dtype=acc_dtype(heads), device=heads[0].device)
     z = scratch("z", (H, N, C), like)
     for mine, head in zip(z, heads, strict=True):
         mine.copy_(head)
     labels = Labels(target, C, smoothing, ignore_index, z.dtype)
-    hits = labels.hits(z) if count_hits else z.new_zeros(2, H)  # of logits as they are: shifted, near ones are equal
     rows = Rows(z, temperature, standardize, [i for i in range(H) if weights[i * (H + 1)]])
     table = torch.tensor(weights, dtype=z.dtype, device=z.device).view(H, H + 1)
-    if upstream is not None:
-        given = sum((gradient for gradient in upstream if gradient is not None), torch.zeros_like(table))
+    if grad_output is not None:
+        given = sum((gradient for gradient in grad_output if gradient is not None), torch.zeros_like(table))
         table = torch.where(table == 0, 0, table * given)
-    learners = [i for i in range(H) if learns[i]]
+    learners = [i for i in range(H) if needs_grad[i]]
     if learners:
         _gradients(rows, labels, table, learners, temperature, grads)
     if not terms_too:
         return None
     terms = _terms(rows, labels, table, temperature)
-    return terms.sum(), terms, hits
+    return terms.sum(), terms
 
 
 def _quick(
-    heads: list[Tensor], target: Tensor, weights: list[float], temperature: float, learns: list[bool], grads: Tensor
+    heads: Sequence[Tensor],
+    target: Tensor,
+    weights: Sequence[float],
+    temperature: float,
+    needs_grad: Sequence[bool],
+    grads: Tensor,
 ) -> Tensor | None:
     """The terms, and the gradients into grads; None where it takes more care."""
-    if len(heads) == 2 and not learns[1] and not any((weights[1], *weights[3:])):
+    if len(heads) == 2 and not needs_grad[1] and not any((weights[1], *weights[3:])):
         # without a gradient the same terms, to the bit: the registered op computes them apart from the gradients
-        room = grads if learns[0] else scratch("unused", (1, *heads[0].shape), grads)
-        pair = student_and_teacher(*heads, target, weights[0], weights[2], temperature, room)
+        room = grads if needs_grad[0] else scratch("unused", (1, *heads[0].shape), grads)
+        pair = student_and_teacher(heads[0], heads[1], target, weights[0], weights[2], temperature, room)
         return pair and grads.new_tensor([[pair[0], 0, pair[1]], [0, 0, 0]], dtype=torch.float64)
-    return many_heads(heads, target, weights, temperature, learns, grads)
+    return many_heads(heads, target, weights, temperature, needs_grad, grads)
 
 
-def _given(loss_gradient: Tensor | None, terms_gradient: Tensor | None, weights: list[float]) -> list[float]:
+def _given(loss_gradient: Tensor | None, terms_gradient: Tensor | None, weights: Sequence[float]) -> list[float]:
     """The gradient that comes from above for each term; on the CPU, where asking costs nothing."""
     common = 0.0 if loss_gradient is None else loss_gradient.item()
     own = [0.0] * len(weights) if terms_gradient is None else terms_gradient.flatten().tolist()
@@ -181,7 +183,9 @@ def _mix(towards: Tensor, rows: Rows, out: Tensor) -> None:
         torch.sum(torch.where(factors == 0, 0, factors * rows.p), 0, out=mine)
 
 
-def _inverse_temperature(z: Tensor, temperature: float, standardize: bool):
+def _inverse_temperature(
+    z: Tensor, temperature: float, standardize: bool
+) -> tuple[float | Tensor, Callable[[Tensor, list[int]], Tensor] | None]:
     """(1 / T or 1 / (T (std + eps)) [H, N, 1], the gradient's way back from the z-score times T to the logits)"""
     if not standardize:
         return 1 / temperature, None
@@ -239,14 +243,3 @@ class Labels:
         if self.smoothing:
             gradient -= scale * (self.smoothing / self.classes)
         gradient.scatter_add_(2, self.y.expand(len(gradient), -1, 1), (self.smoothing - 1) * scale)
-
-    def hits(self, z: Tensor) -> Tensor:
-        """[2, H]: rows whose label is the top class, and among the top 5; equal logits rank by class number."""
-        if self.soft:
-            return z.new_full((2, len(z)), torch.nan)
-        label = z.gather(2, self.y.expand(len(z), -1, 1))
-        classes = torch.arange(self.classes, device=z.device)
-        rank = (~((z < label) | ((z == label) & (classes >= self.y)))).sum(2)
-        if self.kept is not None:
-            rank = rank.where(self.kept, self.classes)
-        return torch.stack([(rank < 1).sum(1), (rank < 5).sum(1)]).to(z.dtype)

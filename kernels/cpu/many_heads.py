@@ -1,4 +1,4 @@
-"""The closed form for any number of heads with integer labels: half the calls of logit_loss_cpu.py.
+"""The closed form for any number of heads with integer labels: half the calls of cpu/logit_loss.py.
 
 With z the logits over T and L their log-sums, log p = z - L, and for all pairs of heads at once
 
@@ -12,25 +12,31 @@ not concerned. Subtracting one head from all before the product would be one mor
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..op import accumulator
+from ..op import acc_dtype
 from .scratch import scratch
 from .student_teacher import WIDEST
 
 
 def many_heads(
-    heads: list[Tensor], target: Tensor, weights: list[float], temperature: float, learns: list[bool], grads: Tensor
+    heads: Sequence[Tensor],
+    target: Tensor,
+    weights: Sequence[float],
+    temperature: float,
+    needs_grad: Sequence[bool],
+    grads: Tensor,
 ) -> Tensor | None:
     """The weighted terms [H, 1 + H], means over the batch, in fp64; the gradients go into grads [learners, N, C].
 
-    None where this would not be exact, as in student_teacher_cpu.py.
+    None where this would not be exact, as in student_teacher.py.
     """
-    H, (N, C), dtype = len(heads), heads[0].shape, accumulator(heads)
-    scale, towards, from_label = _constants(tuple(weights), tuple(learns), temperature, N, dtype)
-    z = torch.stack(heads, out=scratch("z", (H, N, C), scale.to(dtype)))
+    H, (N, C), dtype = len(heads), heads[0].shape, acc_dtype(heads)
+    scale, towards, from_label = _constants(tuple(weights), tuple(needs_grad), temperature, N, dtype)
+    z = torch.stack(list(heads), out=scratch("z", (H, N, C), scale.to(dtype)))
     if temperature != 1:
         z.mul_(1 / temperature)
     p = torch.softmax(z, 2, out=scratch("p", z.shape, z))
@@ -45,7 +51,7 @@ def many_heads(
     gradient = grads if grads.dtype == dtype else scratch("gradient", grads.shape, z)
     torch.mm(towards, p.view(H, N * C), out=gradient.view(len(grads), N * C))
     if temperature != 1:
-        _labelled(heads, label[0], weights, learns, z, log_p, gradient)
+        _labelled(heads, label[0], weights, needs_grad, z, log_p, gradient)
         if not log_p.amin() >= -WIDEST:
             return None
     gradient.scatter_add_(2, label[: len(grads)], from_label.expand(-1, N, 1))
@@ -56,24 +62,32 @@ def many_heads(
     return terms if math.isfinite(terms.sum()) else None
 
 
-def _labelled(heads, label, weights, learns, room, log_p, gradient) -> None:
+def _labelled(
+    heads: Sequence[Tensor],
+    label: Tensor,
+    weights: Sequence[float],
+    needs_grad: Sequence[bool],
+    room: Tensor,
+    log_p: Tensor,
+    gradient: Tensor,
+) -> None:
     """The cross-entropies' part where their softmax, at temperature 1, is not that of the divergences."""
     N, rows = len(label), iter(gradient)
-    for i, learner in enumerate(learns):
+    for i, learner in enumerate(needs_grad):
         mine, weight = next(rows) if learner else None, weights[i * (len(heads) + 1)]
         if weight:
             p = torch.softmax(heads[i].to(room.dtype), 1, out=room[i])
             log_p[i] = p.gather(1, label).double().log_()
-            if learner:
+            if mine is not None:
                 mine.add_(p, alpha=weight / N)
 
 
 @functools.lru_cache(maxsize=64)
 def _constants(
-    weights: tuple[float, ...], learns: tuple[bool, ...], temperature: float, N: int, dtype: torch.dtype
+    weights: tuple[float, ...], needs_grad: tuple[bool, ...], temperature: float, N: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[H, 1 + H] factors of the terms; [learners, H] from softmax to gradients; [learners, 1, 1] what labels add."""
-    H, learners = len(learns), [i for i, learner in enumerate(learns) if learner]
+    H, learners = len(needs_grad), [i for i, learner in enumerate(needs_grad) if learner]
     scale = torch.tensor(weights, dtype=torch.float64, device="cpu").view(H, H + 1) / N
     ce, pulls = scale[:, 0], scale[:, 1:]
     towards = (pulls.sum(1).diag() - pulls) * temperature

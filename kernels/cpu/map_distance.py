@@ -6,8 +6,7 @@ It is also the path of fp64 on every device.
 import torch
 from torch import Tensor
 
-from ..op import accumulator
-from .grad_output import scaled
+from ..op import acc_dtype, scale_in_place
 
 _PIECE = 1 << 18
 """Elements, measured: 2^16 pays for calls, 2^20 and more for memory."""
@@ -19,29 +18,29 @@ def closed_form(
     margin: Tensor | None,
     scale: float,
     grad: Tensor | None,
-    upstream: Tensor | None = None,
+    grad_output: Tensor | None = None,
     skip_one: bool = False,
 ) -> Tensor | None:
     """The same arguments and results as the kernel's `launch`."""
-    if skip_one and scaled(grad, upstream):
+    if skip_one and grad is not None and scale_in_place(grad, grad_output):
         return None
-    dtype = accumulator([student, teacher])
+    dtype = acc_dtype([student, teacher])
     if margin is not None:
         margin = margin.to(dtype)[:, None, None]
-    factor = 2 * scale if upstream is None else 2 * scale * upstream
+    factor = 2 * scale if grad_output is None else 2 * scale * grad_output
     samples = max(1, _PIECE // student[0].numel())
     pieces = [x.split(samples) for x in ((student, teacher) if grad is None else (student, teacher, grad))]
     sums = []
     for s, t, *g in zip(*pieces, strict=True):
         residual = _residual(s.to(dtype), t.to(dtype), margin)
-        if upstream is None:
+        if grad_output is None:
             flat = residual.permute(0, 2, 3, 1).flatten() if _is_last(residual) else residual.flatten()
             sums.append(torch.dot(flat, flat))
         if g and g[0].dtype == dtype:
             torch.mul(residual, factor, out=g[0])
         elif g:
             g[0].copy_(residual.mul_(factor))  # half the time of out= where the dtype is another
-    return scale * torch.stack(sums).sum() if upstream is None else None
+    return scale * torch.stack(sums).sum() if grad_output is None else None
 
 
 def _is_last(x: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 import math
 import threading
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,8 +15,9 @@ class _Scratch(threading.local):
     what is made there could not be written outside of it, so buffers and views are made as if outside.
     """
 
-    def __init__(self):
-        self.buffers, self.views, self.rooms = {}, {}, {}
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.views: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         if like.device.type != "cpu":
@@ -28,15 +28,6 @@ class _Scratch(threading.local):
             with torch.inference_mode(False):
                 view = self.views[key] = self._buffer(key, math.prod(shape), like).view(shape)
         return view
-
-    def kept(self, make: Callable, shape: tuple[int, ...], like: Tensor) -> object:
-        """make(*shape, like), which is made once for as long as the shape stays; `like` on the CPU."""
-        key = (make, like.dtype)
-        if self.rooms.get(key, (None,))[0] != shape:
-            self.rooms.pop(key, None)  # before the new one is made
-            with torch.inference_mode(False):
-                self.rooms[key] = shape, make(*shape, like)
-        return self.rooms[key][1]
 
     def _buffer(self, key: tuple[str, torch.dtype], size: int, like: Tensor) -> Tensor:
         buffer = self.buffers.get(key)

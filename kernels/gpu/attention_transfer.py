@@ -1,19 +1,19 @@
-"""The kernels of attention_transfer.py: a tile is some places (of H W) of one sample times some channels."""
+"""The kernels of attention_transfer.py. A tile is some places (of H W) of one sample times some channels."""
 
 import math
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import power_of_2, programs, ticket, total
+from .host import common_unit, on_device, power_of_2, programs
+from .reduce import ticket, total
 
 
 @triton.jit
 def _offsets(sample, place, channel, strides, UNIT: tl.constexpr, LAST: tl.constexpr):
-    """[PLACES, CHANNELS] in a map with strides (sample, place, channel), of which the last or the second is 1."""
+    """Offsets [PLACES, CHANNELS] in a map with strides (sample, place, channel): that of channel or place is 1."""
     if LAST:
         return sample * (strides[0] * UNIT) + place.to(tl.int64)[:, None] * (strides[1] * UNIT) + channel[None, :]
     return sample * (strides[0] * UNIT) + channel.to(tl.int64)[None, :] * (strides[2] * UNIT) + place[:, None]
@@ -40,7 +40,7 @@ def _mean_square_kernel(
     UNIT_T: tl.constexpr, PART_S: tl.constexpr, PART_T: tl.constexpr, UNIT_HW: tl.constexpr,
     LAST_S: tl.constexpr, LAST_T: tl.constexpr,
 ):  # fmt: skip
-    """q [2, N, HW] = mean over channels of f^2, of the student and the teacher."""
+    """q [2, N, HW] = mean over channels of f^2, for the student and the teacher."""
     HW = hw_units * UNIT_HW
     tiles = N.to(tl.int64) * pieces
     tile = tl.program_id(0).to(tl.int64)
@@ -70,6 +70,27 @@ def _norm(q, sample, HW, BLOCK: tl.constexpr):
     return tl.sqrt(tl.sum(squares, 0))
 
 
+@triton.jit
+def _difference(q, sample, place, N, HW, norm_s, norm_t):
+    """(a, e): the student's normalised map and its difference from the teacher's at these places."""
+    a = _unit(q, sample, place, HW, norm_s)
+    return a, a - _unit(q, N + sample, place, HW, norm_t)
+
+
+@triton.jit
+def _sample_sums(q, sample, N, HW, norm_s, norm_t, BLOCK: tl.constexpr):
+    """Sums over a sample of e^2 and of e a."""
+    place = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float32)
+    products = tl.zeros([BLOCK], tl.float32)
+    while tl.min(place) < HW:
+        a, e = _difference(q, sample, place, N, HW, norm_s, norm_t)
+        squares += e * e
+        products += e * a
+        place += BLOCK
+    return tl.sum(squares, 0), tl.sum(products, 0)
+
+
 @triton.jit(do_not_specialize=["N"])
 def _loss_kernel(
     q, k, partials, ticket, loss, N, HW, loss_scale, k_scale, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
@@ -81,23 +102,14 @@ def _loss_kernel(
     while sample < N:
         norm_s = _norm(q, sample, HW, BLOCK)
         norm_t = _norm(q, N + sample, HW, BLOCK)
-        place = tl.arange(0, BLOCK)
-        squares = tl.zeros([BLOCK], tl.float32)
-        products = tl.zeros([BLOCK], tl.float32)
-        while tl.min(place) < HW:
-            a = _unit(q, sample, place, HW, norm_s)
-            e = a - _unit(q, N + sample, place, HW, norm_t)
-            squares += e * e
-            products += e * a
-            place += BLOCK
-        sums += tl.where(tl.arange(0, SLOTS) == 0, tl.sum(squares, 0), 0.0)
-        # where the norm is clamped it is a constant and has no gradient of its own
-        pull = tl.where(norm_s < 1e-12, 0.0, tl.sum(products, 0))
+        squares, products = _sample_sums(q, sample, N, HW, norm_s, norm_t, BLOCK)
+        sums += tl.where(tl.arange(0, SLOTS) == 0, squares, 0.0)
+        # a clamped norm is a constant: no gradient flows through it
+        pull = tl.where(norm_s < 1e-12, 0.0, products)
         scale = k_scale / tl.where(norm_s < 1e-12, 1e-12, norm_s)
         place = tl.arange(0, BLOCK)
         while tl.min(place) < HW:
-            a = _unit(q, sample, place, HW, norm_s)
-            e = a - _unit(q, N + sample, place, HW, norm_t)
+            a, e = _difference(q, sample, place, N, HW, norm_s, norm_t)
             tl.store(k + sample * HW + place, scale * (e - a * pull), mask=place < HW)
             place += BLOCK
         sample += tl.num_programs(0)
@@ -108,13 +120,13 @@ def _loss_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _backward_kernel(
-    student, gradient, strides, strides_g, k, upstream, N, pieces, hw_units, c_units, PLACES: tl.constexpr,
+    student, gradient, strides, strides_g, k, grad_output, N, pieces, hw_units, c_units, PLACES: tl.constexpr,
     CHANNELS: tl.constexpr, UNIT: tl.constexpr, UNIT_HW: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """gradient = upstream k f, one tile at a time."""
+    """gradient = grad_output * k * f, one tile at a time."""
     HW = hw_units * UNIT_HW
     C = c_units * (UNIT if LAST else 1)
-    scale = tl.load(upstream).to(tl.float32)
+    scale = tl.load(grad_output).to(tl.float32)
     tiles = N.to(tl.int64) * pieces
     tile = tl.program_id(0).to(tl.int64)
     while tile < tiles:
@@ -132,7 +144,7 @@ def _backward_kernel(
 
 
 def _layout(f_NCHW: Tensor) -> tuple[tuple[int, int, int], bool] | None:
-    """(strides of sample, place and channel; are channels contiguous), None if neither channels nor places are."""
+    """(strides of sample, place and channel; are channels contiguous). None if neither channels nor places are."""
     (_, C, H, W), (n, c, h, w) = f_NCHW.shape, f_NCHW.stride()
     place = w if W > 1 else h
     if H > 1 and W > 1 and h != W * w:
@@ -143,17 +155,17 @@ def _layout(f_NCHW: Tensor) -> tuple[tuple[int, int, int], bool] | None:
 
 
 def _readable(f_NCHW: Tensor) -> tuple[Tensor, tuple[int, int, int], bool]:
-    if _layout(f_NCHW) is None:
+    """(the map or a copy that _layout can describe, its strides, are channels contiguous)"""
+    layout = _layout(f_NCHW)
+    if layout is None:
         N, C, H, W = f_NCHW.shape
-        rows = f_NCHW.permute(0, 2, 3, 1).contiguous()
-        return rows, (H * W * C, C, 1), True
-    return f_NCHW, *_layout(f_NCHW)
+        return f_NCHW.permute(0, 2, 3, 1).contiguous(), (H * W * C, C, 1), True
+    return f_NCHW, *layout
 
 
 def _units(strides: tuple[int, int, int], last: bool, channels: int, places: int) -> int:
-    """8 if every size along the map is a multiple of 8, which makes 128-bit accesses in 16 bits; else 1."""
-    contiguous, others = (channels, strides[:2]) if last else (places, (strides[0], strides[2]))
-    return 8 if contiguous % 8 == 0 and all(stride % 8 == 0 for stride in others) else 1
+    contiguous, other = (channels, strides[1]) if last else (places, strides[2])
+    return common_unit(contiguous, strides[0], other)
 
 
 def _divided(strides: tuple[int, int, int], unit: int, last: bool) -> tuple[int, int, int]:
@@ -161,7 +173,7 @@ def _divided(strides: tuple[int, int, int], unit: int, last: bool) -> tuple[int,
 
 
 def _places(maps: list[tuple[int, bool]], places: int) -> int:
-    """Places of a tile, of maps with (channels, are they contiguous): 4,096 elements, 16 a thread."""
+    """Places of a tile of 4,096 elements, 16 a thread; maps: (channels, are they contiguous) of each."""
     if not all(last for _, last in maps):
         return min(128, max(16, power_of_2(places)))
     widest = max(power_of_2(channels) for channels, _ in maps)
@@ -173,17 +185,17 @@ def _channels(channels: int, places: int) -> int:
 
 
 def launch(student: Tensor, teacher: Tensor, weight: float, loss: Tensor, k: Tensor) -> None:
-    """The forward pass: writes loss and k [N, HW]."""
+    """The forward pass writes loss and k [N, HW]."""
     (N, HW), Cs, Ct, device = k.shape, student.shape[1], teacher.shape[1], k.device
     (student, strides_s, last_s), (teacher, strides_t, last_t) = _readable(student), _readable(teacher)
     unit_s, unit_t = _units(strides_s, last_s, Cs, HW), _units(strides_t, last_t, Ct, HW)
     places = _places([(Cs, last_s), (Ct, last_t)], HW)
-    pieces, unit_hw = math.ceil(HW / places), 8 if HW % 8 == 0 else 1
+    pieces, unit_hw = math.ceil(HW / places), common_unit(HW)
     part_s, part_t = unit_s if last_s else 1, unit_t if last_t else 1
     q = torch.empty((2, N, HW), dtype=torch.float32, device=device)
     block, grid = min(2048, max(16, power_of_2(HW))), programs(N, 8, device)
     partials = torch.empty((grid, 2), dtype=torch.float32, device=device)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         _mean_square_kernel[(programs(N * pieces, 8, device),)](
             student, teacher, _divided(strides_s, unit_s, last_s), _divided(strides_t, unit_t, last_t), q,
             N, pieces, HW // unit_hw, Cs // part_s, Ct // part_t,
@@ -197,27 +209,24 @@ def launch(student: Tensor, teacher: Tensor, weight: float, loss: Tensor, k: Ten
         )  # fmt: skip
 
 
-def launch_backward(student: Tensor, k: Tensor, upstream: Tensor, gradient: Tensor) -> None:
-    """Writes gradient = upstream * k * student."""
+def launch_backward(student: Tensor, k: Tensor, grad_output: Tensor, gradient: Tensor) -> None:
+    """Writes gradient = grad_output * k * student."""
     (N, HW), C, device = k.shape, student.shape[1], k.device
     student, strides, last = _readable(student)
-    given = gradient
-    if _layout(gradient) is None or _layout(gradient)[1] != last:  # a student with gaps: rare, costs one more pass
-        order = (N, HW, C) if last else (N, C, HW)
-        given = torch.empty(order, dtype=gradient.dtype, device=device)
-        strides_g = (C * HW, C, 1) if last else (C * HW, 1, HW)
-    else:
-        strides_g = _layout(gradient)[0]
-    unit = min(_units(strides, last, C, HW), _units(strides_g, last, C, HW))
+    layout, out = _layout(gradient), gradient
+    if layout is None or layout[1] != last:  # a student with gaps: rare, costs one more pass
+        out = torch.empty((N, HW, C) if last else (N, C, HW), dtype=gradient.dtype, device=device)
+        layout = ((C * HW, C, 1) if last else (C * HW, 1, HW)), last
+    unit = min(_units(strides, last, C, HW), _units(layout[0], last, C, HW))
     places = _places([(C, last)], HW)
-    pieces, unit_hw = math.ceil(HW / places), 8 if HW % 8 == 0 else 1
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    pieces, unit_hw = math.ceil(HW / places), common_unit(HW)
+    with on_device(device):
         _backward_kernel[(programs(N * pieces, 8, device),)](
-            student, given, _divided(strides, unit, last), _divided(strides_g, unit, last), k, upstream,
+            student, out, _divided(strides, unit, last), _divided(layout[0], unit, last), k, grad_output,
             N, pieces, HW // unit_hw, C // (unit if last else 1),
             PLACES=places, CHANNELS=_channels(C, places), UNIT=unit, UNIT_HW=unit_hw, LAST=last,
             enable_fp_fusion=True, num_warps=8,
         )  # fmt: skip
-    if given is not gradient:
+    if out is not gradient:
         N, C, H, W = gradient.shape
-        gradient.copy_(given.view(N, H, W, C).permute(0, 3, 1, 2) if last else given.view(N, C, H, W))
+        gradient.copy_(out.view(N, H, W, C).permute(0, 3, 1, 2) if last else out.view(N, C, H, W))

@@ -1,19 +1,21 @@
-"""The kernel of augment.py: one program takes a block of pixels of an image, with all channels and normalisations."""
+"""The kernel of augment.py: one program computes a block of pixels of an image, all channels and normalisations."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .host import on_device
+
 _BLOCK = 256
 
 
 @triton.jit
 def _fit(begin, extent, limit):
-    """A box's edge inside the image; NaN gives an edge too, for no address may leave the memory."""
+    """(begin, extent) of a box, moved and cut to fit into the image. NaN fits too: no address may leave the memory."""
     extent = tl.minimum(tl.maximum(extent.to(tl.float32), 1.0), limit)
     return tl.minimum(tl.maximum(begin.to(tl.float32), 0.0), limit - extent), extent
 
@@ -21,7 +23,7 @@ def _fit(begin, extent, limit):
 @triton.jit
 def _taps(i, size, begin, extent, limit):
     """(index of the first pixel, of the second, weight of the second) for the output's rows or columns i."""
-    # the whole pixels of `begin` are added as integers: so the weights of a whole box are those of the crop alone
+    # whole pixels of `begin` are added as integers, so that a box of integers has the weights of its crop
     whole = tl.floor(begin)
     place = (i.to(tl.float32) + 0.5) * tl.div_rn(extent, size.to(tl.float32)) - 0.5
     place = tl.minimum(tl.maximum(place, 0.0), extent - 1) + (begin - whole)
@@ -56,14 +58,19 @@ def _kernel(images, strides, boxes, flips, outputs, scales, shifts, H, W, h, w, 
 
 
 def launch(
-    images: Tensor, boxes: Tensor, flips: Tensor, outputs: list[Tensor], mean: list[float], std: list[float]
+    images: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    outputs: Sequence[Tensor],
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> None:
-    """Run the kernel; mean and std: 3 numbers for each output, one after another."""
+    """Run the kernel, which writes the outputs. mean and std: 3 numbers for each output, one after another."""
     (N, H, W, _), (h, w), device = images.shape, outputs[0].shape[2:], images.device
     if sum((size - 1) * stride for size, stride in zip(images.shape[1:], images.stride()[1:], strict=True)) >= 2**31:
         images = images.contiguous()  # places within an image are counted in 32 bits
     blocks = math.ceil(h * w / _BLOCK)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         _kernel[(N * blocks,)](
             images, images.stride(), boxes.contiguous(), flips.contiguous().view(torch.uint8), tuple(outputs),
             tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True)),

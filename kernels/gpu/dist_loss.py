@@ -1,15 +1,14 @@
-"""The kernels of dist_loss.py: rows' statistics, columns' statistics, gradient."""
+"""The kernels of dist_loss.py: statistics of the rows, statistics of the columns, gradient."""
 
 import math
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dkd_loss import row_shape
-from .reduce import programs, ticket, total
+from .host import common_unit, contiguous_rows, most_registers, on_device, programs, row_shape
+from .reduce import ticket, total
 
 
 @triton.jit
@@ -19,7 +18,7 @@ def _load(row, cols, C):
 
 @triton.jit
 def _softmax_statistics(row, C, inverse, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr):
-    """(max, 1 / sum of exp) of a row; a row that is read in pieces rescales the sum whenever the maximum moves."""
+    """(max, 1 / sum of exp) of a row. In pieces, the sum is rescaled whenever the maximum grows."""
     cols = tl.arange(0, BLOCK)
     if ONE_PASS:
         z = _load(row, cols, C)
@@ -30,7 +29,7 @@ def _softmax_statistics(row, C, inverse, ONE_PASS: tl.constexpr, BLOCK: tl.const
         while tl.min(cols) < C:
             z = _load(row, cols, C)
             new = tl.maximum(top, tl.max(z, 0))
-            shift = tl.where(new == -float("inf"), 0.0, new)  # nothing but -inf so far: -inf - -inf is no number
+            shift = tl.where(new == -float("inf"), 0.0, new)  # all -inf so far: -inf - -inf would be NaN
             at_t = at_t * tl.exp((top - shift) * inverse) + tl.sum(tl.exp((z - shift) * inverse), 0)
             top = new
             cols += BLOCK
@@ -44,7 +43,7 @@ def _p(z, top, inverse_sum, inverse):
 
 @triton.jit
 def _correlation(xx, yy, xy):
-    """(r, a, b) from sums over centred x and y: dr/dx = a x + b y; all 0 where x or y is constant."""
+    """(r, a, b) from sums over centred x and y: dr/dx = a x + b y. All are 0 if x or y is constant."""
     x_norm, y_norm = tl.sqrt(xx), tl.sqrt(yy)
     constant = x_norm * y_norm == 0
     D = x_norm * y_norm + 1e-8
@@ -53,12 +52,27 @@ def _correlation(xx, yy, xy):
 
 
 @triton.jit
-def _row_sums(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse):
-    """Sums of x^2, y^2 and x y over these classes; x = p_s - 1 / C."""
+def _sums_of_classes(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse):
+    """Sums of x^2, y^2 and x y over these classes; x = p_s - 1 / C, y = p_t - 1 / C."""
     inside = cols < C
     x = tl.where(inside, _p(_load(s, cols, C), top_s, inv_s, inverse) - 1.0 / C, 0.0)
     y = tl.where(inside, _p(_load(t, cols, C), top_t, inv_t, inverse) - 1.0 / C, 0.0)
     return tl.sum(x * x, 0), tl.sum(y * y, 0), tl.sum(x * y, 0)
+
+
+@triton.jit
+def _sums_of_row(s, t, C, top_s, inv_s, top_t, inv_t, inverse, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    xx, yy, xy = _sums_of_classes(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse)
+    if not ONE_PASS:
+        cols += BLOCK
+        while tl.min(cols) < C:
+            more_xx, more_yy, more_xy = _sums_of_classes(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse)
+            xx += more_xx
+            yy += more_yy
+            xy += more_xy
+            cols += BLOCK
+    return xx, yy, xy
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -76,16 +90,7 @@ def _rows_kernel(
         t = teacher + row * (teacher_stride * UNIT)
         top_s, inv_s = _softmax_statistics(s, C, inverse, ONE_PASS, BLOCK)
         top_t, inv_t = _softmax_statistics(t, C, inverse, ONE_PASS, BLOCK)
-        cols = tl.arange(0, BLOCK)
-        xx, yy, xy = _row_sums(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse)
-        if not ONE_PASS:
-            cols += BLOCK
-            while tl.min(cols) < C:
-                more_xx, more_yy, more_xy = _row_sums(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse)
-                xx += more_xx
-                yy += more_yy
-                xy += more_xy
-                cols += BLOCK
+        xx, yy, xy = _sums_of_row(s, t, C, top_s, inv_s, top_t, inv_t, inverse, ONE_PASS, BLOCK)
         r, a, b = _correlation(xx, yy, xy)
         sums += r
         place = rows + row
@@ -103,33 +108,24 @@ def _rows_kernel(
 
 @triton.jit
 def _tile(logits, stride, row, cols, C, N, top, inverse_sum, inverse):
-    """p [ROWS, COLS]"""
+    """Probabilities [rows, classes] of a tile."""
     inside = (row < N)[:, None] & (cols < C)[None, :]
     z = tl.load(logits + row[:, None] * stride + cols[None, :], mask=inside, other=-float("inf")).to(tl.float32)
     scale = tl.load(inverse_sum + row, mask=row < N, other=0.0)
     return _p(z, tl.load(top + row, mask=row < N, other=0.0)[:, None], scale[:, None], inverse)
 
 
-@triton.jit(do_not_specialize=["N"])
-def _columns_kernel(
-    student, student_stride, teacher, teacher_stride, rows, row_sum, columns, loss, partials, ticket,
-    N, c_units, beta, gamma, temperature,
-    UNIT: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit
+def _column_sums(
+    student, s_stride, teacher, t_stride, rows, cols, pivot_s, pivot_t, N, C, inverse,
+    TALL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """columns [4, C]: mean of student and teacher; gamma / C times the coefficients of dr/dx.
+    """[WIDE] each: means of p - pivot of student and teacher, sums over the rows of x^2, y^2 and x y, centred.
 
-    Numbers are measured from the first row, so that a constant column is exactly 0, and tiles of rows are merged by
-    their means and centred sums (Chan et al. 1979), so that nothing cancels.
+    Tiles of rows are merged by their means and centred sums (Chan et al. 1979), so that nothing cancels.
     """
-    C = c_units * UNIT
-    inverse = 1 / temperature
-    cols = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
     row = tl.arange(0, TALL).to(tl.int64)
-    first = tl.zeros([1], tl.int64)
-    s_stride, t_stride = student_stride * UNIT, teacher_stride * UNIT
     top_t = rows + 2 * N.to(tl.int64)
-    pivot_s = _tile(student, s_stride, first, cols, C, N, rows, rows + N, inverse)
-    pivot_t = _tile(teacher, t_stride, first, cols, C, N, top_t, top_t + N, inverse)
     mean_x, mean_y = tl.zeros([WIDE], tl.float32), tl.zeros([WIDE], tl.float32)
     xx, yy, xy = tl.zeros([WIDE], tl.float32), tl.zeros([WIDE], tl.float32), tl.zeros([WIDE], tl.float32)
     done = 0.0
@@ -150,6 +146,30 @@ def _columns_kernel(
         mean_y += off_y * share
         done += count
         row += TALL
+    return mean_x, mean_y, xx, yy, xy
+
+
+@triton.jit(do_not_specialize=["N"])
+def _columns_kernel(
+    student, student_stride, teacher, teacher_stride, rows, row_sum, columns, loss, partials, ticket,
+    N, c_units, beta, gamma, temperature,
+    UNIT: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """columns [4, C]: mean of student and teacher; gamma / C times the coefficients of dr/dx.
+
+    The first row is subtracted before anything is summed, so that a constant column is exactly 0.
+    """
+    C = c_units * UNIT
+    inverse = 1 / temperature
+    cols = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    first = tl.zeros([1], tl.int64)
+    s_stride, t_stride = student_stride * UNIT, teacher_stride * UNIT
+    top_t = rows + 2 * N.to(tl.int64)
+    pivot_s = _tile(student, s_stride, first, cols, C, N, rows, rows + N, inverse)
+    pivot_t = _tile(teacher, t_stride, first, cols, C, N, top_t, top_t + N, inverse)
+    mean_x, mean_y, xx, yy, xy = _column_sums(
+        student, s_stride, teacher, t_stride, rows, cols, pivot_s, pivot_t, N, C, inverse, TALL, WIDE
+    )
     r, a, b = _correlation(xx, yy, xy)
     place = columns + cols
     tl.store(place, tl.sum(pivot_s, 0) + mean_x, mask=cols < C)
@@ -178,12 +198,12 @@ def _pull(s, t, rows, columns, cols, row, C, N, inverse):
 
 @triton.jit(do_not_specialize=["N"])
 def _gradient_kernel(
-    student, student_stride, teacher, teacher_stride, rows, columns, upstream, grads, N, c_units, temperature,
+    student, student_stride, teacher, teacher_stride, rows, columns, grad_output, grads, N, c_units, temperature,
     ONE_PASS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     C = c_units * UNIT
     inverse = 1 / temperature
-    scale = -temperature * tl.load(upstream).to(tl.float32)
+    scale = -temperature * tl.load(grad_output).to(tl.float32)
     row = tl.program_id(0).to(tl.int64)
     while row < N:
         s = student + row * (student_stride * UNIT)
@@ -207,15 +227,11 @@ def _gradient_kernel(
         row += tl.num_programs(0)
 
 
-def _inputs(student: Tensor, teacher: Tensor):
-    """The kernels' first arguments, and the unit in which classes and strides are counted."""
-    student, teacher = (z if z.stride(1) == 1 else z.contiguous() for z in (student, teacher))
-    unit = 8 if student.shape[1] % 8 == 0 and student.stride(0) % 8 == 0 and teacher.stride(0) % 8 == 0 else 1
+def _inputs(student: Tensor, teacher: Tensor) -> tuple[tuple[Tensor, int, Tensor, int], int]:
+    """The first arguments of the kernels, and the unit in which classes and strides are counted."""
+    student, teacher = contiguous_rows(student), contiguous_rows(teacher)
+    unit = common_unit(student.shape[1], student.stride(0), teacher.stride(0))
     return (student, student.stride(0) // unit, teacher, teacher.stride(0) // unit), unit
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def launch(
@@ -235,7 +251,7 @@ def launch(
     wide = 16 if C <= 4096 else 64  # enough programs for few classes, whole cache lines for many
     grids = programs(N, warps, device), math.ceil(C / wide)
     row_sum, *partials = (torch.empty(n, dtype=torch.float32, device=device) for n in (1, *grids))
-    with _on(device):
+    with on_device(device):
         _rows_kernel[grids[:1]](
             *inputs, rows, row_sum, partials[0], ticket(device), N, C // unit, beta, temperature,
             ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps, enable_fp_fusion=True, num_warps=warps,
@@ -251,17 +267,17 @@ def launch_backward(
     teacher: Tensor,
     rows: Tensor,
     columns: Tensor,
-    upstream: Tensor,
+    grad_output: Tensor,
     temperature: float,
     grads: Tensor,
 ) -> None:
-    """Write `grads` [N, C] from what `launch` left in rows and columns."""
+    """Write `grads` [N, C] from the `rows` and `columns` that `launch` has written."""
     (N, C), device = student.shape, student.device
     inputs, unit = _inputs(student, teacher)
     block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
-    with _on(device):
+    with on_device(device):
         _gradient_kernel[(programs(N, warps, device),)](
-            *inputs, rows, columns, upstream, grads, N, C // unit, temperature,
+            *inputs, rows, columns, grad_output, grads, N, C // unit, temperature,
             ONE_PASS=block >= C, UNIT=unit, BLOCK=block,
-            enable_fp_fusion=True, num_warps=warps, maxnreg=min(255, 2048 // warps),
+            enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
         )  # fmt: skip

@@ -1,13 +1,12 @@
-"""The kernel of dkd_loss.py: one program takes rows; a row of both networks sits in registers where it fits."""
-
-from contextlib import nullcontext
+"""The kernel of dkd_loss.py: one program takes rows. A row of both networks is kept in registers if it fits."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import power_of_2, programs, ticket, total
+from .host import common_unit, contiguous_rows, most_registers, on_device, programs, row_shape
+from .reduce import ticket, total
 
 
 @triton.jit
@@ -17,12 +16,12 @@ def _load(row, cols, C):
 
 @triton.jit
 def _shift(top):
-    return tl.where(top == -float("inf"), 0.0, top)  # nothing but -inf: -inf - -inf is no number
+    return tl.where(top == -float("inf"), 0.0, top)  # all -inf: -inf - -inf would be NaN
 
 
 @triton.jit
 def _rest_of_long_row(row, label, C, inverse, BLOCK: tl.constexpr):
-    """(max, sum of exp) of the other classes of a row that is read in pieces."""
+    """(max, sum of exp) over the classes but the label, of a row that is read in pieces."""
     top, at_t = -float("inf"), 0.0
     cols = tl.arange(0, BLOCK)
     while tl.min(cols) < C:
@@ -67,11 +66,45 @@ def _write(grads, cols, label, C, r_s, r_t, gap, alpha, beta, scale):
     tl.store(grads + cols, scale * tl.where(cols == label, alpha * gap, others), mask=cols < C)
 
 
+@triton.jit
+def _row_in_registers(s, t, y_s, y_t, label, grads, C, alpha, beta, inverse, scale, BLOCK: tl.constexpr):
+    """(TCKD, NCKD) of a row that is read once; its gradient is written to grads, unless that is None."""
+    cols = tl.arange(0, BLOCK)
+    z_s, z_t = _load(s, cols, C), _load(t, cols, C)
+    rest_s, rest_t = tl.where(cols == label, -float("inf"), z_s), tl.where(cols == label, -float("inf"), z_t)
+    top_s, top_t = _shift(tl.max(rest_s, 0)), _shift(tl.max(rest_t, 0))
+    sum_s = tl.sum(tl.exp((rest_s - top_s) * inverse), 0)
+    sum_t = tl.sum(tl.exp((rest_t - top_t) * inverse), 0)
+    tckd, gap = _label_terms((y_s - top_s) * inverse - tl.log(sum_s), (y_t - top_t) * inverse - tl.log(sum_t))
+    r_s, r_t, terms = _rest_terms(z_s, z_t, cols, label, top_s, sum_s, top_t, sum_t, inverse)
+    if grads is not None:
+        _write(grads, cols, label, C, r_s, r_t, gap, alpha, beta, scale)
+    return tckd, tl.sum(terms, 0)
+
+
+@triton.jit
+def _row_in_pieces(s, t, y_s, y_t, label, grads, C, alpha, beta, inverse, scale, BLOCK: tl.constexpr):
+    """The same for a long row, which is read twice."""
+    top_s, sum_s = _rest_of_long_row(s, label, C, inverse, BLOCK)
+    top_t, sum_t = _rest_of_long_row(t, label, C, inverse, BLOCK)
+    tckd, gap = _label_terms((y_s - top_s) * inverse - tl.log(sum_s), (y_t - top_t) * inverse - tl.log(sum_t))
+    nckd = 0.0
+    cols = tl.arange(0, BLOCK)
+    while tl.min(cols) < C:
+        z_s, z_t = _load(s, cols, C), _load(t, cols, C)
+        r_s, r_t, terms = _rest_terms(z_s, z_t, cols, label, top_s, sum_s, top_t, sum_t, inverse)
+        nckd += tl.sum(terms, 0)
+        if grads is not None:
+            _write(grads, cols, label, C, r_s, r_t, gap, alpha, beta, scale)
+        cols += BLOCK
+    return tckd, nckd
+
+
 @triton.jit(do_not_specialize=["N"])
 def _kernel(
-    student, student_stride, teacher, teacher_stride, target, grads, upstream, partials, ticket, loss,
+    student, student_stride, teacher, teacher_stride, target, grads, grad_output, partials, ticket, loss,
     N, c_units, alpha, beta, temperature,
-    FORWARD: tl.constexpr, WRITTEN: tl.constexpr, ONE_PASS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    FORWARD: tl.constexpr, SKIP_ONE: tl.constexpr, ONE_PASS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     C = c_units * UNIT
@@ -79,9 +112,9 @@ def _kernel(
     sums = tl.zeros([2], tl.float32)
     row = tl.program_id(0).to(tl.int64)
     if not FORWARD:
-        scale *= tl.load(upstream).to(tl.float32)
-        if WRITTEN:  # the forward pass has left the gradient for an upstream gradient of 1
-            row = tl.where(tl.load(upstream).to(tl.float32) == 1, N, row)
+        scale *= tl.load(grad_output).to(tl.float32)
+        if SKIP_ONE:  # the forward pass has left the gradient for a grad_output of 1
+            row = tl.where(tl.load(grad_output).to(tl.float32) == 1, N, row)
     while row < N:
         s = student + row * (student_stride * UNIT)
         t = teacher + row * (teacher_stride * UNIT)
@@ -90,31 +123,13 @@ def _kernel(
         label = tl.where(known, given, -1).to(tl.int32)  # int64 would double the registers of every comparison
         y_s = tl.load(s + label, mask=known, other=float("nan")).to(tl.float32)
         y_t = tl.load(t + label, mask=known, other=float("nan")).to(tl.float32)
-        cols = tl.arange(0, BLOCK)
+        row_grads = grads
+        if grads is not None:
+            row_grads = grads + row * C
         if ONE_PASS:
-            z_s, z_t = _load(s, cols, C), _load(t, cols, C)
-            rest_s, rest_t = tl.where(cols == label, -float("inf"), z_s), tl.where(cols == label, -float("inf"), z_t)
-            top_s, top_t = _shift(tl.max(rest_s, 0)), _shift(tl.max(rest_t, 0))
-            sum_s = tl.sum(tl.exp((rest_s - top_s) * inverse), 0)
-            sum_t = tl.sum(tl.exp((rest_t - top_t) * inverse), 0)
+            tckd, nckd = _row_in_registers(s, t, y_s, y_t, label, row_grads, C, alpha, beta, inverse, scale, BLOCK)
         else:
-            top_s, sum_s = _rest_of_long_row(s, label, C, inverse, BLOCK)
-            top_t, sum_t = _rest_of_long_row(t, label, C, inverse, BLOCK)
-        tckd, gap = _label_terms((y_s - top_s) * inverse - tl.log(sum_s), (y_t - top_t) * inverse - tl.log(sum_t))
-        nckd = 0.0
-        if ONE_PASS:
-            r_s, r_t, terms = _rest_terms(z_s, z_t, cols, label, top_s, sum_s, top_t, sum_t, inverse)
-            nckd = tl.sum(terms, 0)
-            if grads is not None:
-                _write(grads + row * C, cols, label, C, r_s, r_t, gap, alpha, beta, scale)
-        else:
-            while tl.min(cols) < C:
-                z_s, z_t = _load(s, cols, C), _load(t, cols, C)
-                r_s, r_t, terms = _rest_terms(z_s, z_t, cols, label, top_s, sum_s, top_t, sum_t, inverse)
-                nckd += tl.sum(terms, 0)
-                if grads is not None:
-                    _write(grads + row * C, cols, label, C, r_s, r_t, gap, alpha, beta, scale)
-                cols += BLOCK
+            tckd, nckd = _row_in_pieces(s, t, y_s, y_t, label, row_grads, C, alpha, beta, inverse, scale, BLOCK)
         sums += tl.where(tl.arange(0, 2) == 0, tckd, nckd)
         row += tl.num_programs(0)
     if FORWARD:
@@ -122,17 +137,6 @@ def _kernel(
         if last:
             weights = tl.where(tl.arange(0, 2) == 0, alpha, beta) * (scale * temperature)
             tl.store(loss, tl.sum(weights * everything, 0))
-
-
-def row_shape(classes: int, itemsize: int) -> tuple[int, int]:
-    """(classes read at once, warps) for two rows read and one written, without spilled registers.
-
-    8 classes a thread make 128-bit accesses in 16 bits; 16 warps have 128 registers a thread.
-    """
-    each, block = 32 // itemsize, max(16, power_of_2(classes))
-    if block > each * 32 * 16:
-        return 2048, 8  # in pieces
-    return block, min(max(1, block // 256), 16)
 
 
 def launch(
@@ -143,24 +147,26 @@ def launch(
     beta: float,
     temperature: float,
     grads: Tensor | None,
-    upstream: Tensor | None = None,
-    written: bool = False,
+    grad_output: Tensor | None = None,
+    skip_one: bool = False,
 ) -> Tensor | None:
-    """Run the kernel: `grads` [N, C] is written, if given; forward (no `upstream`) gives the loss."""
-    (N, C), device, forward = student.shape, student.device, upstream is None
-    student, teacher = (z if z.stride(1) == 1 else z.contiguous() for z in (student, teacher))
-    target = target.contiguous()
-    unit = 8 if C % 8 == 0 and student.stride(0) % 8 == 0 and teacher.stride(0) % 8 == 0 else 1
+    """Run the kernel. It writes `grads` [N, C], if given; forward (no grad_output) gives the loss.
+
+    With skip_one nothing is written if grad_output is 1.
+    """
+    (N, C), device, forward = student.shape, student.device, grad_output is None
+    student, teacher, target = contiguous_rows(student), contiguous_rows(teacher), target.contiguous()
+    unit = common_unit(C, student.stride(0), teacher.stride(0))
     block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
     grid = programs(N, warps, device)
     loss, partials = (
         torch.empty(shape, dtype=torch.float32, device=device) if forward else None for shape in ((), (grid, 2))
     )
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         _kernel[(grid,)](
-            student, student.stride(0) // unit, teacher, teacher.stride(0) // unit, target, grads, upstream,
+            student, student.stride(0) // unit, teacher, teacher.stride(0) // unit, target, grads, grad_output,
             partials, ticket(device) if forward else None, loss, N, C // unit, alpha, beta, temperature,
-            FORWARD=forward, WRITTEN=written, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps,
-            enable_fp_fusion=True, num_warps=warps, maxnreg=min(255, 2048 // warps),
+            FORWARD=forward, SKIP_ONE=skip_one, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps,
+            enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
         )  # fmt: skip
     return loss

@@ -1,14 +1,15 @@
-"""The kernels of factor_distance.py: one program takes samples; a sample sits in registers where it fits."""
+"""The kernels of factor_distance.py: one program takes samples. A sample is kept in registers if it fits."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import power_of_2, programs, ticket, total
+from .host import common_unit, contiguous_rows, on_device, power_of_2, programs
+from .reduce import ticket, total
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _inverse(norm):
 
 @triton.jit
 def _direction(difference, P: tl.constexpr):
-    """What |d|^p / p grows along; the sign of 0 is 0 and that of NaN is NaN."""
+    """The derivative of |d|^p / p. The sign of 0 is 0 and the sign of NaN is NaN."""
     if P == 1:
         difference = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
     return difference
@@ -51,7 +52,7 @@ def _direction(difference, P: tl.constexpr):
 
 @triton.jit
 def _add_distances(values, norms, sums, dots, P: tl.constexpr):
-    """(sums + |d|^p, dots + direction * x^) of every part, with d = x^ - t^."""
+    """(sums + |d|^p, dots + direction * x^) for every student factor, with d = x^ - t^."""
     K: tl.constexpr = len(values) - 1
     t = values[K] * _inverse(norms[K])
     new_sums = ()
@@ -78,13 +79,65 @@ def _store_gradients(values, norms, dots, factors, grads, row, cols, N, D, LEARN
             tl.store(place, gradient, mask=cols < D)
 
 
+@triton.jit
+def _store_statistics(norms, distances, products, statistics, sums, row, N, SLOTS: tl.constexpr):
+    """(sums [SLOTS] + distances of this sample, dots). Stored: the norms of all maps, then the dots."""
+    K: tl.constexpr = len(norms) - 1
+    dots = ()
+    for k in tl.static_range(K):
+        dots = dots + (tl.sum(products[k], 0),)
+        sums += tl.where(tl.arange(0, SLOTS) == k, tl.sum(distances[k], 0), 0.0)
+        tl.store(statistics + k * N.to(tl.int64) + row, norms[k])
+        tl.store(statistics + (K + 1 + k) * N.to(tl.int64) + row, dots[k])
+    tl.store(statistics + K * N.to(tl.int64) + row, norms[K])
+    return sums, dots
+
+
+@triton.jit
+def _sample(
+    maps, strides, grads, statistics, sums, factors, row, N, D, LEARNER: tl.constexpr, GRADIENTS: tl.constexpr,
+    P: tl.constexpr, ONE_PASS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """sums [SLOTS] + the distances of a sample. Three sweeps: norms, distances, gradients (p = 1 only)."""
+    K: tl.constexpr = len(maps) - 1
+    cols = tl.arange(0, BLOCK)
+    zeros = tl.zeros([BLOCK], tl.float32)
+    squares = (zeros,) * (K + 1)
+    distances, products = (zeros,) * K, (zeros,) * K
+    if ONE_PASS:
+        values = _load_all(maps, strides, row, cols, D, UNIT)
+        norms = _norms(_add_squares(values, squares))
+        distances, products = _add_distances(values, norms, distances, products, P)
+    else:
+        while tl.min(cols) < D:
+            squares = _add_squares(_load_all(maps, strides, row, cols, D, UNIT), squares)
+            cols += BLOCK
+        norms = _norms(squares)
+        cols = tl.arange(0, BLOCK)
+        while tl.min(cols) < D:
+            values = _load_all(maps, strides, row, cols, D, UNIT)
+            distances, products = _add_distances(values, norms, distances, products, P)
+            cols += BLOCK
+    sums, dots = _store_statistics(norms, distances, products, statistics, sums, row, N, SLOTS)
+    if GRADIENTS:
+        if ONE_PASS:
+            _store_gradients(values, norms, dots, factors, grads, row, cols, N, D, LEARNER, P)
+        else:
+            cols = tl.arange(0, BLOCK)
+            while tl.min(cols) < D:
+                values = _load_all(maps, strides, row, cols, D, UNIT)
+                _store_gradients(values, norms, dots, factors, grads, row, cols, N, D, LEARNER, P)
+                cols += BLOCK
+    return sums
+
+
 @triton.jit(do_not_specialize=["N"])
 def _kernel(
     maps, strides, grads, weights, statistics, partials, ticket, loss, terms, N, d_units, inverse_elements,
     LEARNER: tl.constexpr, GRADIENTS: tl.constexpr, P: tl.constexpr, ONE_PASS: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """maps: the parts, then the teacher. Three sweeps of a sample: norms, distances, gradients (p = 1 only)."""
+    """maps: the student factors, then the teacher's."""
     K: tl.constexpr = len(maps) - 1
     D = d_units * UNIT
     slot = tl.arange(0, SLOTS)
@@ -94,41 +147,8 @@ def _kernel(
         factors = factors + (weights[k] * inverse_elements,)
     row = tl.program_id(0).to(tl.int64)
     while row < N:
-        cols = tl.arange(0, BLOCK)
-        zeros = tl.zeros([BLOCK], tl.float32)
-        squares = (zeros,) * (K + 1)
-        distances = (zeros,) * K
-        products = (zeros,) * K
-        if ONE_PASS:
-            values = _load_all(maps, strides, row, cols, D, UNIT)
-            norms = _norms(_add_squares(values, squares))
-            distances, products = _add_distances(values, norms, distances, products, P)
-        else:
-            while tl.min(cols) < D:
-                squares = _add_squares(_load_all(maps, strides, row, cols, D, UNIT), squares)
-                cols += BLOCK
-            norms = _norms(squares)
-            cols = tl.arange(0, BLOCK)
-            while tl.min(cols) < D:
-                values = _load_all(maps, strides, row, cols, D, UNIT)
-                distances, products = _add_distances(values, norms, distances, products, P)
-                cols += BLOCK
-        dots = ()
-        for k in tl.static_range(K):
-            dots = dots + (tl.sum(products[k], 0),)
-            sums += tl.where(slot == k, tl.sum(distances[k], 0), 0.0)
-            tl.store(statistics + k * N.to(tl.int64) + row, norms[k])
-            tl.store(statistics + (K + 1 + k) * N.to(tl.int64) + row, dots[k])
-        tl.store(statistics + K * N.to(tl.int64) + row, norms[K])
-        if GRADIENTS:
-            if ONE_PASS:
-                _store_gradients(values, norms, dots, factors, grads, row, cols, N, D, LEARNER, P)
-            else:
-                cols = tl.arange(0, BLOCK)
-                while tl.min(cols) < D:
-                    values = _load_all(maps, strides, row, cols, D, UNIT)
-                    _store_gradients(values, norms, dots, factors, grads, row, cols, N, D, LEARNER, P)
-                    cols += BLOCK
+        sums = _sample(maps, strides, grads, statistics, sums, factors, row, N, D, LEARNER, GRADIENTS, P, ONE_PASS,
+                       UNIT, BLOCK, SLOTS)  # fmt: skip
         row += tl.num_programs(0)
     last, everything = total(sums, partials, ticket, SLOTS, ROWS)
     if last:
@@ -143,37 +163,46 @@ def _kernel(
 
 
 @triton.jit
-def _upstream(g_loss, g_terms, k: tl.constexpr):
-    upstream = 0.0
-    if g_loss is not None:
-        upstream += tl.load(g_loss).to(tl.float32)
-    if g_terms is not None:
-        upstream += tl.load(g_terms + k).to(tl.float32)
-    return upstream
+def _grad_output(grad_loss, grad_terms, k: tl.constexpr):
+    grad_output = 0.0
+    if grad_loss is not None:
+        grad_output += tl.load(grad_loss).to(tl.float32)
+    if grad_terms is not None:
+        grad_output += tl.load(grad_terms + k).to(tl.float32)
+    return grad_output
 
 
-@triton.jit(do_not_specialize=["N"])
-def _backward_kernel(
-    maps, strides, grads, weights, statistics, terms, g_loss, g_terms, N, d_units, pieces, inverse_elements,
-    LEARNER: tl.constexpr, SKIP_ONES: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _backward_factors(
+    weights, terms, grad_loss, grad_terms, inverse_elements, LEARNER: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
-    """A program takes pieces of samples: what a gradient needs of the rest of its sample is in the statistics."""
-    K: tl.constexpr = len(maps) - 1
-    D = d_units * UNIT
+    """(the factor of every gradient, 1 if a grad_output is not 1)"""
     factors = ()
     changed = 0
-    for k in tl.static_range(K):
-        upstream = _upstream(g_loss, g_terms, k)
-        factor = weights[k] * inverse_elements * upstream
+    for k in tl.static_range(len(weights)):
+        grad_output = _grad_output(grad_loss, grad_terms, k)
+        factor = weights[k] * inverse_elements * grad_output
         if P == 2:  # over the distance, which is term / weight
             term = tl.load(terms + k)
             factor = tl.where(term == 0, 0.0, factor * weights[k] / term)
         factors = factors + (factor,)
         if LEARNER[k] >= 0:
-            changed |= (upstream != 1).to(tl.int32)
+            changed |= (grad_output != 1).to(tl.int32)
+    return factors, changed
+
+
+@triton.jit(do_not_specialize=["N"])
+def _backward_kernel(
+    maps, strides, grads, weights, statistics, terms, grad_loss, grad_terms, N, d_units, pieces, inverse_elements,
+    LEARNER: tl.constexpr, SKIP_ONES: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program takes pieces of samples. The statistics hold what a gradient needs of the rest of its sample."""
+    K: tl.constexpr = len(maps) - 1
+    D = d_units * UNIT
+    factors, changed = _backward_factors(weights, terms, grad_loss, grad_terms, inverse_elements, LEARNER, P)
     tiles = N.to(tl.int64) * pieces
     tile = tl.program_id(0).to(tl.int64)
-    if SKIP_ONES:  # the forward pass has left the gradients for upstream gradients of 1
+    if SKIP_ONES:  # the forward pass has left the gradients for a grad_output of 1
         tile = tl.where(changed == 1, tile, tiles)
     while tile < tiles:
         row = tile // pieces
@@ -201,38 +230,40 @@ def _shape(elements: int, maps: int) -> tuple[int, int]:
     return block, min(max(1, block // (32 * 8)), 16)
 
 
-def _arguments(parts: list[Tensor], teacher: Tensor, learns: list[bool]) -> tuple[tuple, tuple, int, tuple]:
-    """(maps, their strides, numbers that sizes are multiples of, place of each part's gradient or -1)"""
-    maps = [x if x.stride(1) == 1 else x.contiguous() for x in (*parts, teacher)]
-    unit = 8 if all(x.shape[1] % 8 == 0 and x.stride(0) % 8 == 0 for x in maps) else 1
-    order = iter(range(len(parts)))
-    return (
-        tuple(maps),
-        tuple(x.stride(0) // unit for x in maps),
-        unit,
-        tuple(next(order) if on else -1 for on in learns),
-    )
+Inputs = tuple[tuple[Tensor, ...], tuple[int, ...], int, tuple[int, ...]]
+
+
+def _inputs(factors: Sequence[Tensor], teacher: Tensor, needs_grad: Sequence[bool]) -> Inputs:
+    """(maps, their strides in units, the unit, the place of the gradient of each factor or -1)"""
+    maps = [contiguous_rows(x) for x in (*factors, teacher)]
+    unit = common_unit(teacher.shape[1], *(x.stride(0) for x in maps))
+    order = iter(range(len(factors)))
+    strides = tuple(x.stride(0) // unit for x in maps)
+    return tuple(maps), strides, unit, tuple(next(order) if on else -1 for on in needs_grad)
 
 
 def launch(
-    parts: list[Tensor],
+    factors: Sequence[Tensor],
     teacher: Tensor,
-    weights: list[float],
+    weights: Sequence[float],
     p: int,
-    learns: list[bool],
+    needs_grad: Sequence[bool],
     loss: Tensor,
     terms: Tensor,
     statistics: Tensor,
     grads: Tensor,
 ) -> None:
-    """The forward pass: writes loss, terms, statistics [2 K + 1, N], and for p = 1 grads [learners, N, D]."""
-    (N, D), K, device = teacher.shape, len(parts), teacher.device
-    maps, strides, unit, learner = _arguments(parts, teacher, learns)
+    """The forward pass writes loss, terms, statistics [2 K + 1, N] and for p = 1 grads [factors that need one, N, D].
+
+    factors: K student factors [N, D].
+    """
+    (N, D), K, device = teacher.shape, len(factors), teacher.device
+    maps, strides, unit, learner = _inputs(factors, teacher, needs_grad)
     block, warps = _shape(D, len(maps))
     slots = max(2, power_of_2(K))
     grid = programs(N, warps, device)
     partials = torch.empty((grid, slots), dtype=torch.float32, device=device)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         _kernel[(grid,)](
             maps, strides, grads, tuple(weights), statistics, partials, ticket(device), loss, terms,
             N, D // unit, 1 / (N * D),
@@ -243,26 +274,26 @@ def launch(
 
 
 def launch_backward(
-    parts: list[Tensor],
+    factors: Sequence[Tensor],
     teacher: Tensor,
-    weights: list[float],
+    weights: Sequence[float],
     p: int,
-    learns: list[bool],
+    needs_grad: Sequence[bool],
     terms: Tensor,
     statistics: Tensor,
     grads: Tensor,
-    upstream: tuple[Tensor | None, Tensor | None],
+    grad_output: tuple[Tensor | None, Tensor | None],
     skip_ones: bool,
 ) -> None:
-    """Writes grads [learners, N, D]; with skip_ones not if the upstream gradients (of loss, of terms) are 1."""
+    """Writes grads [factors that need one, N, D]; with skip_ones not if grad_output (of loss, of terms) is all 1."""
     (N, D), device = teacher.shape, teacher.device
-    maps, strides, unit, learner = _arguments(parts, teacher, learns)
+    maps, strides, unit, learner = _inputs(factors, teacher, needs_grad)
     block, warps = min(2048, max(16, power_of_2(D))), 8
     pieces = math.ceil(D / block)
-    g_loss, g_terms = upstream
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    grad_loss, grad_terms = grad_output
+    with on_device(device):
         _backward_kernel[(programs(N * pieces, warps, device),)](
             maps, strides, grads, tuple(weights), statistics, terms,
-            g_loss, None if g_terms is None else g_terms.contiguous(), N, D // unit, pieces, 1 / (N * D),
+            grad_loss, None if grad_terms is None else grad_terms.contiguous(), N, D // unit, pieces, 1 / (N * D),
             LEARNER=learner, SKIP_ONES=skip_ones, P=p, UNIT=unit, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip

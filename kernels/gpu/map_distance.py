@@ -1,19 +1,19 @@
-"""The kernel of map_distance.py: both maps as flat arrays, 8 elements at a time."""
+"""The kernel of map_distance.py: both maps are read as flat arrays, 8 elements at a time."""
 
 import math
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reduce import programs, ticket, total
+from .host import common_unit, on_device, programs
+from .reduce import ticket, total
 
 
 @triton.jit
 def _channels(place, unit, lane, period, inner, UNIT: tl.constexpr, LAST: tl.constexpr):
-    """The channels of a block's elements; `place`: where in the period the block begins. All counted in units."""
+    """Channels of the elements of a block, which begins at `place` of the period. All is counted in units."""
     unit = (place + unit) % period
     if LAST:
         return unit * UNIT + lane
@@ -22,7 +22,7 @@ def _channels(place, unit, lane, period, inner, UNIT: tl.constexpr, LAST: tl.con
 
 @triton.jit
 def _residual(s, t, margin):
-    """What is squared: s - t, or s - t' where it counts and else 0; NaN of any of the three is kept."""
+    """s - t; with a margin s - t' where it counts, else 0. NaN in any of the three stays."""
     if margin is not None:
         t = tl.where((t < margin) | (margin != margin), margin, t)
     residual = s - t
@@ -33,7 +33,7 @@ def _residual(s, t, margin):
 
 @triton.jit(do_not_specialize=["units", "period", "inner", "step"])
 def _kernel(
-    student, teacher, margin, grad, upstream, partials, ticket, value, units, period, inner, step, scale,
+    student, teacher, margin, grad, grad_output, partials, ticket, value, units, period, inner, step, scale,
     LAST: tl.constexpr, SKIP_ONE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     unit = tl.arange(0, BLOCK)[:, None]
@@ -41,11 +41,11 @@ def _kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     place = (start % period).to(tl.int32)
     factor = 2 * scale
-    if upstream is not None:
-        above = tl.load(upstream).to(tl.float32)
-        factor *= above
-        if SKIP_ONE:  # the forward pass has left the gradient for an upstream gradient of 1
-            start = tl.where(above == 1, units, start)
+    if grad_output is not None:
+        given = tl.load(grad_output).to(tl.float32)
+        factor *= given
+        if SKIP_ONE:  # the forward pass has left the gradient for a grad_output of 1
+            start = tl.where(given == 1, units, start)
     squares = tl.zeros([BLOCK, UNIT], tl.float32)
     while start < units:
         offsets = start * UNIT + (unit * UNIT + lane)
@@ -56,13 +56,13 @@ def _kernel(
         if margin is not None:
             floor = tl.load(margin + _channels(place, unit, lane, period, inner, UNIT, LAST)).to(tl.float32)
         residual = tl.where(mask, _residual(s, t, floor), 0.0)
-        if upstream is None:
+        if grad_output is None:
             squares += residual * residual
         if grad is not None:
             tl.store(grad + offsets, residual * factor, mask=mask)
         start += tl.num_programs(0) * BLOCK
         place = (place + step) % period
-    if upstream is None:
+    if grad_output is None:
         last, everything = total(tl.zeros([1], tl.float32) + tl.sum(tl.sum(squares, 1), 0), partials, ticket, 1, ROWS)
         if last:
             tl.store(value + tl.arange(0, 1), everything * scale)
@@ -74,29 +74,29 @@ def launch(
     margin: Tensor | None,
     scale: float,
     grad: Tensor | None,
-    upstream: Tensor | None = None,
+    grad_output: Tensor | None = None,
     skip_one: bool = False,
 ) -> Tensor | None:
-    """Run the kernel: `grad` is written where given; forward (no `upstream`) gives scale * sum of squares.
+    """Run the kernel. It writes `grad`, if given; forward (no grad_output) gives scale * sum of squares.
 
-    The maps are dense, of one memory format, which is grad's too.
+    Maps and grad are dense and of one memory format. With skip_one nothing is written if grad_output is 1.
     """
-    (_, C, H, W), device, forward = student.shape, student.device, upstream is None
+    (_, C, H, W), device, forward = student.shape, student.device, grad_output is None
     last = student.is_contiguous(memory_format=torch.channels_last)
-    unit = 8 if student.numel() % 8 == 0 and (margin is None or (C if last else H * W) % 8 == 0) else 1
+    unit = common_unit(student.numel(), *(() if margin is None else (C if last else H * W,)))
     units = student.numel() // unit
     block = 1024 if unit == 1 else 1024 // max(student.element_size(), teacher.element_size())  # in units
     warps = 8
-    # half the threads that would fit: each has 64 registers, and 32 bytes or more of each map under way
+    # half the threads that would fit: each has 64 registers and loads 32 bytes or more of each map at a time
     grid = programs(math.ceil(units / block), 2 * warps, device)
     period, inner = (C // unit, 1) if last else (C * H * W // unit, max(1, H * W // unit))
     margin = margin if margin is None else margin.contiguous()
     partials, value = (
         torch.empty(shape, dtype=torch.float32, device=device) if forward else None for shape in ((grid, 1), ())
     )
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         _kernel[(grid,)](
-            student, teacher, margin, grad, upstream, partials, ticket(device) if forward else None, value,
+            student, teacher, margin, grad, grad_output, partials, ticket(device) if forward else None, value,
             units, max(1, period), inner, grid * block % max(1, period), scale,
             LAST=last, SKIP_ONE=skip_one, UNIT=unit, BLOCK=block, ROWS=256, enable_fp_fusion=True, num_warps=warps,
         )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Sums over a whole launch without a second one and without atomics in the result.
+"""Sums over all programs of a launch, without a second launch and without atomic additions.
 
-Every program leaves its sums in memory and draws a ticket; whoever draws the last one adds all of them up, in the order
-of the programs. So the result is the same in every run. The ticket counter is back at zero when the kernel ends.
+Every program stores its sums and draws a ticket. The program with the last ticket adds up all sums in the order of the
+programs, so the result is the same in every run. It also sets the ticket counter back to zero.
 """
 
 import torch
@@ -26,21 +26,9 @@ def ticket(device: torch.device) -> Tensor:
     return _tickets[key]
 
 
-def power_of_2(least: int) -> int:
-    """The smallest power of 2 from `least` on; Triton's own takes 3 us on the host, three times a launch."""
-    return 1 << (least - 1).bit_length()
-
-
-def programs(rows: int, warps: int, device: torch.device) -> int:
-    """How many programs share `rows` rows: as many as are resident at once, each then takes several rows."""
-    if device.type != "cuda":
-        return min(rows, 3)  # the interpreter runs them one by one; 3 lets a program have several rows
-    return min(rows, torch.cuda.get_device_properties(device).multi_processor_count * max(1, 64 // warps))
-
-
 @triton.jit
 def total(sums, partials, ticket, SLOTS: tl.constexpr, ROWS: tl.constexpr):
-    """(is this the last program, its sum of all programs' `sums` [SLOTS]); partials: [programs, SLOTS] of scratch."""
+    """(is this the last program, the sum [SLOTS] over all programs if so); partials: scratch [programs, SLOTS]."""
     slot = tl.arange(0, SLOTS)
     tl.store(partials + tl.program_id(0) * SLOTS + slot, sums)
     tl.debug_barrier()  # all threads have stored before one of them draws the ticket

@@ -12,7 +12,7 @@ from fastkd.engine.bn_snapshot import BatchNormSnapshot
 def test_the_network_does_not_notice():
     plain = create_model("resnet8", 4)
     moved = copy.deepcopy(plain)
-    statistics = BatchNormSnapshot(moved)
+    snapshot = BatchNormSnapshot(moved)
     images = torch.randn(4, 3, 16, 16)
     for net in (plain, moved):
         for _ in range(2):
@@ -20,23 +20,23 @@ def test_the_network_does_not_notice():
     assert moved.state_dict().keys() == plain.state_dict().keys()
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in moved.state_dict().items())
     assert torch.equal(plain.eval()(images), moved.eval()(images))
-    assert statistics.flat.abs().sum() > 0
+    assert snapshot.flat.abs().sum() > 0
     assert load(save(moved.state_dict())).keys() == plain.state_dict().keys()
 
 
-def test_put_back_only_if_bad(tiny_net):
+def test_restored_only_if_bad(tiny_net):
     net = tiny_net()
     before = net.bn.running_mean.clone()
-    statistics = BatchNormSnapshot(net)
+    snapshot = BatchNormSnapshot(net)
     for bad in (True, False):
-        statistics.keep()
+        snapshot.save()
         net.bn.running_mean.fill_(float("nan") if bad else 7.0)
-        statistics.put_back_if(torch.tensor(bad))
+        snapshot.restore_if(torch.tensor(bad))
         assert torch.equal(net.bn.running_mean, before if bad else torch.full_like(before, 7.0))
 
 
 def test_a_network_without_buffers():
-    statistics = BatchNormSnapshot(torch.nn.Linear(2, 2))
-    statistics.keep()
-    statistics.put_back_if(torch.tensor(True))
-    assert statistics.flat.numel() == 0
+    snapshot = BatchNormSnapshot(torch.nn.Linear(2, 2))
+    snapshot.save()
+    snapshot.restore_if(torch.tensor(True))
+    assert snapshot.flat.numel() == 0

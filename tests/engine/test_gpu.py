@@ -7,12 +7,12 @@ import torch
 from every_method import NAMES, batch, build, prepare
 from replays import trained
 
-from fastkd.bench.contenders import as_graph, options
-from fastkd.bench.pair import Pair
+from fastkd.bench.steps.baselines import as_graph, options
+from fastkd.bench.steps.workload import Workload
 from fastkd.engine import GraphedStep, Schedule, Step, TrainOptions
 from fastkd.engine.graph import CudaGraph
 from fastkd.engine.launch import capturable
-from fastkd.engine.partial_graphs import SegmentedStep
+from fastkd.engine.partial_graphs import PartialGraphStep
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -49,10 +49,10 @@ def parameters(name: str, how=None, **settings) -> dict[str, torch.Tensor]:
         name, how, ready=capturable, **{"device": CUDA, "lr": 0.002, "clip_grad": 1.0, "epochs": 30} | settings
     )
     if how:
-        captured = run.graphs if how is GraphedStep else [segment for segment in run.segments if segment.replays]
+        captured = run.graphs if how is GraphedStep else [module for module in run.modules if module.replays]
         assert captured, "nothing was captured"
     run.close()
-    return {key: state["method"][key] for key, _ in run.method.named_parameters()}
+    return {key: state["method"][key] for key, _ in getattr(run, "step", run).method.named_parameters()}
 
 
 def distance(a: dict, b: dict) -> float:
@@ -87,15 +87,15 @@ def test_graphs_with_every_option(name, options):
 
 
 @pytest.mark.parametrize("name", ["iakd", "iakd+at", "iakd --teacher-bn batch"])
-def test_parts_learn_what_eager_steps_learn(name):
+def test_partial_graphs_learn_what_eager_steps_learn(name):
     eager, exact = (parameters(name, amp_dtype=dtype) for dtype in ("bfloat16", "float32"))
-    replayed = parameters(name, SegmentedStep, new=new_pool, amp_dtype="bfloat16")
+    replayed = parameters(name, PartialGraphStep, new=new_pool, amp_dtype="bfloat16")
     assert distance(replayed, eager) < distance(eager, exact)
 
 
 def test_a_graph_needs_about_the_memory_of_eager_steps():
     """Of a size where blocks of 20 MB do not count."""
-    pair = Pair("kd", "resnet56", "resnet20", batch_size=1024).filled(CUDA)
+    pair = Workload("kd", "resnet56", "resnet20", batch_size=1024).filled(CUDA)
     method, (images, target) = pair.build(CUDA), pair.batch(CUDA)
     peaks = {}
     for name, make in {

@@ -1,4 +1,4 @@
-"""Steps of very many paths, replayed part by part, equal eager ones bit for bit."""
+"""Steps of very many paths, replayed module by module, equal eager ones bit for bit."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastkd import create_model
 from fastkd.engine import Step, TrainOptions, choose_form
-from fastkd.engine.launch import check_compile, graphed, paths
-from fastkd.engine.partial_graphs import Part, SegmentedStep
+from fastkd.engine.launch import check_compile, graphed
+from fastkd.engine.partial_graphs import PartialGraph, PartialGraphStep, count_paths
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError
 from fastkd.methods import IAKD
@@ -41,7 +41,7 @@ class PoolGraph(Graph):
         super().replay()
 
     def made(self) -> list[torch.Tensor]:
-        """What was not there before the capture."""
+        """The tensors that the capture has made."""
         before, found = set(), {}
         for _, args, kwargs, result in self.calls:
             before |= {storage(x) for x in tensors((args, kwargs))} - found.keys()
@@ -76,44 +76,48 @@ PATHS = [(True, True, True), (True, False, True), (False, False, False)]
     ids=str,
 )
 @pytest.mark.parametrize("name", ["iakd", "iakd --teacher-bn batch"])
-def test_replayed_parts_equal_eager_ones(name, options):
+def test_replayed_modules_equal_eager_ones(name, options):
     eager, _ = trained(name, **options)
-    replayed, run = trained(name, SegmentedStep, new=pool, **options)
-    assert sum(bool(segment.replays) for segment in run.segments) >= 6, "too little was captured"
+    replayed, run = trained(name, PartialGraphStep, new=pool, **options)
+    assert sum(bool(module.replays) for module in run.modules) >= 6, "too little was captured"
     assert same(eager, replayed)
     run.close()
     assert not any("forward" in vars(module) for module in run.step.method.modules())
 
 
-def test_maps_between_the_parts_reach_the_loss():
-    """There three gradients meet, in another order: equal within rounding."""
-    eager, _ = trained("iakd+at", steps=4)
-    replayed, run = trained("iakd+at", SegmentedStep, new=pool, steps=4)
-    assert sum(bool(segment.replays) for segment in run.segments) >= 5
-    torch.testing.assert_close(replayed["method"], eager["method"], rtol=1e-4, atol=1e-5)
-    assert replayed["terms"] == pytest.approx(eager["terms"], rel=1e-5)
+def test_maps_between_the_modules_reach_the_loss():
+    """Three gradients are summed there, in another order: equal within rounding.
+
+    In float64: in float32 the rounding of three steps can flip a ReLU, which moves weights by 3e-3.
+    """
+    eager, _ = trained("iakd+at", dtype=torch.float64)
+    replayed, run = trained("iakd+at", PartialGraphStep, new=pool, dtype=torch.float64)
+    assert sum(bool(module.replays) for module in run.modules) >= 5
+    torch.testing.assert_close(replayed["method"], eager["method"], rtol=1e-9, atol=1e-9)
+    assert replayed["terms"] == pytest.approx(eager["terms"], rel=1e-9)
 
 
 @pytest.mark.parametrize("form", ["plain", "fused"])
 def test_the_teacher_s_own_forward_is_replayed(form):
     states = []
-    for wrap in (lambda step: step, lambda step: SegmentedStep(step, pool, warm_up=1)):
+    for wrap in (lambda step: step, lambda step: PartialGraphStep(step, pool, warm_up=1)):
         method = build("iakd --teacher-bn batch")
         method.teacher.batch_statistics = False
         method.train()
         precision = Precision("float32", CPU)
         choose_form(method, batch(0, 8)[0], form, precision, lambda line: None)
-        run = wrap(Step(method, TrainOptions(lr=0.05), CPU))
+        step = Step(method, TrainOptions(lr=0.05), CPU)
+        run = wrap(step)
         for number in range(6):
             run(*batch(number % 3, 8), PATHS[number % 3])
-        states.append(run.state_dict())
-    *_, last = run.segments
+        states.append(step.state_dict())
+    *_, last = run.modules
     assert last.replays == 5 and same(*states)
 
 
-def test_a_part_that_is_left_out_stays_untouched():
+def test_a_module_that_is_left_out_stays_untouched():
     method = build("iakd")
-    run = SegmentedStep(Step(method, TrainOptions(lr=0.1, weight_decay=0.1), CPU), pool, warm_up=1)
+    run = PartialGraphStep(Step(method, TrainOptions(lr=0.1, weight_decay=0.1), CPU), pool, warm_up=1)
     for path in (*PATHS, *PATHS):
         run(*batch(0, 8), path)
     before = [{name: v.clone() for name, v in gate.student.state_dict().items()} for gate in method.gates]
@@ -124,14 +128,14 @@ def test_a_part_that_is_left_out_stays_untouched():
 
 def test_other_batches_and_evaluation_run_eagerly():
     method = build("iakd")
-    run = SegmentedStep(Step(method, TrainOptions(lr=0.1), CPU), pool, warm_up=1)
+    run = PartialGraphStep(Step(method, TrainOptions(lr=0.1), CPU), pool, warm_up=1)
     plain = build("iakd")
     step = Step(plain, TrainOptions(lr=0.1), CPU)
     for size in (8, 8, 5, 8):
         run(*batch(0, size), PATHS[0])
         step(*batch(0, size), PATHS[0])
-    assert [segment.replays for segment in run.segments if segment.seen] == [2] * 5
-    assert same(run.state_dict(), step.state_dict())
+    assert [module.replays for module in run.modules if module.seen] == [2] * 5
+    assert same(run.step.state_dict(), step.state_dict())
     with torch.inference_mode():
         assert torch.equal(method.student.eval()(batch(1, 8)[0]), plain.student.eval()(batch(1, 8)[0]))
 
@@ -139,28 +143,28 @@ def test_other_batches_and_evaluation_run_eagerly():
 @pytest.mark.parametrize("count", [2, 3])
 def test_micro_batches_of_two_sizes_are_captured(count):
     eager, _ = trained("iakd", grad_accum=count)
-    replayed, run = trained("iakd", SegmentedStep, new=pool, grad_accum=count)
-    assert max(len(segment.parts) for segment in run.segments) == (1 if count == 2 else 2)
+    replayed, run = trained("iakd", PartialGraphStep, new=pool, grad_accum=count)
+    assert max(len(module.graphs) for module in run.modules) == (1 if count == 2 else 2)
     assert same(eager, replayed)
 
 
-def test_parts_that_stand_for_one_another_share_memory():
+def test_alternatives_share_memory():
     eager, _ = trained("iakd")
-    replayed, run = trained("iakd", SegmentedStep, new=Pool)
-    assert len({id(segment.new_graph) for segment in run.segments}) == 5
+    replayed, run = trained("iakd", PartialGraphStep, new=Pool)
+    assert len({id(module.new_graph) for module in run.modules}) == 5
     assert same(eager, replayed)
 
 
-def test_memory_shared_by_all_would_be_caught():
+def test_memory_shared_by_all_modules_would_be_caught():
     eager, _ = trained("iakd")
     common = Pool()
-    replayed, _ = trained("iakd", SegmentedStep, new=lambda: common)
+    replayed, _ = trained("iakd", PartialGraphStep, new=lambda: common)
     assert not same(eager, replayed)
 
 
-def test_a_part_without_gradients():
+def test_a_module_without_gradients():
     states = []
-    for how in (None, SegmentedStep):
+    for how in (None, PartialGraphStep):
         method = build("iakd")
         method.student.conv1.requires_grad_(False)
         method.student.bn1.requires_grad_(False)
@@ -169,7 +173,7 @@ def test_a_part_without_gradients():
         for _ in range(4):
             run(*batch(0, 8), PATHS[0])
         states.append(step.state_dict())
-    assert run.segments[0].replays == 3 and same(*states)
+    assert run.modules[0].replays == 3 and same(*states)
 
 
 def test_gradients_of_layers_that_leave_autocast():
@@ -185,7 +189,7 @@ def test_gradients_of_layers_that_leave_autocast():
                 return self.layer(x.float())
 
     states = []
-    for how in (None, SegmentedStep):
+    for how in (None, PartialGraphStep):
         method = build("iakd")
         method.student.layer2[0].conv2 = Exact(method.student.layer2[0].conv2)
         step = Step(method, TrainOptions(lr=0.1, amp_dtype="bfloat16"), CPU)
@@ -200,14 +204,14 @@ def test_gradients_of_layers_that_leave_autocast():
 def test_faults_are_caught(fault, monkeypatch):
     eager, _ = trained("iakd")
     if fault == "stale input":
-        forward = Part.forward
-        monkeypatch.setattr(Part, "forward", lambda self, x: forward(self, self.x.detach().clone()))
+        forward = PartialGraph.forward
+        monkeypatch.setattr(PartialGraph, "forward", lambda self, x: forward(self, self.x.detach().clone()))
     elif fault == "stale gradient":
-        backward = Part.backward
-        monkeypatch.setattr(Part, "backward", lambda self, dy: backward(self, self.dy.clone()))
+        backward = PartialGraph.backward
+        monkeypatch.setattr(PartialGraph, "backward", lambda self, dy: backward(self, self.dy.clone()))
     else:
-        monkeypatch.setattr(Part, "backward", lambda self, dy: (self.graphs[1].replay(), self.dx)[1])
-    replayed, _ = trained("iakd", SegmentedStep, new=pool)
+        monkeypatch.setattr(PartialGraph, "backward", lambda self, dy: (self.halves[1].replay(), self.dx)[1])
+    replayed, _ = trained("iakd", PartialGraphStep, new=pool)
     assert not same(eager, replayed)
 
 
@@ -215,15 +219,15 @@ def by_stages() -> IAKD:
     return IAKD(create_model("resnet26", 10), create_model("resnet44", 10), IAKDOptions(gates="stage"))
 
 
-def test_when_the_parts_are_captured(monkeypatch):
+def test_when_modules_are_captured(monkeypatch):
     cuda, made = torch.device("cuda"), []
     method = IAKD(create_model("resnet56", 10), create_model("resnet56", 10), IAKDOptions(gates="block"))
-    assert paths(method) == 2**27 and paths(by_stages()) == 8
+    assert count_paths(method) == 2**27 and count_paths(by_stages()) == 8
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     monkeypatch.setattr("torch.cuda.Stream", lambda device: None)
     step = graphed(Step(method, TrainOptions(lr=0.1), CPU), "on", cuda, 1, made.append)
-    assert type(step) is SegmentedStep and len(step.segments) == 2 * 27 + 2
-    assert step.close() == "CUDA graphs: 0 for 56 parts, 0 MB, replayed in 0 of 0 calls"
+    assert type(step) is PartialGraphStep and len(step.modules) == 2 * 27 + 2
+    assert step.close() == "CUDA graphs: 0 for 56 modules, 0 MB, replayed in 0 of 0 calls"
     assert not any("forward" in vars(module) for module in method.student.modules())
     adam = Step(method, TrainOptions(lr=0.1, opt="adamw"), CPU)
     graphed(adam, "on", cuda, 1, made.append).close()

@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastkd import create_model
 from fastkd.engine import Step, TrainOptions
-from fastkd.engine import teacher as forms
-from fastkd.engine.fuse_conv_bn import FusedConvolution, folded, fused
+from fastkd.engine import teacher_forms as forms
+from fastkd.engine.fuse_conv_bn import FusedConvolution, fuse_conv_bn, fuse_relu
 from fastkd.engine.precision import Precision, cast_frozen
 from fastkd.engine.teacher import choose_form
 from fastkd.errors import UserError
@@ -65,9 +65,9 @@ def test_folded_and_fused_give_the_same_logits_and_maps(name):
     net, images = frozen(name)
     before = copy.deepcopy(net.state_dict())
     logits, maps = staged(net).features(images)
-    twin = folded(net, images)
+    twin = fuse_conv_bn(net, images)
     view = staged(twin)
-    parts, x = [fused(part) for part in (view.stem, *view.stages, view.head)], images
+    parts, x = [fuse_relu(part) for part in (view.stem, *view.stages, view.head)], images
     outputs = [x := part(x) for part in parts]
     for found, mine in ((twin(images), view.features(images)[1]), (outputs[-1], outputs[1:-1])):
         assert relative(found, logits) < 1e-4
@@ -91,11 +91,11 @@ def test_what_a_folded_and_a_fused_resnet_50_run():
     net, images = frozen("timm/resnet50")
     plain = called(lambda: net(images))
     assert count(plain, "batch_norm") == 53 and count(plain, "convolution") == 53
-    twin = folded(net, images)
+    twin = fuse_conv_bn(net, images)
     fewer = called(lambda: twin(images))
     assert count(fewer, "batch_norm") == 0 and count(fewer, "convolution") == 53
     view = staged(twin)
-    parts = [fused(part) for part in (view.stem, *view.stages, view.head)]
+    parts = [fuse_relu(part) for part in (view.stem, *view.stages, view.head)]
 
     def run():
         x = images
@@ -139,7 +139,7 @@ def test_a_norm_that_does_not_follow_a_convolution_stays():
             return self.fc(self.bn(self.conv(self.first(x)).relu()).mean((2, 3)))
 
     net = Branching().eval()
-    twin = folded(net, torch.randn(2, 3, 8, 8))
+    twin = fuse_conv_bn(net, torch.randn(2, 3, 8, 8))
     assert isinstance(twin.bn, nn.BatchNorm2d) and isinstance(twin.first, nn.BatchNorm2d)
 
 
@@ -160,14 +160,14 @@ def test_every_form_under_a_method(wanted):
 
 def test_a_form_that_is_wrong_is_refused(monkeypatch):
     net, images = frozen("resnet20")
-    right = forms.folded
+    right = forms.fuse_conv_bn
 
     def broken(net, images):
         twin = right(net, images)
         twin.fc.weight.mul_(-5)
         return twin
 
-    monkeypatch.setattr(forms, "folded", broken)
+    monkeypatch.setattr(forms, "fuse_conv_bn", broken)
     method, lines = KD(create_model("resnet8", 10), net), []
     assert choose_form(method, images, "auto", FP32, lines.append) == "plain" and not method.staged_views
     assert any("refused: it differs by" in line for line in lines)

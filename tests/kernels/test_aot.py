@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels for three generations of GPUs, without one: see bench/aot.py."""
+"""What the compiler makes of the kernels for three generations of GPUs, without one: see bench/scripts/aot.py."""
 
 import json
 import os
@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import triton
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "aot.py"
+SCRIPT = Path(__file__).parents[2] / "bench" / "scripts" / "aot.py"
+
+pytestmark = pytest.mark.aot
 
 
 @pytest.fixture(scope="module")

@@ -177,10 +177,10 @@ def test_gradcheck_and_opcheck():
     student, teacher = maps((2, 3, 2, 2), 4, torch.float64)
     torch.autograd.gradcheck(lambda f: attention_transfer(f, teacher, 10.0), student)
     student, teacher = maps((2, 3, 2, 2), 4)
-    torch.library.opcheck(_attention_transfer, (student, teacher, 10.0))
-    _, k = _attention_transfer(student.detach(), teacher, 10.0)
+    torch.library.opcheck(_attention_transfer.op, (student, teacher, 10.0, True))
+    _, k, _ = _attention_transfer.op(student.detach(), teacher, 10.0, True)
     backward = torch.ops.fastkd.attention_transfer_backward.default
-    torch.library.opcheck(backward, (student.detach(), k, torch.tensor(2.0)))
+    torch.library.opcheck(backward, (student.detach(), k, 10.0, torch.tensor(2.0)))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -235,7 +235,7 @@ def test_kernel_of_large_maps(device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernels_behind_the_public_function(monkeypatch, layout):
-    monkeypatch.setattr(sys.modules[attention_transfer.__module__], "_on_gpu", lambda tensors: True)
+    monkeypatch.setattr(sys.modules[attention_transfer.__module__], "runs_on_gpu", lambda tensors: True)
     student, teacher = maps((3, 4, 3, 3), 5, layouts=(layout, "channels_last"))
     loss, gradient = independent(student.detach(), teacher, 100.0)
     got = attention_transfer(student, teacher, 100.0)

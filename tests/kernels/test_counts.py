@@ -57,12 +57,10 @@ def counts(monkeypatch):
     monkeypatch.setattr(executor, "__call__", launch)
     for name in ("logit_loss", "dkd_loss"):
         module = importlib.import_module(f"fastkd.kernels.{name}")
-        monkeypatch.setattr(module, "_compute", lambda *logits, launch=module.launch: launch)
-    monkeypatch.setattr(importlib.import_module("fastkd.kernels.kd_loss_eager"), "_on_cpu", lambda student: False)
-    module = importlib.import_module("fastkd.kernels.map_distance")
-    monkeypatch.setattr(module, "closed_form", module.launch)
-    for name in ("dist_loss", "factor_distance", "attention_transfer"):
-        monkeypatch.setattr(importlib.import_module(f"fastkd.kernels.{name}"), "_on_gpu", lambda *tensors: True)
+        launch = importlib.import_module(f"fastkd.kernels.gpu.{name}").launch
+        monkeypatch.setattr(module, "_compute", lambda *logits, launch=launch: launch)
+    for name in ("map_distance", "dist_loss", "factor_distance", "attention_transfer"):
+        monkeypatch.setattr(importlib.import_module(f"fastkd.kernels.{name}"), "runs_on_gpu", lambda *tensors: True)
     return found
 
 
@@ -175,8 +173,8 @@ def test_an_upstream_gradient_costs_the_reads_and_the_write_again(counts):
     assert counts.launches == 2 and 12 <= counts.bytes / given[0].numel() <= 12.5
 
 
-def test_hits_and_options_cost_no_launch(counts):
+def test_options_cost_no_launch(counts):
     student, teacher = tensors(LOGITS["KD"], N, 1000)
-    options = {"label_smoothing": 0.1, "standardize": True, "count_hits": True}
+    options = {"label_smoothing": 0.1, "standardize": True}
     kd_loss(student, teacher, labels(student), **options).loss.backward()
     assert counts.launches == 2 and counts.bytes / student.numel() <= 6.5

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd.bench import eager
+from fastkd.bench.losses import baselines as eager
 from fastkd.kernels import attention_transfer, dist_loss, dkd_loss, factor_distance, hint_distance, overhaul_distance
 
 SEEDS, ROUNDING = 12, 2e-7

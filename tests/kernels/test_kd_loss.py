@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo import compiled_autograd
 
 from fastkd.kernels import kd_loss, kd_loss_reference, logit_loss
-from fastkd.kernels.op import accumulator
+from fastkd.kernels.op import acc_dtype
 
 
 def log_softmax(z):
@@ -164,9 +164,9 @@ def way(request, monkeypatch):
         if torch.cuda.is_available():
             pytest.skip("where there is a GPU nothing is interpreted")
         module = importlib.import_module("fastkd.kernels.logit_loss")
-        compute = {torch.float32: module.launch, torch.float64: module.closed_form}
-        monkeypatch.setattr(module, "_compute", lambda heads: compute[accumulator(heads)])
-        monkeypatch.setattr(importlib.import_module("fastkd.kernels.kd_loss_eager"), "_on_cpu", lambda student: False)
+        launch = importlib.import_module("fastkd.kernels.gpu.logit_loss").launch
+        compute = {torch.float32: launch, torch.float64: module.closed_form}
+        monkeypatch.setattr(module, "_compute", lambda heads: compute[acc_dtype(heads)])
     return "cuda" if request.param == "cuda" else "cpu"
 
 
@@ -241,11 +241,9 @@ def test_without_weights_there_is_no_gradient():
 
 
 def test_large_logits_are_computed_once(monkeypatch):
-    module, calls = importlib.import_module("fastkd.kernels.cpu.kd_loss"), []
+    module, calls = importlib.import_module("fastkd.kernels.cpu.logit_loss"), []
     quick = module.student_and_teacher
-    for name in ("kd_loss_cpu", "logit_loss_cpu"):
-        where = importlib.import_module(f"fastkd.kernels.{name}")
-        monkeypatch.setattr(where, "student_and_teacher", lambda *given: calls.append(given) or quick(*given))
+    monkeypatch.setattr(module, "student_and_teacher", lambda *given: calls.append(given) or quick(*given))
     z_s, z_t, y = batch(4, 6, scale=300.0)
     assert kd_loss(z_s.requires_grad_(), z_t, y).loss.isfinite() and len(calls) == 1
 

@@ -1,14 +1,13 @@
 """The same as test_mutations.py for the other operations: each is compared with the eager formulation in float64."""
 
-import itertools
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_mutations import KERNELS, load, mutant
+from mutants import KERNELS, load, mutant
 
-from fastkd.bench import eager
+from fastkd.bench.losses import baselines as eager
 
 N, C = 5, 10
 NAN = torch.nan
@@ -36,35 +35,17 @@ def maps(count, *shape):
 def dkd(modules):
     s, t = logits(2)
     y, want = torch.arange(N), wanted(eager.dkd, 1, s, t, torch.arange(N))
-    for compute in (modules["dkd_loss_triton"].launch, modules["dkd_loss_cpu"].closed_form):
+    for compute in (modules["gpu/dkd_loss"].launch, modules["cpu/dkd_loss"].closed_form):
         grads, again = torch.full((2, N, C), NAN)
         value = compute(s, t, y, 1.0, 8.0, 4.0, grads)
         compute(s, t, y, 1.0, 8.0, 4.0, again, torch.tensor(0.5))
         yield from zip((value, grads, 2 * again), (*want, want[1]), strict=True)
 
 
-def kd(modules):
-    s, t = logits(2)
-    y = torch.arange(N)
-    module, on_cpu = modules["kd_loss_eager"], modules["kd_loss_eager"]._on_cpu
-    ups = (lambda loss, ce, kd: loss / 2, lambda loss, ce, kd: 2 * ce + kd - 3 * loss)
-    for upstream, module._on_cpu in itertools.product(ups, (on_cpu, lambda student: False)):
-
-        def formula(s, t, y, upstream=upstream):
-            ce, kd = 0.1 * F.cross_entropy(s, y), 0.9 * 16 * eager.kl(s / 4, t / 4)
-            return upstream(ce + kd, ce, kd)
-
-        student = s.clone().requires_grad_()
-        value = upstream(*module.kd_terms(student, t, y, 0.1, 0.9, 4.0))
-        first, again = (torch.autograd.grad(value, student, retain_graph=True)[0] for _ in range(2))
-        want = wanted(formula, 1, s, t, y)
-        yield from zip((value.detach(), first, again), (*want, want[1]), strict=True)
-
-
 def factors(modules):
     maps_3 = maps(3, N, 3, 2, 2)
     rows = [x.permute(0, 2, 3, 1).flatten(1) for x in maps_3]
-    kernels, closed = modules["factor_distance_triton"], modules["factor_distance_cpu"]
+    kernels, closed = modules["gpu/factor_distance"], modules["cpu/factor_distance"]
     for p, formula in ((1, eager.factor_pair), (2, factor_pair_of_squares)):
         want, settings = wanted(formula, 2, *maps_3), (rows[:2], rows[2], [1.0, -1.0], p, [True, True])
         for forward, backward in (
@@ -92,7 +73,7 @@ def back(grads):
 def residuals(modules):
     s, t = maps(2, N, 8, 3, 3)
     margin = -torch.rand(8, generator=torch.Generator().manual_seed(1))
-    for compute in (modules["map_distance_triton"].launch, modules["map_distance_cpu"].closed_form):
+    for compute in (modules["gpu/map_distance"].launch, modules["cpu/map_distance"].closed_form):
         for floor, scale in ((None, 1 / s.numel()), (margin, 1 / N)):
             grad, again = torch.full_like(s, NAN), torch.full_like(s, NAN)
             value = compute(s, t, floor, scale, grad)
@@ -104,13 +85,13 @@ def residuals(modules):
 def correlations(modules):
     s, t = (x.contiguous() for x in logits(2))
     want = wanted(eager.dist, 1, s, t)
-    kernels, closed = modules["dist_loss_triton"], modules["dist_loss_cpu"]
+    kernels, closed = modules["gpu/dist_loss"], modules["cpu/dist_loss"]
     value, rows, columns, grads = (torch.full(shape, NAN) for shape in ((), (6, N), (4, C), (N, C)))
     kernels.launch(s, t, 1.0, 1.0, 1.0, value, rows, columns)
     kernels.launch_backward(s, t, rows, columns, torch.tensor(1.0), 1.0, grads)
     yield from zip((value, grads), want, strict=True)
     value, grads = torch.full((), NAN), torch.full((N, C), NAN)
-    closed.closed_form(s, t, 1.0, 1.0, 1.0, value, grads, columns)
+    closed.closed_form(s, t, 1.0, 1.0, 1.0, value, grads)
     yield from zip((value, grads), want, strict=True)
 
 
@@ -118,64 +99,55 @@ def attention(modules):
     s, t = maps(2, N, 8, 3, 3)
     want = wanted(eager.attention_transfer, 1, s, t)
     value, k, grad = torch.full((), NAN), torch.full((N, 9), NAN), torch.full_like(s, NAN)
-    kernels = modules["attention_transfer_triton"]
+    kernels = modules["gpu/attention_transfer"]
     kernels.launch(s, t, 1.0, value, k)
     kernels.launch_backward(s, k, torch.tensor(0.5), grad)
     yield from zip((value, 2 * grad), want, strict=True)
 
 
 OPERATIONS = {
-    "kd_loss": (kd, ("eager", "cpu")),
-    "dkd_loss": (dkd, ("triton", "cpu")),
-    "factor_distance": (factors, ("triton", "cpu")),
-    "map_distance": (residuals, ("triton", "cpu")),
-    "dist_loss": (correlations, ("triton", "cpu")),
-    "attention_transfer": (attention, ("triton",)),
+    "dkd_loss": (dkd, ("gpu", "cpu")),
+    "factor_distance": (factors, ("gpu", "cpu")),
+    "map_distance": (residuals, ("gpu", "cpu")),
+    "dist_loss": (correlations, ("gpu", "cpu")),
+    "attention_transfer": (attention, ("gpu",)),
 }
 MUTATIONS = [
-    ("dkd_loss_triton", "beta * (r_s - r_t)", "beta * (r_s + r_t)"),
-    ("dkd_loss_triton", "scale * tl.where(cols == label, alpha * gap, others)", "scale * others"),  # no label
-    ("dkd_loss_triton", "scale *= tl.load(upstream).to(tl.float32)", "scale *= 1.0"),
-    ("dkd_loss_triton", "inverse, scale = 1 / temperature, temperature / N", "inverse, scale = 1 / temperature, 1 / N"),
-    ("dkd_loss_triton", "row * (student_stride * UNIT)", "row * C"),
-    ("dkd_loss_triton", "row += tl.num_programs(0)", "row += N"),
-    ("kd_loss_eager", "(ce + kd, ce, kd)", "(ce + kd, kd, ce)"),
-    ("kd_loss_cpu", "both + g", "g"),
-    ("kd_loss_cpu", "weight * given if", "weight if"),
-    ("kd_loss_eager", "taken(ctx, gradients)", "ctx.grads"),
-    ("kd_loss_cpu", "or not multiplied(", "or multiplied("),
-    ("kd_loss_eager", "ce, _, kd = terms[0].unbind()", "kd, _, ce = terms[0].unbind()"),
-    ("kd_loss_eager", "loss, terms, left)", "loss, None, left)"),
-    ("kd_loss_eager", "none if kd is None else kd", "none if ce is None else ce"),
-    ("dkd_loss_cpu", "addcmul_(r[0], -alpha * scale * gap)", "addcmul_(r[0], alpha * scale * gap)"),
-    ("dkd_loss_cpu", "(1 if upstream is None else upstream)", "1"),
-    ("dkd_loss_cpu", "temperature**2 / N", "temperature / N"),
-    ("factor_distance_triton", "_direction(x - t, P) - x * dots[k]", "_direction(x - t, P)"),  # the length counts
-    ("factor_distance_triton", "factors[k] * _inverse(norms[k])", "factors[k]"),
-    ("factor_distance_triton", "(weights[k] * inverse_elements,)", "(inverse_elements,)"),
-    ("factor_distance_cpu", "self.x, self.dot / self.norm", "self.x, 0 * self.norm"),
-    ("factor_distance_cpu", "self.x, self.dot, value=-1", "self.x, self.dot"),
-    ("factor_distance_cpu", "self.x, self.t, self.ratio", "self.x, self.t, 1 / self.ratio"),
-    ("factor_distance_cpu", "mul_(scale / self.norm)", "mul_(scale)"),
-    ("factor_distance_cpu", "self.norm if p == 1 else self.norm * self.norm", "self.norm"),
-    ("factor_distance_cpu", "w / (N * D)", "w / N"),
-    ("factor_distance_cpu", "sum(0) / (N * D)", "sum(0) / N"),
-    ("factor_distance_cpu", "w / elements", "w / elements * 2"),
-    ("factor_distance_cpu", "pow_(p)", "pow_(1)"),
-    ("map_distance_triton", "(t <= 0) & (residual <= 0)", "residual <= 0"),
-    ("map_distance_triton", "factor = 2 * scale", "factor = scale"),
-    ("map_distance_triton", "factor *= above", "factor *= 1.0"),
-    ("map_distance_triton", "tl.where((t < margin) | (margin != margin), margin, t)", "t"),
-    ("map_distance_cpu", "torch.maximum(t, margin)", "t"),
-    ("map_distance_cpu", "2 * scale * upstream", "2 * scale"),
-    ("dist_loss_triton", "a * (gamma / C)", "a * gamma"),
-    ("dist_loss_triton", "gamma * (1 - tl.sum(everything, 0) / C)", "gamma * (1 - tl.sum(everything, 0))"),
-    ("attention_transfer_triton", "scale * (e - a * pull)", "scale * e"),
-    ("attention_transfer_triton", "tl.sum(everything, 0) * loss_scale", "tl.sum(everything, 0)"),
-    ("attention_transfer_triton", "factor = scale * tl.load(k", "factor = tl.load(k"),
-    ("dist_loss_cpu", "gamma * (1 - r_columns.mean())", "gamma * (1 - r_rows.mean())"),
-    ("dist_loss_cpu", "-temperature * gamma / C", "-temperature * gamma / N"),
-    ("dist_loss_cpu", "addcmul_(p_s, beta * a)", "addcmul_(p_s, a)"),
+    ("gpu/dkd_loss", "beta * (r_s - r_t)", "beta * (r_s + r_t)"),
+    ("gpu/dkd_loss", "scale * tl.where(cols == label, alpha * gap, others)", "scale * others"),  # no label
+    ("gpu/dkd_loss", "scale *= tl.load(grad_output).to(tl.float32)", "scale *= 1.0"),
+    ("gpu/dkd_loss", "inverse, scale = 1 / temperature, temperature / N", "inverse, scale = 1 / temperature, 1 / N"),
+    ("gpu/dkd_loss", "row * (student_stride * UNIT)", "row * C"),
+    ("gpu/dkd_loss", "row += tl.num_programs(0)", "row += N"),
+    ("cpu/dkd_loss", "addcmul_(r[0], -alpha * scale * gap)", "addcmul_(r[0], alpha * scale * gap)"),
+    ("cpu/dkd_loss", "(1 if grad_output is None else grad_output)", "1"),
+    ("cpu/dkd_loss", "temperature**2 / N", "temperature / N"),
+    ("gpu/factor_distance", "_direction(x - t, P) - x * dots[k]", "_direction(x - t, P)"),  # the length counts
+    ("gpu/factor_distance", "factors[k] * _inverse(norms[k])", "factors[k]"),
+    ("gpu/factor_distance", "(weights[k] * inverse_elements,)", "(inverse_elements,)"),
+    ("cpu/factor_distance", "self.x, self.dot / self.norm", "self.x, 0 * self.norm"),
+    ("cpu/factor_distance", "self.x, self.dot, value=-1", "self.x, self.dot"),
+    ("cpu/factor_distance", "self.x, self.t, self.ratio", "self.x, self.t, 1 / self.ratio"),
+    ("cpu/factor_distance", "mul_(scale / self.norm)", "mul_(scale)"),
+    ("cpu/factor_distance", "self.norm if p == 1 else self.norm * self.norm", "self.norm"),
+    ("cpu/factor_distance", "w / (N * D)", "w / N"),
+    ("cpu/factor_distance", "sum(0) / (N * D)", "sum(0) / N"),
+    ("cpu/factor_distance", "w / elements", "w / elements * 2"),
+    ("cpu/factor_distance", "pow_(p)", "pow_(1)"),
+    ("gpu/map_distance", "(t <= 0) & (residual <= 0)", "residual <= 0"),
+    ("gpu/map_distance", "factor = 2 * scale", "factor = scale"),
+    ("gpu/map_distance", "factor *= given", "factor *= 1.0"),
+    ("gpu/map_distance", "tl.where((t < margin) | (margin != margin), margin, t)", "t"),
+    ("cpu/map_distance", "torch.maximum(t, margin)", "t"),
+    ("cpu/map_distance", "2 * scale * grad_output", "2 * scale"),
+    ("gpu/dist_loss", "a * (gamma / C)", "a * gamma"),
+    ("gpu/dist_loss", "gamma * (1 - tl.sum(everything, 0) / C)", "gamma * (1 - tl.sum(everything, 0))"),
+    ("gpu/attention_transfer", "scale * (e - a * pull)", "scale * e"),
+    ("gpu/attention_transfer", "tl.sum(everything, 0) * loss_scale", "tl.sum(everything, 0)"),
+    ("gpu/attention_transfer", "factor = scale * tl.load(k", "factor = tl.load(k"),
+    ("cpu/dist_loss", "gamma * (1 - r_columns.mean())", "gamma * (1 - r_rows.mean())"),
+    ("cpu/dist_loss", "-temperature * gamma / C", "-temperature * gamma / N"),
+    ("cpu/dist_loss", "addcmul_(p_s, beta * a)", "addcmul_(p_s, a)"),
 ]
 
 
@@ -185,7 +157,7 @@ def right(op: str, modules: dict) -> bool:
 
 
 def files(op: str) -> list[str]:
-    return [f"{op}_{path}" for path in OPERATIONS[op][1]]
+    return [f"{path}/{op}" for path in OPERATIONS[op][1]]
 
 
 @pytest.fixture
@@ -201,5 +173,5 @@ def test_the_comparison_accepts_the_operation(copy, op):
 
 @pytest.mark.parametrize("file, before, after", MUTATIONS)
 def test_a_mutation_is_caught(copy, file, before, after):
-    op = file.rpartition("_")[0]
+    op = file.rpartition("/")[2]
     assert not right(op, mutant(copy, file, before, after, *files(op)))

@@ -1,34 +1,29 @@
 """Would the tests notice? Each line of a kernel or a closed form is spoilt in turn, and the comparison must fail."""
 
-import importlib
 import shutil
-import sys
-import types
-import unittest.mock
-import uuid
-from pathlib import Path
 
 import pytest
 import torch
-from test_logit_loss import DCM, KD, independent, make
+from logit_cases import DCM, KD, independent, make
+from mutants import KERNELS, load, mutant
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 if not KERNELS.exists():  # installed, without the source tree
     pytest.skip("needs the source tree", allow_module_level=True)
 
-KERNEL, CLOSED, PAIR, MANY = "logit_loss_triton", "logit_loss_cpu", "student_teacher_cpu", "mutual_loss_cpu"
+KERNEL, TERMS, CLOSED = "gpu/logit_loss", "gpu/logit_terms", "cpu/logit_loss"
+PAIR, MANY = "cpu/student_teacher", "cpu/many_heads"
 MUTATIONS = [
-    (KERNEL, "at_t = tl.sum(tl.exp((z - top) * inverse), 0)", "at_t = tl.sum(tl.exp(z * inverse), 0)"),  # no maximum
-    (KERNEL, "gradient = kl_scale * temperature * pull", "gradient = kl_scale * pull"),  # T dropped
+    (TERMS, "at_t = tl.sum(tl.exp((z - top) * inverse), 0)", "at_t = tl.sum(tl.exp(z * inverse), 0)"),  # no maximum
+    (TERMS, "gradient = kl_scale * temperature * pull", "gradient = kl_scale * pull"),  # T dropped
     (KERNEL, "ce_scale, kl_scale = 1.0 / N, 1.0 / N", "ce_scale, kl_scale = 1.0, 1.0"),  # 1 / N missing
-    (KERNEL, "head + row * (stride * UNIT)", "head + row * C"),  # wrong stride
-    (KERNEL, "return weights[k] * upstream", "return weights[k]"),  # upstream gradient ignored
-    (KERNEL, "other=-float(\"inf\")", "other=0.0"),  # padding counts as a class
+    (TERMS, "head + row * (stride * UNIT)", "head + row * C"),  # wrong stride
+    (TERMS, "return weights[k] * grad_output", "return weights[k]"),  # upstream gradient ignored
+    (TERMS, "other=-float(\"inf\")", "other=0.0"),  # padding counts as a class
     (KERNEL, "kl_scale * temperature * temperature", "kl_scale * temperature"),
-    (KERNEL, "(p * labels_sum - y)", "(p * labels_sum)"),  # no label
-    (KERNEL, "q * (log_q - log_p)", "q * (log_p - log_q)"),  # sign
+    (TERMS, "(p * labels_sum - y)", "(p * labels_sum)"),  # no label
+    (TERMS, "q * (log_q - log_p)", "q * (log_p - log_q)"),  # sign
     (KERNEL, "row += tl.num_programs(0)", "row += N"),  # only the first rows
-    (KERNEL, "(p - q)", "(p - 0.5 * q)"),
+    (TERMS, "(p - q)", "(p - 0.5 * q)"),
     (CLOSED, "mul_(temperature / N)", "mul_(1 / N)"),
     (CLOSED, "table[:, 1:] * temperature**2", "table[:, 1:] * temperature"),
     (CLOSED, "(self.smoothing - 1) * scale", "-scale"),
@@ -36,7 +31,7 @@ MUTATIONS = [
     (CLOSED, "w * gradient if w else 0.0", "w if w else 0.0"),
     (PAIR, "mul_(kd_weight * temperature / N)", "mul_(kd_weight / N)"),
     (PAIR, "kd_weight * temperature**2 / N", "kd_weight * temperature / N"),
-    (PAIR, "room.log_sum.sub_(room.log_p_T)", "room.log_sum"),
+    (PAIR, "exact[:2].sub_(exact[2:4])", "exact[:2]"),
     (PAIR, "-WIDEST <= lowest.item()", "True"),
     (PAIR, "highest.item() <= WIDEST", "True"),
     (PAIR, "alpha=ce_weight / N", "alpha=ce_weight"),
@@ -72,26 +67,6 @@ CASES = [
 """Table, learners, label smoothing, temperature, size of the logits: large ones take more care; what is changed."""
 
 
-def load(folder: Path, name: str, *files: str):
-    """Modules of `folder` as a package of their own, but for those that register ops: a second copy frees the first."""
-    package = types.ModuleType(name)
-    package.__path__ = [str(folder)]
-    sys.modules[name] = package
-    for path in folder.glob("*.py"):
-        if "torch.library.custom_op(" in path.read_text():
-            sys.modules[f"{name}.{path.stem}"] = importlib.import_module(f"fastkd.kernels.{path.stem}")
-    with unittest.mock.patch("torch.library.custom_op", side_effect=AssertionError("an op is registered again")):
-        return {file: importlib.import_module(f"{name}.{file}") for file in files}
-
-
-def mutant(folder: Path, file: str, before: str, after: str, *files: str):
-    """The modules, loaded, one of them spoilt."""
-    source = (folder / f"{file}.py").read_text()
-    assert source.count(before) >= 1, f"{file}.py has no {before!r}"
-    (folder / f"{file}.py").write_text(source.replace(before, after))
-    return load(folder, f"mutant_{uuid.uuid4().hex}", *files)
-
-
 def right(modules) -> bool:
     """The comparison that the mutations must fail: two tables, smoothing, padded rows, more rows than programs."""
     for compute in (modules[KERNEL].launch, modules[CLOSED].closed_form):
@@ -103,9 +78,9 @@ def right(modules) -> bool:
             padded[:, :10] = heads[0]
             heads = [padded[:, :10], *heads[1:]]
             weights = [float(w) for ci, row in zip(c, W, strict=True) for w in (ci, *row)]
-            settings = (weights, T, smoothing, None, False, [i < learners for i in range(len(c))], False)
+            settings = (weights, T, smoothing, None, False, [i < learners for i in range(len(c))])
             grads = torch.full((learners, 5, 10), torch.nan)
-            loss, terms, _ = compute(heads, y, *settings, grads)
+            loss, terms = compute(heads, y, *settings, grads)
             want, gradients = independent(heads, y, c, W, T=T, smoothing=smoothing)
             again = torch.full_like(grads, torch.nan)
             compute(heads, y, *settings, again, (torch.tensor(0.5), None))

@@ -1,11 +1,12 @@
-"""The protocol: a frozen teacher, one forward per network and step, taps."""
+"""The protocol: a frozen teacher, one forward pass per network and step, feature maps."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastkd import create_model
+from fastkd import Trainer, TrainOptions, create_model
 from fastkd.methods import CE, KD, ForwardCache, FrozenTeacher, Method
 
 
@@ -41,7 +42,7 @@ def test_a_network_runs_once_a_step(tiny_net):
     assert out(net) is out(net) and len(calls) == 1
 
 
-def test_taps_come_with_the_same_forward():
+def test_features_come_with_the_same_forward_pass():
     student, teacher = create_model("resnet8", 4), create_model("resnet14", 4)
 
     class Hint(Method):
@@ -64,8 +65,8 @@ def test_taps_come_with_the_same_forward():
     assert all(name.startswith("student.") for name in method.state_dict())
 
 
-def test_features_need_a_tap(tiny_net):
-    with pytest.raises(ValueError, match="TinyNet.*tapped"):
+def test_features_must_be_requested(tiny_net):
+    with pytest.raises(ValueError, match=r"did not call request_features\(\) for TinyNet"):
         ForwardCache(torch.randn(2, 3, 8, 8), {}).features(tiny_net())
 
 
@@ -74,7 +75,7 @@ def test_extra_outputs_are_refused_by_name(tiny_net):
         def forward(self, images):
             return images, images
 
-    with pytest.raises(ValueError, match="Two gives tuple where logits"):
+    with pytest.raises(ValueError, match="Two returns tuple, but logits"):
         ForwardCache(torch.randn(2, 3, 8, 8), {})(Two())
 
 
@@ -85,19 +86,19 @@ def test_teacher_needed_or_refused(tiny_net):
         CE(tiny_net(), tiny_net(1))
 
 
-def test_in_a_capture_the_teacher_runs_on_a_stream_of_its_own(tiny_net, monkeypatch):
-    """Forked before the student, joined before its logits are used, and at the end whether they were or not."""
+def test_in_a_capture_the_teacher_runs_on_a_side_stream(tiny_net, monkeypatch):
+    """The side stream starts before the student. It is joined before the logits are used, and always at the end."""
     events = []
 
     class Stream:
-        def __init__(self, name="beside"):
+        def __init__(self, name="side"):
             self.name = name
 
         def wait_stream(self, other):
             events.append(f"{self.name} waits for {other.name}")
 
         def __enter__(self):
-            events.append("on beside")
+            events.append("on side")
 
         def __exit__(self, *problem):
             events.append("on main")
@@ -108,7 +109,7 @@ def test_in_a_capture_the_teacher_runs_on_a_stream_of_its_own(tiny_net, monkeypa
     main = Stream("main")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr("fastkd.methods.base._stream_beside", lambda device: Stream())
+    monkeypatch.setattr("fastkd.methods.forwards._side_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     student, teacher = tiny_net(0), tiny_net(1)
     student.register_forward_hook(lambda *_: events.append("student"))
@@ -117,9 +118,18 @@ def test_in_a_capture_the_teacher_runs_on_a_stream_of_its_own(tiny_net, monkeypa
     method = KD(student, teacher)
     method.losses = lambda out, target, plan: {"x": out(student).sum() + out(method.teacher).sum()}
     method(images, None)
-    fork = ["beside waits for main", "on beside", "teacher", "on main"]
-    assert events == [*fork, "student", "main waits for beside"]
+    fork = ["side waits for main", "on side", "teacher", "on main"]
+    assert events == [*fork, "student", "main waits for side"]
     events.clear()
     method.losses = lambda out, target, plan: {"x": out(student).sum()}
     method(images, None)
-    assert events == [*fork, "student", "main waits for beside"]
+    assert events == [*fork, "student", "main waits for side"]
+
+
+def test_the_method_of_the_documentation_trains(tiny_net, tiny_loaders, tmp_path):
+    text = (Path(__file__).parents[2] / "docs/method-protocol.md").read_text()
+    names = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    options = TrainOptions(epochs=1, lr=0.01, out=str(tmp_path / "run"))
+    result = Trainer(names["LogitMSE"](tiny_net(0), tiny_net(1)), *tiny_loaders(), options).fit()
+    assert result.history[0]["mse"] > 0

@@ -91,7 +91,7 @@ def test_the_help_of_a_sum_shows_the_explanations(fastkd, monkeypatch):
     text = help_of(fastkd, "at+kd")
     for words in (
         "--kd-temperature FLOAT Softens both networks' logits before they are compared; above 0. (default: 4.0)",
-        "--at-attention-weight FLOAT Weight of the squared distances of the attention maps",
+        "--at-attention-weight FLOAT Weight of the squared distance of the attention maps",
         "--kd-weight FLOAT Factor on all terms of kd; above 0. (default: 1.0)",
     ):
         assert words in text

@@ -219,7 +219,7 @@ def test_every_part_prepares_on_the_same_batches(monkeypatch, tiny_net, tiny_loa
 
 def test_bad_sums(tiny_net):
     for name, words in {
-        "kd+kd": "kd.kd: each part .* once",
+        "kd+kd": "kd.kd: give each method once",
         "kd+kdd": "unknown method 'kdd'",
         "kd+": "both sides of each",
     }.items():

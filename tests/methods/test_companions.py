@@ -261,7 +261,12 @@ def test_temperature_is_above_0(name):
 def test_stages_that_do_not_match_are_shown(name, teacher, shapes):
     with pytest.raises(UserError) as error:
         METHODS[name](create_model("resnet8", 4), create_model(teacher, 4))
-    words = ["CifarResNet are 16x64x64, 32x32x32, 64x16x16", type(create_model(teacher, 4)).__name__, shapes, "take"]
+    words = [
+        "CifarResNet are 16x64x64, 32x32x32, 64x16x16",
+        type(create_model(teacher, 4)).__name__,
+        shapes,
+        "use networks",
+    ]
     assert all(word in str(error.value) for word in words), error.value
 
 

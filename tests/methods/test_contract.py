@@ -218,6 +218,7 @@ def two_processes(tmp_path_factory):
     return folder, done
 
 
+@pytest.mark.xdist_group("two_processes")
 @every_method
 def test_two_processes_train_as_one(name, two_processes):
     from methods_worker import exactly

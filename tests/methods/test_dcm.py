@@ -135,7 +135,7 @@ def test_heads_are_not_saved_with_the_networks():
 
 
 @pytest.mark.parametrize(
-    "options, word", [({"kl_weight": -1}, "kl_weight"), ({"same_stage": -1}, "--same-stage"),
+    "options, word", [({"kl_weight": -1}, "--kl-weight"), ({"same_stage": -1}, "--same-stage"),
                       ({"ce_weight": 0, "kl_weight": 0}, "nothing is learnt")])  # fmt: skip
 def test_options_out_of_range(options, word):
     with pytest.raises(ValueError, match=word):

@@ -11,7 +11,7 @@ from fastkd import Trainer, TrainOptions, create_model
 from fastkd.errors import UserError
 from fastkd.methods import METHODS, RunContext
 from fastkd.methods.ft import FT, FTOptions
-from fastkd.methods.parts import teacher_autoencoder
+from fastkd.methods.parts import autoencoder
 from fastkd.models import staged
 
 
@@ -59,8 +59,8 @@ def test_training_moves_student_and_translator_alone():
 
 
 def test_the_paraphraser_is_kept_and_reused(tmp_path, monkeypatch):
-    done, real = [], teacher_autoencoder.train_auto_encoder
-    monkeypatch.setattr(teacher_autoencoder, "train_auto_encoder", lambda *a: done.append(1) or real(*a))
+    done, real = [], autoencoder.train_auto_encoder
+    monkeypatch.setattr(autoencoder, "train_auto_encoder", lambda *a: done.append(1) or real(*a))
     kept = []
     for _ in range(2):
         method = FT(net(), net("resnet14", 1), FTOptions(ae_epochs=1))

@@ -13,7 +13,7 @@ from fastkd import Trainer, TrainOptions, checkpoint, create_model
 from fastkd.errors import UserError
 from fastkd.methods import CE, METHODS, RunContext
 from fastkd.methods.iekd import IEKD, IEKDOptions
-from fastkd.methods.parts import teacher_autoencoder
+from fastkd.methods.parts import autoencoder
 from fastkd.methods.parts.autoencoder import Coder
 from fastkd.models import PreActivation, staged
 
@@ -112,7 +112,7 @@ def test_gradients_stay_in_their_own_half(variant, split):
 
 def test_of_an_odd_number_of_channels_the_smaller_half_inherits():
     method = make()
-    method.half = 63 // 2
+    method.inheriting = 63 // 2
     assert [part.shape[1] for part in method.split(torch.zeros(1, 63, 2, 2))] == [31, 32]
 
 
@@ -196,8 +196,8 @@ def test_the_teacher_runs_once_a_step(variant):
 @pytest.fixture
 def trainings(monkeypatch):
     """One entry for each auto-encoder that is trained."""
-    done, real = [], teacher_autoencoder.train_auto_encoder
-    monkeypatch.setattr(teacher_autoencoder, "train_auto_encoder", lambda *a: done.append(1) or real(*a))
+    done, real = [], autoencoder.train_auto_encoder
+    monkeypatch.setattr(autoencoder, "train_auto_encoder", lambda *a: done.append(1) or real(*a))
     return done
 
 
@@ -214,7 +214,7 @@ def test_the_auto_encoder_is_kept_and_reused(tmp_path, trainings):
     said = []
     first = fitted(tmp_path)
     assert equal(first, fitted(tmp_path, said)) and len(trainings) == 1
-    assert "taken from" in said[0] and "autoencoder.safetensors" in said[0]
+    assert "is loaded from" in said[0] and "autoencoder.safetensors" in said[0]
     assert [file.name for file in tmp_path.iterdir()] == ["autoencoder.safetensors"]
     with safe_open(tmp_path / "autoencoder.safetensors", "pt") as file:
         about = json.loads(file.metadata()["fastkd"])
@@ -230,7 +230,7 @@ def test_another_teacher_or_setting_trains_it_anew(tmp_path, trainings, name):
     first, said = fitted(tmp_path), []
     again = fitted(tmp_path, said, **{name: CHANGES[name]})
     assert len(trainings) == 2 and not equal(first, again)
-    assert f"another {name.removesuffix('_seed')}: the auto-encoder is trained anew" in said[0]
+    assert f"another {name.removesuffix('_seed')}: the auto-encoder is trained again" in said[0]
 
 
 def test_a_damaged_file_is_named_and_replaced(tmp_path, trainings):

@@ -175,7 +175,7 @@ UNSUPPORTED = {
     ),
     "two forwards": (lambda: ResNet(ByModeBlock, [1, 1, 1, 1]), "ByModeBlock is not the same in train and eval mode"),
     "another end": (lambda: ResNet(Rewritten, [1, 1, 1, 1]), "Rewritten around the end of stage 0 does not end"),
-    "no stages": (lambda: nn.Sequential(nn.Linear(2, 2)), "how Sequential divides into stages is not known"),
+    "no stages": (lambda: nn.Sequential(nn.Linear(2, 2)), "the stages of Sequential are not known"),
 }
 
 

@@ -1,16 +1,16 @@
-"""Two networks seen as gates: where a block of the teacher can stand for one of the student (IAKD)."""
+"""Gates of IAKD: the places where a block of the teacher can replace a block of the student."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import UserError
-from ...models.stages.shapes import output_shapes
+from ...models.stages.shapes import SIZE, output_shapes
 from ...models.stages.staged import Staged, staged
 
 
 class Gate(NamedTuple):
-    """Either part takes the features [N, C, H, W] before the gate to those after it."""
+    """Two modules with the same input and output: the features [N, C, H, W] before and after the gate."""
 
     name: str
     student: nn.Module
@@ -19,10 +19,10 @@ class Gate(NamedTuple):
 
 
 def gates_of(student: nn.Module, teacher: nn.Module, kind: Literal["stage", "block"]) -> list[Gate]:
-    """In forward order, sharing the networks' modules. UserError where the networks cannot be matched.
+    """The gates in forward order, made of the networks' modules. Raises UserError if the networks do not match.
 
-    "stage": one gate for each stage. "block": one for each of the student's blocks; where the teacher has a multiple of
-    them in a stage, consecutive ones form a group.
+    "stage": one gate per stage. "block": one gate per block of the student. If the teacher has k times as many blocks
+    in a stage, k consecutive ones form a group.
     """
     ours, theirs = list(staged(student).stages), list(staged(teacher).stages)
     if len(ours) != len(theirs):
@@ -30,7 +30,7 @@ def gates_of(student: nn.Module, teacher: nn.Module, kind: Literal["stage", "blo
             f"the student {type(student).__name__} has {len(ours)} stages and the teacher {type(teacher).__name__} "
             f"{len(theirs)}: swapping needs equally many; choose another pair"
         )
-    gates = []
+    gates: list[Gate] = []
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True), 1):
         name = f"stage {number}"
         gates += [Gate(name, mine, other, True)] if kind == "stage" else _block_gates(name, mine, other)
@@ -42,7 +42,7 @@ def _block_gates(stage: str, mine: nn.Module, other: nn.Module) -> list[Gate]:
     size, left = divmod(len(teachers), len(blocks))
     if left or not size:
         raise UserError(
-            f"{stage}: the student has {len(blocks)} blocks, the teacher {len(teachers)}, which is no multiple of it: "
+            f"{stage}: the student has {len(blocks)} blocks, the teacher {len(teachers)}, which is not a multiple: "
             "use --gates stage, or another pair"
         )
     groups = [nn.Sequential(*teachers[i * size : (i + 1) * size]) for i in range(len(blocks))]
@@ -52,25 +52,23 @@ def _block_gates(stage: str, mine: nn.Module, other: nn.Module) -> list[Gate]:
     ]
 
 
-def _blocks(stage: str, part: nn.Module) -> list[nn.Module]:
-    if type(part).forward is not nn.Sequential.forward:
-        raise UserError(f"{stage} is a {type(part).__name__}, not a sequence of blocks: use --gates stage")
-    return list(part)
+def _blocks(stage: str, module: nn.Module) -> list[nn.Module]:
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+        raise UserError(f"{stage} is a {type(module).__name__}, not a sequence of blocks: use --gates stage")
+    return list(module)
 
 
-def gate_shapes(student: nn.Module, teacher: nn.Module, gates: list[Gate], size: int = 64) -> list[tuple]:
+def gate_shapes(student: nn.Module, teacher: nn.Module, gates: list[Gate], size: int = SIZE) -> list[tuple]:
     """For every gate ((C, H, W) before, after) of the student, then of the teacher, for an image [3, size, size]."""
-    ours, theirs = (
-        output_shapes(net, [staged(net).stem, *parts], size)
-        for net, parts in ((student, [g.student for g in gates]), (teacher, [g.teacher for g in gates]))
-    )
+    ours = output_shapes(student, [staged(student).stem, *(gate.student for gate in gates)], size)
+    theirs = output_shapes(teacher, [staged(teacher).stem, *(gate.teacher for gate in gates)], size)
     return [((ours[i], ours[i + 1]), (theirs[i], theirs[i + 1])) for i in range(len(gates))]
 
 
 def adapters(student: nn.Module, teacher: nn.Module, gates: list[Gate], allowed: bool) -> nn.ModuleList:
-    """[before, after] for every gate: 1x1 convolution and BN where the channels differ, else nothing.
+    """[before, after] for every gate: 1x1 convolution and BN if the channels differ, else an identity.
 
-    UserError, with gate and shapes, where they differ and are not `allowed`, and where H x W differ.
+    Raises UserError if H x W differ at a gate, or if the channels differ and adapters are not `allowed`.
     """
     pairs = nn.ModuleList()
     for gate, (ours, theirs) in zip(gates, gate_shapes(student, teacher, gates), strict=True):
@@ -90,13 +88,13 @@ def _named(shapes: tuple) -> str:
 
 
 def adapted(gates: list[Gate], pairs: nn.ModuleList) -> list[Gate]:
-    """Gates whose teacher's part has its adapters around it; it shares their modules."""
-    return [
-        gate
-        if all(isinstance(adapter, nn.Identity) for adapter in pair)
-        else gate._replace(teacher=nn.Sequential(pair[0], gate.teacher, pair[1]))
-        for gate, pair in zip(gates, pairs, strict=True)
-    ]
+    """The gates with the adapters before and after the teacher's module, if they are not identities."""
+    result = []
+    for gate, pair in zip(gates, pairs, strict=True):
+        before, after = cast(nn.ModuleList, pair)
+        same = isinstance(before, nn.Identity) and isinstance(after, nn.Identity)
+        result.append(gate if same else gate._replace(teacher=nn.Sequential(before, gate.teacher, after)))
+    return result
 
 
 def _adapter(cin: int, cout: int) -> nn.Module:
@@ -106,16 +104,24 @@ def _adapter(cin: int, cout: int) -> nn.Module:
 
 
 class Swapped(nn.Module):
-    """The student along one path: at gate i its own part where `own[i]`, else the teacher's. Not for registering."""
+    """The student along one path: gate i runs the student's module if `path[i]`, else the teacher's.
 
-    def __init__(self, view: Staged, gates: list[Gate], own: tuple[bool, ...]):
+    The modules are not registered: they belong to the two networks.
+    """
+
+    view: Staged
+    gates: list[Gate]
+    path: tuple[bool, ...]
+
+    def __init__(self, view: Staged, gates: list[Gate], path: tuple[bool, ...]):
         super().__init__()
-        self.__dict__.update(view=view, gates=gates, own=own)
+        self.__dict__.update(view=view, gates=gates, path=path)
 
-    def features(self, images):
+    def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Images [N, 3, H, W] -> logits [N, classes] and the output of every stage, as Staged.features."""
-        x, taps = self.view.stem(images), []
-        for gate, own in zip(self.gates, self.own, strict=True):
-            x = gate.student(x) if own else gate.teacher(x)
-            taps += [x] if gate.ends_stage else []
-        return self.view.head(x), taps
+        x, maps = self.view.stem(images), []
+        for gate, runs_student in zip(self.gates, self.path, strict=True):
+            x = gate.student(x) if runs_student else gate.teacher(x)
+            if gate.ends_stage:
+                maps.append(x)
+        return self.view.head(x), maps

@@ -1,7 +1,7 @@
-"""A network's architecture with a new random start: bridges (SOKD) and auxiliary heads (DCM) begin from it.
+"""A copy of a module with new random weights, for bridges (SOKD) and auxiliary heads (DCM).
 
-Ours: convolutions start as in our own nets (`he_init`), all other layers as torch has it, whatever the network at hand
-began from; ConvNeXt's layer scale starts from the 1e-6 of its paper (arXiv:2201.03545), its V2's response norm from 0.
+Ours: convolutions start as in fastkd's networks (`he_init`), all other layers as in torch, however the network was
+initialised. ConvNeXt's layer scale starts at 1e-6, as in its paper (arXiv:2201.03545), and V2's response norm at 0.
 """
 
 import copy
@@ -12,47 +12,46 @@ from torch import nn
 from ...errors import UserError
 from ...models.nets.init import he_init
 
-CONSTANTS = {  # (class, parameter): the start of parameters whose module in timm or torchvision has no reset
+CONSTANTS = {  # (class, parameter): the initial value, for modules of timm and torchvision without reset_parameters()
     ("CNBlock", "layer_scale"): 1e-6,
     ("ConvNeXtBlock", "gamma"): 1e-6,
     ("GlobalResponseNorm", "weight"): 0.0,
     ("GlobalResponseNorm", "bias"): 0.0,
 }
-SHOWN = 5  # names per complaint
+SHOWN = 5  # names per error message
 
 
 def reinit(module: nn.Module) -> nn.Module:
-    """A deep copy of `module` with a new random start, all of it trainable, in train mode, on the same device.
+    """A deep copy of `module` with new random weights, all trainable, in train mode, on the same device.
 
-    Batch normalisation starts from weight 1, bias 0 and empty running statistics. UserError that names the parameters
-    which no `reset_parameters()` reaches: they would keep what the module has learned. Buffers of other kinds are
-    copied as they are. The random numbers are those of torch's global generator.
+    Batch normalisation starts with weight 1, bias 0 and empty running statistics. Other buffers are copied. The random
+    numbers come from torch's global generator. Raises UserError for parameters that no `reset_parameters()` sets.
     """
     twin = copy.deepcopy(module)
     with torch.no_grad():
         for parameter in twin.parameters():
-            parameter.fill_(torch.nan)  # what is still NaN after the resets was reached by none
-        for part in reversed(list(twin.modules())):  # inner modules first: an outer one may set them its own way
-            _reset(part)
+            parameter.fill_(torch.nan)  # to find the parameters that no reset sets
+        for inner in reversed(list(twin.modules())):  # inner modules first: an outer one may set them differently
+            _reset(inner)
         he_init(twin)
-    _check_reached(twin)
+    _check_all_set(twin)
     return twin.requires_grad_(True).train()
 
 
-def _reset(part: nn.Module) -> None:
-    if callable(reset := getattr(part, "reset_parameters", None)):
+def _reset(module: nn.Module) -> None:
+    if callable(reset := getattr(module, "reset_parameters", None)):
         reset()
-    for name, parameter in part.named_parameters(recurse=False):
-        constant = CONSTANTS.get((type(part).__name__, name))
+    for name, parameter in module.named_parameters(recurse=False):
+        constant = CONSTANTS.get((type(module).__name__, name))
         if constant is not None:
             nn.init.constant_(parameter, constant)
 
 
-def _check_reached(twin: nn.Module) -> None:
+def _check_all_set(twin: nn.Module) -> None:
     left = [name for name, parameter in twin.named_parameters() if parameter.isnan().any()]
     if left:
         more = [f"+{len(left) - SHOWN} more"] if len(left) > SHOWN else []
         raise UserError(
-            f"a fresh {type(twin).__name__} is not possible, no reset_parameters() reaches "
-            f"{', '.join(left[:SHOWN] + more)}: give the module that owns them such a method"
+            f"{type(twin).__name__} cannot get new random weights: no reset_parameters() sets "
+            f"{', '.join(left[:SHOWN] + more)}; add such a method to the module that owns them"
         )

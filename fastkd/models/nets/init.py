@@ -1,4 +1,4 @@
-"""The random start of our own nets."""
+"""The random initialisation of our networks."""
 
 from torch import nn
 

@@ -28,6 +28,12 @@ def block(convolutions: int, cin: int, cout: int) -> nn.Sequential:
 class CifarVGG(nn.Module):
     """Images [N, 3, H, W] floating, H and W at least 8 -> logits [N, num_classes]; blocks at H, H/2, H/4, H/8, H/8."""
 
+    block0: nn.Sequential
+    block1: nn.Sequential
+    block2: nn.Sequential
+    block3: nn.Sequential
+    block4: nn.Sequential
+
     def __init__(self, convolutions: tuple[int, ...], num_classes: int):
         super().__init__()
         cin = (3, *WIDTHS)

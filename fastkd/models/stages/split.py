@@ -1,7 +1,8 @@
-"""Dividing any network at modules that the user names, by cutting its torch.fx graph."""
+"""Divide any network into stages at modules that the user names, by cutting its torch.fx graph."""
 
 from collections.abc import Sequence
 from inspect import Parameter, signature
+from itertools import pairwise
 
 from torch import Tensor, fx, nn
 
@@ -9,8 +10,8 @@ from ...errors import UserError, nearest
 from .families import Split
 
 
-class Outline(fx.Tracer):
-    """Traces only the forwards around the named modules; any other module is one node and need not be traceable."""
+class OutlineTracer(fx.Tracer):
+    """Traces only the forward methods around the named modules. All other modules are single nodes."""
 
     def __init__(self, names: Sequence[str]):
         super().__init__()
@@ -21,9 +22,9 @@ class Outline(fx.Tracer):
 
 
 class ByMode(nn.Module):
-    """One part of a net whose forward is written differently for training and evaluation.
+    """A segment of a network whose forward runs other code in train mode than in eval mode.
 
-    The last shared module in it says which mode it is: `model.eval()` reaches that module, but not this one.
+    The mode is read from the segment's last shared module: `model.eval()` reaches that module, but not this one.
     """
 
     def __init__(self, train_form: nn.Module, eval_form: nn.Module):
@@ -37,23 +38,32 @@ class ByMode(nn.Module):
 
 
 def _last_shared(form: nn.Module) -> nn.Module | None:
-    """The module of the net that runs last in a part; None where the part calls none."""
+    """The module of the network that runs last in a segment; None if the segment calls none."""
     if not isinstance(form, fx.GraphModule):
         return None if isinstance(form, nn.Identity) else form
-    calls = [node.target for node in form.graph.nodes if node.op == "call_module"]
-    return form.get_submodule(calls[-1]) if calls else None
+    calls = [node for node in form.graph.nodes if node.op == "call_module"]
+    return called_module(form, calls[-1]) if calls else None
+
+
+def called_module(model: nn.Module, call: fx.Node) -> nn.Module:
+    """The module that a `call_module` node of a graph of `model` runs."""
+    return model.get_submodule(str(call.target))
+
+
+def first_input(node: fx.Node) -> fx.Node | None:
+    """The node whose result is the first positional argument of `node`; None if that is a constant or missing."""
+    argument = node.args[0] if node.args else None
+    return argument if isinstance(argument, fx.Node) else None
 
 
 def split_at(model: nn.Module, names: Sequence[str]) -> Split:
-    """(stem, stages, head) of `model`, stage i ending with the output of the module `names[i]`; modules are shared.
+    """(stem, stages, head) of `model`, made of its modules. Stage i ends with the output of the module `names[i]`.
 
-    The stem is what comes before the first named module. UserError where the names or the net do not allow it.
+    The stem is everything before the first named module. Raises UserError if the names or the network do not allow it.
     """
     _check_names(model, names)
-    stem, *stages, head = [
-        _join(train_form, eval_form)
-        for train_form, eval_form in zip(_parts(model, names, True), _parts(model, names, False), strict=True)
-    ]
+    forms = zip(_segments(model, names, True), _segments(model, names, False), strict=True)
+    stem, *stages, head = [_join(train_form, eval_form) for train_form, eval_form in forms]
     return stem, stages, head
 
 
@@ -70,32 +80,34 @@ def _check_names(model: nn.Module, names: Sequence[str]) -> None:
             raise UserError(f"the stages {outer or name!r} and {name!r} overlap: name modules that follow one another")
 
 
-def _parts(model: nn.Module, names: Sequence[str], training: bool) -> list[nn.Module]:
+def _segments(model: nn.Module, names: Sequence[str], training: bool) -> list[nn.Module]:
+    """Stem, stages and head as they run in one mode."""
     graph = trace(model, names, training)
     _check_no_side_effects(model, graph)
     ends = [_call(graph, name) for name in names]
     for end in ends:
         _check_not_overwritten(model, end)
-    if not ends[0].args or not isinstance(ends[0].args[0], fx.Node):
+    features = first_input(ends[0])
+    if features is None:
         raise UserError(f"stage {names[0]!r} does not take the features as its first argument: name another module")
-    logits = next(node for node in graph.nodes if node.op == "output").args[0]
-    if not isinstance(logits, fx.Node):
-        raise UserError(f"{type(model).__name__} returns several things, not logits alone: it has no stages")
+    logits = first_input(graph.output_node())
+    if logits is None:
+        raise UserError(f"{type(model).__name__} returns more than the logits: it cannot be divided into stages")
     image = next(node for node in graph.nodes if node.op == "placeholder")
-    cuts = [image, ends[0].args[0], *ends, logits]
-    return [_part(model, graph, cuts[i], cuts[i + 1]) for i in range(len(cuts) - 1)]
+    cuts = [image, features, *ends, logits]
+    return [_segment(model, graph, start, end) for start, end in pairwise(cuts)]
 
 
 def trace(model: nn.Module, names: Sequence[str], training: bool) -> fx.Graph:
-    """The graph of one mode. Only the flags that the traced forwards can read are set, and they are put back."""
-    tracer = Outline(names)
+    """The graph of `model` in one mode; UserError if it cannot be traced. The modules' modes are restored."""
+    tracer = OutlineTracer(names)
     traced = [model, *(model.get_submodule(name) for name in sorted(tracer.opened))]
     before = [module.training for module in traced]
     try:
         for module in traced:
             module.training = training
         return tracer.trace(model, _defaults(model))
-    except Exception as error:  # the model's own code runs here on symbolic values and may raise anything
+    except Exception as error:  # the model's code runs here on symbolic values and may raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise UserError(f"torch.fx cannot trace {type(model).__name__} around its stages ({reason})") from error
     finally:
@@ -104,7 +116,7 @@ def trace(model: nn.Module, names: Sequence[str], training: bool) -> fx.Graph:
 
 
 def _defaults(model: nn.Module) -> dict[str, object]:
-    """The optional arguments of forward: only the images vary."""
+    """The optional arguments of forward, which the traced graph contains as constants."""
     _, *others = signature(model.forward).parameters.values()
     return {p.name: p.default for p in others if p.default is not Parameter.empty}
 
@@ -117,14 +129,14 @@ def _call(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def _check_no_side_effects(model: nn.Module, graph: fx.Graph) -> None:
-    """A part runs what its output depends on. A step whose result nobody uses would be lost."""
+    """UserError for a call whose result is not used: a segment runs only what its output depends on."""
     for node in graph.nodes:
         if not node.users and (node.op == "call_module" or _overwrites(model, node)):
             raise UserError(f"the result of {str(node)!r} in the forward of {type(model).__name__} is not used: use it")
 
 
 def _check_not_overwritten(model: nn.Module, end: fx.Node) -> None:
-    """A tap must not change after it is taken. Seen is what the next node does, not what is deep in it."""
+    """UserError if the next node overwrites a stage's output. In-place operations deep inside it are not noticed."""
     for user in end.users:
         if _overwrites(model, user):
             raise UserError(
@@ -135,7 +147,7 @@ def _check_not_overwritten(model: nn.Module, end: fx.Node) -> None:
 
 def _overwrites(model: nn.Module, user: fx.Node) -> bool:
     if user.op == "call_module":
-        first = model.get_submodule(user.target)
+        first = called_module(model, user)
         while isinstance(first, nn.Sequential) and len(first):
             first = first[0]
         return getattr(first, "inplace", False) is True
@@ -143,22 +155,23 @@ def _overwrites(model: nn.Module, user: fx.Node) -> bool:
     return user.kwargs.get("inplace") is True or (name.endswith("_") and not name.startswith("_"))
 
 
-def _part(model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node) -> nn.Module:
-    """The nodes that make `end` from `start`, as a module."""
+def _segment(model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node) -> nn.Module:
+    """A module that computes `end` from `start`."""
     if start is end:
         return nn.Identity()
     nodes = _between(graph, start, end)
     if len(nodes) == 1 and end.op == "call_module" and end.args == (start,) and not end.kwargs:
-        return model.get_submodule(end.target)
-    part = fx.Graph()
-    copies = {start: part.placeholder("x")}
+        return called_module(model, end)
+    segment = fx.Graph()
+    copies = {start: segment.placeholder("x")}
     for node in nodes:
-        copies[node] = part.node_copy(node, copies.__getitem__)
-    part.output(copies[end])
-    return fx.GraphModule(model, part)
+        copies[node] = segment.node_copy(node, copies.__getitem__)
+    segment.output(copies[end])
+    return fx.GraphModule(model, segment)
 
 
 def _between(graph: fx.Graph, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The nodes after `start` that `end` depends on, `end` included, in forward order."""
     needed, nodes = {end}, []
     for node in reversed(graph.nodes):
         if node in needed and node is not start:
@@ -172,20 +185,20 @@ def _between(graph: fx.Graph, start: fx.Node, end: fx.Node) -> list[fx.Node]:
 
 
 def _crossing(graph: fx.Graph, source: fx.Node, start: fx.Node, end: fx.Node) -> str:
-    """Why following `end` back led past `start` to the argument `source` of forward."""
+    """The error message if `end` depends on `source`, an argument of forward, by a way that bypasses `start`."""
     order = list(graph.nodes)
     if source is not next(node for node in order if node.op == "placeholder"):
-        return f"the forward pass takes {source.target!r} beside the images: only nets of images alone have stages"
+        return f"the forward pass takes {source.target!r} beside the images: stages need images as the only input"
     if order.index(end) < order.index(start):
         return f"stage {end.target!r} comes before {start.target!r}: name the stages in forward order"
     late = order[order.index(start) + 1 : order.index(end) + 1]
     early = set(order[: order.index(start)])
     used = [arg for node in late for arg in node.all_input_nodes if arg in early and arg.op != "get_attr"]
-    return f"{str(used[0])!r} is used beyond the output of {start.target!r}: end stages where one tensor carries all"
+    return f"{str(used[0])!r} is used after the output of {start.target!r}: end stages where one tensor carries all"
 
 
 def _join(train_form: nn.Module, eval_form: nn.Module) -> nn.Module:
-    """One module where both modes run the same code."""
+    """One module if both modes run the same code."""
     if isinstance(train_form, fx.GraphModule) and isinstance(eval_form, fx.GraphModule):
         same = train_form.code == eval_form.code
     else:

@@ -1,4 +1,4 @@
-"""A network seen as stem, stages and head: where features are tapped, blocks swapped and classifiers attached."""
+"""A network divided into stem, stages and head: methods use it for feature maps, swapped blocks and classifiers."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,58 +8,72 @@ from .families import split_family
 from .split import split_at
 
 
-class Staged(nn.Module):
-    """A view of a network: the same modules under `stem`, `stages` (nn.ModuleList) and `head`, no copies.
+class NetworkView(nn.Module):
+    """A network whose modules have other names and that also returns feature maps. Nothing is copied.
 
     Logits are those of the network, bit for bit, in train and in eval mode. `train()` and `eval()` switch the network
-    as well. The view's own state dict has other names: save and load the network. Make the view after the network is
-    complete (a module replaced later is not seen) and on its device; hooks on the network itself do not run.
+    as well. The view's state dict has other names: save and load the network. Make the view when the network is
+    complete and on its device, since a module that is replaced later is not seen. Hooks on the network do not run.
     """
 
-    def __init__(self, model: nn.Module, stem: nn.Module, stages: Iterable[nn.Module], head: nn.Module):
-        super().__init__()
-        object.__setattr__(self, "model", model)  # not registered: the parameters are already here, by their place
-        self.stem = stem
-        self.stages = nn.ModuleList(stages)
-        self.head = head
+    model: nn.Module
 
-    def train(self, mode: bool = True) -> "Staged":
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        object.__setattr__(self, "model", model)  # not registered: the view registers the modules by their place
+
+    def train(self, mode: bool = True) -> "NetworkView":
         self.model.train(mode)
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] -> logits [N, classes]."""
         return self.features(x)[0]
 
     def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Images [N, 3, H, W] -> logits [N, classes] and the stages' outputs in order, in most nets [N, C, H', W']."""
+        """Images [N, 3, H, W] -> logits [N, classes] and one feature map per stage."""
+        raise NotImplementedError
+
+
+class Staged(NetworkView):
+    """A view of a network as `stem`, `stages` (nn.ModuleList) and `head`."""
+
+    def __init__(self, model: nn.Module, stem: nn.Module, stages: Iterable[nn.Module], head: nn.Module):
+        super().__init__(model)
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.head = head
+
+    def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images [N, 3, H, W] -> logits [N, classes] and the outputs of the stages, in most networks [N, C, H', W']."""
         x = self.stem(x)
-        taps = []
+        maps = []
         for stage in self.stages:
             x = stage(x)
-            taps.append(x)
-        return self.head(x), taps
+            maps.append(x)
+        return self.head(x), maps
 
 
 def staged(model: nn.Module, stages: Sequence[str] | None = None) -> Staged:
-    """View `model` as stem, stages and head; its state dict stays as it is.
+    """View `model` as stem, stages and head. Its state dict stays as it is.
 
-    Without `stages` the net must be one of ours or of a family of timm or torchvision in `families.FAMILIES`. With
-    `stages`, dotted module names in forward order such as `["features.denseblock1", "features.denseblock2"]`, a stage
-    ends where the named module ends, and any net can be viewed whose forward, outside the named modules, torch.fx can
-    trace and where nothing but a stage's output crosses its end. UserError otherwise. `name_stages` says it once, for
-    the methods.
+    Without `stages`, the network must be one of ours or of a family in `families.FAMILIES` (timm, torchvision).
+    `stages` are dotted module names in forward order, such as `["features.denseblock1", "features.denseblock2"]`: a
+    stage ends where the named module ends. torch.fx must be able to trace the forward methods outside of these modules,
+    and only the output of a stage may be used after it. `name_stages` stores the names on the network. Raises UserError
+    if the network cannot be divided.
     """
     stages = getattr(model, "_fastkd_stages", None) if stages is None else stages
-    stem, parts, head = split_family(model) if stages is None else split_at(model, stages)
-    return Staged(model, stem, parts, head)
+    stem, middle, head = split_family(model) if stages is None else split_at(model, stages)
+    return Staged(model, stem, middle, head)
 
 
 def name_stages(model: nn.Module, stages: Sequence[str]) -> nn.Module:
-    """Note where the stages of a network of your own end, by module name, for `staged(model)`; gives `model` back.
+    """Store on a network of your own the names of the modules that end its stages. Returns `model`.
 
-    UserError where it cannot be divided so.
+    `staged(model)` and the methods then divide it there. Raises UserError if that is not possible.
     """
     split_at(model, stages)
-    model._fastkd_stages = tuple(stages)
+    object.__setattr__(model, "_fastkd_stages", tuple(stages))
     return model

@@ -164,5 +164,5 @@ def test_heads_follow_the_dtype(name):
 
 
 def test_unknown_stages():
-    with pytest.raises(UserError, match="how Sequential divides into stages is not known"):
+    with pytest.raises(UserError, match="the stages of Sequential are not known"):
         auxiliary_heads(nn.Sequential(nn.Conv2d(3, 4, 3)))

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from fastkd.methods import RunContext
 from fastkd.methods.ft import FTOptions
-from fastkd.methods.parts.autoencoder import Coder
-from fastkd.methods.parts.teacher_autoencoder import fit_encoder
+from fastkd.methods.parts.autoencoder import Coder, fit_encoder
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -44,5 +43,5 @@ def test_two_processes_end_with_equal_weights(tmp_path):
     one, *others = [*first["results"], *second["results"]]
     assert all(torch.equal(value, other[name]) for other in others for name, value in one.items())
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["encoder.safetensors"]
-    assert sum("taken from" in line for line in first["said"] + second["said"]) == 1
+    assert sum("is loaded from" in line for line in first["said"] + second["said"]) == 1
     assert one["2.running_mean"].any() and (one["2.num_batches_tracked"] == 3)

@@ -1,0 +1,290 @@
+"""Losses: is every way right, how long does it take, and what the figures say. A wrong way gets no time.
+
+Right means that value and gradients agree with the eager formulation in float64. The first call is compared and the
+second, which gets the tensors as the first has left them.
+"""
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastkd.bench import (
+    Record,
+    about_run,
+    first_line,
+    load_average,
+    load_notes,
+    log_rank0,
+    new_figure,
+    save_figure,
+    show_table,
+    summary,
+)
+from fastkd.bench.losses.cases import COMPILED, Case, cases, least_bytes, ways
+from fastkd.bench.timing import Work, clocks, copy_rate, graphed, interleaved, kernels, works
+
+Log = Callable[[str], None]
+
+# Relative error in the L2 norm: of the value, of a gradient. A gradient in bf16 is rounded to 8 bits. In fp32 the sign
+# of a difference near 0 may flip.
+TOLERANCE = {torch.float32: (1e-4, 2e-3), torch.bfloat16: (5e-3, 1e-2)}
+COLUMNS = ["case", "fastkd ms", "eager", "compiled", "best baseline", "verdict", "% copy"]
+SPREAD = 1.5
+WORDS = (
+    "eager: eager torch against eager fastkd; compiled: compiled torch against compiled fastkd; best baseline: the "
+    "fastest way without fastkd, against eager fastkd; even: the middle 60 % of the times overlap with the best "
+    f"baseline's; ?: the 80th percentile of one of the two is above {SPREAD:g} times the 20th; % copy: what part of "
+    "the speed of copying fastkd reaches, by the bytes that must be moved"
+)
+QUICK = "torch.compile was left out (--quick)"
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """The dtype of logits and maps."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """The autocast context of a trainer: with bf16 tensors torch computes softmaxes, norms and sums in fp32."""
+    dtype = precision(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False)
+
+
+def leaves(tensors: list[Tensor], learners: int, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Copies, floating ones in `dtype` if it is given; the first `learners` require a gradient."""
+    copies = [x.detach().to(dtype if dtype and x.is_floating_point() else x.dtype, copy=True) for x in tensors]
+    return [x.requires_grad_(place < learners) for place, x in enumerate(copies)]
+
+
+def results(function: Callable[..., Tensor], tensors: list[Tensor], learners: int) -> list[Tensor]:
+    """The value, then the gradients."""
+    value = function(*tensors)
+    gradients = torch.autograd.grad(value, tensors[:learners]) if learners else ()
+    return [value.detach(), *gradients]
+
+
+def difference(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> str:
+    """What is wrong with `found`, or the empty string."""
+    for place, (x, right) in enumerate(zip(found, wanted, strict=True)):
+        allowed = TOLERANCE[dtype][place > 0] if x.dim() == 0 or place else TOLERANCE[dtype][1]
+        error = ((x.double() - right).norm() / right.norm()).item()
+        if not error <= allowed:
+            name = f"gradient {place}" if place else "value"
+            return f"{name} is off by {error:.2g} of its norm, {allowed:g} is allowed"
+    return ""
+
+
+def judge(case: Case, functions: dict[str, Callable[..., Tensor]], tensors: list[Tensor]) -> dict[str, Record]:
+    """For each way its status: right, wrong or unavailable; and the reason."""
+    device, dtype = tensors[0].device, precision(tensors[0].device)
+    wanted = results(case.eager, leaves(tensors, case.learners, torch.float64), case.learners)
+    verdicts: dict[str, Record] = {}
+    with autocast(device):
+        for name, function in functions.items():
+            copies, reason = leaves(tensors, case.learners), ""
+            try:
+                for _ in range(2):
+                    reason = reason or difference(results(function, copies, case.learners), wanted, dtype)
+                verdicts[name] = {"status": "wrong", "reason": reason} if reason else {"status": "right"}
+            except Exception as error:  # a missing compiler, an unfit package: the reason is reported
+                verdicts[name] = {"status": "unavailable", "reason": first_line(error)}
+    return verdicts
+
+
+def measure(case: Case, device: torch.device, seconds: float, compiled: bool, bandwidth: float) -> Record:
+    """The record of a case. `bandwidth`: copy_rate() of the device."""
+    tensors = leaves(case.make(device, precision(device)), case.learners)
+    functions = ways(case, compiled)
+    found = judge(case, functions, tensors)
+    right = {name: works(functions[name], tensors, case.learners) for name in found if found[name]["status"] == "right"}
+    record = {"case": case.name, "least_bytes": least_bytes(case, tensors), "contenders": found}
+    if right:
+        with autocast(device):
+            time_all(found, right, device, seconds)
+        add_rates(record, bandwidth)
+    return record
+
+
+def time_all(found: dict[str, Record], right: dict[str, dict[str, Work]], device: torch.device, seconds: float) -> None:
+    """Write `times` [mode][clock] and, on CUDA, the kernels of a call into `found`."""
+    for mode in next(iter(right.values())):
+        calls = {name: modes[mode] for name, modes in right.items()}
+        for kind, clock in clocks(device).items():
+            ready = calls if kind == "call" else captured(calls, found)
+            for name, times in (interleaved(ready, clock, seconds) if ready else {}).items():
+                found[name].setdefault("times", {}).setdefault(mode, {})[kind] = summary(times)
+    if device.type == "cuda":
+        for name in right:
+            found[name]["kernels"] = kernels(list(right[name].values())[-1])
+
+
+def captured(calls: dict[str, Work], found: dict[str, Record]) -> dict[str, Work]:
+    """The calls as CUDA graphs. One that cannot be captured is left out; `found` gets the reason."""
+    graphs = {}
+    for name, work in calls.items():
+        try:
+            graphs[name] = graphed(work)
+        except Exception as error:
+            torch.cuda.synchronize()
+            found[name]["no_graph"] = first_line(error)
+    return graphs
+
+
+def add_rates(record: Record, bandwidth: float) -> None:
+    """Add the percentage of the bandwidth, by the least bytes that the whole operation moves."""
+    for contender in record["contenders"].values():
+        if "times" in contender:
+            whole = list(contender["times"].values())[-1]
+            seconds = (whole.get("graph") or whole["call"])["median"] / 1e3
+            contender["copy_rate_percent"] = 100 * record["least_bytes"] / seconds / bandwidth
+
+
+def measure_losses(chosen: list[Case], device: torch.device, quick: bool, log: Log) -> Record:
+    """The record of a run over the `chosen` cases. `quick`: few rounds, without torch.compile."""
+    rate = copy_rate(device, megabytes=64 if quick else 512)
+    load = load_average()
+    records: list[Record] = []
+    for case in chosen:
+        log(f"{len(records) + 1}/{len(chosen)}  {case.name}")
+        records.append(measure(case, device, 0.05 if quick else 1.0, not quick, rate))
+    return about_run(device, precision(device), load) | {"copy_gb_per_s": rate / 1e9, "quick": quick, "cases": records}
+
+
+def choose(part: str, device: torch.device) -> list[Case]:
+    """The cases in whose name a word begins with `part`: KD does not choose DKD."""
+    begins = re.compile(rf"(?<![\w-]){re.escape(part)}", re.IGNORECASE)
+    return [case for case in cases(device) if begins.search(case.name)]
+
+
+def times_by_way(record: Record, clock: str) -> dict[str, dict[str, float]]:
+    """The summary of each way's times, of forward and backward if there is a backward."""
+    whole = {name: list(c["times"].values())[-1] for name, c in record["contenders"].items() if "times" in c}
+    return {name: clocked[clock] for name, clocked in whole.items() if clock in clocked}
+
+
+def ratios(record: Record, clock: str) -> dict[str, float]:
+    """For each baseline its time as a multiple of eager fastkd's; empty if fastkd has no time."""
+    found = times_by_way(record, clock)
+    found.pop(COMPILED, None)
+    ours = found.pop("fastkd", None)
+    return {name: times["median"] / ours["median"] for name, times in found.items()} if ours else {}
+
+
+def compiled_ratio(record: Record, clock: str) -> float | None:
+    """The time of compiled torch as a multiple of compiled fastkd's."""
+    found = times_by_way(record, clock)
+    if not {COMPILED, "compile"} <= found.keys():
+        return None
+    return found["compile"]["median"] / found[COMPILED]["median"]
+
+
+def verdict(record: Record, clock: str) -> str:
+    """Eager fastkd is "faster" or "slower" than the best baseline, or "even"; else why there is no verdict.
+
+    A question mark means that one of the two was unsteady.
+    """
+    found, ours = times_by_way(record, clock), record["contenders"]["fastkd"]
+    if ours["status"] != "right":
+        return str(ours["status"])
+    others = [times for name, times in found.items() if name not in ("fastkd", COMPILED)]
+    if "fastkd" not in found or not others:
+        return "no time" if "fastkd" not in found else "no baseline"
+    both = found["fastkd"], min(others, key=lambda times: times["median"])
+    return compared(*both) + " ?" * any(times["p80"] > SPREAD * times["p20"] for times in both)
+
+
+def compared(fused: dict[str, float], other: dict[str, float]) -> str:
+    """How fastkd's times compare with a baseline's."""
+    if fused["p80"] < other["p20"]:
+        return "faster"
+    return "slower" if fused["p20"] > other["p80"] else "even"
+
+
+def colour(record: Record, clock: str, name: str) -> str:
+    """The bar of a baseline is blue if fastkd is faster, red if it is slower, grey if they are even."""
+    found = times_by_way(record, clock)
+    return {"faster": "C0", "slower": "C3", "even": "grey"}[compared(found["fastkd"], found[name])]
+
+
+def rows(record: Record) -> list[list[str]]:
+    """One row for the calls and, on CUDA, one for the graphs."""
+    names = ["call", "graph"] if any(times_by_way(record, "graph")) else ["call"]
+    return [row(record, clock) for clock in names]
+
+
+def row(record: Record, clock: str) -> list[str]:
+    """One row of the table, by COLUMNS."""
+    name = record["case"] + " (graph)" * (clock == "graph")
+    ours, others = times_by_way(record, clock).get("fastkd"), ratios(record, clock)
+    both, best = compiled_ratio(record, clock), min(others, key=lambda name: others[name], default=None)
+    compiled = f"{both:.2f}x" if both else "-"
+    if not ours:
+        return [name, "-", "-", compiled, "-", verdict(record, clock), "-"]
+    eager = f"{others['eager']:.2f}x" if "eager" in others else "-"
+    least = f"{others[best]:.2f}x {best}" if best else "-"
+    share = f"{record['contenders']['fastkd']['copy_rate_percent']:.0f}"
+    return [name, f"{ours['median']:.3f}", eager, compiled, least, verdict(record, clock), share]
+
+
+def notes(run: Record) -> list[str]:
+    """What the table's words mean, what disturbed the figures, and which way got no time and why."""
+    lines = [WORDS, *disturbances(run)] + [QUICK] * run["quick"]
+    for record in run["cases"]:
+        for name, contender in record["contenders"].items():
+            if "reason" in contender:
+                lines.append(f"{record['case']}: {name} is {contender['status']}: {contender['reason']}")
+            if "no_graph" in contender:
+                lines.append(f"{record['case']}: {name} cannot be captured: {contender['no_graph']}")
+    return lines
+
+
+def disturbances(run: Record) -> list[str]:
+    """Signs that other work shared the machine."""
+    doubtful = [r["case"] for r in run["cases"] if any(verdict(r, way).endswith("?") for way in ("call", "graph"))]
+    more = f"Other work may have disturbed {', '.join(doubtful)}: measure again"
+    return load_notes(run) + [more] * bool(doubtful)
+
+
+def heading(run: Record) -> str:
+    """The line above the table."""
+    return (
+        f"Forward and backward, {run['device']}, {run['dtype']}; copying moves {run['copy_gb_per_s']:.0f} GB/s here; "
+        f"load of the machine before: {run['load_average']:.1f} on {run['environment']['cpus']} CPUs. "
+        "2.00x takes twice fastkd's time."
+    )
+
+
+def show_losses(run: Record) -> None:
+    """Print heading, table and notes."""
+    log_rank0(heading(run))
+    show_table(COLUMNS, [row for record in run["cases"] for row in rows(record)], numbers=6)
+    for note in notes(run):
+        log_rank0(note)
+
+
+def draw_losses(run: Record, path: Path) -> None:
+    """Write a PNG with a bar for each case and baseline: its time as a multiple of eager fastkd's."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+
+    way = "graph" if any(times_by_way(record, "graph") for record in run["cases"]) else "call"
+    bars = [
+        (f"{r['case']}, {name}", x, colour(r, way, name)) for r in run["cases"] for name, x in ratios(r, way).items()
+    ]
+    bars.reverse()
+    figure = new_figure(9, 1.5 + 0.25 * len(bars))
+    axes = figure.subplots()
+    axes.barh([name for name, _, _ in bars], [x - 1 for _, x, _ in bars], left=1, color=[shade for *_, shade in bars])
+    for place, (_, x, _) in enumerate(bars):
+        axes.annotate(f"{x:.2f}", (max(x, 1), place), (4, 0), textcoords="offset points", va="center")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.margins(x=0.15, y=0.01)
+    axes.set(xscale="log", title=f"{run['device']}, {run['dtype']} ({way}): above 1, fastkd is faster; grey: even")
+    axes.set(xlabel="time, as a multiple of fastkd's")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    save_figure(figure, path)

@@ -1,0 +1,229 @@
+"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, width of memory accesses.
+
+    python bench/scripts/aot.py             a table of the kernels for sm_80, sm_90 and sm_100
+    python bench/scripts/aot.py --write     the same into bench/results/cpu/<date>-aot.md
+    python bench/scripts/aot.py --json      the same as JSON, for the test
+
+The real launch functions run on tensors without data. Triton is told of a GPU that does not exist, and compiles for it.
+TRITON_INTERPRET must not be set. `spilled` is in bytes; a test holds it at 0.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastkd.bench import markdown_table, results_folder
+
+ASSEMBLERS = sorted(Path(triton.backends.nvidia.__file__).parent.glob("bin/ptxas*"))  # each knows some GPUs
+
+
+Figures = dict[str, str | int]
+Call = Callable[[], object]
+
+
+class NoGPU:
+    """What compilation needs of Triton's driver."""
+
+    def __init__(self, capability: int) -> None:
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: capability  # Triton caches compiled kernels per device
+        self.get_current_stream = lambda device: 0
+
+
+def compiled(call: Call, capability: int) -> list[Figures]:
+    """The figures of every kernel that `call` would launch."""
+    kernels, run = [], JITFunction.run
+    driver.set_active(NoGPU(capability))
+
+    def compile_only(function: Any, *args: Any, **kwargs: Any) -> None:
+        kernels.append(run(function, *args, **kwargs | {"warmup": True}))
+
+    with patch.object(JITFunction, "run", compile_only):
+        call()
+    return [figures(kernel) | {"sm": capability} for kernel in kernels]
+
+
+def figures(kernel: Any) -> Figures:
+    """The figures of a compiled kernel: those of its assembly, of ptxas and of its widest memory access."""
+    ptx = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
+        file.write(ptx)
+        file.flush()
+        command = ["-v", "-arch=" + _found(r"\.target (\w+)", ptx), file.name, "-o", "/dev/null"]
+        reports = [subprocess.run([tool, *command], capture_output=True, text=True).stderr for tool in ASSEMBLERS]
+    report = next(report for report in reports if "Used" in report)
+    access = {
+        kind: [width(x) for x in re.findall(rf"{kind}\.global[.\w]*?((?:v\d\.)?b\d+) ", ptx)] for kind in ("ld", "st")
+    }
+    return {
+        "kernel": kernel.metadata.name.strip("_"),
+        "warps": kernel.metadata.num_warps,
+        "registers": int(_found(r"Used (\d+) registers", report)),
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "shared": kernel.metadata.shared,
+        "load bits": max(access["ld"], default=0),
+        "store bits": max(access["st"], default=0),
+    }
+
+
+def _found(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"{pattern} is not in the compiler's output")
+    return found[1]
+
+
+def width(access: str) -> int:
+    """Bits of an access: v4.b32 -> 128."""
+    vector, _, bits = access.rpartition(".")
+    return int(vector[1:] or 1) * int(bits[1:]) if vector else int(bits[1:])
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor without data."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def logits(
+    heads: int,
+    learners: int,
+    N: int,
+    C: int,
+    dtype: torch.dtype = torch.bfloat16,
+    backward: bool = False,
+    temperature: float = 4.0,
+    standardize: bool = False,
+) -> Call:
+    """A launch of logit_loss: KD with two heads of which one learns, else the heads of two networks (DCM)."""
+    from fastkd.kernels.gpu.logit_loss import launch
+
+    half = heads // 2
+    weights = [0.1, 0.0, 0.9, 0.0, 0.0, 0.0]
+    if heads > 2 or learners > 1:
+        weights = [w for i in range(heads) for w in (1.0, *(float((i < half) != (j < half)) for j in range(heads)))]
+    needs_grad = [i < learners for i in range(heads)]
+    return lambda: launch(
+        [meta(N, C, dtype=dtype) for _ in range(heads)], meta(N, dtype=torch.int64), weights, temperature, 0.0, None,
+        standardize, needs_grad, meta(learners, N, C, dtype=dtype),
+        grad_output=(meta(dtype=torch.float32), None) if backward else None, skip_ones=backward,
+    )  # fmt: skip
+
+
+def cases() -> dict[str, Call]:
+    """The shipped configurations by what is computed."""
+    return {
+        "KD 128 x 100": logits(2, 1, 128, 100),
+        "KD 256 x 1000": logits(2, 1, 256, 1000),
+        "KD 256 x 1000 standardised": logits(2, 1, 256, 1000, standardize=True),
+        "KD 256 x 1000 backward": logits(2, 1, 256, 1000, backward=True),
+        "KD 4096 x 1000 fp32": logits(2, 1, 4096, 1000, dtype=torch.float32),
+        "KD 256 x 8192": logits(2, 1, 256, 8192),
+        "KD 256 x 21841": logits(2, 1, 256, 21841),
+        "KD 8192 x 32000": logits(2, 1, 8192, 32000),
+        "DML 256 x 1000": logits(2, 2, 256, 1000, temperature=1.0),
+        "SOKD 256 x 1000": logits(3, 2, 256, 1000),
+        "DCM 2 x 2 128 x 100": logits(4, 4, 128, 100, temperature=1.0),
+        "DCM 2 x 3 256 x 1000": logits(6, 6, 256, 1000, temperature=1.0),
+        "DCM 2 x 3 256 x 1000 backward": logits(6, 6, 256, 1000, temperature=1.0, backward=True),
+        "DCM 2 x 4 256 x 1000": logits(8, 8, 256, 1000, temperature=1.0),
+        **{f"{name} {shape[0]} x {shape[1]}": call for name, shape, call in more_logits()},
+        **{f"{name} {' x '.join(map(str, shape))}": call for name, shape, call in maps()},
+    }
+
+
+def more_logits() -> Iterator[tuple[str, tuple, Call]]:
+    from fastkd.kernels.gpu import dist_loss, dkd_loss
+
+    for N, C in ((256, 1000), (256, 32000)):
+        s, t, grads, y = meta(N, C), meta(N, C), meta(N, C), meta(N, dtype=torch.int64)
+        dkd = partial(dkd_loss.launch, s, t, y, 1.0, 8.0, 4.0, grads)
+        yield "DKD", (N, C), dkd
+        yield "DKD backward", (N, C), partial(dkd, meta(dtype=torch.float32), True)
+        value, rows, columns = (meta(*shape, dtype=torch.float32) for shape in ((), (6, N), (4, C)))
+        yield "DIST", (N, C), partial(dist_loss.launch, s, t, 1.0, 1.0, 1.0, value, rows, columns)
+        yield (
+            "DIST backward", (N, C), partial(dist_loss.launch_backward, s, t, rows, columns, value, 1.0, grads),
+        )  # fmt: skip
+
+
+def maps() -> Iterator[tuple[str, tuple, Call]]:
+    from fastkd.kernels.gpu import attention_transfer, augment, factor_distance, map_distance
+
+    scalar = meta(dtype=torch.float32)
+    for shape in ((128, 32, 8, 8), (256, 256, 7, 7)):
+        N, D = shape[0], math.prod(shape[1:])
+        parts, learns = [meta(N, D), meta(N, D)], [True, True]
+        results = scalar, meta(2, dtype=torch.float32), meta(5, N, dtype=torch.float32)
+        _, terms, statistics = results
+        for p in (1, 2):
+            settings = (parts, meta(N, D), [50.0, -50.0], p, learns)
+            name = "IE-KD pair" + ", p = 2" * (p == 2)
+            yield name, shape, partial(factor_distance.launch, *settings, *results, meta(2 * (p == 1), N, D))
+            back = partial(factor_distance.launch_backward, *settings, terms, statistics, meta(2, N, D))
+            yield f"{name} backward", shape, partial(back, (scalar, None), p == 1)
+    for shape in ((256, 64, 56, 56), (256, 2048, 7, 7)):
+        s, t, grad = (meta(*shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
+        k = meta(shape[0], shape[2] * shape[3], dtype=torch.float32)
+        yield "AT", shape, partial(attention_transfer.launch, s, t, 1000.0, scalar, k)
+        yield "AT backward", shape, partial(attention_transfer.launch_backward, s, k, scalar, grad)
+        yield "hint", shape, partial(map_distance.launch, s, t, None, 1.0, grad)
+        yield "hint backward", shape, partial(map_distance.launch, s, t, None, 1.0, grad, scalar, True)
+        margin = meta(shape[1], dtype=torch.float32)
+        yield "overhaul", shape, partial(map_distance.launch, s, t, margin, 1.0, grad)
+    images, out = meta(256, 256, 256, 3, dtype=torch.uint8), meta(256, 3, 224, 224)
+    out = out.contiguous(memory_format=torch.channels_last)
+    boxes, flips = meta(256, 4, dtype=torch.float32), meta(256, dtype=torch.bool)
+    yield "augment", tuple(out.shape), partial(augment.launch, images, boxes, flips, [out], [0.5] * 3, [0.2] * 3)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    names = ["case", *rows[0]["figures"]]
+    return markdown_table(names, [[row["case"], *map(str, row["figures"].values())] for row in rows]) + "\n"
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--write", action="store_true", help="write the table to bench/results/cpu/<date>-aot.md")
+    form.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = options()
+    warnings.simplefilter("ignore")  # Triton warns of a default that will change; it is set here
+    rows = [
+        {"case": name, "figures": found}
+        for name, call in cases().items()
+        for capability in (80, 90, 100)
+        for found in compiled(call, capability)
+    ]
+    if asked.json:
+        print(json.dumps(rows))
+    elif asked.write:
+        path = results_folder(None) / f"{datetime.date.today()}-aot.md"
+        path.write_text(table(rows))
+        print(path)
+    else:
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Everything that needs a GPU: GPU tests, then benchmarks of losses, steps and teacher forms, then accuracy.
+
+    python bench/scripts/gpu_gate.py                bench/results/<gpu>/<date>-gate.json, and a .md beside it
+    python bench/scripts/gpu_gate.py --minutes 9    stops in time; the same line continues where it stopped
+    python bench/scripts/gpu_gate.py --quick        few rounds, without torch.compile
+
+Each result is written at once. A file holds one commit; another commit starts a new file, unless --file names one.
+Exit status: 0 if all tests pass and every result of fastkd is right; 1 if not (after a red test nothing is timed, and
+the file says what failed); 2 without a GPU; 3 if the time was up, and the same line continues.
+Accuracy needs tyro and the files of Fashion-MNIST. The rest needs torch, triton, torchvision, timm and pytest.
+"""
+
+import argparse
+import datetime
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fastkd.bench import (
+    ROOT,
+    Record,
+    commit,
+    environment,
+    first_line,
+    log_rank0,
+    markdown_table,
+    results_folder,
+    write_json,
+)
+from fastkd.bench.fashion import FOLDER
+from fastkd.bench.losses.cases import cases
+from fastkd.bench.losses.measure import COLUMNS, heading, measure_losses, notes, rows, show_losses
+from fastkd.bench.steps.measure import measure_step
+from fastkd.bench.steps.report import best_baseline, markdown, ours, show_step, speed, timed
+from fastkd.bench.steps.workload import CIFAR, IMAGENET, Workload
+
+TESTS = {"gpu": ["-m", "gpu or every", "tests"]}
+SEEDS = 3
+GUESS = 60.0  # seconds of a job, if none of its kind has run
+STEPS = ["step", "fastkd", "img/s", "best baseline", "times as fast", "official eager", "timm task", "best compile"]
+Job = tuple[str, str, Callable[[], Record]]
+"""Kind, name and work."""
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds, without torch.compile")
+    parser.add_argument("--minutes", type=float, default=0, help="stop after so many; the same line continues")
+    parser.add_argument("--file", type=Path, help="the JSON; by default the newest of this commit, or a new one")
+    parser.add_argument("--fashion", type=Path, help="folder of the files of Fashion-MNIST")
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    args = arguments()
+    if not torch.cuda.is_available():
+        print("gpu_gate: no CUDA device here; nothing was run", file=sys.stderr)
+        return 2
+    gpu, end = torch.cuda.get_device_name(), time.perf_counter() + 60 * (args.minutes or float("inf"))
+    path = args.file or place(results_folder(gpu), args.quick)
+    record = json.loads(path.read_text()) if path.is_file() else new_record(gpu, args.quick)
+    device = torch.device("cuda")
+    jobs: list[Job] = [("tests", name, partial(run_tests, words)) for name, words in TESTS.items()]
+    jobs += [("losses", c.name, partial(measure_losses, [c], device, args.quick, log_rank0)) for c in cases(device)]
+    jobs += [("steps", w.name, partial(run_step, w, device, args.quick)) for w in (*CIFAR, *IMAGENET)]
+    jobs.append(("forms", "all", partial(run_forms, path)))
+    jobs.append(("accuracy", "fashion", partial(run_accuracy, args.fashion, path, end)))
+    status = work_off(jobs, record, path, end)
+    log_rank0(f"{verdict(status, record)}; {path}")
+    return status
+
+
+def new_record(gpu: str, quick: bool) -> Record:
+    about = {"gpu": gpu, "commit": commit(), "quick": quick, "environment": environment()}
+    return about | {"tests": {}, "losses": {}, "steps": {}, "forms": {}, "accuracy": {}, "seconds": {}}
+
+
+def place(folder: Path, quick: bool) -> Path:
+    """The newest file of this commit and `quick`, or a new one."""
+    for path in sorted(folder.glob("*-gate.json"), reverse=True):
+        record = json.loads(path.read_text())
+        if "seconds" in record and (record["commit"], record["quick"]) == (commit(), quick):
+            return path
+    now = datetime.datetime.now()
+    path = folder / f"{now:%Y-%m-%d}-gate.json"
+    return path if not path.exists() else folder / f"{now:%Y-%m-%d-%H%M%S}-gate.json"
+
+
+def work_off(jobs: list[Job], record: Record, path: Path, end: float) -> int:
+    """Run the jobs that are not in `record` yet and write each result to `path`. Gives the exit status."""
+    ran = 0
+    for kind, name, work in jobs:
+        if kind != "tests" and not green(record):
+            break
+        if f"{kind} {name}" in record["seconds"]:
+            continue
+        if ran and time.perf_counter() + expected(record, kind) > end:
+            return 3
+        log_rank0(f"{kind}: {name}")
+        start = time.perf_counter()
+        keep(record, kind, name, attempt(work))
+        if not record[kind].get(name, {}).get("unfinished"):
+            record["seconds"][f"{kind} {name}"] = round(time.perf_counter() - start, 1)
+        write_json(path, record)
+        path.with_suffix(".md").write_text(report(record))
+        ran += 1
+        if record[kind].get(name, {}).get("unfinished"):
+            return 3
+    return 0 if green(record) and all_right(record) else 1
+
+
+def expected(record: Record, kind: str) -> float:
+    """Seconds of the longest job of this kind so far."""
+    return max((s for job, s in record["seconds"].items() if job.split()[0] == kind), default=GUESS)
+
+
+def attempt(work: Callable[[], Record]) -> Record:
+    """The job's record, or its error: the other jobs go on."""
+    try:
+        return work()
+    except Exception as error:
+        return {"error": first_line(error)}
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def keep(record: Record, kind: str, name: str, found: Record) -> None:
+    """Put the result of a job into the record."""
+    if kind != "losses":
+        record[kind][name] = found
+    elif "error" in found:
+        record["losses"].setdefault("errors", {})[name] = found["error"]
+    else:  # all cases are one list
+        before = record["losses"].get("cases", []), record["losses"].get("errors", {})
+        record["losses"] = found | {"cases": [*before[0], *found["cases"]], "errors": before[1]}
+        show_losses(found)
+
+
+def run_tests(words: list[str]) -> Record:
+    """Exit status, seconds and the last lines of pytest."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--color=no", *words]
+    settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    start = time.perf_counter()
+    run = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    tail = (run.stdout + run.stderr).strip().splitlines()[-40:] or ["printed nothing"]
+    log_rank0(f"pytest {' '.join(words)}: {tail[-1]}")
+    seconds = round(time.perf_counter() - start, 1)
+    return {"command": " ".join(command[1:]), "status": run.returncode, "seconds": seconds, "output": tail}
+
+
+def run_step(workload: Workload, device: torch.device, quick: bool) -> Record:
+    """The record of `fastkd bench step`, which is also printed."""
+    found = measure_step(workload, device, quick, not quick, log_rank0)
+    show_step(found)
+    return found
+
+
+def run_script(words: list[object]) -> list[str]:
+    """The lines that a script of this folder prints. Raises RuntimeError if it fails."""
+    command = [sys.executable, *map(str, words)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = (run.stdout + run.stderr).strip().splitlines()
+    if run.returncode:
+        raise RuntimeError(lines[-1] if lines else f"{words[0]} ended with {run.returncode}")
+    return lines
+
+
+def run_forms(path: Path) -> Record:
+    """teacher_forms.py, whose file lies beside the gate's."""
+    own = path.with_name(path.stem + "-forms.json")
+    lines = run_script(["bench/scripts/teacher_forms.py", "--file", own])
+    failed = [line for line in lines if " failed: " in line]
+    found = {"runs": json.loads(own.read_text()), "output": [line for line in lines if line.startswith("|")]}
+    return found | ({"error": "; ".join(failed)} if failed else {})
+
+
+def run_accuracy(folder: Path | None, path: Path, end: float) -> Record:
+    """accuracy.py, whose file lies beside the gate's. It resumes by itself."""
+    missing = [name for name in ("tyro", "rich", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing or not any((folder or FOLDER).glob("train-images-idx3-ubyte*")):
+        reason = f"{', '.join(missing)} missing" if missing else f"no files in {folder or FOLDER}"
+        return {"skipped": f"not run: {reason}"}
+    own, left = path.with_name(path.stem + "-accuracy-fashion.json"), (end - time.perf_counter()) / 60
+    words = ["bench/scripts/accuracy.py", "--data", "fashion", "--seeds", SEEDS, "--folder", folder or FOLDER]
+    words += ["--file", own, *(["--minutes", max(left - 1, 0.1)] if left < float("inf") else [])]
+    lines = run_script(words)
+    table = [line for line in lines if line.startswith("|")]
+    unfinished = any("are over" in line for line in lines)
+    return {"runs": json.loads(own.read_text()), "output": table} | ({"unfinished": True} if unfinished else {})
+
+
+def green(record: Record) -> bool:
+    """True if no test has failed so far."""
+    return all(tests.get("status") == 0 for tests in record["tests"].values())
+
+
+def all_right(record: Record) -> bool:
+    """True if no job failed and every way of fastkd gives the right result."""
+    whole = [case["contenders"]["fastkd"] for case in record["losses"].get("cases", [])]
+    for found in record["steps"].values():
+        whole += [way for name, way in found.get("contenders", {}).items() if name.startswith("fastkd")]
+    others = ("tests", "steps", "forms", "accuracy")
+    broken = [run for kind in others for run in record[kind].values() if "error" in run]
+    return not broken and not record["losses"].get("errors") and all(found["status"] == "right" for found in whole)
+
+
+def verdict(status: int, record: Record) -> str:
+    """The last line that is printed."""
+    if status == 3:
+        return "the time is up, the same line goes on"
+    if not green(record):
+        return "a test is red, so nothing was timed"
+    return "green" if status == 0 else "something of fastkd is wrong or broke"
+
+
+def report(record: Record) -> str:
+    """The record as Markdown."""
+    about = f"{record['gpu']}, commit {(record['commit'] or 'unknown')[:12]}, torch {record['environment']['torch']}"
+    parts = [f"# GPU gate: {about}", tests(record), losses(record), steps(record), forms(record), accuracy(record)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def tests(record: Record) -> str:
+    lines = [[name, "passed" if run["status"] == 0 else "failed", f"{run['seconds']:.0f}", run["output"][-1]]
+             for name, run in record["tests"].items() if "status" in run]  # fmt: skip
+    return "## Tests\n\n" + markdown_table(["tests", "result", "s", "said"], lines) + errors(record["tests"])
+
+
+def losses(record: Record) -> str:
+    found = record["losses"]
+    if not found.get("cases"):
+        return ""
+    lines = [row for case in found["cases"] for row in rows(case)]
+    said = "\n".join(f"- {note}" for note in notes(found))
+    return f"## Losses\n\n{heading(found)}\n\n{markdown_table(COLUMNS, lines)}\n\n{said}"
+
+
+def steps(record: Record) -> str:
+    """A row for each workload, then its tables."""
+    measured = {name: found for name, found in record["steps"].items() if "contenders" in found}
+    if not record["steps"]:
+        return ""
+    lines = [step_row(name, found) for name, found in measured.items()]
+    more = "\n".join(markdown(found) for found in measured.values())
+    return f"## Steps\n\n{markdown_table(STEPS, lines)}{errors(record['steps'])}\n\n{more}".rstrip()
+
+
+def step_row(name: str, found: Record) -> list[str]:
+    mine, other = ours(found), best_baseline(found)
+    if not mine:
+        return [name, "-", *["-"] * 6]
+    compiled = [way for way in timed(found) if way.startswith("compile")]
+    fastest = max(compiled, key=lambda way: found["contenders"][way]["img_per_s"], default="")
+    ratios = [speed(found, mine, way) for way in (other, "official eager", "timm task", fastest)]
+    shown = [f"{ratio:.2f}x" if ratio else "-" for ratio in ratios]
+    return [name, mine, f"{found['contenders'][mine]['img_per_s']:,.0f}", other or "-", *shown]
+
+
+def forms(record: Record) -> str:
+    found = record["forms"].get("all")
+    if not found:
+        return ""
+    return "## Forms of a teacher\n\n" + "\n".join(found.get("output", [])) + errors(record["forms"])
+
+
+def accuracy(record: Record) -> str:
+    found = record["accuracy"].get("fashion")
+    if not found:
+        return ""
+    text = found.get("skipped") or found.get("error") or "\n".join(found["output"])
+    return f"## Accuracy on Fashion-MNIST\n\n{text}"
+
+
+def errors(found: Record) -> str:
+    return "".join(f"\n\n{name} failed: {run['error']}" for name, run in found.items() if "error" in run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

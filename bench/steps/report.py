@@ -1,0 +1,160 @@
+"""The report of a step: two tables, notes, a picture, and the same as Markdown."""
+
+from pathlib import Path
+from typing import Any
+
+from fastkd.bench import Record, load_notes, log_rank0, markdown_table, new_figure, save_figure, show_table
+from fastkd.bench.steps.baselines import BOUNDS
+from fastkd.bench.steps.breakdown import PARTS
+
+PART_COLUMNS = ["part of a step", "what", "ms", "%"]
+BUSY = 1.5  # 80th over 20th percentile
+WORDS = (
+    "constant gradient: fastkd's eager step with fixed gradients into logits and maps in place of the loss; student "
+    "only: cross-entropy without teacher and peers. Both are bounds, not baselines. x fastkd: the time as a multiple "
+    "of that of fastkd's fastest way, above 1 is slower."
+)
+
+
+def timed(record: Record) -> dict[str, Record]:
+    """The ways that have times."""
+    return {name: found for name, found in record["contenders"].items() if "times" in found}
+
+
+def ours(record: Record) -> str | None:
+    """The name of fastkd's fastest way, or None."""
+    names = [name for name in timed(record) if name.startswith("fastkd")]
+    return min(names, key=lambda name: median(record, name), default=None)
+
+
+def best_baseline(record: Record) -> str | None:
+    """The name of the fastest other way that is not a bound, or None."""
+    names = [name for name in timed(record) if not name.startswith("fastkd") and name not in BOUNDS]
+    return min(names, key=lambda name: median(record, name), default=None)
+
+
+def median(record: Record, name: str) -> float:
+    """The median time of a way's step in milliseconds."""
+    return record["contenders"][name]["times"]["median"]
+
+
+def speed(record: Record, name: str, other: str | None) -> float | None:
+    """How many times as fast `name` is as `other`; None if one of them has no time."""
+    if other and {name, other} <= timed(record).keys():
+        return median(record, other) / median(record, name)
+    return None
+
+
+def part_rows(record: Record) -> list[list[str]]:
+    """The rows of the table of parts, by PART_COLUMNS."""
+    parts = record["parts"]
+    total = sum(parts[name]["median"] for name in PARTS)
+    shown = [(name, what, parts[name]["median"]) for name, what in PARTS.items() if parts[name]["median"]]
+    sums = [("sum", "of these medians", total), ("whole", "the same step, not cut", parts["whole"]["median"])]
+    return [[name, what, f"{ms:.2f}", f"{100 * ms / total:.1f}"] for name, what, ms in (*shown, *sums)]
+
+
+def count_name(record: Record) -> str:
+    return "operators" if record["device"] == "cpu" else "kernels"
+
+
+def columns(record: Record) -> list[str]:
+    """The columns of the table of ways."""
+    memory = ["peak MB"] if record["device"] != "cpu" else []
+    return ["contender", "img/s", "ms a step", "20-80 %", "x fastkd", count_name(record), "syncs", *memory]
+
+
+def rows(record: Record) -> list[list[str]]:
+    """The rows of the table of ways."""
+    return [row(record, name, found) for name, found in record["contenders"].items()]
+
+
+def row(record: Record, name: str, found: Record) -> list[str]:
+    memory = [f"{found['peak_mb']:,.0f}"] if "peak_mb" in found else [] if record["device"] == "cpu" else ["-"]
+    if "times" not in found:
+        return [name, "-", found["status"], "-", "-", "-", "-", *memory]
+    times, best = found["times"], ours(record)
+    ratio = f"{times['median'] / median(record, best):.2f}x" if best else "-"
+    spread = f"{times['p20']:.4g}-{times['p80']:.4g}"
+    counts = [f"{found[what]:,g}" if what in found else "-" for what in (count_name(record), "syncs")]
+    return [name, f"{found['img_per_s']:,.0f}", f"{times['median']:.2f}", spread, ratio, *counts, *memory]
+
+
+def notes(record: Record) -> list[str]:
+    """What the table's words mean, the comparisons, and which way got no time and why."""
+    lines = [WORDS]
+    if loss := speed(record, "fastkd eager", "constant gradient"):
+        low = [record["contenders"][name]["times"]["p20"] for name in ("constant gradient", "fastkd eager")]
+        lines.append(
+            f"fastkd's eager step runs at {loss:.3f} of the speed of that with a constant gradient, "
+            f"by the 20th percentiles at {low[0] / low[1]:.3f}"
+        )
+    mine, other = ours(record), best_baseline(record)
+    if mine and other:
+        lines.append(f"{mine} is {speed(record, mine, other):.2f} times as fast as the best baseline, {other}")
+    for name, found in record["contenders"].items():
+        if "reason" in found:
+            lines.append(f"{name} is {found['status']}: {found['reason']}")
+        lines += [f"{name}: {note}" for note in found["notes"]]
+    if not record["compiled"]:
+        lines.append("torch.compile took no part; --compile asks for it")
+    return lines + disturbances(record)
+
+
+def disturbances(record: Record) -> list[str]:
+    """Signs that other work shared the machine."""
+    unsteady = [name for name, found in timed(record).items() if found["times"]["p80"] > BUSY * found["times"]["p20"]]
+    more = f"Unsteady, the 80th percentile is above {BUSY:g} times the 20th: {', '.join(unsteady)}"
+    return load_notes(record) + [more] * bool(unsteady)
+
+
+def heading(record: Record) -> str:
+    """The line above the tables."""
+    shape = f"{record['batch_size']} images of {record['image_size']} px, {record['classes']} classes"
+    return f"{record['pair']}, {shape}, {record['device']}, {record['dtype']}, noise for data"
+
+
+def show_step(record: Record) -> None:
+    """Print heading, tables and notes."""
+    log_rank0(heading(record))
+    show_table(PART_COLUMNS, part_rows(record), numbers=2)
+    show_table(columns(record), rows(record), numbers=len(columns(record)) - 1)
+    for note in notes(record):
+        log_rank0(note)
+
+
+def markdown(record: Record) -> str:
+    """The same as Markdown."""
+    tables = [(PART_COLUMNS, part_rows(record)), (columns(record), rows(record))]
+    parts = [
+        f"### {heading(record)}",
+        *(markdown_table(*both) for both in tables),
+        *(f"- {note}" for note in notes(record)),
+    ]
+    return "\n\n".join(parts[:3]) + "\n\n" + "\n".join(parts[3:]) + "\n"
+
+
+def draw_step(record: Record, path: Path) -> None:
+    """Write a PNG: the parts of fastkd's eager step as a stacked bar, and below a bar of images/s for each way."""
+    found = timed(record)
+    figure = new_figure(9, 3.2 + 0.3 * len(found))
+    upper, lower = figure.subplots(2, height_ratios=[1.2, 0.6 + 0.3 * len(found)])
+    stack(upper, record["parts"])
+    upper.set(title=heading(record), xlabel="ms, fastkd's eager step", yticks=[])
+    names = list(found)[::-1]
+    colours = ["C0" if name.startswith("fastkd") else "lightgrey" if name in BOUNDS else "grey" for name in names]
+    bars = lower.barh(names, [found[name]["img_per_s"] for name in names], color=colours)
+    lower.bar_label(bars, fmt="{:,.0f}", padding=3)
+    lower.margins(x=0.12)
+    lower.set(xlabel="images/s")
+    save_figure(figure, path)
+
+
+def stack(axes: Any, parts: Record) -> None:
+    """Draw the parts one after another."""
+    start = 0.0
+    for number, name in enumerate(PARTS):
+        if width := parts[name]["median"]:
+            axes.barh(0, width, left=start, color=f"C{number}", label=f"{name} {width:.2f}")
+            start += width
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=4, frameon=False)

@@ -1,0 +1,147 @@
+"""`fastkd bench loss` and `fastkd bench step`: measure, show the tables, write the files."""
+
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, nearest
+
+USAGE = """\
+usage: fastkd bench TARGET [OPTIONS]
+
+  loss      every loss of fastkd beside the same in torch, eager and compiled: checked first, then timed
+  step      where the time of a method's training step goes, and images/s beside other ways to run it
+
+`fastkd bench loss --help` explains the options.
+"""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Losses of fastkd beside other ways to compute them, on CUDA where there is a device and else on the CPU.
+
+    Each is first compared with the eager formulation in float64: what is wrong gets no time. The table has times as
+    multiples of fastkd's, forward and backward; above 1, fastkd is faster. `eager` and `best baseline` are against
+    eager fastkd, `compiled` is compiled torch against compiled fastkd.
+    """
+
+    cases: str = ""
+    """Only the cases in whose name a word begins so: KD, "KD 256", IE-KD; in quotes if it is more than one word."""
+    quick: bool = False
+    """Few rounds, and without torch.compile, whose compiling takes minutes: a first look."""
+    plot: str = ""
+    """A .png file for a picture of the ratios."""
+    json: str = ""
+    """A file for everything measured, with the versions and the commit."""
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """A training step of a method on noise: where its time goes, and images/s of several ways to run it, in one run.
+
+    fastkd's eager step, with the teacher's fastest form, as a CUDA graph; the formulation of the papers' codes; a
+    careful hand-written loop; torch.compile; timm's task. One whose loss is not fastkd's gets no time.
+    """
+
+    method: str = "kd"
+    """As in training, with its default options."""
+    teacher: str = "resnet56"
+    """A network by name; not trained. Methods without a teacher leave it out."""
+    student: str = "resnet20"
+    """A network by name."""
+    peers: tuple[str, ...] = ()
+    """Networks that learn beside the student, by default one of its kind."""
+    batch_size: int = 0
+    """Images of a step; 0 is 128 (timm and torchvision 256) on CUDA and 32 (8) on the CPU."""
+    image_size: int = 0
+    """Pixels of a side; 0 is 32 (timm and torchvision 224)."""
+    classes: int = 0
+    """0 is 100 (timm and torchvision 1000)."""
+    quick: bool = False
+    """Few rounds, and on CUDA without torch.compile: a first look."""
+    compile: bool = False
+    """Let torch.compile take part in any case; on CUDA it does without --quick."""
+    plot: str = ""
+    """A .png file for the parts of a step as a stacked bar and images/s as bars."""
+    json: str = ""
+    """A file for everything measured, with the versions and the commit."""
+    trace: str = ""
+    """A file for a profiler trace of three eager steps, for chrome://tracing or perfetto.dev."""
+
+
+def run(arguments: list[str]) -> None:
+    """The command: dispatch to its two targets."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    targets = {"loss": bench_loss, "step": bench_step}
+    if not arguments or arguments[0] not in targets:
+        asked = f"unknown target {arguments[0]!r}{nearest(arguments[0], targets)}" if arguments else "which target?"
+        raise UserError(f"bench: {asked}; there are: {', '.join(targets)}; see `fastkd bench --help`")
+    targets[arguments[0]](arguments[1:])
+
+
+def bench_loss(arguments: list[str]) -> None:
+    """`fastkd bench loss`."""
+    options = _parse(LossOptions, arguments, "fastkd bench loss")
+    from ..bench import check_plot, default_device, log_rank0, make_room, write_json
+    from ..bench.losses.cases import cases
+    from ..bench.losses.measure import choose, draw_losses, measure_losses, show_losses
+
+    device = default_device()
+    chosen = choose(options.cases, device)
+    if not chosen:
+        names = ", ".join(case.name for case in cases(device))
+        raise UserError(f"--cases {options.cases!r} matches nothing; choose from: {names}")
+    check_plot(options.plot)
+    for flag, file in (("--plot", options.plot), ("--json", options.json)):
+        if file:
+            make_room(flag, Path(file))
+    record = measure_losses(chosen, device, options.quick, log_rank0)
+    show_losses(record)
+    if options.plot:
+        draw_losses(record, Path(options.plot))
+    if options.json:
+        write_json(options.json, record)
+
+
+def bench_step(arguments: list[str]) -> None:
+    """`fastkd bench step`."""
+    options = _parse(StepOptions, arguments, "fastkd bench step")
+    from ..bench import default_device, log_rank0, write_json
+    from ..bench.steps.measure import measure_step, trace
+    from ..bench.steps.report import draw_step, show_step
+    from ..bench.steps.workload import Workload
+
+    o, device = options, default_device()
+    workload = Workload(o.method, o.teacher, o.student, o.peers, o.batch_size, o.image_size, o.classes)
+    _check_files(options)
+    record = measure_step(workload, device, o.quick, o.compile or device.type == "cuda" and not o.quick, log_rank0)
+    show_step(record)
+    if options.plot:
+        draw_step(record, Path(options.plot))
+    if options.json:
+        write_json(options.json, record)
+    if options.trace:
+        trace(workload, device, Path(options.trace))
+
+
+def _check_files(options: StepOptions) -> None:
+    """Raise UserError if a file cannot be written, or two options name the same one."""
+    from ..bench import check_plot, make_room
+
+    check_plot(options.plot)
+    files = {"--plot": options.plot, "--json": options.json, "--trace": options.trace}
+    given = [file for file in files.values() if file]
+    if len(given) > len(set(given)):
+        raise UserError(f"two of {', '.join(files)} name one file, {max(given, key=given.count)!r}; give each its own")
+    for flag, file in files.items():
+        if file:
+            make_room(flag, Path(file))
+
+
+def _parse(kind: type, arguments: list[str], command: str) -> Any:
+    from ..parser import run_parser
+
+    section = make_dataclass("Bench", [("bench", kind)], frozen=True)
+    return run_parser(section, arguments, command).bench

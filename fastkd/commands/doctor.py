@@ -1,0 +1,93 @@
+"""`fastkd doctor`: what this machine has, and which paths fastkd will take on it."""
+
+import importlib
+import os
+import platform
+from dataclasses import asdict, dataclass, make_dataclass
+
+import torch
+
+from ..environment import has, version
+from ..parser import run_parser
+from ..report import show_table
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """What this machine has, and which paths fastkd will take on it; for a method and its networks, how a step runs.
+
+    With one of the options: whether all convolutions run in the fast layout, host syncs, operators or kernels of a
+    step, the teacher's forms, and whether steps become CUDA graphs.
+    """
+
+    method: str = ""
+    """As in training; kd where only a network is given."""
+    teacher: str = ""
+    """A network by name; resnet56 where another option is given."""
+    student: str = ""
+    """A network by name; resnet20 where another option is given."""
+    peers: tuple[str, ...] = ()
+    """Networks that learn beside the student, by default one of its kind."""
+
+
+def run(arguments: list[str]) -> None:
+    """The command: a table of the machine and, with an option, one of a training step."""
+    kind = make_dataclass("Doctor", [("doctor", DoctorOptions)], frozen=True)
+    given = asdict(run_parser(kind, arguments, "fastkd doctor").doctor)
+    workload = {name: value for name, value in given.items() if value}
+    step = []
+    if workload:
+        from .step_doctor import examine_step
+
+        step = examine_step(workload)  # an error comes before the first table
+    show_table(["", "here", "what fastkd does with it"], machine())
+    if workload:
+        show_table(["a training step", "here", ""], step)
+
+
+def machine() -> list[list[str]]:
+    """Rows of the table: device, package or option; what is here; what fastkd does with it."""
+    return [*_devices(), *_packages(), *_paths()]
+
+
+def _devices() -> list[list[str]]:
+    rows = [
+        ["python", platform.python_version(), ""],
+        ["cpu", f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads for the networks"],
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+        rows.append([f"cuda:{index}", properties.name, memory])
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        rows.append(["cuda", "no device", f"{built}; everything runs on the CPU"])
+    return rows
+
+
+def _packages() -> list[list[str]]:
+    needed = [[name, version(name) or "missing", "needed"] for name in ("torch", "torchvision", "timm", "safetensors")]
+    dali = importlib.import_module("nvidia.dali").__version__ if has("nvidia.dali") else None
+    return [
+        *needed,
+        ["triton", version("triton") or "missing", "compiles the kernels on CUDA devices"],
+        ["DALI", dali or "not installed", "" if dali else "pip install 'fastkd[dali]' for the faster loader"],
+        ["apex", _apex(), "only for --opt fusedsgd, fusedlamb, fusedadam"],
+        ["tensorboard", version("tensorboard") or "not installed", "only for --tensorboard"],
+    ]
+
+
+def _apex() -> str:
+    return "installed" if has("apex.optimizers") else "not installed"
+
+
+def _paths() -> list[list[str]]:
+    cuda = torch.cuda.is_available()
+    loader = "dali" if has("nvidia.dali") else "folder (torchvision)"
+    decode = "JPEGs decoded on the GPU" if cuda and loader == "dali" else "JPEGs decoded on the CPU"
+    return [
+        ["--device auto", "cuda" if cuda else "cpu", ""],
+        ["--amp-dtype auto", "bfloat16" if cuda else "float32", "no gradient scaler"],
+        ["--loader auto", loader, decode],
+        ["several processes", "nccl" if cuda else "gloo", "torchrun --nproc-per-node N -m fastkd train ..."],
+    ]

@@ -1,0 +1,85 @@
+"""`fastkd eval`: top-1, top-5, loss and speed of trained weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .. import checkpoint, distributed
+from ..data import DataOptions, create_loaders
+from ..engine.precision import Precision
+from ..errors import UserError
+from ..evaluate import evaluate, speed
+from ..models import create_model
+from ..parser import groups, last_value, name_of, run_parser, tokens_of
+from ..report import log_rank0, show_table
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What to evaluate."""
+
+    weights: str
+    """A .safetensors or .pth file, or `pretrained` or a tag of the network's library."""
+    model: str = ""
+    """The network's name; a student.safetensors of fastkd knows its own."""
+    amp_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the forward passes: auto is bfloat16 on CUDA, float32 on the CPU."""
+    channels_last: bool = True
+    """Memory layout of the network and the images."""
+    device: str = "auto"
+    """cuda, cpu, or auto: CUDA when there is one."""
+
+
+def run(arguments: list[str]) -> None:
+    """The command: one row of scores."""
+    kind = make_dataclass("Eval", [("eval", EvalOptions), ("data", DataOptions)], frozen=True)
+    tokens = _as_trained(arguments, kind)
+    notes = [f"as in training: {' '.join(tokens)}"] if tokens else []
+    scores = evaluate_weights(run_parser(kind, arguments, "fastkd eval", tokens), notes)
+    show_table(["network", "images", "top-1 %", "top-5 %", "loss", "inference img/s"], [scores], numbers=5)
+
+
+def _as_trained(arguments: list[str], kind: type) -> list[str]:
+    """Tokens for the image size and normalisation in the weights' file, unless given. None for the digits."""
+    weights, given = last_value("weights", arguments), {name_of(flag) for flag, _ in groups(arguments)}
+    if last_value("data", arguments) in ("", "digits"):
+        return []
+    noted = checkpoint.read_about(Path(weights)).get("input", {})
+    return tokens_of({name: noted[name] for name in noted if name not in given}, kind, f"--weights {weights}")
+
+
+def evaluate_weights(config: Any, notes: Sequence[str] = ()) -> list[str]:
+    """The row of the table. `config.eval` is EvalOptions, `config.data` DataOptions; `notes` are logged first."""
+    what, device = config.eval, distributed.device_for(config.eval.device)
+    for note in notes:
+        log_rank0(note)
+    model = what.model or _network_of(Path(what.weights))
+    precision = Precision(what.amp_dtype, device)
+    _, loader = create_loaders(
+        config.data,
+        device,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        dtype=precision.dtype,
+        log=log_rank0,
+    )
+    net = create_model(model, len(loader.classes), what.weights)
+    net.to(device).to(memory_format=torch.channels_last if what.channels_last else torch.contiguous_format)
+    scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)
+    shown = [f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}", f"{rate:,.0f}"]
+    return [model, f"{scores['images']:,}", *shown]
+
+
+def _network_of(weights: Path) -> str:
+    """The network's name in a weights file of fastkd. Raises UserError if there is none."""
+    if weights.is_dir():
+        raise UserError(f"--weights {weights} is a folder; name a file, such as {weights / 'student.safetensors'}")
+    if not weights.is_file():
+        raise UserError(f"--weights {weights}: there is no such file (a tag of a library's weights needs --model NAME)")
+    model = checkpoint.read_about(weights).get("model")
+    if not model:
+        raise UserError(f"--weights {weights} does not say which network it is for: give --model NAME")
+    return model

@@ -1,0 +1,255 @@
+"""`fastkd train`: the data, the teacher, the student alone, the student distilled, the table."""
+
+import copy
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from .. import checkpoint, distributed
+from ..config import NetworkOptions, RunOptions, flat, parse
+from ..data import create_loaders
+from ..data.base import describe
+from ..engine import TrainOptions
+from ..engine.launch import check_compile, check_graph
+from ..engine.optim import APEX, apex_optimizers
+from ..engine.precision import Precision
+from ..engine.teacher import check_form
+from ..errors import UserError
+from ..evaluate import evaluate, speed
+from ..methods import find_method
+from ..methods.base import Method
+from ..methods.context import NoOptions, RunContext
+from ..models import create_model, load_weights
+from ..report import board_class, log_rank0, show_table
+from ..train import Result, Trainer
+
+Config = Any
+"""An effective configuration, as config.parse makes it: sections run, networks, method, data and train."""
+
+
+def run(arguments: list[str]) -> None:
+    """The command: parse the options, then print the configuration or train."""
+    notes: list[str] = []  # logged once the process group tells which process prints
+    config = parse(arguments, notes.append)
+    if config.run.print_config:
+        print(*(f"# {note}\n" for note in notes), yaml.safe_dump(flat(config), sort_keys=False), sep="", end="")
+        return
+    train(config, notes)
+
+
+def train(config: Config, notes: Sequence[str] = ()) -> Result:
+    """Run the job of a configuration to its table; `notes` are logged first.
+
+    Checks come before the first file is written. A later KeyboardInterrupt holds the command that resumes the run.
+    """
+    torch.backends.cudnn.benchmark = True  # the image size is fixed: cuDNN times its algorithms once
+    job = Job(config)
+    for note in notes:
+        log_rank0(note)
+    job.claim()
+    try:
+        return job.work()
+    except KeyboardInterrupt:
+        again = f"fastkd train --out {shlex.quote(str(job.out))} --resume"
+        raise KeyboardInterrupt(f"go on with `{again}`") from None
+
+
+class Job:
+    """The data, the networks and the run folder that the trainings of one job share."""
+
+    def __init__(self, config: Config):
+        _check_extras(config.train)
+        self.config, self.names = config, config.networks
+        self.device = distributed.device_for(config.train.device)
+        self.precision = Precision(config.train.amp_dtype, self.device)
+        self.train_loader, self.val_loader = create_loaders(
+            config.data,
+            self.device,
+            seed=config.train.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            dtype=self.precision.dtype,
+            log=log_rank0,
+        )
+        self.first_epoch = self.train_loader.state_dict()
+        self.student = self._network(self.names.student, self.names.student_weights)
+        kind = find_method(config.run.method)
+        _check_roles(kind, config)
+        _check_grad_accum(config)
+        if kind.needs_peers and not self.names.peers:
+            self.names = replace(self.names, peers=(self.names.student,))
+            self.config = replace(config, networks=self.names)
+        self.teacher = self._teacher() if kind.needs_teacher else None
+        self.peers = [self._network(peer, "", number) for number, peer in enumerate(self.names.peers, 1)]
+        self._check_fit(kind)
+        self.rows: list[list[str]] = []
+
+    def _check_fit(self, kind: type[Method]) -> None:
+        """Raise UserError if networks, options or schedule do not fit the method, before a teacher is trained."""
+        trial = kind(*copy.deepcopy((self.student, self.teacher, self.config.method, self.peers)))
+        options = self.config.train
+        run = RunContext(
+            epochs=options.epochs,
+            steps_per_epoch=len(self.train_loader),
+            drops=options.drops,
+            seed=options.seed,
+            device=self.device,
+        )
+        trial.check(run)
+        check_form(trial, options.teacher_form)
+        check_compile(trial, options)
+        check_graph(options.graph, options, self.device, distributed.world_size())
+
+    def claim(self) -> None:
+        """Make the run folder; without --out it is a new one in runs/."""
+        options = self.config.train
+        out = options.out or distributed.from_rank_zero(checkpoint.new_folder, f"runs/{default_name(self.config)}")
+        self.out = Path(out)
+        self.config = replace(self.config, train=replace(options, out=str(out)))
+        if options.resume and not (self.out / "last.pt").exists():
+            log_rank0(f"--resume: {out} has no checkpoint of the student yet; its training starts from the beginning")
+        if distributed.rank() == 0:
+            checkpoint.claim_folder(self.out, flat(self.config), options.resume)
+
+    def work(self) -> Result:
+        if self.teacher is not None:
+            self.prepare_teacher(self.teacher)
+        if self.names.baseline and self.config.run.method != "ce":
+            self.train_alone()
+        result = self.distill()
+        show_table(["", "network", "top-1 %", "parameters", "inference img/s"], self.rows, numbers=3)
+        log_rank0(f"everything is in {self.out}")
+        return result
+
+    def prepare_teacher(self, teacher: nn.Module) -> None:
+        """Train the teacher if it has no weights yet. Then log its accuracy, with a warning if it is near chance."""
+        if not self.names.teacher_weights:
+            self._find_or_train(teacher)
+        top1 = self._add_row("teacher", self.names.teacher, teacher)
+        chance = 100 / len(self.val_loader.classes)
+        log_rank0(f"teacher {self.names.teacher}: top-1 {top1:.2f} % on the validation images")
+        if top1 < chance + 0.1 * (100 - chance):
+            reason = (
+                "Its weights, the order of the classes or the normalisation (--mean, --std) do not fit this data"
+                if self.names.teacher_weights
+                else f"It was trained for too short a time (--teacher-epochs {self.names.teacher_epochs})"
+            )
+            log_rank0(
+                f"WARNING: the teacher's top-1 is {top1:.2f} % and chance is {chance:.2f} %. {reason}; "
+                "the student will learn noise."
+            )
+
+    def train_alone(self) -> None:
+        log_rank0(f"student {self.names.student}: alone, for comparison")
+        net = self._network(self.names.student, self.names.student_weights)
+        _, trainer = self._fit(self._without_teacher(self.names.student, self.config.train, "alone"), net)
+        self._add_row("student alone", self.names.student, trainer.network)
+
+    def distill(self) -> Result:
+        name = self.config.run.method
+        log_rank0(f"student {self.names.student}: {name}" + (f" from {self.names.teacher}" if self.teacher else ""))
+        result, trainer = self._fit(self.config, self.student, self.teacher, self.peers)
+        kinds = {"student": self.names.student, "improved_teacher": self.names.teacher}
+        kinds |= {f"peer{number}": peer for number, peer in enumerate(self.names.peers, 1)}
+        for label, net in trainer.networks.items():
+            self._add_row(f"{label.replace('_', ' ')}, {name}", kinds.get(label, ""), net)
+        return result
+
+    def _teacher(self) -> nn.Module:
+        if not self.names.teacher_weights and not self.names.teacher_epochs:
+            raise UserError(
+                f"the teacher {self.names.teacher} has no weights: give --teacher-weights FILE (or `pretrained`), "
+                "or --teacher-epochs N to train it first"
+            )
+        return self._network(self.names.teacher, self.names.teacher_weights)
+
+    def _find_or_train(self, teacher: nn.Module) -> None:
+        """Load weights of a finished run with the same settings, here or in a sibling folder; otherwise train."""
+        options = self.config.train.stretched(self.names.teacher_epochs)
+        config = self._without_teacher(self.names.teacher, options, "teacher")
+        found = distributed.from_rank_zero(self._finished_teacher, config)
+        if found:
+            log_rank0(f"teacher {self.names.teacher}: trained before with these settings, taken from {found.parent}")
+        else:
+            log_rank0(f"teacher {self.names.teacher}: training it first")
+            found = self._fit(config, teacher)[0].student
+        load_weights(teacher, found)  # the saved weights, whether or not they were trained just now
+
+    def _finished_teacher(self, config: Config) -> Path | None:
+        folders = [self.out / "teacher", *sorted(self.out.parent.glob("*/teacher"))]
+        data = describe(self.train_loader)
+        same = (folder for folder in folders if checkpoint.finished(folder, flat(config), data))
+        return next((folder / "student.safetensors" for folder in same), None)
+
+    def _without_teacher(self, name: str, options: TrainOptions, folder: str) -> Config:
+        """The configuration of a training with the labels alone, in a folder below this job's."""
+        return replace(
+            self.config,
+            run=RunOptions(method="ce"),
+            networks=NetworkOptions(student=name),
+            method=NoOptions(),
+            train=replace(options, out=str(self.out / folder), teacher_form="auto"),  # it has no teacher
+        )
+
+    def _fit(
+        self, config: Config, student: nn.Module, teacher: nn.Module | None = None, peers: Sequence[nn.Module] = ()
+    ) -> tuple[Result, Trainer]:
+        self.train_loader.load_state_dict(self.first_epoch)
+        torch.manual_seed(config.train.seed)  # so that a method's own layers do not depend on earlier trainings
+        method = find_method(config.run.method)(student, teacher, config.method, peers)
+        options = replace(config.train, resume=True)  # continue whatever run is in the job's folder
+        trainer = Trainer(method, self.train_loader, self.val_loader, options, flat(config))
+        return trainer.fit(), trainer
+
+    def _network(self, name: str, weights: str, number: int = 0) -> nn.Module:
+        """`number` changes the initial weights: equal peers that start alike have nothing to teach each other."""
+        torch.manual_seed(self.config.train.seed + number)  # so that it does not depend on the networks before it
+        with distributed.rank_zero_first():  # so that pre-trained weights are downloaded once
+            return create_model(name, len(self.train_loader.classes), weights or None)
+
+    def _add_row(self, label: str, name: str, net: nn.Module) -> float:
+        net.to(self.device).to(memory_format=self.config.train.memory_format)
+        top1 = evaluate(net, self.val_loader, self.precision)["top1"]
+        rate = speed(net, self.val_loader, self.precision)
+        parameters = sum(p.numel() for p in net.parameters())
+        self.rows.append([label, name, f"{top1:.2f}", f"{parameters:,}", f"{rate:,.0f}"])
+        return top1
+
+
+def _check_extras(options: TrainOptions) -> None:
+    """Raise UserError if an option needs a package that is not installed."""
+    if options.tensorboard:
+        board_class()
+    if options.opt in APEX:
+        apex_optimizers()
+
+
+def _check_grad_accum(config: Config) -> None:
+    parts, images = config.train.grad_accum, config.data.batch_size
+    if images < 2 * parts:
+        most = images // 2
+        raise UserError(f"--grad-accum {parts}: a batch of {images} has {most} parts at most, of 2 images or more")
+
+
+def _check_roles(kind: type[Method], config: Config) -> None:
+    """Raise UserError if a network was given that the method does not use."""
+    names, method = config.networks, config.run.method
+    if names.peers and not kind.needs_peers:
+        raise UserError(f"--peers {' '.join(names.peers)}: method {method} trains the student alone; drop --peers")
+    if names.teacher_weights and not kind.needs_teacher:
+        raise UserError(
+            f"--teacher-weights {names.teacher_weights}: method {method} has no teacher, all learn from scratch"
+            + ("; name the other networks by --peers" if kind.needs_peers else "")
+        )
+
+
+def default_name(config: Config) -> str:
+    """The name of a folder in runs/: data, method, student."""
+    names = (Path(config.data.data).name, config.run.method, config.networks.student)
+    return "-".join(name.replace("/", "_") for name in names)

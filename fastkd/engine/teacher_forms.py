@@ -1,0 +1,172 @@
+"""The forms of a frozen teacher, each built and timed on one batch.
+
+    plain      the network as it is, under autocast, which casts its weights anew in every forward pass
+    folded     BatchNorm folded into the convolutions in fp32, then cast once; outside autocast
+    fused      folded; convolutions also compute ReLU and residual addition, layer by layer where that is faster
+    compiled   folded, through torch.compile
+
+Each form is compared with the plain network in fp32 and refused if a probability differs too much.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.frozen import FrozenTeacher
+from ..models import staged
+from .fuse_conv_bn import FusedConvolution, fuse_conv_bn, fuse_relu
+from .precision import Precision
+
+FORMS = ("plain", "folded", "fused", "compiled")
+ROUNDS = 5
+LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of a probability
+
+
+class TeacherForm(nn.Module):
+    """A teacher as a sequence of modules in one dtype; runs outside autocast.
+
+    With `wants_features` the modules are stem, stages and head, as in `fastkd.models.Staged`.
+    """
+
+    def __init__(self, sequence: list[nn.Module], dtype: torch.dtype, wants_features: bool, compiled: bool = False):
+        super().__init__()
+        self.sequence, self.dtype, self.wants_features = nn.ModuleList(sequence), dtype, wants_features
+        self.compiled = torch.compile(self._run, dynamic=False) if compiled else None
+
+    def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images [N, 3, H, W] -> (logits [N, C], one feature map per stage, or none without `wants_features`)."""
+        with torch.autocast(images.device.type, enabled=False):
+            return (self.compiled or self._run)(images.to(self.dtype))
+
+    def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        maps = []
+        for module in self.sequence:
+            x = module(x)
+            maps.append(x)
+        return x, maps[1:-1] if self.wants_features else []
+
+
+class FormResult(NamedTuple):
+    """A form on one batch."""
+
+    name: str
+    view: TeacherForm | None
+    """None for the plain form, and for one that could not be built."""
+    milliseconds: float
+    """Of a forward pass, the median of ROUNDS."""
+    error: float
+    """Largest difference of a probability from the plain teacher in fp32."""
+    agreement: float
+    """Fraction of the images with the same top class."""
+    reason: str = ""
+    """Why the form cannot be used; empty if it can."""
+
+
+@torch.no_grad()
+def try_forms(
+    teacher: FrozenTeacher, images: Tensor, wanted: str, precision: Precision, wants_features: bool
+) -> list[FormResult]:
+    """The plain form and the `wanted` one, or with "auto" all forms, on one batch of images [N, 3, H, W].
+
+    On the CPU, "auto" leaves out "compiled": compiling takes longer there than it saves.
+    """
+    names = FORMS if wanted == "auto" else tuple(dict.fromkeys(("plain", wanted)))
+    if wanted == "auto" and images.device.type != "cuda":
+        names = FORMS[:3]
+    plain = staged(teacher.net) if wants_features else teacher.net
+    right = teacher.net(images.float()).float().softmax(1)
+    calls: dict[str, Callable[[], Tensor]] = {"plain": partial(_plain_logits, plain, images, precision)}
+    views: dict[str, TeacherForm] = {}
+    reasons: dict[str, str] = {}
+    for name in names[1:]:
+        try:
+            views[name] = _build(name, teacher.net, images, precision.dtype, wants_features)
+            calls[name] = partial(_logits, views[name], images)
+        except Exception as error:  # torch.fx and the compiler raise any kind; the reason is shown
+            reasons[name] = "not possible: " + f"{type(error).__name__}: {error}".splitlines()[0][:160]
+    outputs = {name: call().float().softmax(1) for name, call in calls.items()}
+    times = _timed(calls, images.device)
+    results = []
+    for name in names:
+        if name in reasons:
+            results.append(FormResult(name, None, float("nan"), float("nan"), float("nan"), reasons[name]))
+        else:
+            results.append(_compare(name, views.get(name), times[name], outputs[name], right, precision.dtype))
+    return results
+
+
+def _compare(
+    name: str, view: TeacherForm | None, milliseconds: float, p: Tensor, right: Tensor, dtype: torch.dtype
+) -> FormResult:
+    """`p` and `right`: probabilities [N, C] of the form and of the plain network in fp32."""
+    error, agreement = (p - right).abs().max().item(), (p.argmax(1) == right.argmax(1)).float().mean().item()
+    limit, reason = LARGEST_ERROR[dtype], ""
+    if name != "plain" and not error <= limit:
+        reason = f"refused: it differs by {error:.1e} in a probability, {limit:g} is allowed"
+    return FormResult(name, view, milliseconds, error, agreement, reason)
+
+
+def _plain_logits(net: nn.Module, images: Tensor, precision: Precision) -> Tensor:
+    with precision.autocast():
+        return net(images)
+
+
+def _logits(form: TeacherForm, images: Tensor) -> Tensor:
+    return form.features(images)[0]
+
+
+def _build(name: str, net: nn.Module, images: Tensor, dtype: torch.dtype, wants_features: bool) -> TeacherForm:
+    twin = fuse_conv_bn(net, images[:2].float()).to(dtype).to(memory_format=torch.channels_last)
+    sequence = [twin]
+    if wants_features:
+        view = staged(twin)
+        sequence = [view.stem, *view.stages, view.head]
+    if name == "fused":
+        sequence = [fuse_relu(module) for module in sequence]
+        _choose_layers(sequence, images.to(dtype))
+    form = TeacherForm(sequence, dtype, wants_features, compiled=name == "compiled").eval().requires_grad_(False)
+    form.features(images)  # an error, also one of the compiler, is raised here
+    return form
+
+
+def _choose_layers(sequence: list[nn.Module], images: Tensor) -> None:
+    """Time every fused convolution with and without fusion on its input, and keep the faster one."""
+
+    def choose(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, FusedConvolution)
+        times = {}
+        for fused in (True, False):
+            module.fused = fused
+            times[fused] = _timed({"": lambda: FusedConvolution.forward(module, *inputs)}, images.device)[""]
+        module.fused = times[True] <= times[False]
+
+    layers = [layer for module in sequence for layer in module.modules() if isinstance(layer, FusedConvolution)]
+    hooks = [layer.register_forward_pre_hook(choose) for layer in layers]
+    for module in sequence:
+        images = module(images)
+    for hook in hooks:
+        hook.remove()
+
+
+def _timed(calls: dict[str, Callable[[], Tensor]], device: torch.device) -> dict[str, float]:
+    """Milliseconds of each call: the median of ROUNDS, the calls in turn, after one round of warm-up."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(ROUNDS + 1):
+        for name, call in calls.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            call()
+            _synchronize(device)
+            if number:
+                found[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

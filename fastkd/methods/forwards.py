@@ -1,0 +1,81 @@
+"""The forward passes of one step: each network runs once, however many loss terms use its outputs."""
+
+import functools
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .frozen import FrozenTeacher
+
+
+class StagedView(Protocol):
+    """A network that returns the feature maps of its stages beside its logits, such as `fastkd.models.Staged`."""
+
+    def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images [N, 3, H, W] -> (logits [N, C], one feature map per stage)."""
+
+
+class ForwardCache:
+    """`out(net)` gives the logits [N, C] of `net` on this step's images, `out.features(net)` its feature maps.
+
+    The first call runs the network, later calls return the same tensors. Feature maps exist for the networks in
+    `views`: those for which the method has called `request_features`.
+    """
+
+    def __init__(self, images: Tensor, views: Mapping[nn.Module, StagedView]):
+        self.images, self._views = images, views
+        self._memo: dict[nn.Module, tuple[Tensor, list[Tensor]]] = {}
+        self._streams: dict[nn.Module, torch.cuda.Stream] = {}  # of the networks that run on a stream of their own
+
+    def __call__(self, net: nn.Module) -> Tensor:
+        return self._run(net)[0]
+
+    def features(self, net: nn.Module) -> list[Tensor]:
+        """One map per stage of `net`, first stage first. Raises ValueError if the method did not request them."""
+        if net not in self._views:
+            raise ValueError(f"the method did not call request_features() for {type(net).__name__}")
+        return self._run(net)[1]
+
+    def start(self, net: nn.Module) -> None:
+        """While a CUDA graph is captured: run `net` on a side stream, in parallel with the other networks."""
+        if torch.compiler.is_compiling():  # it would compile again within the capture
+            return
+        if self.images.is_cuda and torch.cuda.is_current_stream_capturing():
+            stream = _side_stream(self.images.device)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._run(net)
+            self._streams[net] = stream
+
+    def join(self, net: nn.Module) -> None:
+        """Let the current stream wait for `net`, if `start` has put it on a side stream."""
+        if net in self._streams:
+            torch.cuda.current_stream().wait_stream(self._streams.pop(net))
+
+    def _run(self, net: nn.Module) -> tuple[Tensor, list[Tensor]]:
+        self.join(net)
+        if net not in self._memo:
+            with torch.no_grad() if isinstance(net, FrozenTeacher) else nullcontext():
+                view = self._views.get(net)
+                self._memo[net] = view.features(self.images) if view else (_logits(net, self.images), [])
+        return self._memo[net]
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures: freed memory is reused only within a stream."""
+    return torch.cuda.Stream(device)
+
+
+def _logits(net: nn.Module, images: Tensor) -> Tensor:
+    logits = net(images)
+    if not isinstance(logits, Tensor):
+        kind = type(logits).__name__
+        raise UserError(
+            f"{type(net).__name__} returns {kind}, but logits [N, C] are needed; switch off its extra outputs"
+        )
+    return logits
