@@ -16,7 +16,7 @@ setup(
     description="Knowledge distillation of image classifiers, fast and exact",
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    author="fastkd authors",
+    author="The fastkd authors",
     license="Apache-2.0",
     keywords="knowledge distillation, image classification, PyTorch, Triton, CUDA graphs",
     classifiers=[
