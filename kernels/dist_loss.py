@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .check import check_logits
 from .cpu.dist_loss import closed_form
-from .cpu.scale import scale_in_place
 from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
 
 
@@ -91,7 +90,7 @@ def dist_loss(
     check_logits([student, teacher])
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    if is_compiled_for_cpu(student) and len(student):
+    if is_compiled_for_cpu(student) and student.shape[0]:
         return _CompiledDIST.apply(student, teacher.detach(), beta, gamma, temperature)
     return _dist_loss(student, teacher.detach(), float(beta), float(gamma), float(temperature))[0]
 
@@ -147,7 +146,7 @@ def _backward(
         from .gpu.dist_loss import launch_backward
 
         launch_backward(student, teacher, rows, columns, grad_loss, temperature, grads)
-    elif not (written and scale_in_place(grads, grad_loss)):
+    else:
         closed_form(student, teacher, beta, gamma, temperature, torch.empty_like(grad_loss), grads)
         grads.mul_(grad_loss)
 

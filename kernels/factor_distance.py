@@ -23,7 +23,6 @@ from torch import Tensor
 
 from .check import check_tensors
 from .cpu.factor_distance import closed_form
-from .cpu.scale import scale_in_place
 from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
 
 
@@ -184,10 +183,18 @@ def _backward(
         from .gpu.factor_distance import launch_backward
 
         launch_backward(*settings, terms, statistics, out, grad_output, written)
-    elif not (written and scale_in_place(grads, *grad_output, needs_grad)):
+    else:
         closed_form(*settings, None, terms, statistics, out, grad_output)
 
 
 _factor_distance = FusedOp(
-    "factor_distance", _forward, _backward, _empty_outputs, _empty_grads, constants=1, values=2, saved_from=1
+    "factor_distance",
+    _forward,
+    _backward,
+    _empty_outputs,
+    _empty_grads,
+    constants=1,
+    values=2,
+    saved_from=1,
+    counts=-1,
 )

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from .check import check_labels, check_logits, check_settings, check_target, check_weights
 from .cpu.logit_loss import closed_form
-from .cpu.scale import scale_in_place
 from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
 
 
@@ -98,8 +97,9 @@ def logit_loss_compiled(
     zero = heads[0].new_zeros(())
     terms = [[c * labels.cross_entropy(_shifted(z)) if c else zero] for c, z in zip(ce_weights, heads, strict=True)]
     for row, weights, x in zip(terms, table, scaled, strict=True):
-        factors = [weight * temperature**2 / max(N, 1) for weight in weights]
-        row += [w * _divergences(x, q.detach()).sum() if w else zero for w, q in zip(factors, scaled, strict=True)]
+        factors = [weight * temperature**2 for weight in weights]
+        row += [w * (_divergences(x, q.detach()).sum() / max(N, 1)) if w else zero
+                for w, q in zip(factors, scaled, strict=True)]  # fmt: skip
     flat = [term for row in terms for term in row]
     return LogitLoss(sum(flat, zero), torch.stack(flat).view(len(heads), -1))
 
@@ -135,7 +135,7 @@ class _Labels:
 
     def __init__(self, target: Tensor, dtype: torch.dtype, C: int, smoothing: float, ignore_index: int | None):
         self.soft, self.smoothing = target.is_floating_point(), smoothing
-        self.count: int | Tensor = max(len(target), 1)
+        self.count: int | Tensor = max(target.shape[0], 1)
         if self.soft:
             self.y = target.to(dtype) * (1 - smoothing) + smoothing / C
             return
@@ -252,13 +252,9 @@ def _backward(
     grad_terms: Tensor | None,
     written: bool,
 ) -> None:
-    compute, grad_output = _compute(heads), (grad_loss, grad_terms)
-    done = (
-        written and compute is closed_form and scale_in_place(grads, *grad_output, weights)
-    )  # the kernel looks itself
-    if len(target) and not done:
+    if len(target):
         settings = (weights, temperature, smoothing, ignore_index, standardize, needs_grad)
-        compute(heads, target, *settings, grads, grad_output, written)
+        _compute(heads)(heads, target, *settings, grads, (grad_loss, grad_terms), written)
 
 
 def _compute(heads: Sequence[Tensor]) -> Callable:
@@ -269,4 +265,13 @@ def _compute(heads: Sequence[Tensor]) -> Callable:
     return launch
 
 
-_logit_loss = FusedOp("logit_loss", _forward, _backward, _empty_outputs, _empty_grads, constants=1, values=2)
+_logit_loss = FusedOp(
+    "logit_loss",
+    _forward,
+    _backward,
+    _empty_outputs,
+    _empty_grads,
+    constants=1,
+    values=2,
+    reference="logit_loss_reference (for KD: kd_loss_reference)",
+)

@@ -40,7 +40,7 @@ def overhaul_distance_reference(student: Tensor, teacher: Tensor, margin: Tensor
     s, t = (f.permute(0, 2, 3, 1).to(dtype) for f in (student, teacher.detach()))
     t = torch.maximum(t, margin.detach().to(dtype))
     residual = s - t
-    return weight * torch.where(t > 0, residual, residual.relu()).square().sum() / max(len(s), 1)
+    return weight * torch.where(t > 0, residual, residual.relu()).square().sum() / max(s.shape[0], 1)
 
 
 def hint_distance(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> Tensor:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cpu.scale import scale_in_place
+
 Grads = Sequence[Tensor | None]
 
 
@@ -33,7 +35,8 @@ class FusedOp:
     empty_grads: the arguments of backward from students to settings -> grads, uninitialised.
 
     A list of students needs `needs_grad`, a list of bool, as the last of its settings. grads then has one row for each
-    student that needs a gradient.
+    student that needs a gradient. The second of two values holds terms; settings[counts] is false for a term whose
+    gradient does not count.
     """
 
     def __init__(
@@ -48,11 +51,12 @@ class FusedOp:
         values: int = 1,
         saved_from: int = 0,
         keeps_constants: bool = True,
+        counts: int = 0,
         reference: str = "",
     ):
         self.name, self.forward, self.backward, self.empty_grads = name, forward, backward, empty_grads
         self.constants, self.values, self.saved_from = constants, values, saved_from or values
-        self.keeps_constants, self.reference = keeps_constants, reference or f"{name}_reference"
+        self.keeps_constants, self.counts, self.reference = keeps_constants, counts, reference or f"{name}_reference"
         self.op = torch.library.custom_op(f"fastkd::{name}", forward, mutates_args=())
         self.op.register_fake(empty_outputs)
         self.op.register_autograd(self._backward, setup_context=self._setup)
@@ -88,7 +92,7 @@ class FusedOp:
         students, constants, settings = inputs[0], inputs[1 : 1 + self.constants], inputs[1 + self.constants : -1]
         saved = output[self.saved_from : -1]
         ctx.settings, ctx.grads, ctx.many = settings, None, isinstance(students, (list, tuple))
-        ctx.count = len(_flat(students))
+        ctx.dtypes = [x.dtype for x in _flat(students)]
         ctx.save_for_backward(*_flat(students), *(constants if self.keeps_constants else ()), *saved)
         ctx.mark_non_differentiable(*output[self.values :])
         ctx.set_materialize_grads(False)
@@ -105,21 +109,22 @@ class FusedOp:
             raise RuntimeError(f"{self.name} has no second derivative; fastkd.kernels.{self.reference} has one")
         needs_grad = ctx.settings[-1] if ctx.many else [True]
         if all(gradient is None for gradient in grad_outputs) or not any(needs_grad):
-            return [None] * ctx.count
-        tensors = ctx.saved_tensors
-        students = list(tensors[: ctx.count]) if ctx.many else tensors[0]
-        inputs = (students, *tensors[ctx.count :], *ctx.settings)
+            return [None] * len(ctx.dtypes)
         grads = pop_saved_grad(ctx)
-        if can_bypass_dispatcher((*tensors, *grad_outputs)):
-            written = grads is not None
-            grads = grads if grads is not None else self.empty_grads(*inputs)
+        if not can_bypass_dispatcher(grad_outputs):
+            grads = self.backward_op(*self._inputs(ctx), *grad_outputs)
+        elif grads is None or not scale_in_place(grads, *grad_outputs, counts=ctx.settings[self.counts]):
+            written, inputs = grads is not None, self._inputs(ctx)
+            grads = self.empty_grads(*inputs) if grads is None else grads
             self.backward(grads, *inputs, *grad_outputs, written)
-        else:
-            grads = self.backward_op(*inputs, *grad_outputs)
-        if not ctx.many:
-            return [grads.to(tensors[0].dtype)]
-        rows = iter(grads.unbind())
-        return [next(rows).to(x.dtype) if need else None for x, need in zip(students, needs_grad, strict=True)]
+        rows = iter(grads.unbind()) if ctx.many else iter([grads])
+        return [next(rows).to(dtype) if need else None for dtype, need in zip(ctx.dtypes, needs_grad, strict=True)]
+
+    def _inputs(self, ctx: Any) -> tuple:
+        """The arguments of backward from students to settings."""
+        tensors, count = ctx.saved_tensors, len(ctx.dtypes)
+        students = list(tensors[:count]) if ctx.many else tensors[0]
+        return (students, *tensors[count:], *ctx.settings)
 
 
 def _eager_function(op: FusedOp) -> type[torch.autograd.Function]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def scale_in_place(
-    grads: Tensor, grad_loss: Tensor | None, grad_terms: Tensor | None = None, counts: Sequence[object] = ()
+    grads: Tensor, grad_loss: Tensor | None, grad_terms: Tensor | None = None, *, counts: Sequence[object]
 ) -> bool:
     """Scale the saved gradient in place if one factor is enough. Returns True if done; always False off the CPU.
 
