@@ -16,8 +16,8 @@ def setup_argument(name: str):
 def packages() -> set[str]:
     found = {"fastkd"}
     for package, folder in {"fastkd": "fastkd", **FOLDERS}.items():
-        for init in (ROOT / folder).rglob("__init__.py"):
-            inner = init.parent.relative_to(ROOT / folder).parts
+        for file in (ROOT / folder).rglob("*.py"):
+            inner = file.parent.relative_to(ROOT / folder).parts
             if package != "fastkd" or inner[:1] not in [("kernels",), ("bench",)]:
                 found.add(".".join([package, *inner]))
     return found
