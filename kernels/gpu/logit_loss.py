@@ -152,7 +152,7 @@ def _kernel(
 
 
 def _shape(classes: int, heads: int, learners: int, itemsize: int) -> tuple[int, int, int]:
-    """(classes read at once, warps, registers a thread may have). Chosen with bench/aot.py for no spills.
+    """(classes read at once, warps, registers a thread may have). Chosen with bench/scripts/aot.py for no spills.
 
     8 classes a thread make 128-bit accesses in 16 bits; more heads leave room for fewer.
     """
