@@ -204,10 +204,16 @@ def compared(fused: dict[str, float], other: dict[str, float]) -> str:
     return "slower" if fused["p20"] > other["p80"] else "even"
 
 
-def colour(record: Record, clock: str, name: str) -> str:
-    """The bar of a baseline is blue if fastkd is faster, red if it is slower, grey if they are even."""
-    found = times_by_way(record, clock)
-    return {"faster": "C0", "slower": "C3", "even": "grey"}[compared(found["fastkd"], found[name])]
+def bars_of(record: Record, clock: str) -> list[tuple[str, float, str]]:
+    """(label, multiple of fastkd's time, colour) of each baseline; blue if fastkd is faster, red if slower, else grey."""
+    found, both_compiled = times_by_way(record, clock), compiled_ratio(record, clock)
+    multiples = ratios(record, clock) | ({} if both_compiled is None else {"compile": both_compiled})
+    ours = {name: COMPILED if name == "compile" and both_compiled else "fastkd" for name in multiples}
+    colours = {"faster": "C0", "slower": "C3", "even": "grey"}
+    return [
+        (f"{record['case']}, {name}", x, colours[compared(found[ours[name]], found[name])])
+        for name, x in multiples.items()
+    ]
 
 
 def rows(record: Record) -> list[list[str]]:
@@ -267,13 +273,14 @@ def show_losses(run: Record) -> None:
 
 
 def draw_losses(run: Record, path: Path) -> None:
-    """Write a PNG with a bar for each case and baseline: its time as a multiple of eager fastkd's."""
+    """Write a PNG with a bar for each case and baseline: its time as a multiple of fastkd's.
+
+    Eager baselines are compared with eager fastkd, compiled PyTorch with compiled fastkd.
+    """
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     way = "graph" if any(times_by_way(record, "graph") for record in run["cases"]) else "call"
-    bars = [
-        (f"{r['case']}, {name}", x, colour(r, way, name)) for r in run["cases"] for name, x in ratios(r, way).items()
-    ]
+    bars = [bar for record in run["cases"] for bar in bars_of(record, way)]
     bars.reverse()
     figure = new_figure(9, 1.5 + 0.25 * len(bars))
     axes = figure.subplots()

@@ -39,7 +39,7 @@ def combinations():
             yield pytest.param(name, options, marks=[] if default else pytest.mark.every, id=f"{name}-{options}")
 
 
-@pytest.mark.parametrize(("name", "options"), combinations())
+@pytest.mark.parametrize(("name", "options"), list(combinations()))
 def test_every_option(name, options):
     eager, _ = trained(name, **options)
     replayed, run = trained(name, GraphedStep, **options)
