@@ -13,7 +13,7 @@ import torch
 from fastkd.bench import timing
 from fastkd.bench.losses import baselines
 from fastkd.bench.losses.cases import COMPILED, Case, cases, least_bytes, logits, ways
-from fastkd.bench.losses.measure import colour, judge, measure, notes, ratios, rows, show_losses, verdict
+from fastkd.bench.losses.measure import bars_of, judge, measure, notes, ratios, rows, show_losses, verdict
 from fastkd.bench.timing import Work, interleaved, wall_ms
 
 ROOT = Path(__file__).parent.parent
@@ -133,7 +133,12 @@ ABOUT = {"device": "cpu", "dtype": "float32", "copy_gb_per_s": 1, "load_average"
 def test_a_bar_is_grey_where_the_two_are_even():
     found = {"fastkd": contender(1.9, 2, 2.1), "eager": contender(5, 6, 7), "compile": contender(1, 1.9, 3)}
     record = {"case": "KD", "contenders": found | {"liger": contender(0.5, 1, 1.5)}}
-    assert [colour(record, "call", name) for name in ("eager", "compile", "liger")] == ["C0", "grey", "C3"]
+    assert [shade for *_, shade in bars_of(record, "call")] == ["C0", "grey", "C3"]
+
+
+def test_the_bar_of_compiled_torch_is_against_compiled_fastkd():
+    found = {"fastkd": contender(1.9, 2, 2.1), "fastkd compile": contender(0.9, 1, 1.1), "compile": contender(3, 4, 5)}
+    assert bars_of({"case": "KD", "contenders": found}, "call") == [("KD, compile", 4.0, "C0")]
 
 
 def test_the_table_explains_its_words_and_says_what_disturbed_it():

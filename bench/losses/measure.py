@@ -205,7 +205,7 @@ def compared(fused: dict[str, float], other: dict[str, float]) -> str:
 
 
 def bars_of(record: Record, clock: str) -> list[tuple[str, float, str]]:
-    """(label, multiple of fastkd's time, colour) of each baseline; blue if fastkd is faster, red if slower, else grey."""
+    """(label, multiple of fastkd's time, colour) of each baseline: blue if fastkd is faster, red if it is slower."""
     found, both_compiled = times_by_way(record, clock), compiled_ratio(record, clock)
     multiples = ratios(record, clock) | ({} if both_compiled is None else {"compile": both_compiled})
     ours = {name: COMPILED if name == "compile" and both_compiled else "fastkd" for name in multiples}
