@@ -194,17 +194,8 @@ def logit_loss(
     return LogitLoss(*_logit_loss(list(heads), target, weights, *options, needs_grad))
 
 
-def _empty_outputs(
-    heads: Sequence[Tensor],
-    target: Tensor,
-    weights: Sequence[float],
-    temperature: float,
-    smoothing: float,
-    ignore_index: int | None,
-    standardize: bool,
-    needs_grad: Sequence[bool],
-    write_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_outputs(heads: Sequence[Tensor], *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, needs_grad, write_grads = inputs
     H, dtype = len(heads), acc_dtype(heads)
     loss, terms = (heads[0].new_empty(shape, dtype=dtype) for shape in ((), (H, H + 1)))
     return loss, terms, _empty_grads(heads, needs_grad if write_grads else [False] * H)
