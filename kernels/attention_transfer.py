@@ -14,12 +14,15 @@ A sample of zeros has a = 0 and gradient 0. Departure: the weight multiplies the
 of norms is another scale. The usual weight with this mean is 1000.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .check import check_tensors
 from .cpu.attention_transfer import closed_form
-from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
+from .op import FusedOp, acc_dtype, is_compiled_for_cpu
 
 
 def attention_transfer_reference(student: Tensor, teacher: Tensor, weight: float = 1.0) -> Tensor:
@@ -41,6 +44,15 @@ def _attention(f_NCHW: Tensor) -> Tensor:
     return q / torch.where(clamped, 1e-12, torch.where(clamped, 1, squares).sqrt())
 
 
+class Inputs(NamedTuple):
+    """What the operator takes."""
+
+    student: Tensor
+    teacher: Tensor | None
+    """None in the backward pass, which does not need it."""
+    weight: float
+
+
 def attention_transfer(student: Tensor, teacher: Tensor, weight: float = 1.0) -> Tensor:
     """The equation above as a scalar. ValueError on what does not fit.
 
@@ -49,7 +61,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, weight: float = 1.0) ->
     _check(student, teacher)
     if is_compiled_for_cpu(student):
         return attention_transfer_reference(student, teacher, weight)
-    return _attention_transfer(student, teacher.detach(), float(weight))[0]
+    return _attention_transfer(Inputs(student, teacher.detach(), float(weight)))[0]
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:
@@ -65,47 +77,19 @@ def _check(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"maps must be floating point, got student {student.dtype} and teacher {teacher.dtype}")
 
 
-def _empty_outputs(student: Tensor, teacher: Tensor, weight: float, write_grads: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss; k [N, HW], of which the backward pass makes the gradient; no gradient yet."""
-    N, _, H, W = student.shape
-    loss, k = (student.new_empty(shape, dtype=acc_dtype([student, teacher])) for shape in ((), (N, H * W)))
-    return loss, k, student.new_empty(0)
-
-
-def _empty_grads(student: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(student)
-
-
-def _forward(student: Tensor, teacher: Tensor, weight: float, write_grads: bool) -> tuple[Tensor, Tensor, Tensor]:
-    loss, k, grads = _empty_outputs(student, teacher, weight, write_grads)
-    if k.numel() == 0:
-        loss.zero_()
-    elif runs_on_gpu([student, teacher]):
-        from .gpu.attention_transfer import launch
-
-        launch(student, teacher, weight, loss, k)
-    else:
-        closed_form(student, teacher, weight, loss, k)
-    return loss, k, grads
-
-
-def _backward(grads: Tensor, student: Tensor, k: Tensor, weight: float, grad_loss: Tensor, written: bool) -> None:
-    """grads = grad_loss * k * student"""
-    if student.numel() == 0:
-        return
-    if runs_on_gpu([student, k]):
-        from .gpu.attention_transfer import launch_backward
-
-        launch_backward(student, k, grad_loss, grads)
-        return
-    N, _, H, W = student.shape
-    scale = (k * grad_loss).view(N, 1, H, W)
-    if student.dtype == k.dtype:
-        torch.mul(student, scale, out=grads)
-    else:
-        grads.copy_(student.to(k.dtype) * scale)
+def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """Loss; k [N, HW], of which the backward pass makes the gradient."""
+    N, _, H, W = inputs.student.shape
+    return new(()), new((N, H * W))
 
 
 _attention_transfer = FusedOp(
-    "attention_transfer", _forward, _backward, _empty_outputs, _empty_grads, constants=1, keeps_constants=False
+    "attention_transfer",
+    Inputs,
+    ("loss", "k"),
+    _outputs,
+    closed_form,
+    keeps_constants=False,
+    grads=lambda inputs, dtype: torch.empty_like(inputs.student),
+    writes_grads=lambda inputs, on_gpu: False,
 )

@@ -1,7 +1,7 @@
 """Checks of what the operations are given: what costs no question to the GPU."""
 
 import math
-import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,15 +28,15 @@ def _way_to_tensor(x: object) -> str:
     return "; make one with torch.as_tensor()" if hasattr(x, "__array__") else ""
 
 
-def check_logits(heads: list[Tensor]) -> None:
+def check_logits(heads: Sequence[Tensor], names: Sequence[str] = ()) -> None:
     """Raises TypeError unless heads are a list of tensors, ValueError unless they are [N, C] alike."""
     if not isinstance(heads, list | tuple):
         raise TypeError(f"heads must be a list of logits [N, C], got {type(heads).__name__}")
     if not heads:
         raise ValueError("no logits given")
-    for head in heads:
+    for k, head in enumerate(heads):
         if not isinstance(head, Tensor):
-            raise _no_tensor("logits", head)
+            raise _no_tensor(names[k] if names else "logits", head)
     shape, device = heads[0].shape, heads[0].device
     for head in heads:
         if head.dim() != 2 or head.shape != shape:
@@ -93,54 +93,37 @@ def _way_to_target(target: Tensor, N: int, C: int) -> str:
     return f"a distribution is over the {C} classes of the logits"
 
 
-def check_settings(temperature: float, label_smoothing: float) -> None:
+def check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
+
+
+def check_logit_loss(
+    heads: Sequence[Tensor],
+    target: Tensor,
+    ce_weights: Sequence[float],
+    table: Sequence[Sequence[float]],
+    temperature: float,
+    label_smoothing: float,
+    names: Sequence[str],
+) -> list[float]:
+    """Raises TypeError or ValueError on what does not fit; the weights of all terms, row by row [H, 1 + H]."""
+    check_logits(heads, names)
+    check_target(target, heads[0])
+    check_temperature(temperature)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
-
-
-def check_weights(weights: list[float], heads: int) -> None:
-    """ValueError unless all are from 0 and no head learns from itself; weights: row by row [heads, 1 + heads]."""
-    if 0 <= min(weights) and sum(weights) < math.inf and not any(weights[1 :: heads + 2]):
-        return
+    H = len(heads)
+    if len(ce_weights) != H or len(table) != H or any(len(row) != H for row in table):
+        raise ValueError(f"{H} heads need {H} ce_weights and a {H} x {H} table, got {ce_weights} and {table}")
+    weights = [float(w) for c, row in zip(ce_weights, table, strict=True) for w in (c, *row)]
+    if 0 <= min(weights) and sum(weights) < math.inf and not any(weights[1 :: H + 2]):
+        return weights
     for k, weight in enumerate(weights):
-        i, j = divmod(k, heads + 1)
+        i, j = divmod(k, H + 1)
         name = f"table[{i}][{j - 1}]" if j else f"ce_weights[{i}]"
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name} must be zero or a positive number, got {weight}")
         if weight and i == j - 1:
             raise ValueError(f"{name} must be 0, for no head learns from itself; got {weight}")
-
-
-def check_labels(
-    target: Tensor,
-    classes: int,
-    ignore_index: int | None,
-    unlabelled: str = "pass ignore_index for rows without a label",
-) -> None:
-    """ValueError if a label is no class; on the CPU, elsewhere if FASTKD_DEBUG=1: there such a label makes NaN.
-
-    unlabelled: what to do about rows that have none.
-    """
-    if target.is_floating_point() or not (target.device.type == "cpu" or os.environ.get("FASTKD_DEBUG") == "1"):
-        return
-    if not target.numel():
-        return
-    lowest, highest = target.aminmax()
-    if lowest.item() >= 0 and highest.item() < classes:
-        return
-    wrong = (target < 0) | (target >= classes)
-    if ignore_index is not None:
-        wrong &= target != ignore_index
-        unlabelled = f"ignore_index, for rows without a label, is {ignore_index}"
-    if wrong.any():
-        rows = wrong.nonzero()[:, 0].tolist()
-        labels = target[wrong]
-        hints = [unlabelled] * bool(labels.min() < 0)
-        if labels.max() >= classes:
-            hints.append(f"the logits have {classes} classes: check their number, and that labels count from 0")
-        raise ValueError(
-            f"{len(rows)} label(s) are not from 0 to {classes - 1}, first in row {rows[0]}: {labels[0].item()}; "
-            + "; ".join(hints)
-        )
+    return weights

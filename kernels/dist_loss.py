@@ -13,14 +13,15 @@ T^2 is the official code's; at temperature 1, the paper's setting, it changes no
 column of the student has correlation 0 and no gradient; the official code gives it one of 1e8 y'.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .check import check_logits
+from .check import check_logits, check_temperature
 from .cpu.dist_loss import closed_form
-from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
+from .op import FusedOp, acc_dtype, is_compiled_for_cpu
 
 
 def dist_loss_reference(
@@ -78,6 +79,16 @@ def _correlation(x: Tensor, y: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor
     return torch.where(constant, 0, xy / D), torch.where(constant, 0, a), torch.where(constant, 0, 1 / D)
 
 
+class Inputs(NamedTuple):
+    """What the operator takes."""
+
+    student: Tensor
+    teacher: Tensor
+    beta: float
+    gamma: float
+    temperature: float
+
+
 def dist_loss(
     student: Tensor, teacher: Tensor, *, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0
 ) -> Tensor:
@@ -88,67 +99,23 @@ def dist_loss(
     not fit and on temperature <= 0.
     """
     check_logits([student, teacher])
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    check_temperature(temperature)
     if is_compiled_for_cpu(student) and student.shape[0]:
         return _CompiledDIST.apply(student, teacher.detach(), beta, gamma, temperature)
-    return _dist_loss(student, teacher.detach(), float(beta), float(gamma), float(temperature))[0]
+    return _dist_loss(Inputs(student, teacher.detach(), float(beta), float(gamma), float(temperature)))[0]
 
 
-def _empty_outputs(
-    student: Tensor, teacher: Tensor, beta: float, gamma: float, temperature: float, write_grads: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss; rows [6, N] and columns [4, C] of the kernels, for their backward pass; grads of the closed form."""
-    (N, C), dtype = student.shape, acc_dtype([student, teacher])
-    on_gpu = runs_on_gpu([student, teacher])
-    shapes = ((), (6, N), (4, C)) if on_gpu else ((), (0, N), (0, C))
-    loss, rows, columns = (student.new_empty(shape, dtype=dtype) for shape in shapes)
-    grads = _empty_grads(student, teacher) if write_grads and not on_gpu else student.new_empty(0)
-    return loss, rows, columns, grads
+def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss; the kernels' statistics of rows [6, N] and columns [4, C], for their backward pass."""
+    N, C = inputs.student.shape
+    return new(()), new((6, N)), new((4, C))
 
 
-def _empty_grads(student: Tensor, teacher: Tensor, *_: object) -> Tensor:
-    dtype = student.dtype if runs_on_gpu([student, teacher]) else acc_dtype([student, teacher])
-    return student.new_empty(student.shape, dtype=dtype)
-
-
-def _forward(
-    student: Tensor, teacher: Tensor, beta: float, gamma: float, temperature: float, write_grads: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = (beta, gamma, temperature)
-    loss, rows, columns, grads = _empty_outputs(student, teacher, *settings, write_grads)
-    if len(student) == 0:
-        loss.zero_()
-    elif runs_on_gpu([student, teacher]):
-        from .gpu.dist_loss import launch
-
-        launch(student, teacher, *settings, loss, rows, columns)
-    else:
-        closed_form(student, teacher, *settings, loss, grads)
-    return loss, rows, columns, grads
-
-
-def _backward(
-    grads: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    beta: float,
-    gamma: float,
-    temperature: float,
-    grad_loss: Tensor,
-    written: bool,
-) -> None:
-    if len(student) == 0:
-        return
-    if runs_on_gpu([student, teacher]):
-        from .gpu.dist_loss import launch_backward
-
-        launch_backward(student, teacher, rows, columns, grad_loss, temperature, grads)
-    else:
-        closed_form(student, teacher, beta, gamma, temperature, torch.empty_like(grad_loss), grads)
-        grads.mul_(grad_loss)
-
-
-_dist_loss = FusedOp("dist_loss", _forward, _backward, _empty_outputs, _empty_grads, constants=1)
+_dist_loss = FusedOp(
+    "dist_loss",
+    Inputs,
+    ("loss", "rows", "columns"),
+    _outputs,
+    closed_form,
+    writes_grads=lambda inputs, on_gpu: not on_gpu,  # a kernel has the sums over the batch only at its end
+)

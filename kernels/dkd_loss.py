@@ -15,16 +15,16 @@ Departures: the official code takes the label out of the softmax by subtracting 
 part. Where a row's other logits are all -inf, r is 0 in place of 0 / 0.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .check import check_labels, check_logits, check_target
+from .check import check_logits, check_target, check_temperature
 from .cpu.dkd_loss import closed_form
-from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
+from .logit_loss import check_labels
+from .op import FusedOp, acc_dtype, is_compiled_for_cpu
 
 
 def dkd_loss_reference(
@@ -59,6 +59,17 @@ def _weighted(log_t: Tensor, log_s: Tensor) -> Tensor:
     return torch.where(log_t.exp() == 0, 0, log_t.exp() * (log_t - log_s))
 
 
+class Inputs(NamedTuple):
+    """What the operator takes."""
+
+    student: Tensor
+    teacher: Tensor
+    target: Tensor
+    alpha: float
+    beta: float
+    temperature: float
+
+
 def dkd_loss(
     student: Tensor, teacher: Tensor, target: Tensor, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
 ) -> Tensor:
@@ -73,62 +84,14 @@ def dkd_loss(
     check_target(target, student)
     if target.is_floating_point():
         raise ValueError(f"dkd_loss needs labels int64 [N], got {target.dtype} {list(target.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    check_temperature(temperature)
     if is_compiled_for_cpu(student):
         return dkd_loss_reference(student, teacher, target, alpha=alpha, beta=beta, temperature=temperature)
-    return _dkd_loss(student, teacher.detach(), target, float(alpha), float(beta), float(temperature))[0]
+    return _dkd_loss(Inputs(student, teacher.detach(), target, float(alpha), float(beta), float(temperature)))[0]
 
 
-def _empty_outputs(student: Tensor, teacher: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    write_grads = inputs[-1]
-    loss = student.new_empty((), dtype=acc_dtype([student, teacher]))
-    return loss, _empty_grads(student) if write_grads else student.new_empty(0)
+def _check_labels(inputs: Inputs) -> None:
+    check_labels(inputs.target, inputs.student.shape[1], None, "leave rows without a label out")
 
 
-def _empty_grads(student: Tensor, *_: object) -> Tensor:
-    return student.new_empty(student.shape)
-
-
-def _forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    write_grads: bool,
-) -> tuple[Tensor, Tensor]:
-    check_labels(target, student.shape[1], None, "leave rows without a label out")
-    inputs = (student, teacher, target, alpha, beta, temperature)
-    loss, grads = _empty_outputs(*inputs, write_grads)
-    if len(target) == 0:
-        return loss.zero_(), grads
-    return _compute(student, teacher)(*inputs, grads if write_grads else None), grads
-
-
-def _backward(
-    grads: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    grad_loss: Tensor,
-    written: bool,
-) -> None:
-    if len(target):
-        inputs = (student, teacher, target, alpha, beta, temperature)
-        _compute(student, teacher)(*inputs, grads, grad_loss, written)
-
-
-def _compute(student: Tensor, teacher: Tensor) -> Callable:
-    if not runs_on_gpu([student, teacher]):
-        return closed_form
-    from .gpu.dkd_loss import launch
-
-    return launch
-
-
-_dkd_loss = FusedOp("dkd_loss", _forward, _backward, _empty_outputs, _empty_grads, constants=2)
+_dkd_loss = FusedOp("dkd_loss", Inputs, ("loss",), lambda inputs, new: (new(()),), closed_form, check=_check_labels)

@@ -15,15 +15,15 @@ torch.compile, where the gradients are left to the backward pass.
 Departures: a part of norm 1e-12 or less gets gradient 0, where autograd gives g / 1e-12; p = 2 at distance 0 likewise.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .check import check_tensors
 from .cpu.factor_distance import closed_form
-from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
+from .op import FusedOp, acc_dtype, empty_grads, is_compiled_for_cpu
 
 
 class FactorDistance(NamedTuple):
@@ -65,6 +65,21 @@ def _mean_distance(difference: Tensor, p: int) -> Tensor:
     return torch.where(mean == 0, 0, torch.where(mean == 0, 1, mean).sqrt())  # no gradient at distance 0
 
 
+class Inputs(NamedTuple):
+    """What the operator takes."""
+
+    factors: Sequence[Tensor]
+    teacher: Tensor
+    weights: Sequence[float]
+    p: int
+    needs_grad: Sequence[bool]
+
+    def rows(self, grads: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Factors [N, D], teacher [N, D] and grads [factors that need a gradient, N, D]."""
+        *factors, teacher, out = (_rows(x, _is_NCHW(self.factors)) for x in (*self.factors, self.teacher, grads))
+        return factors, teacher, out
+
+
 def factor_distance(factors: list[Tensor], teacher: Tensor, weights: list[float], p: int = 1) -> FactorDistance:
     """The equation above in one pass over the teacher's factor. ValueError on what does not fit.
 
@@ -76,7 +91,7 @@ def factor_distance(factors: list[Tensor], teacher: Tensor, weights: list[float]
         return factor_distance_reference(factors, teacher, weights, p)
     weights = [float(w) for w in weights]
     needs_grad = [torch.is_grad_enabled() and x.requires_grad and w != 0 for x, w in zip(factors, weights, strict=True)]
-    return FactorDistance(*_factor_distance(list(factors), teacher.detach(), weights, p, needs_grad))
+    return FactorDistance(*_factor_distance(Inputs(list(factors), teacher.detach(), weights, p, needs_grad)))
 
 
 def _check(factors: list[Tensor], teacher: Tensor, weights: list[float], p: int) -> None:
@@ -111,90 +126,29 @@ def _rows(maps: Tensor, is_NCHW: bool) -> Tensor:
     return (maps if is_NCHW else maps.movedim(-3, -1)).flatten(-3)
 
 
-def _empty_outputs(
-    factors: Sequence[Tensor],
-    teacher: Tensor,
-    weights: Sequence[float],
-    p: int,
-    needs_grad: Sequence[bool],
-    write_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, terms, statistics and grads. statistics [2 K + 1, N]: K + 1 norms of a sample, then K <x^, direction>."""
-    K, dtype = len(factors), acc_dtype([*factors, teacher])
-    shapes = ((), (K,), (2 * K + 1, len(teacher)))
-    loss, terms, statistics = (teacher.new_empty(shape, dtype=dtype) for shape in shapes)
-    learners = needs_grad if write_grads and p == 1 else [False] * K
-    return loss, terms, statistics, _empty_grads(factors, teacher, learners)
+def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, terms, statistics [2 K + 1, N]: K + 1 norms of a sample, then K <x^, direction>."""
+    K = len(inputs.factors)
+    return new(()), new((K,)), new((2 * K + 1, len(inputs.teacher)))
 
 
-def _empty_grads(factors: Sequence[Tensor], teacher: Tensor, *inputs: Any) -> Tensor:
-    """[factors that need a gradient, N, C, H, W] in the memory layout of the factors; the last input is needs_grad."""
-    needs_grad = inputs[-1]
-    dtypes = {x.dtype for x, need in zip(factors, needs_grad, strict=True) if need}
-    dtype = dtypes.pop() if len(dtypes) == 1 else acc_dtype([*factors, teacher])
-    (N, C, H, W), is_NCHW = teacher.shape, _is_NCHW(factors)
-    grads = teacher.new_empty((sum(needs_grad), N, *((C, H, W) if is_NCHW else (H, W, C))), dtype=dtype)
-    return grads if is_NCHW else grads.movedim(-1, -3)
-
-
-def _forward(
-    factors: Sequence[Tensor],
-    teacher: Tensor,
-    weights: Sequence[float],
-    p: int,
-    needs_grad: Sequence[bool],
-    write_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _empty_outputs(factors, teacher, weights, p, needs_grad, write_grads)
-    loss, terms, statistics, grads = outputs
-    if teacher.numel() == 0:
-        for result in (loss, terms, statistics):
-            result.zero_()
-        return outputs
-    learners = needs_grad if write_grads and p == 1 else [False] * len(factors)
-    *rows, t, out = (_rows(x, _is_NCHW(factors)) for x in (*factors, teacher, grads))
-    if runs_on_gpu([*factors, teacher]):
-        from .gpu.factor_distance import launch
-
-        launch(rows, t, weights, p, learners, loss, terms, statistics, out)
-    else:
-        closed_form(rows, t, weights, p, learners, loss, terms, statistics, out)
-    return outputs
-
-
-def _backward(
-    grads: Tensor,
-    factors: Sequence[Tensor],
-    teacher: Tensor,
-    terms: Tensor,
-    statistics: Tensor,
-    weights: Sequence[float],
-    p: int,
-    needs_grad: Sequence[bool],
-    grad_loss: Tensor | None,
-    grad_terms: Tensor | None,
-    written: bool,
-) -> None:
-    if teacher.numel() == 0:
-        return
-    *rows, t, out = (_rows(x, _is_NCHW(factors)) for x in (*factors, teacher, grads))
-    settings, grad_output = (rows, t, weights, p, needs_grad), (grad_loss, grad_terms)
-    if runs_on_gpu([*factors, teacher]):
-        from .gpu.factor_distance import launch_backward
-
-        launch_backward(*settings, terms, statistics, out, grad_output, written)
-    else:
-        closed_form(*settings, None, terms, statistics, out, grad_output)
+def _grads(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """[factors that need a gradient, N, C, H, W] in the memory layout of the factors."""
+    grads = empty_grads(inputs, dtype)
+    if _is_NCHW(inputs.factors):
+        return grads
+    return grads.view(*grads.shape[:2], *grads.shape[3:], grads.shape[2]).movedim(-1, -3)
 
 
 _factor_distance = FusedOp(
     "factor_distance",
-    _forward,
-    _backward,
-    _empty_outputs,
-    _empty_grads,
-    constants=1,
+    Inputs,
+    ("loss", "terms", "statistics"),
+    _outputs,
+    closed_form,
     values=2,
     saved_from=1,
-    counts=-1,
+    grads=_grads,
+    writes_grads=lambda inputs, on_gpu: inputs.p == 1,
+    counts="needs_grad",
 )

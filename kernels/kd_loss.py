@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .check import check_tensors
 from .logit_loss import logit_loss, z_score
 
 
@@ -75,9 +74,8 @@ def kd_loss(
 
     `ignore_index` and an empty batch: see `logit_loss`.
     """
-    check_tensors(student_logits=student, teacher_logits=teacher, target=target)
     fused = logit_loss(
-        [student, teacher.detach()],
+        [student, teacher],
         target,
         [ce_weight, 0.0],
         [[0.0, kd_weight], [0.0, 0.0]],
@@ -85,6 +83,7 @@ def kd_loss(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         standardize=standardize,
+        names=("student_logits", "teacher_logits"),
     )
     ce, _, kd = fused.terms[0].unbind()
     return KDTerms(fused.loss, ce, kd)

@@ -16,16 +16,17 @@ twice. With two learners that is above 2,048 classes, with four or six above 1,0
 of the row's own, T (std + 1e-7). Classes with logit -inf take no part in mean and std.
 """
 
+import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .check import check_labels, check_logits, check_settings, check_target, check_weights
+from .check import check_logit_loss
 from .cpu.logit_loss import closed_form
-from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
+from .op import FusedOp, acc_dtype, is_compiled_for_cpu
 
 
 class LogitLoss(NamedTuple):
@@ -158,111 +159,96 @@ class _Labels:
         return torch.where(self.kept, rows * self.poison, 0).sum() / self.count
 
 
+class Inputs(NamedTuple):
+    """What the operator takes; `weights` is row by row [H, 1 + H], the weight of every term."""
+
+    heads: Sequence[Tensor]
+    target: Tensor
+    weights: Sequence[float]
+    temperature: float
+    smoothing: float
+    ignore_index: int | None
+    standardize: bool
+    needs_grad: Sequence[bool]
+
+
 def logit_loss(
-    heads: list[Tensor],
+    heads: Sequence[Tensor],
     target: Tensor,
-    ce_weights: list[float],
-    table: list[list[float]],
+    ce_weights: Sequence[float],
+    table: Sequence[Sequence[float]],
     *,
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     ignore_index: int | None = None,
     standardize: bool = False,
+    names: Sequence[str] = (),
 ) -> LogitLoss:
     """The equation above in one pass.
 
     heads: H tensors [N, C]; target: [N] int64 or [N, C] floating; ce_weights: c [H]; table: W [H][H]. All weights are 0
-    or more. Raises ValueError on shapes, devices, dtypes and settings that do not fit, TypeError on what is no tensor.
+    or more. `names` are those of the heads in error messages. Raises ValueError on shapes, devices, dtypes and settings
+    that do not fit, TypeError on what is no tensor.
 
     Rows with the label `ignore_index` have no cross-entropy, whose mean is over the others (0 if there is none); their
     divergences count: teachers need no label. An empty batch gives 0. Gradients go to the heads that require one and
     have a weight. A weight of 0 switches its term off, whatever its value.
     """
-    check_logits(heads)
-    check_target(target, heads[0])
-    check_settings(temperature, label_smoothing)
-    H = len(heads)
-    if len(ce_weights) != H or len(table) != H or any(len(row) != H for row in table):
-        raise ValueError(f"{H} heads need {H} ce_weights and a {H} x {H} table, got {ce_weights} and {table}")
-    weights = [float(w) for c, row in zip(ce_weights, table, strict=True) for w in (c, *row)]
-    check_weights(weights, H)
-    options = (temperature, label_smoothing, ignore_index, standardize)
+    weights = check_logit_loss(heads, target, ce_weights, table, temperature, label_smoothing, names)
+    needs_grad = []
+    for head, ce_weight, row in zip(heads, ce_weights, table, strict=True):
+        needs_grad.append(torch.is_grad_enabled() and head.requires_grad and any((ce_weight, *row)))
     if is_compiled_for_cpu(target):
+        options = (temperature, label_smoothing, ignore_index, standardize)
         return logit_loss_compiled(heads, target, ce_weights, table, *options)
-    needs_grad = [torch.is_grad_enabled() and z.requires_grad and any(weights[i * (H + 1) : (i + 1) * (H + 1)])
-                  for i, z in enumerate(heads)]  # fmt: skip
-    return LogitLoss(*_logit_loss(list(heads), target, weights, *options, needs_grad))
+    settings = (weights, float(temperature), float(label_smoothing), ignore_index, standardize, needs_grad)
+    return LogitLoss(*_logit_loss(Inputs(list(heads), target, *settings)))
 
 
-def _empty_outputs(heads: Sequence[Tensor], *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, needs_grad, write_grads = inputs
-    H, dtype = len(heads), acc_dtype(heads)
-    loss, terms = (heads[0].new_empty(shape, dtype=dtype) for shape in ((), (H, H + 1)))
-    return loss, terms, _empty_grads(heads, needs_grad if write_grads else [False] * H)
+def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    H = len(inputs.heads)
+    return new(()), new((H, H + 1))
 
 
-def _empty_grads(heads: Sequence[Tensor], *inputs: Any) -> Tensor:
-    """[heads that need a gradient, N, C]; the last input is needs_grad."""
-    needs_grad = inputs[-1]
-    dtypes = {head.dtype for head, need in zip(heads, needs_grad, strict=True) if need}
-    dtype = dtypes.pop() if len(dtypes) == 1 else acc_dtype(heads)
-    return heads[0].new_empty((sum(needs_grad), *heads[0].shape), dtype=dtype)
+def check_labels(target: Tensor, classes: int, ignore_index: int | None, unlabelled: str) -> None:
+    """ValueError if a label is no class; on the CPU, elsewhere if FASTKD_DEBUG=1: there such a label makes NaN.
+
+    unlabelled: what to do about rows that have none.
+    """
+    is_read = target.device.type == "cpu" or os.environ.get("FASTKD_DEBUG") == "1"
+    if target.is_floating_point() or not is_read or not target.numel():
+        return
+    lowest, highest = target.aminmax()
+    if lowest.item() >= 0 and highest.item() < classes:
+        return
+    wrong = (target < 0) | (target >= classes)
+    if ignore_index is not None:
+        wrong &= target != ignore_index
+        unlabelled = f"ignore_index, for rows without a label, is {ignore_index}"
+    if wrong.any():
+        rows, labels = wrong.nonzero()[:, 0].tolist(), target[wrong]
+        hints = [unlabelled] * bool(labels.min() < 0)
+        if labels.max() >= classes:
+            hints.append(f"the logits have {classes} classes: check their number, and that labels count from 0")
+        raise ValueError(
+            f"{len(rows)} label(s) are not from 0 to {classes - 1}, first in row {rows[0]}: {labels[0].item()}; "
+            + "; ".join(hints)
+        )
 
 
-def _forward(
-    heads: Sequence[Tensor],
-    target: Tensor,
-    weights: Sequence[float],
-    temperature: float,
-    smoothing: float,
-    ignore_index: int | None,
-    standardize: bool,
-    needs_grad: Sequence[bool],
-    write_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_labels(target, heads[0].shape[1], ignore_index)
-    settings = (weights, temperature, smoothing, ignore_index, standardize)
-    learners = needs_grad if write_grads else [False] * len(heads)
-    loss, terms, grads = _empty_outputs(heads, target, *settings, learners, write_grads)
-    if len(target) == 0:
-        return loss.zero_(), terms.zero_(), grads
-    return *_compute(heads)(heads, target, *settings, learners, grads), grads
-
-
-def _backward(
-    grads: Tensor,
-    heads: Sequence[Tensor],
-    target: Tensor,
-    weights: Sequence[float],
-    temperature: float,
-    smoothing: float,
-    ignore_index: int | None,
-    standardize: bool,
-    needs_grad: Sequence[bool],
-    grad_loss: Tensor | None,
-    grad_terms: Tensor | None,
-    written: bool,
-) -> None:
-    if len(target):
-        settings = (weights, temperature, smoothing, ignore_index, standardize, needs_grad)
-        _compute(heads)(heads, target, *settings, grads, (grad_loss, grad_terms), written)
-
-
-def _compute(heads: Sequence[Tensor]) -> Callable:
-    if not runs_on_gpu(heads):
-        return closed_form
-    from .gpu.logit_loss import launch
-
-    return launch
+def _check_labels(inputs: Inputs) -> None:
+    unlabelled = "pass ignore_index for rows without a label"
+    check_labels(inputs.target, inputs.heads[0].shape[1], inputs.ignore_index, unlabelled)
 
 
 _logit_loss = FusedOp(
     "logit_loss",
-    _forward,
-    _backward,
-    _empty_outputs,
-    _empty_grads,
-    constants=1,
+    Inputs,
+    ("loss", "terms"),
+    _outputs,
+    closed_form,
     values=2,
+    check=_check_labels,
+    counts="weights",
     reference="logit_loss_reference (for KD: kd_loss_reference)",
 )

@@ -16,13 +16,14 @@ than the student's, are copied first.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .check import check_tensors
 from .cpu.map_distance import closed_form
-from .op import FusedOp, acc_dtype, is_compiled_for_cpu, runs_on_gpu
+from .op import FusedOp, acc_dtype, is_compiled_for_cpu
 
 
 def hint_distance_reference(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> Tensor:
@@ -43,6 +44,22 @@ def overhaul_distance_reference(student: Tensor, teacher: Tensor, margin: Tensor
     return weight * torch.where(t > 0, residual, residual.relu()).square().sum() / max(s.shape[0], 1)
 
 
+class Inputs(NamedTuple):
+    """What the operator takes."""
+
+    student: Tensor
+    teacher: Tensor
+    margin: Tensor | None
+    weight: float
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor | None, float]:
+        """Maps in the student's memory format, the margin, and the factor of the sum of squares."""
+        student, teacher, margin, weight = self
+        format = memory_format(student)
+        student, teacher = (x.detach().contiguous(memory_format=format) for x in (student, teacher))
+        return student, teacher, margin, weight / (student.numel() if margin is None else len(student))
+
+
 def hint_distance(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> Tensor:
     """weight * mean of (student - teacher)^2 over all elements, a scalar (FitNets, arXiv:1412.6550).
 
@@ -52,7 +69,7 @@ def hint_distance(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> T
     _check(student, teacher, None)
     if is_compiled_for_cpu(student):
         return hint_distance_reference(student, teacher, weight=weight)
-    return _distance(student, teacher, None, weight)
+    return _map_distance(Inputs(student, teacher.detach(), None, float(weight)))[0]
 
 
 def overhaul_distance(student: Tensor, teacher: Tensor, margin: Tensor, *, weight: float = 1.0) -> Tensor:
@@ -65,7 +82,7 @@ def overhaul_distance(student: Tensor, teacher: Tensor, margin: Tensor, *, weigh
     _check(student, teacher, margin)
     if is_compiled_for_cpu(student):
         return overhaul_distance_reference(student, teacher, margin, weight=weight)
-    return _distance(student, teacher, margin, weight)
+    return _map_distance(Inputs(student, teacher.detach(), margin.detach(), float(weight)))[0]
 
 
 def bn_margin(weight: Tensor, bias: Tensor) -> Tensor:
@@ -119,71 +136,18 @@ def _unlike(s: list[int], t: list[int]) -> str:
     )
 
 
-def _distance(student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float) -> Tensor:
-    margin = None if margin is None else margin.detach()
-    return _map_distance(student, teacher.detach(), margin, float(weight))[0]
-
-
-def _format(x: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor) -> torch.memory_format:
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format if x.is_contiguous() or x.stride(1) != 1 else torch.channels_last
 
 
-def _empty_outputs(
-    student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float, write_grads: bool
-) -> tuple[Tensor, Tensor]:
-    value = student.new_empty((), dtype=acc_dtype([student, teacher]))
-    return value, _empty_grads(student) if write_grads else student.new_empty(0)
-
-
-def _empty_grads(student: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(student, memory_format=_format(student))
-
-
-def _forward(
-    student: Tensor, teacher: Tensor, margin: Tensor | None, weight: float, write_grads: bool
-) -> tuple[Tensor, Tensor]:
-    value, grads = _empty_outputs(student, teacher, margin, weight, write_grads)
-    if student.numel() == 0:
-        return value.zero_(), grads
-    found = _compute(student, teacher, margin, weight, grads if write_grads else None)
-    return value if found is None else found, grads
-
-
-def _backward(
-    grads: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    margin: Tensor | None,
-    weight: float,
-    grad_loss: Tensor,
-    written: bool,
-) -> None:
-    if student.numel():
-        _compute(student, teacher, margin, weight, grads, grad_loss, written)
-
-
-def _compute(
-    student: Tensor,
-    teacher: Tensor,
-    margin: Tensor | None,
-    weight: float,
-    grads: Tensor | None,
-    grad_loss: Tensor | None = None,
-    written: bool = False,
-) -> Tensor | None:
-    """Forward (no grad_loss) gives the value. grads are written unless they are None, or `written` and still right."""
-    format = _format(student)
-    student, teacher = (x.detach().contiguous(memory_format=format) for x in (student, teacher))
-    scale = weight / (student.numel() if margin is None else len(student))
-    if runs_on_gpu([student, teacher]):
-        from .gpu.map_distance import launch as compute
-    else:
-        compute = closed_form
-    return compute(student, teacher, margin, scale, grads, grad_loss, written)
-
-
 _map_distance = FusedOp(
-    "map_distance", _forward, _backward, _empty_outputs, _empty_grads, constants=2, reference="hint_distance_reference"
+    "map_distance",
+    Inputs,
+    ("value",),
+    lambda inputs, new: (new(()),),
+    closed_form,
+    grads=lambda inputs, dtype: torch.empty_like(inputs.student, memory_format=memory_format(inputs.student)),
+    reference="hint_distance_reference",
 )

@@ -11,120 +11,211 @@ rest of the story once: autograd, compilers, and eager calls.
 """
 
 import functools
+import importlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from .cpu.scale import scale_in_place
+Tensors = Sequence[Any]
+"""Tensors, or None where one was not kept or not given."""
 
-Grads = Sequence[Tensor | None]
+
+def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a method of inputs outside of the caller's autocast, which would multiply matrices in 16 bits."""
+
+    @functools.wraps(method)
+    def wrapped(self: "FusedOp", inputs: Any, *args: Any) -> Any:
+        device = _flat(inputs[0])[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return method(self, inputs, *args)
+        with torch.autocast(device, enabled=False):
+            return method(self, inputs, *args)
+
+    return wrapped
+
+
+def empty_grads(inputs: Any, dtype: torch.dtype) -> Tensor:
+    """The gradient, uninitialised: like the student, or for a list [students that need one, *shape of a student].
+
+    For a list it has the students' dtype if they agree, else the `dtype` of the computation.
+    """
+    students = inputs[0]
+    if isinstance(students, Tensor):
+        return students.new_empty(students.shape)
+    dtypes = {x.dtype for x, need in zip(students, inputs.needs_grad, strict=True) if need}
+    dtype = dtypes.pop() if len(dtypes) == 1 else dtype
+    return students[0].new_empty((sum(inputs.needs_grad), *students[0].shape), dtype=dtype)
 
 
 class FusedOp:
     """The operation `fastkd::<name>` and its backward pass `fastkd::<name>_backward`.
 
-    forward(students, *constants, *settings, write_grads) -> (*values, *saved, grads): `students` is a tensor or a list
-    of tensors, the only inputs with a gradient. `values` of the outputs are differentiable. Outputs from `saved_from`
-    on, but for grads, are kept for the backward pass. `grads` has no elements if nothing was written.
-    backward(grads, students, *constants, *saved, *settings, *grad_outputs, written): writes grads. `written` says that
-    they hold the gradient for grad_outputs of 1.
-    empty_outputs: the arguments of forward -> its outputs, uninitialised.
-    empty_grads: the arguments of backward from students to settings -> grads, uninitialised.
-
-    A list of students needs `needs_grad`, a list of bool, as the last of its settings. grads then has one row for each
-    student that needs a gradient. The second of two values holds terms; settings[counts] is false for a term whose
-    gradient does not count.
+    Inputs: a NamedTuple. Its first field is the student's tensor, or a list of tensors: only they get a gradient. Next
+    come constant tensors, of which one may be called `teacher`, then settings. A list of students needs the setting
+    `needs_grad`, a list of bool.
+    outputs(inputs, new) -> the outputs called `names`, uninitialised; new(shape) has the dtype of the computation. The
+    first `values` are differentiable results. Those from `saved_from` on are kept for the backward pass.
+    closed_form(inputs, outputs, grads) writes outputs, and grads unless it is None or has no rows. Given grad_outputs
+    too it is the backward pass and writes grads alone; outputs that were not kept are then None. On a GPU, `launch` of
+    gpu/<name>.py takes its place. Its last argument `written` says that grads hold the gradient for grad_outputs of 1.
+    grads(inputs, dtype) -> the gradient, uninitialised. writes_grads(inputs, on_gpu): True if the forward pass can
+    write it. check(inputs) may look at values.
+    counts: the setting that is false for a term (of the second value) without a gradient.
     """
 
     def __init__(
         self,
         name: str,
-        forward: Callable[..., tuple[Tensor, ...]],
-        backward: Callable[..., None],
-        empty_outputs: Callable[..., tuple[Tensor, ...]],
-        empty_grads: Callable[..., Tensor],
+        Inputs: Any,
+        names: tuple[str, ...],
+        outputs: Callable[..., tuple[Tensor, ...]],
+        closed_form: Callable[..., None],
         *,
-        constants: int,
         values: int = 1,
         saved_from: int = 0,
         keeps_constants: bool = True,
-        counts: int = 0,
+        grads: Callable[[Any, torch.dtype], Tensor] = empty_grads,
+        writes_grads: Callable[[Any, bool], bool] = lambda inputs, on_gpu: True,
+        check: Callable[[Any], None] = lambda inputs: None,
+        counts: str = "",
         reference: str = "",
     ):
-        self.name, self.forward, self.backward, self.empty_grads = name, forward, backward, empty_grads
-        self.constants, self.values, self.saved_from = constants, values, saved_from or values
-        self.keeps_constants, self.counts, self.reference = keeps_constants, counts, reference or f"{name}_reference"
-        self.op = torch.library.custom_op(f"fastkd::{name}", forward, mutates_args=())
-        self.op.register_fake(empty_outputs)
-        self.op.register_autograd(self._backward, setup_context=self._setup)
-        self.backward_op = torch.library.custom_op(f"fastkd::{name}_backward", self._fresh(), mutates_args=())
-        self.backward_op.register_fake(lambda *inputs: empty_grads(*inputs[:-values]))
+        self.name, self.Inputs, self.outputs, self.closed_form, self.grads = name, Inputs, outputs, closed_form, grads
+        self.values, self.saved_from, self.keeps_constants = values, saved_from or values, keeps_constants
+        self.writes_grads, self.check = writes_grads, check
+        self.counts, self.reference = counts, reference or f"{name}_reference"
+        hints = get_type_hints(Inputs)
+        self.constants = sum(hint in (Tensor, Tensor | None) for hint in list(hints.values())[1:])
+        results = tuple.__class_getitem__((Tensor,) * (len(names) + 1))
+        self.op = _register(name, self._operator, {**hints, "write_grads": bool}, results)
+        self.op.register_fake(self._fake)
+        self.op.register_autograd(self._operator_backward, setup_context=self._setup)
+        saved = dict.fromkeys(names[self.saved_from :], Tensor)
+        above = {f"grad_{value}": Tensor | None if values > 1 else Tensor for value in names[:values]}
+        self.backward_op = _register(f"{name}_backward", self._backward_operator, {**hints, **saved, **above}, Tensor)
+        self.backward_op.register_fake(self._fake_backward)
         self.eager = _eager_function(self)
 
-    def __call__(self, students: Tensor | list[Tensor], *inputs: Any) -> tuple[Tensor, ...]:
-        """The values. inputs: constants and settings."""
-        many, tensors = isinstance(students, list), [clone_if_inference(x) for x in _flat(students)]
-        constants = [x if x is None else clone_if_inference(x) for x in inputs[: self.constants]]
-        inputs = (*constants, *inputs[self.constants :])
+    def __call__(self, inputs: Any) -> tuple[Tensor, ...]:
+        """The values."""
+        many, tensors = not isinstance(inputs[0], Tensor), [clone_if_inference(x) for x in _flat(inputs[0])]
+        constants = [x if x is None else clone_if_inference(x) for x in inputs[1 : 1 + self.constants]]
+        others = (*constants, *inputs[1 + self.constants :])
         if not can_bypass_dispatcher((*tensors, *constants)):
-            return self.op(tensors if many else tensors[0], *inputs, False)[: self.values]
+            return self.op(tensors if many else tensors[0], *others, False)[: self.values]
         write_grads = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        return self.eager.apply(many, (*inputs, write_grads), *tensors)
+        return self.eager.apply(many, others, write_grads, *tensors)
 
-    def _fresh(self) -> Callable[..., Tensor]:
-        """backward without `grads` and `written`: it returns new grads. torch reads the schema from the signature."""
+    @without_autocast
+    def forward(self, inputs: Any, write_grads: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """(outputs, grads)"""
+        (on_gpu, dtype), first = _device_and_dtype(inputs), _flat(inputs[0])[0]
+        inputs, grads, outputs = self._empty(inputs, dtype, write_grads and self.writes_grads(inputs, on_gpu))
+        self.check(inputs)
+        if first.numel():
+            (self.launch if on_gpu else self.closed_form)(inputs, outputs, grads)
+        else:
+            for output in outputs:
+                output.zero_()
+        return outputs, grads
 
-        @functools.wraps(self.backward)
-        def fresh(*inputs: Any) -> Tensor:
-            grads = self.empty_grads(*inputs[: -self.values])
-            self.backward(grads, *inputs, False)
-            return grads
+    @without_autocast
+    def backward(self, inputs: Any, saved: Tensors, grad_outputs: Tensors, grads: Tensor | None = None) -> Tensor:
+        """The gradient for grad_outputs. grads: the one for grad_outputs of 1, which is overwritten."""
+        on_gpu, dtype = _device_and_dtype(inputs, saved)
+        written, grads = grads is not None, self.grads(inputs, dtype) if grads is None else grads
+        if grads.numel():
+            outputs = (*[None] * self.saved_from, *saved)
+            if on_gpu:
+                self.launch(inputs, outputs, grads, grad_outputs, written)
+            else:
+                self.closed_form(inputs, outputs, grads, grad_outputs)
+        return grads
 
-        signature = inspect.signature(self.backward)
-        kept = list(signature.parameters.values())[1:-1]
-        fresh.__signature__ = signature.replace(parameters=kept, return_annotation=Tensor)  # type: ignore[attr-defined]
-        return fresh
+    @functools.cached_property
+    def launch(self) -> Callable[..., None]:
+        """Of gpu/<name>.py. Triton is imported here, when a kernel is launched for the first time."""
+        return importlib.import_module(f".gpu.{self.name}", __package__).launch
+
+    def gradients(self, ctx: Any, grad_outputs: Tensors) -> list[Tensor | None]:
+        """One for each student; None if it needs none."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{self.name} has no second derivative; fastkd.kernels.{self.reference} has one")
+        count, tensors = len(ctx.dtypes), ctx.saved_tensors
+        students = list(tensors[:count]) if ctx.many else tensors[0]
+        inputs = self.Inputs(students, *tensors[count : count + self.constants], *ctx.settings)
+        saved, needs_grad = tensors[count + self.constants :], inputs.needs_grad if ctx.many else [True]
+        if all(gradient is None for gradient in grad_outputs) or not any(needs_grad):
+            return [None] * count
+        grads, ctx.grads = ctx.grads, None  # only the first backward pass gets it, because it may write it
+        if not can_bypass_dispatcher(grad_outputs):
+            grads = self.backward_op(*inputs, *saved, *grad_outputs)
+        elif grads is None or not scale_in_place(grads, *grad_outputs, counts=getattr(inputs, self.counts, ())):
+            grads = self.backward(inputs, saved, grad_outputs, grads)
+        rows = iter(grads.unbind() if ctx.many else [grads])
+        return [next(rows).to(dtype) if need else None for dtype, need in zip(ctx.dtypes, needs_grad, strict=True)]
+
+    def _empty(self, inputs: Any, dtype: torch.dtype, write_grads: bool) -> tuple[Any, Tensor | None, tuple]:
+        """(inputs, of which no student needs a gradient unless write_grads, grads or None, outputs), uninitialised"""
+        many = not isinstance(inputs[0], Tensor)
+        if many and not write_grads:
+            inputs = inputs._replace(needs_grad=[False] * len(inputs[0]))
+        grads = self.grads(inputs, dtype) if many or write_grads else None
+        new = functools.partial(torch.empty, dtype=dtype, device=_flat(inputs[0])[0].device)
+        return inputs, grads, self.outputs(inputs, new)
+
+    def _operator(self, *given: Any) -> tuple[Tensor, ...]:
+        outputs, grads = self.forward(self.Inputs(*given[:-1]), given[-1])
+        return *outputs, outputs[0].new_empty(0) if grads is None else grads
+
+    def _fake(self, *given: Any) -> tuple[Tensor, ...]:
+        inputs, write_grads = self.Inputs(*given[:-1]), given[-1]
+        on_gpu, dtype = _device_and_dtype(inputs)
+        _, grads, outputs = self._empty(inputs, dtype, write_grads and self.writes_grads(inputs, on_gpu))
+        return *outputs, outputs[0].new_empty(0) if grads is None else grads
+
+    def _backward_operator(self, *given: Any) -> Tensor:
+        inputs, rest = self._split(given)
+        return self.backward(inputs, rest[: -self.values], rest[-self.values :])
+
+    def _fake_backward(self, *given: Any) -> Tensor:
+        inputs, rest = self._split(given)
+        return self.grads(inputs, _device_and_dtype(inputs, rest[: -self.values])[1])
+
+    def _split(self, given: tuple) -> tuple[Any, tuple]:
+        fields = len(self.Inputs._fields)
+        return self.Inputs(*given[:fields]), given[fields:]
 
     def _setup(self, ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         students, constants, settings = inputs[0], inputs[1 : 1 + self.constants], inputs[1 + self.constants : -1]
-        saved = output[self.saved_from : -1]
-        ctx.settings, ctx.grads, ctx.many = settings, None, isinstance(students, (list, tuple))
+        ctx.settings, ctx.grads, ctx.many = settings, None, not isinstance(students, Tensor)
         ctx.dtypes = [x.dtype for x in _flat(students)]
-        ctx.save_for_backward(*_flat(students), *(constants if self.keeps_constants else ()), *saved)
-        ctx.mark_non_differentiable(*output[self.values :])
+        kept = constants if self.keeps_constants else [None] * self.constants
+        ctx.save_for_backward(*_flat(students), *kept, *output[self.saved_from : -1])
+        ctx.mark_non_differentiable(*(x for x in output[self.values :] if x is not None))
         ctx.set_materialize_grads(False)
 
-    def _backward(self, ctx: Any, *grad_outputs: Tensor | None) -> tuple:
-        """The gradient of every input of forward."""
+    def _operator_backward(self, ctx: Any, *grad_outputs: Tensor | None) -> tuple:
+        """The gradient of every input of the operator."""
         gradients = self.gradients(ctx, grad_outputs[: self.values])
         nothing = (None,) * (self.constants + len(ctx.settings) + 1)
         return (gradients if ctx.many else gradients[0]), *nothing
 
-    def gradients(self, ctx: Any, grad_outputs: Grads) -> list[Tensor | None]:
-        """One for each student; None if it needs none."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(f"{self.name} has no second derivative; fastkd.kernels.{self.reference} has one")
-        needs_grad = ctx.settings[-1] if ctx.many else [True]
-        if all(gradient is None for gradient in grad_outputs) or not any(needs_grad):
-            return [None] * len(ctx.dtypes)
-        grads = pop_saved_grad(ctx)
-        if not can_bypass_dispatcher(grad_outputs):
-            grads = self.backward_op(*self._inputs(ctx), *grad_outputs)
-        elif grads is None or not scale_in_place(grads, *grad_outputs, counts=ctx.settings[self.counts]):
-            written, inputs = grads is not None, self._inputs(ctx)
-            grads = self.empty_grads(*inputs) if grads is None else grads
-            self.backward(grads, *inputs, *grad_outputs, written)
-        rows = iter(grads.unbind()) if ctx.many else iter([grads])
-        return [next(rows).to(dtype) if need else None for dtype, need in zip(ctx.dtypes, needs_grad, strict=True)]
 
-    def _inputs(self, ctx: Any) -> tuple:
-        """The arguments of backward from students to settings."""
-        tensors, count = ctx.saved_tensors, len(ctx.dtypes)
-        students = list(tensors[:count]) if ctx.many else tensors[0]
-        return (students, *tensors[count:], *ctx.settings)
+def _register(name: str, function: Callable[..., Any], parameters: dict[str, Any], returns: Any) -> Any:
+    """`function` as the operator fastkd::<name>. torch reads the schema from the signature, which is made here."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    named = [inspect.Parameter(each, kind, annotation=hint) for each, hint in parameters.items()]
+
+    def operator(*given: Any) -> Any:
+        return function(*given)
+
+    operator.__signature__ = inspect.Signature(named, return_annotation=returns)  # type: ignore[attr-defined]
+    return torch.library.custom_op(f"fastkd::{name}", operator, mutates_args=())
 
 
 def _eager_function(op: FusedOp) -> type[torch.autograd.Function]:
@@ -132,21 +223,39 @@ def _eager_function(op: FusedOp) -> type[torch.autograd.Function]:
         """The same autograd without the operator."""
 
         @staticmethod
-        def forward(ctx: Any, many: bool, inputs: tuple, *students: Tensor) -> Tensor | tuple[Tensor, ...]:
-            given = (list(students) if many else students[0], *inputs)
-            outputs = op.forward(*given)
-            op._setup(ctx, given, outputs)
-            if outputs[
-                -1
-            ].numel():  # not among the saved tensors: the first backward writes it, a second must not use it
-                ctx.grads = outputs[-1]
+        def forward(ctx: Any, many: bool, others: tuple, write_grads: bool, *students: Tensor) -> tuple[Tensor, ...]:
+            inputs = op.Inputs(list(students) if many else students[0], *others)
+            outputs, grads = op.forward(inputs, write_grads)
+            op._setup(ctx, (*inputs, write_grads), (*outputs, grads))
+            if grads is not None and grads.numel():  # not a saved tensor: the first backward pass overwrites it
+                ctx.grads = grads
             return outputs[: op.values]
 
         @staticmethod
         def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
-            return None, None, *op.gradients(ctx, grad_outputs)
+            return None, None, None, *op.gradients(ctx, grad_outputs)
 
     return Eager
+
+
+def scale_in_place(
+    grads: Tensor, grad_loss: Tensor | None, grad_terms: Tensor | None = None, *, counts: Sequence[object]
+) -> bool:
+    """Scale the saved gradient in place if one factor is enough. Returns True if done; always False off the CPU.
+
+    grad_terms: the gradient of each term. counts: a false value marks a term that has no gradient.
+    """
+    first, *both = (gradient for gradient in (grad_loss, grad_terms) if gradient is not None)
+    if first.device.type != "cpu":  # reading values would wait for the device
+        return False
+    given = (first + both[0] if both else first).flatten().tolist()
+    factors = set(given if grad_terms is None else itertools.compress(given, counts))
+    if factors <= {1.0}:
+        return True
+    if len(factors) > 1 or grads.dtype.itemsize < 4:  # 16 bits may have lost what a large factor would have kept
+        return False
+    grads.mul_(factors.pop())
+    return True
 
 
 def _flat(students: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -171,12 +280,6 @@ def _special(x: Tensor | None) -> bool:
     return type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
-def pop_saved_grad(ctx: Any) -> Tensor | None:
-    """The gradient that the forward pass left. Only the first backward pass gets it, because it may write it."""
-    grads, ctx.grads = ctx.grads, None
-    return grads
-
-
 def clone_if_inference(x: Tensor) -> Tensor:
     """x, or a copy if it was made in inference mode: autograd refuses to save such a tensor for a backward pass."""
     if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
@@ -184,30 +287,22 @@ def clone_if_inference(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def acc_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+def acc_dtype(tensors: Iterable[Tensor | None]) -> torch.dtype:
     """The dtype of the computation: fp64 if a tensor is fp64, else fp32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def runs_on_gpu(tensors: Sequence[Tensor]) -> bool:
-    """True if the Triton kernel takes these tensors. It computes in fp32; fp64 goes to the closed form everywhere."""
-    return tensors[0].device.type == "cuda" and acc_dtype(tensors) == torch.float32
+def _device_and_dtype(inputs: Any, saved: Tensors = ()) -> tuple[bool, torch.dtype]:
+    """(does the Triton kernel compute this, dtype). It computes in fp32; fp64 goes to the closed form everywhere."""
+    students = _flat(inputs[0])
+    dtype = acc_dtype((*students, getattr(inputs, "teacher", None), *saved))
+    return runs_on_gpu(students[0].device, dtype), dtype
+
+
+def runs_on_gpu(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype == torch.float32
 
 
 def is_compiled_for_cpu(x: Tensor) -> bool:
     """True inside torch.compile on the CPU, where Inductor fuses a plain formula better than it calls an operator."""
     return torch.compiler.is_compiling() and x.device.type == "cpu"
-
-
-def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs an operation outside of the caller's autocast, which would multiply matrices in 16 bits."""
-
-    @functools.wraps(function)
-    def wrapped(logits: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-        device = _flat(logits)[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return function(logits, *args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(logits, *args, **kwargs)
-
-    return wrapped

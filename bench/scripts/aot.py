@@ -11,7 +11,6 @@ TRITON_INTERPRET must not be set. `spilled` is in bytes; a test holds it at 0.
 import argparse
 import datetime
 import json
-import math
 import re
 import subprocess
 import tempfile
@@ -112,17 +111,35 @@ def logits(
 ) -> Call:
     """A launch of logit_loss: KD with two heads of which one learns, else the heads of two networks (DCM)."""
     from fastkd.kernels.gpu.logit_loss import launch
+    from fastkd.kernels.logit_loss import Inputs
 
     half = heads // 2
     weights = [0.1, 0.0, 0.9, 0.0, 0.0, 0.0]
     if heads > 2 or learners > 1:
         weights = [w for i in range(heads) for w in (1.0, *(float((i < half) != (j < half)) for j in range(heads)))]
     needs_grad = [i < learners for i in range(heads)]
-    return lambda: launch(
-        [meta(N, C, dtype=dtype) for _ in range(heads)], meta(N, dtype=torch.int64), weights, temperature, 0.0, None,
-        standardize, needs_grad, meta(learners, N, C, dtype=dtype),
-        grad_output=(meta(dtype=torch.float32), None) if backward else None, skip_ones=backward,
-    )  # fmt: skip
+    networks = [meta(N, C, dtype=dtype) for _ in range(heads)], meta(N, dtype=torch.int64)
+    inputs = Inputs(*networks, weights, temperature, 0.0, None, standardize, needs_grad)
+    values, grads = (scalar(), meta(heads, heads + 1, dtype=torch.float32)), meta(learners, N, C, dtype=dtype)
+    return both(launch, inputs, values, grads, (scalar(), None))[backward]
+
+
+def scalar() -> torch.Tensor:
+    return meta(dtype=torch.float32)
+
+
+def both(
+    launch: Callable[..., None],
+    inputs: Any,
+    outputs: tuple[torch.Tensor, ...],
+    grads: torch.Tensor,
+    grad_outputs: tuple[torch.Tensor | None, ...],
+    writes_grads: bool = True,
+) -> tuple[Call, Call]:
+    """The forward and the backward pass. writes_grads: the forward pass leaves the gradients."""
+    none = grads[:0] if len(grad_outputs) > 1 else None
+    forward = partial(launch, inputs, outputs, grads if writes_grads else none)
+    return forward, partial(launch, inputs, outputs, grads, grad_outputs, writes_grads)
 
 
 def cases() -> dict[str, Call]:
@@ -148,44 +165,46 @@ def cases() -> dict[str, Call]:
 
 
 def more_logits() -> Iterator[tuple[str, tuple, Call]]:
+    from fastkd.kernels.dist_loss import Inputs as DIST
+    from fastkd.kernels.dkd_loss import Inputs as DKD
     from fastkd.kernels.gpu import dist_loss, dkd_loss
 
     for N, C in ((256, 1000), (256, 32000)):
         s, t, grads, y = meta(N, C), meta(N, C), meta(N, C), meta(N, dtype=torch.int64)
-        dkd = partial(dkd_loss.launch, s, t, y, 1.0, 8.0, 4.0, grads)
-        yield "DKD", (N, C), dkd
-        yield "DKD backward", (N, C), partial(dkd, meta(dtype=torch.float32), True)
-        value, rows, columns = (meta(*shape, dtype=torch.float32) for shape in ((), (6, N), (4, C)))
-        yield "DIST", (N, C), partial(dist_loss.launch, s, t, 1.0, 1.0, 1.0, value, rows, columns)
-        yield (
-            "DIST backward", (N, C), partial(dist_loss.launch_backward, s, t, rows, columns, value, 1.0, grads),
-        )  # fmt: skip
+        forward, backward = both(dkd_loss.launch, DKD(s, t, y, 1.0, 8.0, 4.0), (scalar(),), grads, (scalar(),))
+        yield "DKD", (N, C), forward
+        yield "DKD backward", (N, C), backward
+        outputs = scalar(), meta(6, N, dtype=torch.float32), meta(4, C, dtype=torch.float32)
+        inputs = DIST(s, t, 1.0, 1.0, 1.0)
+        forward, backward = both(dist_loss.launch, inputs, outputs, grads, (scalar(),), writes_grads=False)
+        yield "DIST", (N, C), forward
+        yield "DIST backward", (N, C), backward
 
 
 def maps() -> Iterator[tuple[str, tuple, Call]]:
+    from fastkd.kernels.attention_transfer import Inputs as AT
+    from fastkd.kernels.factor_distance import Inputs as Factors
     from fastkd.kernels.gpu import attention_transfer, augment, factor_distance, map_distance
+    from fastkd.kernels.map_distance import Inputs as Maps
 
-    scalar = meta(dtype=torch.float32)
     for shape in ((128, 32, 8, 8), (256, 256, 7, 7)):
-        N, D = shape[0], math.prod(shape[1:])
-        parts, learns = [meta(N, D), meta(N, D)], [True, True]
-        results = scalar, meta(2, dtype=torch.float32), meta(5, N, dtype=torch.float32)
-        _, terms, statistics = results
+        one, two, three = (meta(*shape) for _ in range(3))
+        outputs = scalar(), meta(2, dtype=torch.float32), meta(5, shape[0], dtype=torch.float32)
         for p in (1, 2):
-            settings = (parts, meta(N, D), [50.0, -50.0], p, learns)
-            name = "IE-KD pair" + ", p = 2" * (p == 2)
-            yield name, shape, partial(factor_distance.launch, *settings, *results, meta(2 * (p == 1), N, D))
-            back = partial(factor_distance.launch_backward, *settings, terms, statistics, meta(2, N, D))
-            yield f"{name} backward", shape, partial(back, (scalar, None), p == 1)
+            inputs, above = Factors([one, two], three, [50.0, -50.0], p, [True, True]), (scalar(), None)
+            passes = both(factor_distance.launch, inputs, outputs, meta(2, *shape), above, writes_grads=p == 1)
+            for call, suffix in zip(passes, ("", " backward"), strict=True):
+                yield "IE-KD pair" + ", p = 2" * (p == 2) + suffix, shape, call
     for shape in ((256, 64, 56, 56), (256, 2048, 7, 7)):
         s, t, grad = (meta(*shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
         k = meta(shape[0], shape[2] * shape[3], dtype=torch.float32)
-        yield "AT", shape, partial(attention_transfer.launch, s, t, 1000.0, scalar, k)
-        yield "AT backward", shape, partial(attention_transfer.launch_backward, s, k, scalar, grad)
-        yield "hint", shape, partial(map_distance.launch, s, t, None, 1.0, grad)
-        yield "hint backward", shape, partial(map_distance.launch, s, t, None, 1.0, grad, scalar, True)
-        margin = meta(shape[1], dtype=torch.float32)
-        yield "overhaul", shape, partial(map_distance.launch, s, t, margin, 1.0, grad)
+        yield "AT", shape, partial(attention_transfer.launch, AT(s, t, 1000.0), (scalar(), k), None)
+        yield "AT backward", shape, partial(attention_transfer.launch, AT(s, None, 1.0), (None, k), grad, (scalar(),))
+        forward, backward = both(map_distance.launch, Maps(s, t, None, 1.0), (scalar(),), grad, (scalar(),))
+        yield "hint", shape, forward
+        yield "hint backward", shape, backward
+        overhaul = Maps(s, t, meta(shape[1], dtype=torch.float32), 1.0)
+        yield "overhaul", shape, partial(map_distance.launch, overhaul, (scalar(),), grad)
     images, out = meta(256, 256, 256, 3, dtype=torch.uint8), meta(256, 3, 224, 224)
     out = out.contiguous(memory_format=torch.channels_last)
     boxes, flips = meta(256, 4, dtype=torch.float32), meta(256, dtype=torch.bool)

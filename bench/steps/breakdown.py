@@ -18,11 +18,11 @@ from fastkd.bench.steps.baselines import Batch
 from fastkd.bench.steps.workload import Plans
 from fastkd.engine import Step, TrainOptions
 from fastkd.engine.mixup import Mixup
+from fastkd.engine.step import Meter
 from fastkd.losses.base import Loss
 from fastkd.methods.base import Method
 from fastkd.methods.forwards import ForwardCache
 from fastkd.methods.frozen import FrozenTeacher
-from fastkd.metrics import Meter
 
 PARTS = {
     "data": "the batch from (on CUDA: pinned) host memory into the step's inputs, and the mixup",

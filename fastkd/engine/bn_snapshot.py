@@ -10,29 +10,20 @@ from torch import Tensor, nn
 ALIGNMENT = 64  # elements: each buffer starts at a multiple of 256 bytes, as a separate tensor would
 
 
-class BatchNormSnapshot:
-    """The float32 buffers of `net` become views of one tensor: saving and restoring them takes three launches.
+def join_buffers(net: nn.Module, device: torch.device) -> Tensor:
+    """One tensor of which the float32 buffers of `net` become views: one launch saves or restores all of them.
 
-    Move `net` to its device first: `to()` would give it separate buffers again, which this class does not see.
+    Move `net` to its device first: `to()` would give it separate buffers again, which the tensor does not see. It has
+    no elements if there are no such buffers.
     """
-
-    def __init__(self, net: nn.Module):
-        found = [(module, name, buffer) for module in net.modules() for name, buffer in module._buffers.items()]
-        places = [(module, name, buffer) for module, name, buffer in found if buffer is not None and _is_saved(buffer)]
-        sizes = [-(-buffer.numel() // ALIGNMENT) * ALIGNMENT for *_, buffer in places]
-        self.flat = torch.zeros(sum(sizes), device=places[0][2].device if places else None)
-        for (module, name, buffer), block in zip(places, self.flat.split(sizes), strict=True):
-            module._buffers[name] = block[: buffer.numel()].view(buffer.shape).copy_(buffer)
-        self.saved = self.flat.clone()
-
-    def save(self) -> None:
-        """Remember the buffers as they are now."""
-        self.saved.copy_(self.flat)
-
-    def restore_if(self, bad: Tensor) -> None:
-        """Restore the saved buffers if `bad`, a bool scalar on the device, is true. The host does not wait."""
-        self.flat.copy_(torch.where(bad, self.saved, self.flat))
-
-
-def _is_saved(buffer: Tensor) -> bool:
-    return buffer.dtype == torch.float32 and buffer.numel() > 0
+    places = [
+        (module, name, buffer)
+        for module in net.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.dtype == torch.float32 and buffer.numel()
+    ]
+    sizes = [-(-buffer.numel() // ALIGNMENT) * ALIGNMENT for *_, buffer in places]
+    joined = torch.zeros(sum(sizes), device=device)
+    for (module, name, buffer), block in zip(places, joined.split(sizes), strict=True):
+        module._buffers[name] = block[: buffer.numel()].view(buffer.shape).copy_(buffer)
+    return joined

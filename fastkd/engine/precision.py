@@ -1,6 +1,7 @@
 """Number formats of a step: autocast for the forward passes, and a gradient scaler for fp16."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +13,17 @@ AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": t
 
 
 class Precision:
-    """`amp_dtype`: a key of AMP_DTYPES, or "auto": bfloat16 on CUDA, else float32. Only float16 scales gradients."""
+    """`amp_dtype`: a key of AMP_DTYPES, or "auto": bfloat16 on CUDA, else float32. Only float16 scales gradients.
+
+    `autocast()` is a context for forward passes; it does nothing in float32.
+    """
 
     def __init__(self, amp_dtype: str, device: torch.device):
         if amp_dtype == "auto":
             amp_dtype = "bfloat16" if device.type == "cuda" else "float32"
         self.dtype, self.device = AMP_DTYPES[amp_dtype], device
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-
-    def autocast(self) -> torch.autocast:
-        """A context for forward passes; it does nothing in float32."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        self.autocast = partial(torch.autocast, device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def cast_frozen(method: Method, images: Tensor, precision: Precision) -> Callable[[], None]:

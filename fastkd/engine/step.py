@@ -1,5 +1,6 @@
 """One eager training step: forward, backward, update. The host never waits for the device in it."""
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,7 @@ from .. import distributed
 from ..errors import UserError
 from ..methods.base import Method
 from ..methods.context import RunContext
-from ..metrics import Meter, read_and_reset
-from .bn_snapshot import BatchNormSnapshot
+from .bn_snapshot import join_buffers
 from .ema import Ema
 from .optim import can_skip, create_optimizer
 from .options import TrainOptions
@@ -23,6 +23,40 @@ from .precision import Precision
 
 Track = Callable[[Sequence, str], Iterable]
 """Shows a progress bar around a sequence, with a title."""
+
+
+class Meter:
+    """Weighted means of named scalars. A set of values is left out of the means if one of them is not finite."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, ...], Tensor] = {}  # by set of names: weighted sum of each, then the weight
+
+    def reset(self) -> None:
+        """Start again from 0, in place: a captured step goes on adding to the same tensors."""
+        for sums in self.sums.values():
+            sums.zero_()
+
+    def add(self, values: dict[str, Tensor], weight: float) -> None:
+        """Count these scalars, all of one step, with this weight, such as the number of images."""
+        row = torch.stack([*(value.detach().double() for value in values.values())])
+        row = torch.cat([row, row.new_ones(1)])
+        sums = self.sums.setdefault(tuple(values), torch.zeros_like(row))
+        sums += torch.where(row.isfinite().all(), row * weight, 0.0)
+
+    def read(self, everywhere: bool = True) -> dict[str, float]:
+        """The means over all processes, which must all call it, or over this one alone. One host sync."""
+        if not self.sums:
+            return {}
+        every = torch.cat(list(self.sums.values()))
+        numbers = iter((distributed.all_reduce_sum(every) if everywhere else every).tolist())
+        totals: dict[str, float] = defaultdict(float)  # by name: a name may be in several sets
+        weights: dict[str, float] = defaultdict(float)
+        for names in self.sums:
+            *of_set, weight = (next(numbers) for _ in range(len(names) + 1))
+            for name, value in zip(names, of_set, strict=True):
+                totals[name] += value
+                weights[name] += weight
+        return {name: totals[name] / weights[name] if weights[name] else float("nan") for name in totals}
 
 
 class Step:
@@ -35,19 +69,21 @@ class Step:
 
     def __init__(self, method: Method, options: TrainOptions, device: torch.device):
         self.method, self.options = method, options
-        self.bn_snapshot = BatchNormSnapshot(method)
+        self.buffers = join_buffers(method, device)
+        self.saved_buffers = self.buffers.clone()
         if options.compile:
             method.compile(dynamic=False)  # in place: names and weights stay
         self.module = distributed.parallel(method, device, method.find_unused_parameters)
         self.optimizer = create_optimizer(method.param_groups(options.lr), options, device)
         self.parameters: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.can_skip = can_skip(self.optimizer)
         self.precision = Precision(options.amp_dtype, device)
         self.ema = Ema(nn.ModuleDict(method.networks()), options.ema_decay) if options.ema_decay else None
         self.meter = Meter()
         self.nonfinite = torch.zeros((), device=device)  # steps whose gradient was not finite
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
-        self.bn_snapshot.save()
+        self.saved_buffers.copy_(self.buffers)
         count = max(1, min(self.options.grad_accum, len(images) // 2))  # BatchNorm cannot train on one image
         micro_batches = list(zip(images.tensor_split(count), target.tensor_split(count), strict=True))
         for number, (some_images, some_target) in enumerate(micro_batches, 1):
@@ -75,7 +111,8 @@ class Step:
 
         Raises UserError if so many were skipped that training diverges. `epoch` counts from 1, for the message.
         """
-        bad = read_and_reset(self.nonfinite)
+        bad = int(self.nonfinite.item())
+        self.nonfinite.zero_()
         message = f"the gradient was not finite in {bad} of {steps} steps of epoch {epoch}"
         # fp16 finds its scale by overflow: some 20 such steps at the start are normal
         if bad > max(steps / 2, 25 if self.precision.scaler.is_enabled() else 0):
@@ -116,8 +153,8 @@ class Step:
             clip_grads_with_norm_(self.parameters, self.options.clip_grad, norm)
         bad = ~norm.isfinite()
         self.nonfinite += bad
-        self.bn_snapshot.restore_if(bad)
-        if can_skip(self.optimizer):
+        self.buffers.copy_(torch.where(bad, self.saved_buffers, self.buffers))
+        if self.can_skip:
             setattr(self.optimizer, "found_inf", bad.float())  # noqa: B010, not in torch's types
         scaler.step(self.optimizer)
         scaler.update()

@@ -5,7 +5,7 @@ The engine runs a method eagerly, compiled or as a CUDA graph; the method does n
 A subclass writes `losses`, and overrides the rest only as it needs. docs/method-protocol.md is the guide.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError, check_number
 from ..models import staged
 from .context import NoOptions, RunContext
-from .forwards import ForwardCache
+from .forwards import ForwardCache, StagedView
 from .frozen import FrozenTeacher
 from .hooks import OptionalHooks
 
@@ -40,6 +40,7 @@ class Method(OptionalHooks):
 
     student: nn.Module
     teacher: FrozenTeacher | None
+    staged_views: dict[nn.Module, StagedView]
     options: Any
 
     def __init__(
@@ -93,15 +94,18 @@ class Method(OptionalHooks):
         """True if `losses` uses the teacher's logits or feature maps through `out`."""
         return self.teacher is not None
 
+    def staged_views_for(self, plan: Hashable) -> Mapping[nn.Module, StagedView]:
+        """By network, the view that runs in its place in a step with this plan."""
+        return self.staged_views
+
     def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
         """Images [N, 3, H, W] and their target -> the terms of `losses`. This is what the engine calls."""
-        out = ForwardCache(images, self.staged_views_for(plan))
-        teacher = self.teacher if self.asks_teacher else None
-        if teacher is not None:
-            out.start(teacher)
+        views, teacher = self.staged_views_for(plan), self.teacher if self.asks_teacher else None
+        out = ForwardCache(images, views)
+        if teacher is None or not out.start(teacher):
+            return self.losses(out, target, plan)
         terms = self.losses(out, target, plan)
-        if teacher is not None:
-            out.join(teacher)
+        out.join(teacher)
         return terms
 
     def _check_networks(self, student: nn.Module, teacher: nn.Module | None, peers: Sequence[nn.Module]) -> None:

@@ -40,16 +40,20 @@ class ForwardCache:
             raise ValueError(f"the method did not call request_features() for {type(net).__name__}")
         return self._run(net)[1]
 
-    def start(self, net: nn.Module) -> None:
-        """While a CUDA graph is captured: run `net` on a side stream, in parallel with the other networks."""
-        if torch.compiler.is_compiling():  # it would compile again within the capture
-            return
-        if self.images.is_cuda and torch.cuda.is_current_stream_capturing():
-            stream = _side_stream(self.images.device)
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._run(net)
-            self._streams[net] = stream
+    def start(self, net: nn.Module) -> bool:
+        """While a CUDA graph is captured: run `net` on a side stream, in parallel with the other networks.
+
+        Returns True if `net` was started; `join(net)` must then follow.
+        """
+        is_compiling = torch.compiler.is_compiling()  # it would compile again within the capture
+        if is_compiling or not self.images.is_cuda or not torch.cuda.is_current_stream_capturing():
+            return False
+        stream = _side_stream(self.images.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run(net)
+        self._streams[net] = stream
+        return True
 
     def join(self, net: nn.Module) -> None:
         """Let the current stream wait for `net`, if `start` has put it on a side stream."""
@@ -59,9 +63,9 @@ class ForwardCache:
     def _run(self, net: nn.Module) -> tuple[Tensor, list[Tensor]]:
         self.join(net)
         if net not in self._memo:
-            with torch.no_grad() if isinstance(net, FrozenTeacher) else nullcontext():
-                view = self._views.get(net)
-                self._memo[net] = view.features(self.images) if view else (_logits(net, self.images), [])
+            view, whole = self._views.get(net), net.net if isinstance(net, FrozenTeacher) else net
+            with nullcontext() if whole is net else torch.no_grad():
+                self._memo[net] = view.features(self.images) if view else (_logits(whole, self.images), [])
         return self._memo[net]
 
 

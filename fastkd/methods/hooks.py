@@ -1,16 +1,12 @@
 """Hooks that few methods need. `Method` inherits these defaults; docs/method-protocol.md says when to override them."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 from torch import nn
-
-from .forwards import StagedView
 
 
 class OptionalHooks(nn.Module):
     """Several updates per batch (DML), and steps that take one of many paths through the networks (IAKD)."""
-
-    staged_views: dict[nn.Module, StagedView]
 
     def plan(self, step: int) -> Hashable:
         """What the host decides for this step, such as a random path. Each value gets a captured graph of its own."""
@@ -19,10 +15,6 @@ class OptionalHooks(nn.Module):
     def plans(self, step: int) -> Sequence[Hashable]:
         """One plan for each update that is made with the batch of this step."""
         return (self.plan(step),)
-
-    def staged_views_for(self, plan: Hashable) -> Mapping[nn.Module, StagedView]:
-        """By network, the view that runs in its place in a step with this plan."""
-        return self.staged_views
 
     def graph_groups(self) -> list[list[nn.Module]]:
         """If plans are paths: the alternatives at each position. A step runs one module of each group, in order."""

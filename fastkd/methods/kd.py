@@ -7,10 +7,11 @@ Departures: none. `standardize` is arXiv:2403.01427's logit standardisation (its
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
+from ..kernels import kd_loss
 from ..losses import KDLoss
 from .base import Method, check_weights
 from .forwards import ForwardCache
@@ -31,11 +32,8 @@ class KDOptions:
     """Z-score each row of logits before the softmax (logit standardisation)."""
 
     def __post_init__(self) -> None:
-        self.loss()  # the loss checks the types and the ranges
+        KDLoss(self.temperature, self.ce_weight, self.kd_weight)  # checks the types and the ranges
         check_weights(ce_weight=self.ce_weight, kd_weight=self.kd_weight)
-
-    def loss(self) -> KDLoss:
-        return KDLoss(self.temperature, self.ce_weight, self.kd_weight, standardize=self.standardize)
 
 
 class KD(Method):
@@ -47,8 +45,6 @@ class KD(Method):
     teacher: FrozenTeacher
     options: KDOptions
 
-    def build(self) -> None:
-        self.loss = self.options.loss()
-
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        return self.loss.terms(out(self.student), out(self.teacher), target)
+        fused = kd_loss(out(self.student), out(self.teacher), target, **asdict(self.options))
+        return {"ce": fused.ce, "kd": fused.kd}

@@ -1,11 +1,21 @@
 """attention_transfer.py where there is no GPU: one pass over each map, the rest is small. Also the path of fp64."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from ..attention_transfer import Inputs
+    from ..op import Tensors
 
-def closed_form(student: Tensor, teacher: Tensor, weight: float, loss: Tensor, k: Tensor) -> None:
-    """Writes `loss` and k [N, HW]: the gradient of the student's map is k times the map."""
+
+def closed_form(inputs: "Inputs", outputs: "Tensors", grads: Any, grad_outputs: "Tensors" = ()) -> None:
+    """See FusedOp."""
+    (student, teacher, weight), (loss, k) = inputs, outputs
+    if loss is None or teacher is None:
+        _write_gradient(student, k, grads, grad_outputs[0])
+        return
     (N, HW), C = k.shape, student.shape[1]
     q_s, q_t = (_mean_square(f, k.dtype) for f in (student, teacher))
     norm_s, norm_t = (torch.linalg.vector_norm(q, dim=1, keepdim=True) for q in (q_s, q_t))
@@ -20,3 +30,12 @@ def closed_form(student: Tensor, teacher: Tensor, weight: float, loss: Tensor, k
 
 def _mean_square(f_NCHW: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(f_NCHW, dim=1, dtype=dtype).square_().div_(f_NCHW.shape[1]).flatten(1)
+
+
+def _write_gradient(student: Tensor, k: Tensor, grads: Tensor, grad_loss: Tensor) -> None:
+    N, _, H, W = student.shape
+    scale = (k * grad_loss).view(N, 1, H, W)
+    if student.dtype == k.dtype:
+        torch.mul(student, scale, out=grads)
+    else:
+        grads.copy_(student.to(k.dtype) * scale)

@@ -3,35 +3,43 @@
 It is also the path of fp64 on every device.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
+from ..op import acc_dtype
 
-def closed_form(
-    student: Tensor,
-    teacher: Tensor,
-    beta: float,
-    gamma: float,
-    temperature: float,
-    loss: Tensor,
-    gradient: Tensor,
-) -> None:
-    """Writes `loss` and, unless it has no elements, `gradient` [N, C]. Five buffers in all: fresh pages cost more."""
-    N, C = student.shape
-    p_s, p_t = ((z.detach().to(loss.dtype) / temperature).softmax(1) for z in (student, teacher))
-    scratch = gradient if gradient.numel() else torch.empty_like(p_s)
+if TYPE_CHECKING:
+    from ..dist_loss import Inputs
+    from ..op import Tensors
+
+
+def closed_form(inputs: "Inputs", outputs: "Tensors", grads: Any, grad_outputs: "Tensors" = ()) -> None:
+    """See FusedOp; rows and columns are for the kernels. Five buffers in all: fresh pages cost more."""
+    student, teacher, beta, gamma, temperature = inputs
+    (N, C), dtype, (loss, rows, columns) = student.shape, acc_dtype([student, teacher]), outputs
+    p_s, p_t = ((z.detach().to(dtype) / temperature).softmax(1) for z in (student, teacher))
+    gradient = torch.empty_like(p_s) if grads is None or grads.dtype != dtype else grads
     x, y = p_s - 1 / C, p_t - 1 / C  # rows, centred
-    r_rows, a, b = _correlation(x, y, 1, scratch)
+    r_rows, a, b = _correlation(x, y, 1, gradient)
     for p, z in ((p_s, x), (p_t, y)):  # columns: less their first entry before the mean, so a constant one is exactly 0
         torch.sub(p, p[0], out=z)
         z.sub_(z.mean(0))
-    r_columns, A, B = _correlation(x, y, 0, scratch)
-    loss.copy_(temperature**2 * (beta * (1 - r_rows.mean()) + gamma * (1 - r_columns.mean())))
-    if gradient.numel():
-        beta, gamma = -temperature * beta / N, -temperature * gamma / C
-        G = x.mul_(gamma * A).addcmul_(y, gamma * B)
-        G.addcmul_(p_s, beta * a).addcmul_(p_t, beta * b)  # not centred: the softmax ignores a constant in a row of G
-        torch.ops.aten._softmax_backward_data.out(G, p_s, 1, p_s.dtype, grad_input=gradient)
+    r_columns, A, B = _correlation(x, y, 0, gradient)
+    if loss is not None:
+        rows.zero_(), columns.zero_()
+        loss.copy_(temperature**2 * (beta * (1 - r_rows.mean()) + gamma * (1 - r_columns.mean())))
+    if grads is None:
+        return
+    beta, gamma = -temperature * beta / N, -temperature * gamma / C
+    G = x.mul_(gamma * A).addcmul_(y, gamma * B)
+    G.addcmul_(p_s, beta * a).addcmul_(p_t, beta * b)  # not centred: the softmax ignores a constant in a row of G
+    torch.ops.aten._softmax_backward_data.out(G, p_s, 1, p_s.dtype, grad_input=gradient)
+    if grad_outputs:
+        gradient.mul_(grad_outputs[0])
+    if gradient is not grads:
+        grads.copy_(gradient)
 
 
 def _correlation(x: Tensor, y: Tensor, dim: int, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,43 +3,39 @@
 Both networks lie in one [2, N, C] buffer, student first. It is also the path of fp64 on every device.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..op import acc_dtype, without_autocast
-from .scratch import scratch
+from ..op import acc_dtype
+from .logit_loss import scratch
+
+if TYPE_CHECKING:
+    from ..dkd_loss import Inputs
+    from ..op import Tensors
 
 
-@without_autocast
-def closed_form(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    grads: Tensor | None,
-    grad_output: Tensor | None = None,
-    written: bool = False,
-) -> Tensor | None:
-    """The same arguments and results as the kernel's `launch`; nothing is skipped here."""
-    N, y = len(target), target[:, None]
+def closed_form(inputs: "Inputs", outputs: "Tensors", grads: Tensor | None, grad_outputs: "Tensors" = ()) -> None:
+    """See FusedOp."""
+    student, teacher, target, alpha, beta, temperature = inputs
+    N, y, loss = len(target), target[:, None], outputs[0]
     d, shifted, r, log_sum, known = _rest(student, teacher, y, temperature)
     p, q = d.sigmoid(), (-d).sigmoid()  # of the label, of all others together
     if grads is not None:
         gap = torch.where(d[0] > 0, q[1] - q[0], p[0] - p[1])  # p_s - p_t without cancellation near 1
-        scale = d.new_tensor(temperature / N) * (1 if grad_output is None else grad_output)
+        scale = d.new_tensor(temperature / N) * (grad_outputs[0] if grad_outputs else 1)
         out = grads if grads.dtype == r.dtype else scratch("gradient", grads.shape, r)
         torch.sub(*r, out=out).mul_(beta * scale).addcmul_(r[0], -alpha * scale * gap)
         out.scatter_(1, y, alpha * scale * gap)
         if out is not grads:
             grads.copy_(out)
-    if grad_output is not None:
-        return None
+    if loss is None:
+        return
     tckd = sum(torch.where(t == 0, 0, t * (log[1] - log[0])).sum() for t, log in ((p[1], _log(d)), (q[1], _log(-d))))
     nckd = _divergence(r[1], shifted).sum() + ((log_sum[0] - log_sum[1]) * known[1]).sum()
-    return temperature**2 / N * (alpha * tckd + beta * nckd)
+    loss.copy_(temperature**2 / N * (alpha * tckd + beta * nckd))
 
 
 def _log(d: Tensor) -> Tensor:

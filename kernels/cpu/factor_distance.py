@@ -7,12 +7,16 @@ well: there are few.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .scratch import scratch
+from .logit_loss import scratch
+
+if TYPE_CHECKING:
+    from ..factor_distance import Inputs
+    from ..op import Tensors
 
 CHUNK = 1 << 19
 """Elements of a factor at a time: what the passes share stays in the last-level cache."""
@@ -20,32 +24,23 @@ NO_NORM = 1e-12
 """A norm up to here counts as this, and its part gets no gradient."""
 
 
-def closed_form(
-    parts: Sequence[Tensor],
-    teacher: Tensor,
-    weights: Sequence[float],
-    p: int,
-    needs_grad: Sequence[bool],
-    loss: Tensor | None,
-    terms: Tensor,
-    statistics: Tensor,
-    grads: Tensor,
-    grad_output: tuple[Tensor | None, Tensor | None] | None = None,
-) -> None:
-    """Forward (no `grad_output`): loss, terms, statistics, and for p = 1 grads, are written. Backward: grads are."""
+def closed_form(inputs: "Inputs", outputs: "Tensors", grads: Tensor, grad_outputs: "Tensors" = ()) -> None:
+    """See FusedOp. For p = 2 only the backward pass has gradients."""
+    (parts, teacher, out), (loss, terms, statistics) = inputs.rows(grads), outputs
+    _, _, weights, p, needs_grad = inputs
     N, D = teacher.shape
     chunks = math.ceil(N * D / CHUNK) if teacher.device.type == "cpu" else 1
     rows, w = math.ceil(N / chunks), terms.new_tensor(weights)
-    factors = w / (N * D) if grad_output is None else _factors(w, p, N * D, terms, grad_output)
-    slots = iter(grads.unbind())
-    outs = [next(slots) if learner and len(grads) else None for learner in needs_grad]
+    factors = _factors(w, p, N * D, terms, grad_outputs) if grad_outputs else w / (N * D)
+    slots = iter(out.unbind())
+    outs = [next(slots) if learner else None for learner in needs_grad]
     sums = []
     for start in range(0, N, rows):
         some = slice(start, start + rows) if rows < N else ...
         xs, t = [x[some].detach().to(terms.dtype) for x in parts], teacher[some].to(terms.dtype)
         here = [out if out is None else out[some] for out in outs]
-        sums.append(_samples(xs, t, p, statistics[:, some, None], factors[:, None, None], here, grad_output is None))
-    if grad_output is None:
+        sums.append(_samples(xs, t, p, statistics[:, some, None], factors[:, None, None], here, loss is not None))
+    if loss is not None:
         distances = torch.stack([x for x in sums if x is not None]).sum(0) / (N * D)
         torch.mul(distances if p == 1 else distances.sqrt_(), w, out=terms)
         if 0.0 in weights:
@@ -53,14 +48,12 @@ def closed_form(
         torch.sum(terms, 0, out=loss)
 
 
-def _factors(
-    w: Tensor, p: int, elements: int, terms: Tensor, grad_output: tuple[Tensor | None, Tensor | None]
-) -> Tensor:
+def _factors(w: Tensor, p: int, elements: int, terms: Tensor, grad_outputs: Sequence[Tensor | None]) -> Tensor:
     """What the gradients are multiplied by: weight / N_el, over the distance for p = 2, times what comes from above."""
     factors = w / elements
     if p == 2:  # the distance is term / weight; at distance 0 the gradient is 0
         factors = torch.where(terms == 0, 0, w * factors / terms)
-    return factors * sum(gradient for gradient in grad_output if gradient is not None)
+    return factors * sum(gradient for gradient in grad_outputs if gradient is not None)
 
 
 def _samples(

@@ -3,42 +3,42 @@
 It is also the path of fp64 on every device.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..op import acc_dtype
 
+if TYPE_CHECKING:
+    from ..map_distance import Inputs
+    from ..op import Tensors
+
 _PIECE = 1 << 18
 """Elements, measured: 2^16 pays for calls, 2^20 and more for memory."""
 
 
-def closed_form(
-    student: Tensor,
-    teacher: Tensor,
-    margin: Tensor | None,
-    scale: float,
-    grad: Tensor | None,
-    grad_output: Tensor | None = None,
-    skip_one: bool = False,
-) -> Tensor | None:
-    """The same arguments and results as the kernel's `launch`; nothing is skipped here."""
+def closed_form(inputs: "Inputs", outputs: "Tensors", grads: Tensor | None, grad_outputs: "Tensors" = ()) -> None:
+    """See FusedOp."""
+    (student, teacher, margin, scale), value = inputs.dense(), outputs[0]
     dtype = acc_dtype([student, teacher])
     if margin is not None:
         margin = margin.to(dtype)[:, None, None]
-    factor = 2 * scale if grad_output is None else 2 * scale * grad_output
+    factor = 2 * scale * grad_outputs[0] if grad_outputs else 2 * scale
     samples = max(1, _PIECE // student[0].numel())
-    pieces = [x.split(samples) for x in ((student, teacher) if grad is None else (student, teacher, grad))]
+    pieces = [x.split(samples) for x in ((student, teacher) if grads is None else (student, teacher, grads))]
     sums = []
     for s, t, *g in zip(*pieces, strict=True):
         residual = _residual(s.to(dtype), t.to(dtype), margin)
-        if grad_output is None:
+        if value is not None:
             flat = residual.permute(0, 2, 3, 1).flatten() if _is_last(residual) else residual.flatten()
             sums.append(torch.dot(flat, flat))
         if g and g[0].dtype == dtype:
             torch.mul(residual, factor, out=g[0])
         elif g:
             g[0].copy_(residual.mul_(factor))  # half the time of out= where the dtype is another
-    return scale * torch.stack(sums).sum() if grad_output is None else None
+    if value is not None:
+        value.copy_(scale * torch.stack(sums).sum())
 
 
 def _is_last(x: Tensor) -> bool:

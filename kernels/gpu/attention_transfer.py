@@ -1,6 +1,7 @@
 """The kernels of attention_transfer.py. A tile is some places (of H W) of one sample times some channels."""
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from .host import common_unit, on_device, power_of_2, programs
 from .reduce import ticket, total
+
+if TYPE_CHECKING:
+    from ..attention_transfer import Inputs
+    from ..op import Tensors
 
 
 @triton.jit
@@ -184,8 +189,14 @@ def _channels(channels: int, places: int) -> int:
     return max(1, min(power_of_2(channels), 4096 // places))
 
 
-def launch(student: Tensor, teacher: Tensor, weight: float, loss: Tensor, k: Tensor) -> None:
-    """The forward pass writes loss and k [N, HW]."""
+def launch(
+    inputs: "Inputs", outputs: "Tensors", grads: Any, grad_outputs: "Tensors" = (), written: bool = False
+) -> None:
+    """See FusedOp. The forward pass writes the loss and k, of which the backward pass makes grads."""
+    (student, teacher, weight), (loss, k) = inputs, outputs
+    if teacher is None:
+        _launch_backward(student, k, grad_outputs[0], grads)
+        return
     (N, HW), Cs, Ct, device = k.shape, student.shape[1], teacher.shape[1], k.device
     (student, strides_s, last_s), (teacher, strides_t, last_t) = _readable(student), _readable(teacher)
     unit_s, unit_t = _units(strides_s, last_s, Cs, HW), _units(strides_t, last_t, Ct, HW)
@@ -209,7 +220,7 @@ def launch(student: Tensor, teacher: Tensor, weight: float, loss: Tensor, k: Ten
         )  # fmt: skip
 
 
-def launch_backward(student: Tensor, k: Tensor, grad_output: Tensor, gradient: Tensor) -> None:
+def _launch_backward(student: Tensor, k: Tensor, grad_output: Tensor, gradient: Tensor) -> None:
     """Writes gradient = grad_output * k * student."""
     (N, HW), C, device = k.shape, student.shape[1], k.device
     student, strides, last = _readable(student)

@@ -1,6 +1,7 @@
 """The kernels of dist_loss.py: statistics of the rows, statistics of the columns, gradient."""
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from .host import common_unit, contiguous_rows, most_registers, on_device, programs, row_shape
 from .reduce import ticket, total
+
+if TYPE_CHECKING:
+    from ..dist_loss import Inputs
+    from ..op import Tensors
 
 
 @triton.jit
@@ -227,7 +232,7 @@ def _gradient_kernel(
         row += tl.num_programs(0)
 
 
-def _inputs(student: Tensor, teacher: Tensor) -> tuple[tuple[Tensor, int, Tensor, int], int]:
+def _networks(student: Tensor, teacher: Tensor) -> tuple[tuple[Tensor, int, Tensor, int], int]:
     """The first arguments of the kernels, and the unit in which classes and strides are counted."""
     student, teacher = contiguous_rows(student), contiguous_rows(teacher)
     unit = common_unit(student.shape[1], student.stride(0), teacher.stride(0))
@@ -235,49 +240,46 @@ def _inputs(student: Tensor, teacher: Tensor) -> tuple[tuple[Tensor, int, Tensor
 
 
 def launch(
-    student: Tensor,
-    teacher: Tensor,
-    beta: float,
-    gamma: float,
-    temperature: float,
-    loss: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    inputs: "Inputs", outputs: "Tensors", grads: Any, grad_outputs: "Tensors" = (), written: bool = False
 ) -> None:
-    """Write the loss, `rows` [6, N] and `columns` [4, C], all fp32."""
+    """See FusedOp. The forward pass writes the loss, `rows` and `columns`, of which the backward pass makes grads."""
+    student, teacher, beta, gamma, temperature = inputs
+    loss, rows, columns = outputs
+    if grad_outputs:
+        _launch_backward(student, teacher, temperature, rows, columns, grad_outputs[0], grads)
+        return
     (N, C), device = student.shape, student.device
-    inputs, unit = _inputs(student, teacher)
+    networks, unit = _networks(student, teacher)
     block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
     wide = 16 if C <= 4096 else 64  # enough programs for few classes, whole cache lines for many
     grids = programs(N, warps, device), math.ceil(C / wide)
     row_sum, *partials = (torch.empty(n, dtype=torch.float32, device=device) for n in (1, *grids))
     with on_device(device):
         _rows_kernel[grids[:1]](
-            *inputs, rows, row_sum, partials[0], ticket(device), N, C // unit, beta, temperature,
+            *networks, rows, row_sum, partials[0], ticket(device), N, C // unit, beta, temperature,
             ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps, enable_fp_fusion=True, num_warps=warps,
         )  # fmt: skip
         _columns_kernel[grids[1:]](
-            *inputs, rows, row_sum, columns, loss, partials[1], ticket(device), N, C // unit, beta, gamma, temperature,
+            *networks, rows, row_sum, columns, loss, partials[1], ticket(device), N, C // unit, beta, gamma, temperature,
             UNIT=unit, TALL=1024 // wide, WIDE=wide, ROWS=128, enable_fp_fusion=True, num_warps=4,
         )  # fmt: skip
 
 
-def launch_backward(
+def _launch_backward(
     student: Tensor,
     teacher: Tensor,
+    temperature: float,
     rows: Tensor,
     columns: Tensor,
-    grad_output: Tensor,
-    temperature: float,
+    grad_loss: Tensor,
     grads: Tensor,
 ) -> None:
-    """Write `grads` [N, C] from the `rows` and `columns` that `launch` has written."""
     (N, C), device = student.shape, student.device
-    inputs, unit = _inputs(student, teacher)
+    networks, unit = _networks(student, teacher)
     block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
     with on_device(device):
         _gradient_kernel[(programs(N, warps, device),)](
-            *inputs, rows, columns, grad_output, grads, N, C // unit, temperature,
+            *networks, rows, columns, grad_loss, grads, N, C // unit, temperature,
             ONE_PASS=block >= C, UNIT=unit, BLOCK=block,
             enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
         )  # fmt: skip

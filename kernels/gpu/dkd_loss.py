@@ -1,5 +1,7 @@
 """The kernel of dkd_loss.py: one program takes rows. A row of both networks is kept in registers if it fits."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,10 @@ from torch import Tensor
 
 from .host import common_unit, contiguous_rows, most_registers, on_device, programs, row_shape
 from .reduce import ticket, total
+
+if TYPE_CHECKING:
+    from ..dkd_loss import Inputs
+    from ..op import Tensors
 
 
 @triton.jit
@@ -140,33 +146,21 @@ def _kernel(
 
 
 def launch(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    grads: Tensor | None,
-    grad_output: Tensor | None = None,
-    skip_one: bool = False,
-) -> Tensor | None:
-    """Run the kernel. It writes `grads` [N, C], if given; forward (no grad_output) gives the loss.
-
-    With skip_one nothing is written if grad_output is 1.
-    """
-    (N, C), device, forward = student.shape, student.device, grad_output is None
+    inputs: "Inputs", outputs: "Tensors", grads: Tensor | None, grad_outputs: "Tensors" = (), written: bool = False
+) -> None:
+    """Run the kernel; see FusedOp. If `written`, it writes nothing where grad_outputs are 1."""
+    student, teacher, target, alpha, beta, temperature = inputs
+    grad_loss = grad_outputs[0] if grad_outputs else None
+    (N, C), device, forward = student.shape, student.device, not grad_outputs
     student, teacher, target = contiguous_rows(student), contiguous_rows(teacher), target.contiguous()
     unit = common_unit(C, student.stride(0), teacher.stride(0))
     block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
     grid = programs(N, warps, device)
-    loss, partials = (
-        torch.empty(shape, dtype=torch.float32, device=device) if forward else None for shape in ((), (grid, 2))
-    )
+    partials = torch.empty((grid, 2), dtype=torch.float32, device=device) if forward else None
     with on_device(device):
         _kernel[(grid,)](
-            student, student.stride(0) // unit, teacher, teacher.stride(0) // unit, target, grads, grad_output,
-            partials, ticket(device) if forward else None, loss, N, C // unit, alpha, beta, temperature,
-            FORWARD=forward, SKIP_ONE=skip_one, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps,
+            student, student.stride(0) // unit, teacher, teacher.stride(0) // unit, target, grads, grad_loss,
+            partials, ticket(device) if forward else None, *outputs, N, C // unit, alpha, beta, temperature,
+            FORWARD=forward, SKIP_ONE=written, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps,
             enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
         )  # fmt: skip
-    return loss

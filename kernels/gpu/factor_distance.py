@@ -1,7 +1,7 @@
 """The kernels of factor_distance.py: one program takes samples. A sample is kept in registers if it fits."""
 
 import math
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -10,6 +10,10 @@ from torch import Tensor
 
 from .host import common_unit, contiguous_rows, on_device, power_of_2, programs
 from .reduce import ticket, total
+
+if TYPE_CHECKING:
+    from ..factor_distance import Inputs
+    from ..op import Tensors
 
 
 @triton.jit
@@ -230,70 +234,38 @@ def _shape(elements: int, maps: int) -> tuple[int, int]:
     return block, min(max(1, block // (32 * 8)), 16)
 
 
-Inputs = tuple[tuple[Tensor, ...], tuple[int, ...], int, tuple[int, ...]]
-
-
-def _inputs(factors: Sequence[Tensor], teacher: Tensor, needs_grad: Sequence[bool]) -> Inputs:
-    """(maps, their strides in units, the unit, the place of the gradient of each factor or -1)"""
-    maps = [contiguous_rows(x) for x in (*factors, teacher)]
-    unit = common_unit(teacher.shape[1], *(x.stride(0) for x in maps))
-    order = iter(range(len(factors)))
-    strides = tuple(x.stride(0) // unit for x in maps)
-    return tuple(maps), strides, unit, tuple(next(order) if on else -1 for on in needs_grad)
-
-
 def launch(
-    factors: Sequence[Tensor],
-    teacher: Tensor,
-    weights: Sequence[float],
-    p: int,
-    needs_grad: Sequence[bool],
-    loss: Tensor,
-    terms: Tensor,
-    statistics: Tensor,
-    grads: Tensor,
+    inputs: "Inputs", outputs: "Tensors", grads: Tensor, grad_outputs: "Tensors" = (), written: bool = False
 ) -> None:
-    """The forward pass writes loss, terms, statistics [2 K + 1, N] and for p = 1 grads [factors that need one, N, D].
+    """See FusedOp. If `written`, the backward pass writes nothing where all grad_outputs are 1.
 
-    factors: K student factors [N, D].
+    Only for p = 1 the forward pass writes grads, [factors that need one, N, D].
     """
+    (factors, teacher, grads), (loss, terms, statistics) = inputs.rows(grads), outputs
     (N, D), K, device = teacher.shape, len(factors), teacher.device
-    maps, strides, unit, learner = _inputs(factors, teacher, needs_grad)
+    maps = tuple(contiguous_rows(x) for x in (*factors, teacher))
+    unit, order = common_unit(D, *(x.stride(0) for x in maps)), iter(range(K))
+    strides, weights = tuple(x.stride(0) // unit for x in maps), tuple(inputs.weights)
+    learner = tuple(next(order) if on else -1 for on in inputs.needs_grad)  # the place of its gradient
+    if grad_outputs:
+        grad_loss, grad_terms = grad_outputs
+        grad_terms = None if grad_terms is None else grad_terms.contiguous()
+        block = min(2048, max(16, power_of_2(D)))
+        pieces = math.ceil(D / block)
+        with on_device(device):
+            _backward_kernel[(programs(N * pieces, 8, device),)](
+                maps, strides, grads, weights, statistics, terms, grad_loss, grad_terms, N, D // unit, pieces,
+                1 / (N * D), LEARNER=learner, SKIP_ONES=written, P=inputs.p, UNIT=unit, BLOCK=block, num_warps=8,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+        return
     block, warps = _shape(D, len(maps))
-    slots = max(2, power_of_2(K))
-    grid = programs(N, warps, device)
+    slots, grid = max(2, power_of_2(K)), programs(N, warps, device)
     partials = torch.empty((grid, slots), dtype=torch.float32, device=device)
     with on_device(device):
         _kernel[(grid,)](
-            maps, strides, grads, tuple(weights), statistics, partials, ticket(device), loss, terms,
-            N, D // unit, 1 / (N * D),
-            LEARNER=learner, GRADIENTS=len(grads) > 0, P=p, ONE_PASS=block >= D, UNIT=unit,
+            maps, strides, grads, weights, statistics, partials, ticket(device), loss, terms, N, D // unit, 1 / (N * D),
+            LEARNER=learner, GRADIENTS=len(grads) > 0, P=inputs.p, ONE_PASS=block >= D, UNIT=unit,
             BLOCK=block, SLOTS=slots, ROWS=max(1, 256 * warps // slots),
             num_warps=warps, enable_fp_fusion=False,  # fused, x^ - t^ of equal factors is a rounding error with a sign
-        )  # fmt: skip
-
-
-def launch_backward(
-    factors: Sequence[Tensor],
-    teacher: Tensor,
-    weights: Sequence[float],
-    p: int,
-    needs_grad: Sequence[bool],
-    terms: Tensor,
-    statistics: Tensor,
-    grads: Tensor,
-    grad_output: tuple[Tensor | None, Tensor | None],
-    skip_ones: bool,
-) -> None:
-    """Writes grads [factors that need one, N, D]; with skip_ones not if grad_output (of loss, of terms) is all 1."""
-    (N, D), device = teacher.shape, teacher.device
-    maps, strides, unit, learner = _inputs(factors, teacher, needs_grad)
-    block, warps = min(2048, max(16, power_of_2(D))), 8
-    pieces = math.ceil(D / block)
-    grad_loss, grad_terms = grad_output
-    with on_device(device):
-        _backward_kernel[(programs(N * pieces, warps, device),)](
-            maps, strides, grads, tuple(weights), statistics, terms,
-            grad_loss, None if grad_terms is None else grad_terms.contiguous(), N, D // unit, pieces, 1 / (N * D),
-            LEARNER=learner, SKIP_ONES=skip_ones, P=p, UNIT=unit, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip

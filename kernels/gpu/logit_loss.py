@@ -1,6 +1,6 @@
 """The kernel of logit_loss.py: one program takes rows. A row of all heads is kept in registers if it fits."""
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -20,6 +20,10 @@ from .logit_terms import (
     write_gradients,
 )
 from .reduce import ticket, total
+
+if TYPE_CHECKING:
+    from ..logit_loss import Inputs
+    from ..op import Tensors
 
 
 @triton.jit
@@ -167,47 +171,31 @@ def _shape(classes: int, heads: int, learners: int, itemsize: int) -> tuple[int,
 
 
 def launch(
-    heads: Sequence[Tensor],
-    target: Tensor,
-    weights: Sequence[float],
-    temperature: float,
-    smoothing: float,
-    ignore_index: int | None,
-    standardize: bool,
-    needs_grad: Sequence[bool],
-    grads: Tensor,
-    grad_output: tuple[Tensor | None, Tensor | None] | None = None,
-    skip_ones: bool = False,
-) -> tuple[Tensor, Tensor] | None:
-    """Run the kernel. It writes `grads` [heads that need one, N, C]; forward (no grad_output) gives (loss, terms).
-
-    grad_output: of the loss and of the terms. With skip_ones nothing is written if all of it is 1.
-    """
+    inputs: "Inputs", outputs: "Tensors", grads: Tensor, grad_outputs: "Tensors" = (), written: bool = False
+) -> None:
+    """Run the kernel; see FusedOp. If `written`, it writes nothing where all grad_outputs are 1."""
+    heads, target, weights, temperature, smoothing, ignore_index, standardize, needs_grad = inputs
     (N, C), H, device = heads[0].shape, len(heads), heads[0].device
-    soft, forward = target.is_floating_point(), grad_output is None
+    soft, forward = target.is_floating_point(), not grad_outputs
     heads, target = [contiguous_rows(head) for head in heads], contiguous_rows(target)
     unit = common_unit(C, *(head.stride(0) for head in heads))
     block, warps, registers = _shape(C, H, sum(needs_grad), max(head.element_size() for head in heads))
     slots, grid = power_of_2(H * (H + 1)), programs(N, warps, device)
-    grad_loss, grad_terms = grad_output or (None, None)
+    grad_loss, grad_terms = grad_outputs or (None, None)
     grad_terms = None if grad_terms is None else grad_terms.contiguous()  # that of terms.sum() is expanded
     kept = None if ignore_index is None else (target != ignore_index).sum()
-    loss, terms, partials = (
-        torch.empty(shape, dtype=torch.float32, device=device) if forward else None
-        for shape in ((), (H, H + 1), (grid, slots))
-    )
+    partials = torch.empty((grid, slots), dtype=torch.float32, device=device) if forward else None
     order = iter(range(H))
     with on_device(device):
         _kernel[(grid,)](
             tuple(heads), tuple(head.stride(0) // unit for head in heads), grads, target,
             target.stride(0) if soft else 1, tuple(weights), kept, grad_loss, grad_terms,
-            partials, ticket(device) if forward else None, loss, terms,
+            partials, ticket(device) if forward else None, *outputs,
             N, C // unit, temperature, smoothing, ignore_index or 0,
             USED=tuple(weight != 0 for weight in weights),
             LEARNER=tuple(next(order) if learner else -1 for learner in needs_grad),
             SOFT=soft, SMOOTH=smoothing > 0, IGNORE=ignore_index is not None, STANDARDIZE=standardize,
             COLD=temperature == 1 and not standardize,  # one softmax serves labels and teachers
-            FORWARD=forward, SKIP_ONES=skip_ones, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, SLOTS=slots,
+            FORWARD=forward, SKIP_ONES=written, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, SLOTS=slots,
             ROWS=max(1, 256 * warps // slots), enable_fp_fusion=True, num_warps=warps, maxnreg=registers,
         )  # fmt: skip
-    return None if loss is None or terms is None else (loss, terms)

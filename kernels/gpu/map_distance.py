@@ -1,6 +1,7 @@
 """The kernel of map_distance.py: both maps are read as flat arrays, 8 elements at a time."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from .host import common_unit, on_device, programs
 from .reduce import ticket, total
+
+if TYPE_CHECKING:
+    from ..map_distance import Inputs
+    from ..op import Tensors
 
 
 @triton.jit
@@ -69,19 +74,12 @@ def _kernel(
 
 
 def launch(
-    student: Tensor,
-    teacher: Tensor,
-    margin: Tensor | None,
-    scale: float,
-    grad: Tensor | None,
-    grad_output: Tensor | None = None,
-    skip_one: bool = False,
-) -> Tensor | None:
-    """Run the kernel. It writes `grad`, if given; forward (no grad_output) gives scale * sum of squares.
-
-    Maps and grad are dense and of one memory format. With skip_one nothing is written if grad_output is 1.
-    """
-    (_, C, H, W), device, forward = student.shape, student.device, grad_output is None
+    inputs: "Inputs", outputs: "Tensors", grads: Tensor | None, grad_outputs: "Tensors" = (), written: bool = False
+) -> None:
+    """Run the kernel; see FusedOp. If `written`, it writes nothing where grad_outputs are 1."""
+    student, teacher, margin, scale = inputs.dense()
+    grad_value = grad_outputs[0] if grad_outputs else None
+    (_, C, H, W), device, forward = student.shape, student.device, not grad_outputs
     last = student.is_contiguous(memory_format=torch.channels_last)
     unit = common_unit(student.numel(), *(() if margin is None else (C if last else H * W,)))
     units = student.numel() // unit
@@ -91,13 +89,10 @@ def launch(
     grid = programs(math.ceil(units / block), 2 * warps, device)
     period, inner = (C // unit, 1) if last else (C * H * W // unit, max(1, H * W // unit))
     margin = margin if margin is None else margin.contiguous()
-    partials, value = (
-        torch.empty(shape, dtype=torch.float32, device=device) if forward else None for shape in ((grid, 1), ())
-    )
+    partials = torch.empty((grid, 1), dtype=torch.float32, device=device) if forward else None
     with on_device(device):
         _kernel[(grid,)](
-            student, teacher, margin, grad, grad_output, partials, ticket(device) if forward else None, value,
+            student, teacher, margin, grads, grad_value, partials, ticket(device) if forward else None, *outputs,
             units, max(1, period), inner, grid * block % max(1, period), scale,
-            LAST=last, SKIP_ONE=skip_one, UNIT=unit, BLOCK=block, ROWS=256, enable_fp_fusion=True, num_warps=warps,
+            LAST=last, SKIP_ONE=written, UNIT=unit, BLOCK=block, ROWS=256, enable_fp_fusion=True, num_warps=warps,
         )  # fmt: skip
-    return value

@@ -1,16 +1,15 @@
 """Attention transfer against formulas of our own in float64, written sample by sample."""
 
-import sys
-
 import pytest
 import torch
 
 from fastkd.kernels.attention_transfer import (
+    Inputs,
     _attention_transfer,
     attention_transfer,
     attention_transfer_reference,
 )
-from fastkd.kernels.gpu.attention_transfer import launch, launch_backward
+from fastkd.kernels.gpu.attention_transfer import launch
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 KERNEL = pytest.mark.parametrize("device", ["cpu", GPU])  # on the CPU the kernel runs in Triton's interpreter
@@ -180,7 +179,7 @@ def test_gradcheck_and_opcheck():
     torch.library.opcheck(_attention_transfer.op, (student, teacher, 10.0, True))
     _, k, _ = _attention_transfer.op(student.detach(), teacher, 10.0, True)
     backward = torch.ops.fastkd.attention_transfer_backward.default
-    torch.library.opcheck(backward, (student.detach(), k, 10.0, torch.tensor(2.0)))
+    torch.library.opcheck(backward, (student.detach(), None, 10.0, k, torch.tensor(2.0)))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -207,11 +206,11 @@ def test_kernel(device, shape, teacher_channels, layouts, dtype):
     want, gradient = independent(student.cpu(), teacher.cpu(), 100.0)
     loss = torch.full((), torch.nan, device=device)
     k = torch.full((N, H * W), torch.nan, device=device)
-    launch(student, teacher, 100.0, loss, k)
+    launch(Inputs(student, teacher, 100.0), (loss, k), None)
     torch.testing.assert_close(loss.cpu().double(), torch.as_tensor(want), rtol=2e-5, atol=1e-9)
     for upstream in (1.0, -3.0):
         got = torch.full_like(student, torch.nan)
-        launch_backward(student, k, torch.tensor(upstream, device=device), got)
+        launch(Inputs(student, None, 100.0), (None, k), got, (torch.tensor(upstream, device=device),))
         if H * W > 1:
             close(got, upstream * gradient, dtype)
         else:
@@ -224,18 +223,18 @@ def test_kernel_of_large_maps(device):
     student, teacher = maps((2, 2, 48, 47), 1, device=device)
     student = student.detach()
     loss, k = torch.full((), torch.nan, device=device), torch.full((2, 48 * 47), torch.nan, device=device)
-    launch(student, teacher, 1e4, loss, k)
+    launch(Inputs(student, teacher, 1e4), (loss, k), None)
     leaf = student.clone().double().requires_grad_()
     reference = attention_transfer_reference(leaf, teacher.double(), 1e4)
     torch.testing.assert_close(loss.double(), reference.detach(), rtol=2e-5, atol=0)
     got = torch.full((2, 2, 48, 47), torch.nan, device=device)
-    launch_backward(student, k, torch.ones((), device=device), got)
+    launch(Inputs(student, None, 1e4), (None, k), got, (torch.ones((), device=device),))
     close(got, torch.autograd.grad(reference, leaf)[0], torch.float32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernels_behind_the_public_function(monkeypatch, layout):
-    monkeypatch.setattr(sys.modules[attention_transfer.__module__], "runs_on_gpu", lambda tensors: True)
+    monkeypatch.setattr("fastkd.kernels.op.runs_on_gpu", lambda device, dtype: True)
     student, teacher = maps((3, 4, 3, 3), 5, layouts=(layout, "channels_last"))
     loss, gradient = independent(student.detach(), teacher, 100.0)
     got = attention_transfer(student, teacher, 100.0)

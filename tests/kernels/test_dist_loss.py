@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from fastkd.kernels.dist_loss import dist_loss, dist_loss_reference
 
-module = importlib.import_module("fastkd.kernels.dist_loss")  # the package has a function of the same name
 kernel = importlib.import_module("fastkd.kernels.gpu.dist_loss")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [] if DEVICE == "cpu" else pytest.mark.gpu
@@ -18,7 +17,7 @@ inf, nan = float("inf"), float("nan")
 @pytest.fixture(params=["closed form", "kernel", "kernel in pieces"])
 def path(request, monkeypatch):
     """Which implementation the op takes; in pieces: rows of more than 16 classes do not fit into the registers."""
-    monkeypatch.setattr(module, "runs_on_gpu", lambda tensors: request.param != "closed form")
+    monkeypatch.setattr("fastkd.kernels.op.runs_on_gpu", lambda device, dtype: request.param != "closed form")
     if request.param == "kernel in pieces":
         monkeypatch.setattr(kernel, "row_shape", lambda *sizes: (16, 4))
     return request.param
@@ -88,7 +87,7 @@ def test_options(path, options):
 @pytest.mark.parametrize("shape", [(3, 4), (6, 100), (64, 1000)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_closed_form(monkeypatch, shape, dtype):
-    monkeypatch.setattr(module, "runs_on_gpu", lambda tensors: False)
+    monkeypatch.setattr("fastkd.kernels.op.runs_on_gpu", lambda device, dtype: False)
     check(*make(*shape, dtype))
 
 
@@ -255,7 +254,7 @@ def test_opcheck(path, learns):
     torch.library.opcheck(torch.ops.fastkd.dist_loss.default, (student, teacher, 1.0, 1.0, 2.0, learns))
     if learns:
         _, rows, columns, _ = torch.ops.fastkd.dist_loss(student.detach(), teacher, 1.0, 1.0, 2.0, True)
-        arguments = (student.detach(), teacher, rows, columns, 1.0, 1.0, 2.0, torch.tensor(0.5, device=DEVICE))
+        arguments = (student.detach(), teacher, 1.0, 1.0, 2.0, rows, columns, torch.tensor(0.5, device=DEVICE))
         torch.library.opcheck(torch.ops.fastkd.dist_loss_backward.default, arguments)
 
 

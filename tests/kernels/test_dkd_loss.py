@@ -6,10 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkd.kernels.dkd_loss import dkd_loss, dkd_loss_reference
-from fastkd.kernels.gpu.dkd_loss import launch
+from fastkd.kernels.dkd_loss import Inputs, dkd_loss, dkd_loss_reference
 
-module = importlib.import_module("fastkd.kernels.dkd_loss")  # the package has a function of the same name
 kernel = importlib.import_module("fastkd.kernels.gpu.dkd_loss")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [] if DEVICE == "cpu" else pytest.mark.gpu
@@ -19,8 +17,7 @@ inf, nan = float("inf"), float("nan")
 @pytest.fixture(params=["closed form", "kernel", "kernel in pieces"])
 def path(request, monkeypatch):
     """Which implementation the op takes; in pieces: rows of more than 16 classes do not fit into the registers."""
-    compute = module.closed_form if request.param == "closed form" else launch
-    monkeypatch.setattr(module, "_compute", lambda student, teacher: compute)
+    monkeypatch.setattr("fastkd.kernels.op.runs_on_gpu", lambda device, dtype: request.param != "closed form")
     if request.param == "kernel in pieces":
         monkeypatch.setattr(kernel, "row_shape", lambda *sizes: (16, 4))
     return request.param
@@ -100,7 +97,7 @@ def test_options(path, options):
 @pytest.mark.parametrize("shape", [(3, 2), (6, 100), (64, 1000)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_closed_form(monkeypatch, shape, dtype):
-    monkeypatch.setattr(module, "_compute", lambda student, teacher: module.closed_form)
+    monkeypatch.setattr("fastkd.kernels.op.runs_on_gpu", lambda device, dtype: False)
     check(*make(*shape, dtype))
 
 
@@ -309,10 +306,10 @@ def test_compile(dynamic):
         torch.testing.assert_close(student.grad.double(), want_gradient, rtol=1e-5, atol=1e-6)
 
 
-def check_anything(N, C, T, alpha, beta, scale, seed, compute):
+def check_anything(N, C, T, alpha, beta, scale, seed, on_gpu):
     student, teacher, y = make(N, C, scale=scale, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_compute", lambda *logits: compute)
+        patch.setattr("fastkd.kernels.op.runs_on_gpu", lambda device, dtype: on_gpu)
         loss = dkd_loss(student, teacher, y, alpha=alpha, beta=beta, temperature=T)
         (gradient,) = torch.autograd.grad(loss * -0.5, student)
     value, wanted = by_rows(student, teacher, y, alpha, beta, T)
@@ -332,7 +329,7 @@ def test_anything():
         beta=st.floats(0, 10),
         scale=st.sampled_from([0.01, 1.0, 30.0]),
         seed=st.integers(0, 99),
-        compute=st.sampled_from([module.closed_form, launch]),
+        on_gpu=st.booleans(),
     )
     hypothesis.settings(max_examples=15, deadline=None, derandomize=True)(given(check_anything))()
 
@@ -374,7 +371,8 @@ def test_bad_label(monkeypatch):
         with pytest.raises(ValueError, match="from 0 to 4, first in row 2: 5"):
             dkd_loss(student, teacher, torch.tensor([0, 1, 5]))
     y[1] = -1
-    loss = launch(student.detach(), teacher, y, 1.0, 8.0, 4.0, None)
+    loss = torch.zeros((), device=DEVICE)
+    kernel.launch(Inputs(student.detach(), teacher, y, 1.0, 8.0, 4.0), (loss,), None)
     assert loss.isnan()
 
 

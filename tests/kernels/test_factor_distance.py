@@ -1,14 +1,13 @@
 """Distances of normalised factors against formulas of our own in float64, written sample by sample."""
 
 import math
-import sys
 
 import pytest
 import torch
 import torch._functorch.config
 
-from fastkd.kernels.factor_distance import _factor_distance, factor_distance, factor_distance_reference
-from fastkd.kernels.gpu.factor_distance import launch, launch_backward
+from fastkd.kernels.factor_distance import Inputs, _factor_distance, factor_distance, factor_distance_reference
+from fastkd.kernels.gpu.factor_distance import launch
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 KERNEL = pytest.mark.parametrize("device", ["cpu", GPU])  # on the CPU the kernel runs in Triton's interpreter
@@ -214,7 +213,7 @@ def check_anything(shape, weights, scale, p, layout, kernel):
     terms, gradients = independent([x.detach().cpu() for x in parts], teacher.cpu(), weights, p)
     with pytest.MonkeyPatch.context() as patch:
         if kernel:
-            patch.setattr(sys.modules[factor_distance.__module__], "runs_on_gpu", lambda tensors: True)
+            patch.setattr("fastkd.kernels.op.runs_on_gpu", lambda device, dtype: True)
         got = factor_distance(parts, teacher, weights, p)
         got.loss.backward() if any(weights) else None
     torch.testing.assert_close(got.terms.cpu().double(), terms, rtol=2e-5, atol=1e-5)
@@ -266,7 +265,7 @@ def test_opcheck(p):
     torch.library.opcheck(_factor_distance.op, (maps, teacher, PAIR, p, [True, True], True))
     maps = [x.detach() for x in maps]
     _, terms, statistics, _ = _factor_distance.op(maps, teacher, PAIR, p, [True, False], True)
-    arguments = (maps, teacher, terms, statistics, PAIR, p, [True, False], torch.tensor(2.0), None)
+    arguments = (maps, teacher, PAIR, p, [True, False], terms, statistics, torch.tensor(2.0), None)
     torch.library.opcheck(torch.ops.fastkd.factor_distance_backward.default, arguments)
 
 
@@ -285,6 +284,11 @@ def test_compiles_without_a_break(dynamic):
         for factor in (2.0, 1.0 / 3):  # upstream gradients of 6, then of 1
             again = torch.autograd.grad(got, parts, torch.tensor(factor), retain_graph=True)
             torch.testing.assert_close(again, tuple(g * factor for g in want))
+
+
+def as_maps(rows):
+    """[..., D] -> [..., D, 1, 1]"""
+    return [x[..., None, None] for x in rows] if isinstance(rows, list) else rows[..., None, None]
 
 
 def poisoned(parts, p, device):
@@ -307,16 +311,16 @@ def test_kernel(device, parts, D, dtype, p):
     teacher, weights = teacher.flatten(1)[:, :D], PAIR[:parts]
     terms, gradients = independent(rows, teacher, weights, p)
     loss, got_terms, statistics, grads = poisoned(rows, p, device)
-    launch(rows, teacher, weights, p, [True] * parts, loss, got_terms, statistics, grads)
+    inputs = Inputs(as_maps(rows), as_maps(teacher), weights, p, [True] * parts)
+    launch(inputs, (loss, got_terms, statistics), as_maps(grads))
     torch.testing.assert_close(got_terms.cpu().double(), terms.cpu(), rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(loss.cpu(), got_terms.sum().cpu())
     for got, want in zip(grads, gradients, strict=p == 1):
         close(got, want, dtype)
-    settings = (rows, teacher, weights, p, [True] * parts, got_terms, statistics)
     ones, twos = torch.ones((), device=device), torch.full((parts,), 2.0, device=device)
     for g_loss, g_terms, factor in ((ones, None, 1), (ones, twos, 3), (None, twos, 2)):
         again = torch.full((parts, N, D), torch.nan, dtype=dtype, device=device)
-        launch_backward(*settings, again, (g_loss, g_terms), False)
+        launch(inputs, (None, got_terms, statistics), as_maps(again), (g_loss, g_terms))
         for got, want in zip(again, gradients, strict=True):
             close(got, factor * want, dtype)
 
@@ -327,15 +331,15 @@ def test_kernel_skips_upstream_gradients_of_one(device):
     rows = [x.detach().flatten(1) for x in maps]
     _, gradients = independent(rows, teacher.flatten(1), PAIR, 1)
     results = poisoned(rows, 1, device)
-    launch(rows, teacher.flatten(1), PAIR, 1, [False, True], *results[:3], results[3][:1])
+    inputs = Inputs(as_maps(rows), as_maps(teacher.flatten(1)), PAIR, 1, [False, True])
+    launch(inputs, results[:3], as_maps(results[3][:1]))
     close(results[3][0], gradients[1], torch.float32)
-    settings = (rows, teacher.flatten(1), PAIR, 1, [False, True], *results[1:3])
     mark = torch.full((1, 3, 32), 7.0, device=device)
     one, zero_one = torch.ones((), device=device), torch.tensor([5.0, 0.0], device=device)
-    launch_backward(*settings, mark, (one, None), True)
-    launch_backward(*settings, mark, (one, zero_one), True)  # 5 is for a part that takes no gradient
+    launch(inputs, (None, *results[1:3]), as_maps(mark), (one, None), True)
+    launch(inputs, (None, *results[1:3]), as_maps(mark), (one, zero_one), True)  # 5: of a part without a gradient
     assert (mark == 7).all()
-    launch_backward(*settings, mark, (one * 2, None), True)
+    launch(inputs, (None, *results[1:3]), as_maps(mark), (one * 2, None), True)
     close(mark[0], 2 * gradients[1], torch.float32)
 
 
@@ -346,7 +350,8 @@ def test_kernel_special_rows(device, case):
     row, t = maps[0].detach().flatten(1), teacher.flatten(1)
     row[0] = {"equal": t[0], "zero": torch.zeros_like(t[0]), "nan": torch.full_like(t[0], torch.nan)}[case]
     loss, terms, statistics, grads = poisoned([row], 1, device)
-    launch([row], t, [2.0], 1, [True], loss, terms, statistics, grads)
+    inputs = Inputs(as_maps([row]), as_maps(t), [2.0], 1, [True])
+    launch(inputs, (loss, terms, statistics), as_maps(grads))
     assert grads[0, 0].isnan().all() if case == "nan" else (grads[0, 0] == 0).all()
     assert grads[0, 1].isfinite().all() and loss.isnan() == (case == "nan")
 
@@ -359,7 +364,7 @@ def test_other_paths_of_the_operation(monkeypatch, path, dtype, p):
     if path == "chunks":
         monkeypatch.setattr("fastkd.kernels.cpu.factor_distance.CHUNK", 100)
     else:
-        monkeypatch.setattr(sys.modules[factor_distance.__module__], "runs_on_gpu", lambda tensors: True)
+        monkeypatch.setattr("fastkd.kernels.op.runs_on_gpu", lambda device, dtype: True)
     parts, teacher = factors((5, 4, 3, 3), dtype)
     got = factor_distance(parts, teacher, PAIR, p)
     terms, gradients = independent([x.detach() for x in parts], teacher, PAIR, p)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch._dynamo import compiled_autograd
 
 from fastkd.kernels import kd_loss, kd_loss_reference, logit_loss
-from fastkd.kernels.op import acc_dtype
 
 
 def log_softmax(z):
@@ -163,10 +162,7 @@ def way(request, monkeypatch):
     if request.param == "interpreted kernel":
         if torch.cuda.is_available():
             pytest.skip("where there is a GPU nothing is interpreted")
-        module = importlib.import_module("fastkd.kernels.logit_loss")
-        launch = importlib.import_module("fastkd.kernels.gpu.logit_loss").launch
-        compute = {torch.float32: launch, torch.float64: module.closed_form}
-        monkeypatch.setattr(module, "_compute", lambda heads: compute[acc_dtype(heads)])
+        monkeypatch.setattr("fastkd.kernels.op.runs_on_gpu", lambda device, dtype: dtype == torch.float32)
     return "cuda" if request.param == "cuda" else "cpu"
 
 
@@ -236,8 +232,8 @@ def test_without_weights_there_is_no_gradient():
 
 def test_large_logits_are_computed_once(monkeypatch):
     module, calls = importlib.import_module("fastkd.kernels.cpu.logit_loss"), []
-    quick = module.student_and_teacher
-    monkeypatch.setattr(module, "student_and_teacher", lambda *given: calls.append(given) or quick(*given))
+    quick = module._student_and_teacher
+    monkeypatch.setattr(module, "_student_and_teacher", lambda *given: calls.append(given) or quick(*given))
     z_s, z_t, y = batch(4, 6, scale=300.0)
     assert kd_loss(z_s.requires_grad_(), z_t, y).loss.isfinite() and len(calls) == 1
 

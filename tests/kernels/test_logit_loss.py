@@ -10,10 +10,11 @@ from capture import Capture
 from logit_cases import DCM, DEVICE, DML, KD, SOKD, TABLES, independent, make
 from torch import Tensor
 
-from fastkd.kernels.cpu.scratch import scratch
+from fastkd.kernels.cpu.logit_loss import scratch
 from fastkd.kernels.gpu.logit_loss import launch
 from fastkd.kernels.logit_loss import logit_loss, logit_loss_reference
 
+op_module = importlib.import_module("fastkd.kernels.op")
 module = importlib.import_module("fastkd.kernels.logit_loss")  # the package has a function of the same name
 
 
@@ -24,10 +25,8 @@ def path(request, monkeypatch):
 
 
 def use(path, monkeypatch):
-    if path == "kernel":
-        monkeypatch.setattr(module, "_compute", lambda heads: launch)
-    elif DEVICE == "cuda":
-        monkeypatch.setattr(module, "_compute", lambda heads: module.closed_form)
+    if path == "kernel" or DEVICE == "cuda":
+        monkeypatch.setattr("fastkd.kernels.op.runs_on_gpu", lambda device, dtype: path == "kernel")
 
 
 def check(heads, y, c, W, upstream=1.0, tolerance=2e-5, **options):
@@ -356,7 +355,7 @@ def test_error_is_not_larger_than_eager_pytorch(path, dtype, C):
             gradient = torch.autograd.grad(loss, heads[0])[0].double()
             mine += torch.stack([(loss.detach() - terms.sum()).abs(), (gradient - want).abs().mean()]).cpu()
         rounding += torch.stack([terms.sum(), want.abs().mean()]).cpu() * torch.finfo(torch.float32).eps
-    if module._compute(heads) is launch and DEVICE == "cpu" and dtype == torch.bfloat16:
+    if op_module.runs_on_gpu(heads[0].device, torch.float32) and DEVICE == "cpu" and dtype == torch.bfloat16:
         errors[0, 1] /= 2  # the interpreter cuts bits off where the GPU rounds
     assert (errors[0] <= 1.05 * errors[1] + rounding).all(), (errors, rounding)
 
@@ -481,11 +480,11 @@ def test_one_factor_from_above_computes_nothing_anew(monkeypatch, upstream, comp
     """The kernel, which is not counted here, looks by itself. Nothing of the third head counts."""
     calls = []
 
-    def counted(*args, closed_form=module.closed_form):
+    def counted(*args, closed_form=module._logit_loss.closed_form):
         calls.append(args)
         return closed_form(*args)
 
-    monkeypatch.setattr(module, "closed_form", counted)
+    monkeypatch.setattr(module._logit_loss, "closed_form", counted)
     heads, y = make(3, 4, 6, learners=1)
     got = torch.autograd.grad(upstream(logit_loss(heads, y, *SOKD)), heads[0])
     assert len(calls) == (computed if DEVICE == "cpu" else 0)
@@ -589,7 +588,8 @@ def test_a_label_that_is_no_class_shows_as_nan_in_the_kernel():
     grads = torch.empty(1, 4, 6, device=DEVICE)
     weights = [0.1, 0.0, 0.9, 0.0, 0.0, 0.0]
     heads = [head.detach() for head in heads]
-    loss, _ = launch(heads, y, weights, 1.0, 0.0, None, False, [True, False], grads)
+    loss, terms = torch.zeros((), device=DEVICE), torch.zeros(2, 3, device=DEVICE)
+    launch(module.Inputs(heads, y, weights, 1.0, 0.0, None, False, [True, False]), (loss, terms), grads)
     assert loss.isnan() and grads[0, 2].isnan().all() and grads[0, [0, 1, 3]].isfinite().all()
 
 

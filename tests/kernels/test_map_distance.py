@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from fastkd.kernels import map_distance as module
 from fastkd.kernels.gpu.map_distance import launch
 from fastkd.kernels.map_distance import (
+    Inputs,
+    _map_distance,
     bn_margin,
     hint_distance,
     hint_distance_reference,
@@ -216,21 +217,24 @@ def test_kernel(shape, dtype, format, overhaul, device):
     s, t, margin = maps(shape, dtype, device, format)
     s, margin = s.detach(), margin if overhaul else None
     grad = torch.full_like(s, torch.nan)
-    scale = 0.5 / (s.numel() if margin is None else len(s))
-    value = launch(s, t, margin, scale, grad)
-    assert not value._is_view()  # `loss /= 2` fails on what an autograd function returns as a view
+    inputs, value, again = (
+        Inputs(s, t, margin, 0.5),
+        torch.full((), torch.nan, device=device),
+        torch.zeros((), device=device),
+    )
+    launch(inputs, (value,), grad)
     want, want_grad = independent(s, t, margin, weight=0.5)
-    assert value.shape == () and value.dtype == torch.float32
     torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=0)
     rtol, atol = (4 * torch.finfo(dtype).eps, 6e-8 if dtype == torch.float16 else 1e-12)
     torch.testing.assert_close(grad.double(), want_grad, rtol=rtol, atol=atol)
-    assert launch(s, t, margin, scale, None) == value  # without a gradient; and the same in every run
-    kept = grad.clone()
-    assert launch(s, t, margin, scale, grad.fill_(7), torch.ones((), device=device), True) is None
+    launch(inputs, (again,), None)
+    assert again == value  # without a gradient; and the same in every run
+    kept, above = grad.clone(), torch.ones((), device=device)
+    launch(inputs, (None,), grad.fill_(7), (above,), True)
     assert (grad == 7).all()
-    launch(s, t, margin, scale, grad, torch.ones((), device=device), False)
+    launch(inputs, (None,), grad, (above,), False)
     assert torch.equal(grad, kept)
-    launch(s, t, margin, scale, grad.fill_(torch.nan), torch.full((), -3.0, device=device), True)
+    launch(inputs, (None,), grad.fill_(torch.nan), (-3 * above,), True)
     torch.testing.assert_close(grad.double(), -3 * want_grad, rtol=rtol, atol=atol)
 
 
@@ -240,8 +244,9 @@ def test_kernel_keeps_nan_and_masks_infinity(device):
     t = torch.tensor([-1.0, math.nan, -math.inf, -2.0, -math.inf, -3.0, 2.0, -3.0], device=device).view(1, 8, 1, 1)
     margin = -torch.ones(8, device=device)
     margin[7] = math.nan
-    grad = torch.zeros_like(s)
-    assert launch(s, t, margin, 1.0, grad).isnan()
+    grad, value = torch.zeros_like(s), torch.zeros((), device=device)
+    launch(Inputs(s, t, margin, 1.0), (value,), grad)
+    assert value.isnan()
     want = torch.tensor([math.nan, math.nan, 0.0, 0.0, 3.0, math.inf, -math.inf, math.nan], device=device)
     torch.testing.assert_close(grad.view(-1), want, equal_nan=True)
 
@@ -311,8 +316,8 @@ def test_the_plain_operation_leaves_its_outputs_alone():
 def test_one_launch_serves_both(monkeypatch):
     """Both distances go through the same operation and differ by the margin alone."""
     seen = []
-    run = module._compute
-    monkeypatch.setattr(module, "_compute", lambda *a, **k: seen.append(a[2]) or run(*a, **k))
+    run = _map_distance.closed_form
+    monkeypatch.setattr(_map_distance, "closed_form", lambda *a: seen.append(a[0].margin) or run(*a))
     s, t, margin = maps((2, 4, 3, 3))
     assert hint_distance(s, t) > 0 and overhaul_distance(s, t, margin) > 0
     assert seen[0] is None and torch.equal(seen[1], margin)

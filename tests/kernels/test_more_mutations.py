@@ -1,5 +1,6 @@
 """The same as test_mutations.py for the other operations: each is compared with the eager formulation in float64."""
 
+import importlib
 import shutil
 
 import pytest
@@ -10,6 +11,10 @@ from mutants import KERNELS, load, mutant
 from fastkd.bench.losses import baselines as eager
 
 N, C = 5, 10
+attention_transfer, dist_loss, dkd_loss, factor_distance, map_distance = (
+    importlib.import_module(f"fastkd.kernels.{name}")  # the package has functions of the same names
+    for name in ("attention_transfer", "dist_loss", "dkd_loss", "factor_distance", "map_distance")
+)
 NAN = torch.nan
 
 
@@ -36,29 +41,29 @@ def dkd(modules):
     s, t = logits(2)
     y, want = torch.arange(N), wanted(eager.dkd, 1, s, t, torch.arange(N))
     for compute in (modules["gpu/dkd_loss"].launch, modules["cpu/dkd_loss"].closed_form):
-        grads, again = torch.full((2, N, C), NAN)
-        value = compute(s, t, y, 1.0, 8.0, 4.0, grads)
-        compute(s, t, y, 1.0, 8.0, 4.0, again, torch.tensor(0.5))
+        (grads, again), value = torch.full((2, N, C), NAN), torch.full((), NAN)
+        inputs = dkd_loss.Inputs(s, t, y, 1.0, 8.0, 4.0)
+        compute(inputs, (value,), grads)
+        compute(inputs, (None,), again, (torch.tensor(0.5),))
         yield from zip((value, grads, 2 * again), (*want, want[1]), strict=True)
 
 
 def factors(modules):
     maps_3 = maps(3, N, 3, 2, 2)
-    rows = [x.permute(0, 2, 3, 1).flatten(1) for x in maps_3]
-    kernels, closed = modules["gpu/factor_distance"], modules["cpu/factor_distance"]
     for p, formula in ((1, eager.factor_pair), (2, factor_pair_of_squares)):
-        want, settings = wanted(formula, 2, *maps_3), (rows[:2], rows[2], [1.0, -1.0], p, [True, True])
-        for forward, backward in (
-            (kernels.launch, kernels.launch_backward),
-            (closed.closed_form, lambda *given: closed.closed_form(*given[:5], None, *given[5:-1])),
-        ):
-            loss, terms, statistics, grads = (torch.full(s, NAN) for s in ((), (2,), (5, N), (2, N, 12)))
-            forward(*settings, loss, terms, statistics, grads[: 2 * (p == 1)])
+        want, inputs = (
+            wanted(formula, 2, *maps_3),
+            factor_distance.Inputs(maps_3[:2], maps_3[2], [1.0, -1.0], p, [True] * 2),
+        )
+        for compute in (modules["gpu/factor_distance"].launch, modules["cpu/factor_distance"].closed_form):
+            loss, terms, statistics = (torch.full(shape, NAN) for shape in ((), (2,), (5, N)))
+            grads = torch.full((2, N, 2, 2, 3), NAN).movedim(-1, -3)
+            compute(inputs, (loss, terms, statistics), grads if p == 1 else grads[:0])
             yield from ((loss, want[0]), (terms.sum(), want[0]))
-            yield from zip(back(grads), want[1:], strict=True) if p == 1 else ()
+            yield from zip(grads, want[1:], strict=True) if p == 1 else ()
             grads.fill_(NAN)
-            backward(*settings, terms, statistics, grads, (torch.tensor(0.5), None), False)
-            yield from zip(back(2 * grads), want[1:], strict=True)
+            compute(inputs, (None, terms, statistics), grads, (torch.tensor(0.5), None))
+            yield from zip(2 * grads, want[1:], strict=True)
 
 
 def factor_pair_of_squares(near, far, teacher):
@@ -66,42 +71,37 @@ def factor_pair_of_squares(near, far, teacher):
     return (near - t).square().mean().sqrt() - (far - t).square().mean().sqrt()
 
 
-def back(grads):
-    return [g.view(N, 2, 2, 3).permute(0, 3, 1, 2) for g in grads]
-
-
 def residuals(modules):
     s, t = maps(2, N, 8, 3, 3)
     margin = -torch.rand(8, generator=torch.Generator().manual_seed(1))
     for compute in (modules["gpu/map_distance"].launch, modules["cpu/map_distance"].closed_form):
-        for floor, scale in ((None, 1 / s.numel()), (margin, 1 / N)):
-            grad, again = torch.full_like(s, NAN), torch.full_like(s, NAN)
-            value = compute(s, t, floor, scale, grad)
-            compute(s, t, floor, scale, again, torch.tensor(0.5))
+        for floor in (None, margin):
+            grad, again, value = torch.full_like(s, NAN), torch.full_like(s, NAN), torch.full((), NAN)
+            inputs = map_distance.Inputs(s, t, floor, 1.0)
+            compute(inputs, (value,), grad)
+            compute(inputs, (None,), again, (torch.tensor(0.5),))
             want = wanted(eager.hint, 1, s, t) if floor is None else wanted(eager.overhaul, 1, s, t, floor)
-            yield from zip((value.squeeze(), grad, 2 * again), (*want, want[1]), strict=True)
+            yield from zip((value, grad, 2 * again), (*want, want[1]), strict=True)
 
 
 def correlations(modules):
     s, t = (x.contiguous() for x in logits(2))
     want = wanted(eager.dist, 1, s, t)
-    kernels, closed = modules["gpu/dist_loss"], modules["cpu/dist_loss"]
-    value, rows, columns, grads = (torch.full(shape, NAN) for shape in ((), (6, N), (4, C), (N, C)))
-    kernels.launch(s, t, 1.0, 1.0, 1.0, value, rows, columns)
-    kernels.launch_backward(s, t, rows, columns, torch.tensor(1.0), 1.0, grads)
-    yield from zip((value, grads), want, strict=True)
-    value, grads = torch.full((), NAN), torch.full((N, C), NAN)
-    closed.closed_form(s, t, 1.0, 1.0, 1.0, value, grads)
-    yield from zip((value, grads), want, strict=True)
+    inputs = dist_loss.Inputs(s, t, 1.0, 1.0, 1.0)
+    for compute in (modules["gpu/dist_loss"].launch, modules["cpu/dist_loss"].closed_form):
+        value, rows, columns, grads = (torch.full(shape, NAN) for shape in ((), (6, N), (4, C), (N, C)))
+        compute(inputs, (value, rows, columns), None)
+        compute(inputs, (None, rows, columns), grads, (torch.tensor(0.5),))
+        yield from zip((value, 2 * grads), want, strict=True)
 
 
 def attention(modules):
     s, t = maps(2, N, 8, 3, 3)
     want = wanted(eager.attention_transfer, 1, s, t)
     value, k, grad = torch.full((), NAN), torch.full((N, 9), NAN), torch.full_like(s, NAN)
-    kernels = modules["gpu/attention_transfer"]
-    kernels.launch(s, t, 1.0, value, k)
-    kernels.launch_backward(s, k, torch.tensor(0.5), grad)
+    launch = modules["gpu/attention_transfer"].launch
+    launch(attention_transfer.Inputs(s, t, 1.0), (value, k), None)
+    launch(attention_transfer.Inputs(s, None, 1.0), (None, k), grad, (torch.tensor(0.5),))
     yield from zip((value, 2 * grad), want, strict=True)
 
 
@@ -120,7 +120,7 @@ MUTATIONS = [
     ("gpu/dkd_loss", "row * (student_stride * UNIT)", "row * C"),
     ("gpu/dkd_loss", "row += tl.num_programs(0)", "row += N"),
     ("cpu/dkd_loss", "addcmul_(r[0], -alpha * scale * gap)", "addcmul_(r[0], alpha * scale * gap)"),
-    ("cpu/dkd_loss", "(1 if grad_output is None else grad_output)", "1"),
+    ("cpu/dkd_loss", "(grad_outputs[0] if grad_outputs else 1)", "1"),
     ("cpu/dkd_loss", "temperature**2 / N", "temperature / N"),
     ("gpu/factor_distance", "_direction(x - t, P) - x * dots[k]", "_direction(x - t, P)"),  # the length counts
     ("gpu/factor_distance", "factors[k] * _inverse(norms[k])", "factors[k]"),

@@ -7,11 +7,12 @@ import torch
 from logit_cases import DCM, KD, independent, make
 from mutants import KERNELS, load, mutant
 
+from fastkd.kernels.logit_loss import Inputs
+
 if not KERNELS.exists():  # installed, without the source tree
     pytest.skip("needs the source tree", allow_module_level=True)
 
-KERNEL, TERMS, CLOSED = "gpu/logit_loss", "gpu/logit_terms", "cpu/logit_loss"
-PAIR, MANY = "cpu/student_teacher", "cpu/many_heads"
+KERNEL, TERMS, CLOSED, GENERAL = "gpu/logit_loss", "gpu/logit_terms", "cpu/logit_loss", "cpu/logit_loss_general"
 MUTATIONS = [
     (TERMS, "at_t = tl.sum(tl.exp((z - top) * inverse), 0)", "at_t = tl.sum(tl.exp(z * inverse), 0)"),  # no maximum
     (TERMS, "gradient = kl_scale * temperature * pull", "gradient = kl_scale * pull"),  # T dropped
@@ -24,23 +25,23 @@ MUTATIONS = [
     (TERMS, "q * (log_q - log_p)", "q * (log_p - log_q)"),  # sign
     (KERNEL, "row += tl.num_programs(0)", "row += N"),  # only the first rows
     (TERMS, "(p - q)", "(p - 0.5 * q)"),
-    (CLOSED, "mul_(temperature / N)", "mul_(1 / N)"),
-    (CLOSED, "table[:, 1:] * temperature**2", "table[:, 1:] * temperature"),
-    (CLOSED, "(self.smoothing - 1) * scale", "-scale"),
-    (CLOSED, "self.log_sum = -self.p.amax(2).log()", "self.log_sum = 0 * self.p.amax(2)"),
-    (CLOSED, "w * gradient if w else 0.0", "w if w else 0.0"),
-    (PAIR, "mul_(kd_weight * temperature / N)", "mul_(kd_weight / N)"),
-    (PAIR, "kd_weight * temperature**2 / N", "kd_weight * temperature / N"),
-    (PAIR, "exact[:2].sub_(exact[2:4])", "exact[:2]"),
-    (PAIR, "-WIDEST <= lowest.item()", "True"),
-    (PAIR, "highest.item() <= WIDEST", "True"),
-    (PAIR, "alpha=ce_weight / N", "alpha=ce_weight"),
-    (MANY, "* temperature\n", "\n"),
-    (MANY, "pulls *= temperature**2", "pulls *= temperature"),
-    (MANY, ".sub_(log_p)", ""),
-    (MANY, "- divergence.diagonal()", "- divergence.diagonal()[:, None]"),
-    (MANY, "alpha=weight / N", "alpha=weight"),
-    (MANY, "from_label.expand(-1, N, 1)", "0 * from_label.expand(-1, N, 1)"),
+    (GENERAL, "mul_(temperature / N)", "mul_(1 / N)"),
+    (GENERAL, "table[:, 1:] * temperature**2", "table[:, 1:] * temperature"),
+    (GENERAL, "(self.smoothing - 1) * scale", "-scale"),
+    (GENERAL, "self.log_sum = -self.p.amax(2).log()", "self.log_sum = 0 * self.p.amax(2)"),
+    (CLOSED, "w * (common + gradient) if w else 0.0", "w if w else 0.0"),
+    (CLOSED, "mul_(kd_weight * temperature / N)", "mul_(kd_weight / N)"),
+    (CLOSED, "kd_weight * temperature**2 / N", "kd_weight * temperature / N"),
+    (CLOSED, "exact[:2].sub_(exact[2:4])", "exact[:2]"),
+    (CLOSED, "-WIDEST <= lowest.item()", "True"),
+    (CLOSED, "highest.item() <= WIDEST", "True"),
+    (CLOSED, "alpha=ce_weight / N", "alpha=ce_weight"),
+    (CLOSED, "* temperature\n", "\n"),
+    (CLOSED, "pulls *= temperature**2", "pulls *= temperature"),
+    (CLOSED, ".sub_(log_p)", ""),
+    (CLOSED, "- divergence.diagonal()", "- divergence.diagonal()[:, None]"),
+    (CLOSED, "alpha=weight / len(p)", "alpha=weight"),
+    (CLOSED, "from_label.expand(-1, N, 1)", "0 * from_label.expand(-1, N, 1)"),
 ]  # fmt: skip
 
 
@@ -79,11 +80,12 @@ def right(modules) -> bool:
             heads = [padded[:, :10], *heads[1:]]
             weights = [float(w) for ci, row in zip(c, W, strict=True) for w in (ci, *row)]
             settings = (weights, T, smoothing, None, False, [i < learners for i in range(len(c))])
-            grads = torch.full((learners, 5, 10), torch.nan)
-            loss, terms = compute(heads, y, *settings, grads)
+            inputs, grads = Inputs(heads, y, *settings), torch.full((learners, 5, 10), torch.nan)
+            loss, terms = torch.full((), torch.nan), torch.full((len(c), len(c) + 1), torch.nan)
+            compute(inputs, (loss, terms), grads)
             want, gradients = independent(heads, y, c, W, T=T, smoothing=smoothing)
             again = torch.full_like(grads, torch.nan)
-            compute(heads, y, *settings, again, (torch.tensor(0.5), None))
+            compute(inputs, (None, None), again, (torch.tensor(0.5), None))
             for got, wanted in ((terms, want), (loss, want.sum()), *zip(grads, gradients, strict=False),
                                 *zip(2 * again, gradients, strict=False)):  # fmt: skip
                 if not torch.allclose(got.double(), wanted, rtol=1e-4, atol=1e-5):

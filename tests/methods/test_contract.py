@@ -17,10 +17,10 @@ from torch import nn
 
 from fastkd import Trainer, TrainOptions, checkpoint, create_model
 from fastkd.engine import Step
+from fastkd.engine.step import Meter
 from fastkd.errors import UserError
 from fastkd.methods import METHODS, Method
 from fastkd.methods.combo import explained
-from fastkd.metrics import Meter
 
 CPU = torch.device("cpu")
 WORKER = Path(__file__).parents[1] / "methods_worker.py"
