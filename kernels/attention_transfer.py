@@ -20,8 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .check import check_tensors
-from .cpu.attention_transfer import closed_form
+from .check import check_floating
 from .op import FusedOp, acc_dtype, is_compiled_for_cpu
 
 
@@ -65,16 +64,12 @@ def attention_transfer(student: Tensor, teacher: Tensor, weight: float = 1.0) ->
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:
-    check_tensors(student_map=student, teacher_map=teacher)
+    check_floating(student_map=student, teacher_map=teacher)
     s, t = list(student.shape), list(teacher.shape)
     if len(s) != 4 or len(t) != 4 or s[0] != t[0] or s[2:] != t[2:]:
         raise ValueError(f"maps must be [N, C, H, W], alike but for the channels; got student {s} and teacher {t}")
     if s[1] == 0 or t[1] == 0:
         raise ValueError(f"maps without channels have no mean: student {s}, teacher {t}")
-    if student.device != teacher.device:
-        raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
-    if not (student.is_floating_point() and teacher.is_floating_point()):
-        raise ValueError(f"maps must be floating point, got student {student.dtype} and teacher {teacher.dtype}")
 
 
 def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
@@ -88,7 +83,6 @@ _attention_transfer = FusedOp(
     Inputs,
     ("loss", "k"),
     _outputs,
-    closed_form,
     keeps_constants=False,
     grads=lambda inputs, dtype: torch.empty_like(inputs.student),
     writes_grads=lambda inputs, on_gpu: False,

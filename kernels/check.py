@@ -14,6 +14,16 @@ def check_tensors(**given: object) -> None:
             raise _no_tensor(name, x)
 
 
+def check_floating(**given: object) -> None:
+    """Raises TypeError unless everything given is a tensor, ValueError unless floating point and on one device."""
+    check_tensors(**given)
+    tensors, names = [x for x in given.values() if isinstance(x, Tensor)], ", ".join(given)
+    if not all(x.is_floating_point() for x in tensors):
+        raise ValueError(f"{names} must be floating point, got {', '.join(str(x.dtype) for x in tensors)}")
+    if len({x.device for x in tensors}) > 1:
+        raise ValueError(f"{names} must be on one device, got {', '.join(str(x.device) for x in tensors)}")
+
+
 def _no_tensor(name: str, x: object) -> TypeError:
     return TypeError(f"{name} must be a tensor, got {type(x).__name__}{_way_to_tensor(x)}")
 

@@ -21,8 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .check import check_tensors
-from .cpu.factor_distance import closed_form
+from .check import check_floating
 from .op import FusedOp, acc_dtype, empty_grads, is_compiled_for_cpu
 
 
@@ -102,17 +101,13 @@ def _check(factors: list[Tensor], teacher: Tensor, weights: list[float], p: int)
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p}")
     for k, x in enumerate(factors, 1):
-        check_tensors(student_factor=x, teacher_factor=teacher)
         which = "student_factor" if len(factors) == 1 else f"student_factor {k} of {len(factors)}"
+        check_floating(**{which: x, "teacher_factor": teacher})
         if x.dim() != 4 or x.shape != teacher.shape:
             raise ValueError(
                 f"{which} and teacher_factor must be [N, C, H, W] of one shape, got {list(x.shape)} and "
                 f"{list(teacher.shape)}"
             )
-        if x.device != teacher.device:
-            raise ValueError(f"{which} and teacher_factor must be on one device, got {x.device} and {teacher.device}")
-        if not (x.is_floating_point() and teacher.is_floating_point()):
-            raise ValueError(f"{which} and teacher_factor must be floating point, got {x.dtype} and {teacher.dtype}")
 
 
 def _is_NCHW(factors: Sequence[Tensor]) -> bool:
@@ -145,7 +140,6 @@ _factor_distance = FusedOp(
     Inputs,
     ("loss", "terms", "statistics"),
     _outputs,
-    closed_form,
     values=2,
     saved_from=1,
     grads=_grads,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .logit_loss import logit_loss, z_score
+from .logit_loss import logit_loss, standardized
 
 
 class KDTerms(NamedTuple):
@@ -48,7 +48,7 @@ def kd_loss_reference(
     target = target.to(dtype) if target.is_floating_point() else target
     ce = F.cross_entropy(student, target, label_smoothing=label_smoothing)
     if standardize:
-        student, teacher = z_score(student), z_score(teacher)
+        student, teacher = standardized(student), standardized(teacher)
     log_p_s = F.log_softmax(student / temperature, dim=1)
     log_p_t = F.log_softmax(teacher / temperature, dim=1)
     p_t = log_p_t.exp()

@@ -21,8 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .check import check_tensors
-from .cpu.map_distance import closed_form
+from .check import check_floating
 from .op import FusedOp, acc_dtype, is_compiled_for_cpu
 
 
@@ -106,16 +105,9 @@ def bn_margin(weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _check(student: Tensor, teacher: Tensor, margin: Tensor | None) -> None:
-    check_tensors(student_map=student, teacher_map=teacher)
+    check_floating(student_map=student, teacher_map=teacher, **({} if margin is None else {"margin": margin}))
     if student.dim() != 4 or student.shape != teacher.shape:
         raise ValueError(_unlike(list(student.shape), list(teacher.shape)))
-    tensors = [student, teacher] + ([] if margin is None else [margin])
-    if margin is not None:
-        check_tensors(margin=margin)
-    if any(tensor.device != student.device for tensor in tensors):
-        raise ValueError(f"maps and margin must be on one device, got {[str(t.device) for t in tensors]}")
-    if not all(tensor.is_floating_point() for tensor in tensors):
-        raise ValueError(f"maps and margin must be floating point, got {[t.dtype for t in tensors]}")
     if margin is not None and margin.shape != student.shape[1:2]:
         raise ValueError(f"margin must be [C] for maps {list(student.shape)}, got {list(margin.shape)}")
 
@@ -147,7 +139,6 @@ _map_distance = FusedOp(
     Inputs,
     ("value",),
     lambda inputs, new: (new(()),),
-    closed_form,
     grads=lambda inputs, dtype: torch.empty_like(inputs.student, memory_format=memory_format(inputs.student)),
     reference="hint_distance_reference",
 )

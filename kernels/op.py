@@ -15,6 +15,7 @@ import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_type_hints
 
 import torch
@@ -22,20 +23,6 @@ from torch import Tensor
 
 Tensors = Sequence[Any]
 """Tensors, or None where one was not kept or not given."""
-
-
-def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a method of inputs outside of the caller's autocast, which would multiply matrices in 16 bits."""
-
-    @functools.wraps(method)
-    def wrapped(self: "FusedOp", inputs: Any, *args: Any) -> Any:
-        device = _flat(inputs[0])[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return method(self, inputs, *args)
-        with torch.autocast(device, enabled=False):
-            return method(self, inputs, *args)
-
-    return wrapped
 
 
 def empty_grads(inputs: Any, dtype: torch.dtype) -> Tensor:
@@ -59,9 +46,10 @@ class FusedOp:
     `needs_grad`, a list of bool.
     outputs(inputs, new) -> the outputs called `names`, uninitialised; new(shape) has the dtype of the computation. The
     first `values` are differentiable results. Those from `saved_from` on are kept for the backward pass.
-    closed_form(inputs, outputs, grads) writes outputs, and grads unless it is None or has no rows. Given grad_outputs
-    too it is the backward pass and writes grads alone; outputs that were not kept are then None. On a GPU, `launch` of
-    gpu/<name>.py takes its place. Its last argument `written` says that grads hold the gradient for grad_outputs of 1.
+    cpu/<name>.py has closed_form(inputs, outputs, grads), which writes outputs, and grads unless it is None or has no
+    rows. Given grad_outputs too it is the backward pass and writes grads alone; outputs that were not kept are then
+    None. On a GPU, `launch` of gpu/<name>.py takes its place. Its last argument `written` says that grads hold the
+    gradient for grad_outputs of 1.
     grads(inputs, dtype) -> the gradient, uninitialised. writes_grads(inputs, on_gpu): True if the forward pass can
     write it. check(inputs) may look at values.
     counts: the setting that is false for a term (of the second value) without a gradient.
@@ -73,7 +61,6 @@ class FusedOp:
         Inputs: Any,
         names: tuple[str, ...],
         outputs: Callable[..., tuple[Tensor, ...]],
-        closed_form: Callable[..., None],
         *,
         values: int = 1,
         saved_from: int = 0,
@@ -84,7 +71,7 @@ class FusedOp:
         counts: str = "",
         reference: str = "",
     ):
-        self.name, self.Inputs, self.outputs, self.closed_form, self.grads = name, Inputs, outputs, closed_form, grads
+        self.name, self.Inputs, self.outputs, self.grads = name, Inputs, outputs, grads
         self.values, self.saved_from, self.keeps_constants = values, saved_from or values, keeps_constants
         self.writes_grads, self.check = writes_grads, check
         self.counts, self.reference = counts, reference or f"{name}_reference"
@@ -110,35 +97,38 @@ class FusedOp:
         write_grads = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         return self.eager.apply(many, others, write_grads, *tensors)
 
-    @without_autocast
     def forward(self, inputs: Any, write_grads: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """(outputs, grads)"""
-        (on_gpu, dtype), first = _device_and_dtype(inputs), _flat(inputs[0])[0]
-        inputs, grads, outputs = self._empty(inputs, dtype, write_grads and self.writes_grads(inputs, on_gpu))
-        self.check(inputs)
-        if first.numel():
-            (self.launch if on_gpu else self.closed_form)(inputs, outputs, grads)
-        else:
-            for output in outputs:
-                output.zero_()
+        first = _flat(inputs[0])[0]
+        with _no_autocast(first):
+            on_gpu, inputs, grads, outputs = self._allocate(inputs, write_grads)
+            self.check(inputs)
+            if first.numel():
+                (self.launch if on_gpu else self.closed_form)(inputs, outputs, grads)
+            else:
+                for output in outputs:
+                    output.zero_()
         return outputs, grads
 
-    @without_autocast
     def backward(self, inputs: Any, saved: Tensors, grad_outputs: Tensors, grads: Tensor | None = None) -> Tensor:
         """The gradient for grad_outputs. grads: the one for grad_outputs of 1, which is overwritten."""
         on_gpu, dtype = _device_and_dtype(inputs, saved)
         written, grads = grads is not None, self.grads(inputs, dtype) if grads is None else grads
-        if grads.numel():
-            outputs = (*[None] * self.saved_from, *saved)
-            if on_gpu:
+        outputs = [*[None] * self.saved_from, *saved]
+        with _no_autocast(grads):
+            if on_gpu and grads.numel():
                 self.launch(inputs, outputs, grads, grad_outputs, written)
-            else:
+            elif grads.numel():
                 self.closed_form(inputs, outputs, grads, grad_outputs)
         return grads
 
     @functools.cached_property
+    def closed_form(self) -> Callable[..., None]:
+        return importlib.import_module(f".cpu.{self.name}", __package__).closed_form
+
+    @functools.cached_property
     def launch(self) -> Callable[..., None]:
-        """Of gpu/<name>.py. Triton is imported here, when a kernel is launched for the first time."""
+        """Triton is imported here, when a kernel is launched for the first time."""
         return importlib.import_module(f".gpu.{self.name}", __package__).launch
 
     def gradients(self, ctx: Any, grad_outputs: Tensors) -> list[Tensor | None]:
@@ -159,24 +149,23 @@ class FusedOp:
         rows = iter(grads.unbind() if ctx.many else [grads])
         return [next(rows).to(dtype) if need else None for dtype, need in zip(ctx.dtypes, needs_grad, strict=True)]
 
-    def _empty(self, inputs: Any, dtype: torch.dtype, write_grads: bool) -> tuple[Any, Tensor | None, tuple]:
-        """(inputs, of which no student needs a gradient unless write_grads, grads or None, outputs), uninitialised"""
-        many = not isinstance(inputs[0], Tensor)
+    def _allocate(self, inputs: Any, write_grads: bool) -> tuple[bool, Any, Tensor | None, tuple[Tensor, ...]]:
+        """(on_gpu, inputs, grads, outputs). Unless grads are written, they are None and no student of a list learns."""
+        on_gpu, dtype = _device_and_dtype(inputs)
+        write_grads, many = write_grads and self.writes_grads(inputs, on_gpu), not isinstance(inputs[0], Tensor)
         if many and not write_grads:
             inputs = inputs._replace(needs_grad=[False] * len(inputs[0]))
         grads = self.grads(inputs, dtype) if many or write_grads else None
         new = functools.partial(torch.empty, dtype=dtype, device=_flat(inputs[0])[0].device)
-        return inputs, grads, self.outputs(inputs, new)
+        return on_gpu, inputs, grads, self.outputs(inputs, new)
 
     def _operator(self, *given: Any) -> tuple[Tensor, ...]:
         outputs, grads = self.forward(self.Inputs(*given[:-1]), given[-1])
-        return *outputs, outputs[0].new_empty(0) if grads is None else grads
+        return (*outputs, outputs[0].new_empty(0) if grads is None else grads)
 
     def _fake(self, *given: Any) -> tuple[Tensor, ...]:
-        inputs, write_grads = self.Inputs(*given[:-1]), given[-1]
-        on_gpu, dtype = _device_and_dtype(inputs)
-        _, grads, outputs = self._empty(inputs, dtype, write_grads and self.writes_grads(inputs, on_gpu))
-        return *outputs, outputs[0].new_empty(0) if grads is None else grads
+        _, _, grads, outputs = self._allocate(self.Inputs(*given[:-1]), given[-1])
+        return (*outputs, outputs[0].new_empty(0) if grads is None else grads)
 
     def _backward_operator(self, *given: Any) -> Tensor:
         inputs, rest = self._split(given)
@@ -190,7 +179,7 @@ class FusedOp:
         fields = len(self.Inputs._fields)
         return self.Inputs(*given[:fields]), given[fields:]
 
-    def _setup(self, ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def _setup(self, ctx: Any, inputs: tuple, output: Tensors) -> None:
         students, constants, settings = inputs[0], inputs[1 : 1 + self.constants], inputs[1 + self.constants : -1]
         ctx.settings, ctx.grads, ctx.many = settings, None, not isinstance(students, Tensor)
         ctx.dtypes = [x.dtype for x in _flat(students)]
@@ -226,7 +215,7 @@ def _eager_function(op: FusedOp) -> type[torch.autograd.Function]:
         def forward(ctx: Any, many: bool, others: tuple, write_grads: bool, *students: Tensor) -> tuple[Tensor, ...]:
             inputs = op.Inputs(list(students) if many else students[0], *others)
             outputs, grads = op.forward(inputs, write_grads)
-            op._setup(ctx, (*inputs, write_grads), (*outputs, grads))
+            op._setup(ctx, (*inputs, write_grads), (*outputs, None))
             if grads is not None and grads.numel():  # not a saved tensor: the first backward pass overwrites it
                 ctx.grads = grads
             return outputs[: op.values]
@@ -260,6 +249,12 @@ def scale_in_place(
 
 def _flat(students: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (students,) if isinstance(students, Tensor) else tuple(students)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Outside of the caller's autocast, which would multiply matrices in 16 bits."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def can_bypass_dispatcher(tensors: Iterable[Tensor | None]) -> bool:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .check import check_tensors
+from .check import check_floating
 
 
 def rkd_loss(
@@ -111,13 +111,9 @@ def _accumulate(x: Tensor) -> Tensor:
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:
-    check_tensors(student_features=student, teacher_features=teacher)
+    check_floating(student_features=student, teacher_features=teacher)
     if student.dim() < 2 or teacher.dim() < 2 or len(student) != len(teacher):
         raise ValueError(f"features must be [N, ...] with the same N, {_shapes(student, teacher)}")
-    if not (student.is_floating_point() and teacher.is_floating_point()):
-        raise ValueError(f"features must be floating point, got {student.dtype} and {teacher.dtype}")
-    if student.device != teacher.device:
-        raise ValueError(f"features must be on one device, got {student.device} and {teacher.device}")
 
 
 def _shapes(student: Tensor, teacher: Tensor) -> str:

@@ -1,16 +1,15 @@
 """attention_transfer.py where there is no GPU: one pass over each map, the rest is small. Also the path of fp64."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..attention_transfer import Inputs
-    from ..op import Tensors
+from ..attention_transfer import Inputs
+from ..op import Tensors
 
 
-def closed_form(inputs: "Inputs", outputs: "Tensors", grads: Any, grad_outputs: "Tensors" = ()) -> None:
+def closed_form(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors = ()) -> None:
     """See FusedOp."""
     (student, teacher, weight), (loss, k) = inputs, outputs
     if loss is None or teacher is None:

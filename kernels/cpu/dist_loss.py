@@ -3,19 +3,16 @@
 It is also the path of fp64 on every device.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..op import acc_dtype
-
-if TYPE_CHECKING:
-    from ..dist_loss import Inputs
-    from ..op import Tensors
+from ..dist_loss import Inputs
+from ..op import Tensors, acc_dtype
 
 
-def closed_form(inputs: "Inputs", outputs: "Tensors", grads: Any, grad_outputs: "Tensors" = ()) -> None:
+def closed_form(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors = ()) -> None:
     """See FusedOp; rows and columns are for the kernels. Five buffers in all: fresh pages cost more."""
     student, teacher, beta, gamma, temperature = inputs
     (N, C), dtype, (loss, rows, columns) = student.shape, acc_dtype([student, teacher]), outputs

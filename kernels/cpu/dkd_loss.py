@@ -3,21 +3,16 @@
 Both networks lie in one [2, N, C] buffer, student first. It is also the path of fp64 on every device.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..op import acc_dtype
+from ..dkd_loss import Inputs
+from ..op import Tensors, acc_dtype
 from .logit_loss import scratch
 
-if TYPE_CHECKING:
-    from ..dkd_loss import Inputs
-    from ..op import Tensors
 
-
-def closed_form(inputs: "Inputs", outputs: "Tensors", grads: Tensor | None, grad_outputs: "Tensors" = ()) -> None:
+def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor | None, grad_outputs: Tensors = ()) -> None:
     """See FusedOp."""
     student, teacher, target, alpha, beta, temperature = inputs
     N, y, loss = len(target), target[:, None], outputs[0]

@@ -7,16 +7,14 @@ well: there are few.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..factor_distance import Inputs
+from ..op import Tensors
 from .logit_loss import scratch
-
-if TYPE_CHECKING:
-    from ..factor_distance import Inputs
-    from ..op import Tensors
 
 CHUNK = 1 << 19
 """Elements of a factor at a time: what the passes share stays in the last-level cache."""
@@ -24,7 +22,7 @@ NO_NORM = 1e-12
 """A norm up to here counts as this, and its part gets no gradient."""
 
 
-def closed_form(inputs: "Inputs", outputs: "Tensors", grads: Tensor, grad_outputs: "Tensors" = ()) -> None:
+def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensors = ()) -> None:
     """See FusedOp. For p = 2 only the backward pass has gradients."""
     (parts, teacher, out), (loss, terms, statistics) = inputs.rows(grads), outputs
     _, _, weights, p, needs_grad = inputs

@@ -14,14 +14,12 @@ import functools
 import math
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..logit_loss import Inputs
-    from ..op import Tensors
+from ..logit_loss import Inputs
+from ..op import Tensors
 
 WIDEST = 40.0
 """Beyond this, in a log-probability of a label or a log-sum, fp32 sums of unshifted logits lose digits."""
@@ -59,7 +57,7 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
-def closed_form(inputs: "Inputs", outputs: "Tensors", grads: Tensor, grad_outputs: "Tensors" = ()) -> None:
+def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensors = ()) -> None:
     """See FusedOp. It is also the path of fp64 on every device."""
     if inputs.target.device.type == "cpu" and grad_outputs:
         inputs = inputs._replace(weights=_weights_above(inputs.weights, *grad_outputs))
@@ -82,7 +80,7 @@ def _weights_above(weights: Sequence[float], grad_loss: Tensor | None, grad_term
     return [w * (common + gradient) if w else 0.0 for w, gradient in zip(weights, own, strict=True)]
 
 
-def _quick_terms(inputs: "Inputs", grads: Tensor) -> Tensor | None:
+def _quick_terms(inputs: Inputs, grads: Tensor) -> Tensor | None:
     """The terms in fp64, and the gradients into grads; None where this would not be exact."""
     heads, weights = inputs.heads, inputs.weights
     if len(heads) != 2 or inputs.needs_grad[1] or any((weights[1], *weights[3:])):
@@ -92,7 +90,7 @@ def _quick_terms(inputs: "Inputs", grads: Tensor) -> Tensor | None:
     return _student_and_teacher(inputs, room)
 
 
-def _student_and_teacher(inputs: "Inputs", grads: Tensor) -> Tensor | None:
+def _student_and_teacher(inputs: Inputs, grads: Tensor) -> Tensor | None:
     """grads: [1, N, C]"""
     (student, teacher), target, (ce_weight, _, kd_weight, *_), temperature, *_ = inputs
     (N, C), dtype = student.shape, torch.promote_types(torch.result_type(student, teacher), torch.float32)
@@ -125,7 +123,7 @@ def _student_and_teacher(inputs: "Inputs", grads: Tensor) -> Tensor | None:
     return grads.new_tensor([[ce, 0, kd], [0, 0, 0]], dtype=torch.float64)
 
 
-def _many_heads(inputs: "Inputs", grads: Tensor) -> Tensor | None:
+def _many_heads(inputs: Inputs, grads: Tensor) -> Tensor | None:
     """With z the logits over T and L their log-sums, log p = z - L, and for all pairs of heads in one product
 
     sum_c p_j log p_i = cross[j, i] - L_i,    KL(p_j || p_i) = (L_i - cross[j, i]) - (L_j - cross[j, j])
@@ -162,7 +160,7 @@ def _many_heads(inputs: "Inputs", grads: Tensor) -> Tensor | None:
     return terms if math.isfinite(terms.sum()) else None
 
 
-def _add_labels(inputs: "Inputs", room: Tensor, log_p: Tensor, gradient: Tensor) -> None:
+def _add_labels(inputs: Inputs, room: Tensor, log_p: Tensor, gradient: Tensor) -> None:
     """The cross-entropies' part where their softmax, at temperature 1, is not that of the divergences."""
     rows, ce_weights = iter(gradient), inputs.weights[:: len(inputs.heads) + 1]
     for i, (head, weight, learner) in enumerate(zip(inputs.heads, ce_weights, inputs.needs_grad, strict=True)):

@@ -6,20 +6,16 @@ product per row, the gradients as one product with the [H, H] table.
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..op import acc_dtype
+from ..logit_loss import Inputs
+from ..op import Tensors, acc_dtype
 from .logit_loss import scratch
 
-if TYPE_CHECKING:
-    from ..logit_loss import Inputs
-    from ..op import Tensors
 
-
-def general(inputs: "Inputs", outputs: "Tensors", grads: Tensor, grad_outputs: "Tensors") -> None:
+def general(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensors) -> None:
     """Writes grads and, unless they are None, outputs. On the CPU grad_outputs are in the weights already."""
     heads, target, weights, temperature, smoothing, ignore_index, standardize, needs_grad = inputs
     H, (N, C) = len(heads), heads[0].shape

@@ -3,22 +3,17 @@
 It is also the path of fp64 on every device.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ..op import acc_dtype
-
-if TYPE_CHECKING:
-    from ..map_distance import Inputs
-    from ..op import Tensors
+from ..map_distance import Inputs
+from ..op import Tensors, acc_dtype
 
 _PIECE = 1 << 18
 """Elements, measured: 2^16 pays for calls, 2^20 and more for memory."""
 
 
-def closed_form(inputs: "Inputs", outputs: "Tensors", grads: Tensor | None, grad_outputs: "Tensors" = ()) -> None:
+def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor | None, grad_outputs: Tensors = ()) -> None:
     """See FusedOp."""
     (student, teacher, margin, scale), value = inputs.dense(), outputs[0]
     dtype = acc_dtype([student, teacher])

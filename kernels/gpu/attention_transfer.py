@@ -1,19 +1,18 @@
 """The kernels of attention_transfer.py. A tile is some places (of H W) of one sample times some channels."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention_transfer import Inputs
+from ..op import Tensors
 from .host import common_unit, on_device, power_of_2, programs
 from .reduce import ticket, total
-
-if TYPE_CHECKING:
-    from ..attention_transfer import Inputs
-    from ..op import Tensors
 
 
 @triton.jit
@@ -148,70 +147,64 @@ def _backward_kernel(
         tile += tl.num_programs(0)
 
 
-def _layout(f_NCHW: Tensor) -> tuple[tuple[int, int, int], bool] | None:
-    """(strides of sample, place and channel; are channels contiguous). None if neither channels nor places are."""
+class _Map(NamedTuple):
+    """A map as the kernels read it; one of its strides of place and channel is 1."""
+
+    f_NCHW: Tensor
+    strides: tuple[int, int, int]
+    """of sample, place and channel"""
+    last: bool
+    """True if channels are contiguous, not places"""
+
+    @property
+    def unit(self) -> int:
+        _, C, H, W = self.f_NCHW.shape
+        contiguous, other = (C, self.strides[1]) if self.last else (H * W, self.strides[2])
+        return common_unit(contiguous, self.strides[0], other)
+
+    def divided(self, unit: int) -> tuple[int, int, int]:
+        sample, place, channel = self.strides
+        return (sample // unit, place // unit, 1) if self.last else (sample // unit, 1, channel // unit)
+
+
+def _readable(f_NCHW: Tensor) -> _Map:
+    """The map, or a channels-last copy if places have gaps or neither channels nor places are contiguous."""
     (_, C, H, W), (n, c, h, w) = f_NCHW.shape, f_NCHW.stride()
     place = w if W > 1 else h
-    if H > 1 and W > 1 and h != W * w:
-        return None
-    if c == 1 and C > 1:
-        return (n, place, 1), True
-    return ((n, 1, c), False) if place == 1 else None
+    if (H == 1 or W == 1 or h == W * w) and (c == 1 and C > 1 or place == 1):
+        return _Map(f_NCHW, (n, place, 1), True) if c == 1 and C > 1 else _Map(f_NCHW, (n, 1, c), False)
+    return _Map(f_NCHW.contiguous(memory_format=torch.channels_last), (H * W * C, C, 1), True)
 
 
-def _readable(f_NCHW: Tensor) -> tuple[Tensor, tuple[int, int, int], bool]:
-    """(the map or a copy that _layout can describe, its strides, are channels contiguous)"""
-    layout = _layout(f_NCHW)
-    if layout is None:
-        N, C, H, W = f_NCHW.shape
-        return f_NCHW.permute(0, 2, 3, 1).contiguous(), (H * W * C, C, 1), True
-    return f_NCHW, *layout
+def _tile(maps: Sequence[_Map]) -> tuple[int, list[int]]:
+    """(places, channels of each map) of tiles of 4,096 elements, 16 a thread."""
+    HW, channels = maps[0].f_NCHW[0, 0].numel(), [power_of_2(each.f_NCHW.shape[1]) for each in maps]
+    if all(each.last for each in maps):
+        places = min(max(8, 4096 // max(channels)), power_of_2(HW), 256)
+    else:
+        places = min(128, max(16, power_of_2(HW)))
+    return places, [max(1, min(C, 4096 // places)) for C in channels]
 
 
-def _units(strides: tuple[int, int, int], last: bool, channels: int, places: int) -> int:
-    contiguous, other = (channels, strides[1]) if last else (places, strides[2])
-    return common_unit(contiguous, strides[0], other)
-
-
-def _divided(strides: tuple[int, int, int], unit: int, last: bool) -> tuple[int, int, int]:
-    return (strides[0] // unit, strides[1] // unit, 1) if last else (strides[0] // unit, 1, strides[2] // unit)
-
-
-def _places(maps: list[tuple[int, bool]], places: int) -> int:
-    """Places of a tile of 4,096 elements, 16 a thread; maps: (channels, are they contiguous) of each."""
-    if not all(last for _, last in maps):
-        return min(128, max(16, power_of_2(places)))
-    widest = max(power_of_2(channels) for channels, _ in maps)
-    return min(max(8, 4096 // widest), power_of_2(places), 256)
-
-
-def _channels(channels: int, places: int) -> int:
-    return max(1, min(power_of_2(channels), 4096 // places))
-
-
-def launch(
-    inputs: "Inputs", outputs: "Tensors", grads: Any, grad_outputs: "Tensors" = (), written: bool = False
-) -> None:
+def launch(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors = (), written: bool = False) -> None:
     """See FusedOp. The forward pass writes the loss and k, of which the backward pass makes grads."""
     (student, teacher, weight), (loss, k) = inputs, outputs
     if teacher is None:
         _launch_backward(student, k, grad_outputs[0], grads)
         return
     (N, HW), Cs, Ct, device = k.shape, student.shape[1], teacher.shape[1], k.device
-    (student, strides_s, last_s), (teacher, strides_t, last_t) = _readable(student), _readable(teacher)
-    unit_s, unit_t = _units(strides_s, last_s, Cs, HW), _units(strides_t, last_t, Ct, HW)
-    places = _places([(Cs, last_s), (Ct, last_t)], HW)
-    pieces, unit_hw = math.ceil(HW / places), common_unit(HW)
-    part_s, part_t = unit_s if last_s else 1, unit_t if last_t else 1
-    q = torch.empty((2, N, HW), dtype=torch.float32, device=device)
-    block, grid = min(2048, max(16, power_of_2(HW))), programs(N, 8, device)
-    partials = torch.empty((grid, 2), dtype=torch.float32, device=device)
+    s, t = _readable(student), _readable(teacher)
+    unit_hw, unit_s, unit_t = common_unit(HW), s.unit, t.unit
+    part_s, part_t = unit_s if s.last else 1, unit_t if t.last else 1
+    places, (channels_s, channels_t) = _tile([s, t])
+    pieces, block, grid = math.ceil(HW / places), min(2048, max(16, power_of_2(HW))), programs(N, 8, device)
+    q, partials = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((2, N, HW), (grid, 2)))
     with on_device(device):
         _mean_square_kernel[(programs(N * pieces, 8, device),)](
-            student, teacher, _divided(strides_s, unit_s, last_s), _divided(strides_t, unit_t, last_t), q,
+            s.f_NCHW, t.f_NCHW, s.divided(unit_s), t.divided(unit_t), q,
             N, pieces, HW // unit_hw, Cs // part_s, Ct // part_t,
-            PLACES=places, CHANNELS_S=_channels(Cs, places), CHANNELS_T=_channels(Ct, places), UNIT_S=unit_s,
-            UNIT_T=unit_t, PART_S=part_s, PART_T=part_t, UNIT_HW=unit_hw, LAST_S=last_s, LAST_T=last_t,
+            PLACES=places, CHANNELS_S=channels_s, CHANNELS_T=channels_t, UNIT_S=unit_s, UNIT_T=unit_t,
+            PART_S=part_s, PART_T=part_t, UNIT_HW=unit_hw, LAST_S=s.last, LAST_T=t.last,
             enable_fp_fusion=True, num_warps=8,
         )  # fmt: skip
         _loss_kernel[(grid,)](
@@ -220,24 +213,21 @@ def launch(
         )  # fmt: skip
 
 
-def _launch_backward(student: Tensor, k: Tensor, grad_output: Tensor, gradient: Tensor) -> None:
-    """Writes gradient = grad_output * k * student."""
+def _launch_backward(student: Tensor, k: Tensor, grad_output: Tensor, grads: Tensor) -> None:
+    """Writes grads = grad_output * k * student."""
     (N, HW), C, device = k.shape, student.shape[1], k.device
-    student, strides, last = _readable(student)
-    layout, out = _layout(gradient), gradient
-    if layout is None or layout[1] != last:  # a student with gaps: rare, costs one more pass
-        out = torch.empty((N, HW, C) if last else (N, C, HW), dtype=gradient.dtype, device=device)
-        layout = ((C * HW, C, 1) if last else (C * HW, 1, HW)), last
-    unit = min(_units(strides, last, C, HW), _units(layout[0], last, C, HW))
-    places = _places([(C, last)], HW)
-    pieces, unit_hw = math.ceil(HW / places), common_unit(HW)
+    f, g = _readable(student), _readable(grads)
+    if f.last != g.last:  # a student with gaps: rare, costs one more pass
+        f = _readable(torch.empty_like(grads).copy_(student))
+    unit, unit_hw = min(f.unit, g.unit), common_unit(HW)
+    places, (channels,) = _tile([f])
+    pieces = math.ceil(HW / places)
     with on_device(device):
         _backward_kernel[(programs(N * pieces, 8, device),)](
-            student, out, _divided(strides, unit, last), _divided(layout[0], unit, last), k, grad_output,
-            N, pieces, HW // unit_hw, C // (unit if last else 1),
-            PLACES=places, CHANNELS=_channels(C, places), UNIT=unit, UNIT_HW=unit_hw, LAST=last,
+            f.f_NCHW, g.f_NCHW, f.divided(unit), g.divided(unit), k, grad_output,
+            N, pieces, HW // unit_hw, C // (unit if f.last else 1),
+            PLACES=places, CHANNELS=channels, UNIT=unit, UNIT_HW=unit_hw, LAST=f.last,
             enable_fp_fusion=True, num_warps=8,
         )  # fmt: skip
-    if out is not gradient:
-        N, C, H, W = gradient.shape
-        gradient.copy_(out.view(N, H, W, C).permute(0, 3, 1, 2) if last else out.view(N, C, H, W))
+    if g.f_NCHW is not grads:
+        grads.copy_(g.f_NCHW)

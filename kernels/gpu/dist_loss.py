@@ -1,19 +1,17 @@
 """The kernels of dist_loss.py: statistics of the rows, statistics of the columns, gradient."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dist_loss import Inputs
+from ..op import Tensors
 from .host import common_unit, contiguous_rows, most_registers, on_device, programs, row_shape
 from .reduce import ticket, total
-
-if TYPE_CHECKING:
-    from ..dist_loss import Inputs
-    from ..op import Tensors
 
 
 @triton.jit
@@ -239,9 +237,7 @@ def _networks(student: Tensor, teacher: Tensor) -> tuple[tuple[Tensor, int, Tens
     return (student, student.stride(0) // unit, teacher, teacher.stride(0) // unit), unit
 
 
-def launch(
-    inputs: "Inputs", outputs: "Tensors", grads: Any, grad_outputs: "Tensors" = (), written: bool = False
-) -> None:
+def launch(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors = (), written: bool = False) -> None:
     """See FusedOp. The forward pass writes the loss, `rows` and `columns`, of which the backward pass makes grads."""
     student, teacher, beta, gamma, temperature = inputs
     loss, rows, columns = outputs

@@ -1,18 +1,14 @@
 """The kernel of dkd_loss.py: one program takes rows. A row of both networks is kept in registers if it fits."""
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dkd_loss import Inputs
+from ..op import Tensors
 from .host import common_unit, contiguous_rows, most_registers, on_device, programs, row_shape
 from .reduce import ticket, total
-
-if TYPE_CHECKING:
-    from ..dkd_loss import Inputs
-    from ..op import Tensors
 
 
 @triton.jit
@@ -146,7 +142,7 @@ def _kernel(
 
 
 def launch(
-    inputs: "Inputs", outputs: "Tensors", grads: Tensor | None, grad_outputs: "Tensors" = (), written: bool = False
+    inputs: Inputs, outputs: Tensors, grads: Tensor | None, grad_outputs: Tensors = (), written: bool = False
 ) -> None:
     """Run the kernel; see FusedOp. If `written`, it writes nothing where grad_outputs are 1."""
     student, teacher, target, alpha, beta, temperature = inputs

@@ -1,19 +1,16 @@
 """The kernels of factor_distance.py: one program takes samples. A sample is kept in registers if it fits."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..factor_distance import Inputs
+from ..op import Tensors
 from .host import common_unit, contiguous_rows, on_device, power_of_2, programs
 from .reduce import ticket, total
-
-if TYPE_CHECKING:
-    from ..factor_distance import Inputs
-    from ..op import Tensors
 
 
 @triton.jit
@@ -234,9 +231,7 @@ def _shape(elements: int, maps: int) -> tuple[int, int]:
     return block, min(max(1, block // (32 * 8)), 16)
 
 
-def launch(
-    inputs: "Inputs", outputs: "Tensors", grads: Tensor, grad_outputs: "Tensors" = (), written: bool = False
-) -> None:
+def launch(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensors = (), written: bool = False) -> None:
     """See FusedOp. If `written`, the backward pass writes nothing where all grad_outputs are 1.
 
     Only for p = 1 the forward pass writes grads, [factors that need one, N, D].

@@ -1,12 +1,12 @@
 """The kernel of logit_loss.py: one program takes rows. A row of all heads is kept in registers if it fits."""
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..logit_loss import Inputs
+from ..op import Tensors
 from .host import common_unit, contiguous_rows, most_registers, on_device, power_of_2, programs
 from .logit_terms import (
     add_dots,
@@ -20,10 +20,6 @@ from .logit_terms import (
     write_gradients,
 )
 from .reduce import ticket, total
-
-if TYPE_CHECKING:
-    from ..logit_loss import Inputs
-    from ..op import Tensors
 
 
 @triton.jit
@@ -170,9 +166,7 @@ def _shape(classes: int, heads: int, learners: int, itemsize: int) -> tuple[int,
     return block, warps, 96 if light else most_registers(warps)
 
 
-def launch(
-    inputs: "Inputs", outputs: "Tensors", grads: Tensor, grad_outputs: "Tensors" = (), written: bool = False
-) -> None:
+def launch(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensors = (), written: bool = False) -> None:
     """Run the kernel; see FusedOp. If `written`, it writes nothing where all grad_outputs are 1."""
     heads, target, weights, temperature, smoothing, ignore_index, standardize, needs_grad = inputs
     (N, C), H, device = heads[0].shape, len(heads), heads[0].device

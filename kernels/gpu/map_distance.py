@@ -1,19 +1,16 @@
 """The kernel of map_distance.py: both maps are read as flat arrays, 8 elements at a time."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..map_distance import Inputs
+from ..op import Tensors
 from .host import common_unit, on_device, programs
 from .reduce import ticket, total
-
-if TYPE_CHECKING:
-    from ..map_distance import Inputs
-    from ..op import Tensors
 
 
 @triton.jit
@@ -74,7 +71,7 @@ def _kernel(
 
 
 def launch(
-    inputs: "Inputs", outputs: "Tensors", grads: Tensor | None, grad_outputs: "Tensors" = (), written: bool = False
+    inputs: Inputs, outputs: Tensors, grads: Tensor | None, grad_outputs: Tensors = (), written: bool = False
 ) -> None:
     """Run the kernel; see FusedOp. If `written`, it writes nothing where grad_outputs are 1."""
     student, teacher, margin, scale = inputs.dense()
