@@ -81,8 +81,8 @@ def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor
 _attention_transfer = FusedOp(
     "attention_transfer",
     Inputs,
-    ("loss", "k"),
-    _outputs,
+    names=("loss", "k"),
+    outputs=_outputs,
     keeps_constants=False,
     grads=lambda inputs, dtype: torch.empty_like(inputs.student),
     writes_grads=lambda inputs, on_gpu: False,

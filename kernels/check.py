@@ -17,10 +17,13 @@ def check_tensors(**given: object) -> None:
 def check_floating(**given: object) -> None:
     """Raises TypeError unless everything given is a tensor, ValueError unless floating point and on one device."""
     check_tensors(**given)
-    tensors, names = [x for x in given.values() if isinstance(x, Tensor)], ", ".join(given)
+    _check_numbers(", ".join(given), [x for x in given.values() if isinstance(x, Tensor)])
+
+
+def _check_numbers(names: str, tensors: Sequence[Tensor]) -> None:
     if not all(x.is_floating_point() for x in tensors):
         raise ValueError(f"{names} must be floating point, got {', '.join(str(x.dtype) for x in tensors)}")
-    if len({x.device for x in tensors}) > 1:
+    if any(x.device != tensors[0].device for x in tensors):
         raise ValueError(f"{names} must be on one device, got {', '.join(str(x.device) for x in tensors)}")
 
 
@@ -47,14 +50,10 @@ def check_logits(heads: Sequence[Tensor], names: Sequence[str] = ()) -> None:
     for k, head in enumerate(heads):
         if not isinstance(head, Tensor):
             raise _no_tensor(names[k] if names else "logits", head)
-    shape, device = heads[0].shape, heads[0].device
-    for head in heads:
-        if head.dim() != 2 or head.shape != shape:
-            raise ValueError(_unlike([list(head.shape) for head in heads]))
-        if not head.is_floating_point():
-            raise ValueError(f"logits must be floating point, got {head.dtype} {list(head.shape)}")
-        if head.device != device:
-            raise ValueError(f"logits must be on one device, got {[str(head.device) for head in heads]}")
+    shape = heads[0].shape
+    if any(head.dim() != 2 or head.shape != shape for head in heads):
+        raise ValueError(_unlike([list(head.shape) for head in heads]))
+    _check_numbers("logits", heads)
     if shape[1] < 2:
         raise ValueError(f"logits of {shape[1]} class(es), {list(shape)}: a softmax needs 2 or more")
 

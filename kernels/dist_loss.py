@@ -97,7 +97,7 @@ def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor
 _dist_loss = FusedOp(
     "dist_loss",
     Inputs,
-    ("loss", "rows", "columns"),
-    _outputs,
+    names=("loss", "rows", "columns"),
+    outputs=_outputs,
     writes_grads=lambda inputs, on_gpu: not on_gpu,  # a kernel has the sums over the batch only at its end
 )

@@ -138,8 +138,8 @@ def _grads(inputs: Inputs, dtype: torch.dtype) -> Tensor:
 _factor_distance = FusedOp(
     "factor_distance",
     Inputs,
-    ("loss", "terms", "statistics"),
-    _outputs,
+    names=("loss", "terms", "statistics"),
+    outputs=_outputs,
     values=2,
     saved_from=1,
     grads=_grads,

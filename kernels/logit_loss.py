@@ -208,8 +208,8 @@ def _check_labels(inputs: Inputs) -> None:
 _logit_loss = FusedOp(
     "logit_loss",
     Inputs,
-    ("loss", "terms"),
-    _outputs,
+    names=("loss", "terms"),
+    outputs=_outputs,
     values=2,
     check=_check_labels,
     counts="weights",

@@ -137,8 +137,6 @@ def memory_format(x: Tensor) -> torch.memory_format:
 _map_distance = FusedOp(
     "map_distance",
     Inputs,
-    ("value",),
-    lambda inputs, new: (new(()),),
     grads=lambda inputs, dtype: torch.empty_like(inputs.student, memory_format=memory_format(inputs.student)),
     reference="hint_distance_reference",
 )

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_floating
+from .op import acc_dtype
 
 
 def rkd_loss(
@@ -34,7 +35,8 @@ def rkd_loss(
     """
     _check(student_features, teacher_features)
     if student_features.dim() != 2 or teacher_features.dim() != 2:
-        raise ValueError(f"pool the features to [N, D], {_shapes(student_features, teacher_features)}")
+        shapes = list(student_features.shape), list(teacher_features.shape)
+        raise ValueError(f"pool the features to [N, D], got {shapes[0]} and {shapes[1]}")
     with torch.autocast(student_features.device.type, enabled=False):
         squares_s = _squared_distances(student_features)
         with torch.no_grad():
@@ -57,7 +59,7 @@ def _huber(relation: Callable[[Tensor], Tensor], squares_s: Tensor, squares_t: T
 
 def _squared_distances(features_ND: Tensor) -> Tensor:
     """[N, N]; exactly 0, without a gradient, where rounding is all there is. NaN stays."""
-    x = _accumulate(features_ND)
+    x = features_ND.to(acc_dtype([features_ND]))
     x = x - x.mean(0) if len(x) else x
     gram = x @ x.T
     norms = gram.diagonal()
@@ -99,22 +101,16 @@ def sp_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
 def _normalised_gram(map_N: Tensor) -> Tensor:
     if map_N.dim() == 4 and map_N.is_contiguous(memory_format=torch.channels_last):
         map_N = map_N.permute(0, 2, 3, 1)  # the Gram matrix does not see the order; so flattening copies nothing
-    rows = _accumulate(map_N).reshape(len(map_N), map_N.shape[1:].numel())
+    rows = map_N.to(acc_dtype([map_N])).reshape(len(map_N), map_N.shape[1:].numel())
     gram = rows @ rows.T
     length = torch.linalg.vector_norm(gram, dim=1, keepdim=True)
     empty = length == 0
     return (gram / length.masked_fill(empty, 1)).masked_fill(empty, 0)
 
 
-def _accumulate(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _check(student: Tensor, teacher: Tensor) -> None:
     check_floating(student_features=student, teacher_features=teacher)
     if student.dim() < 2 or teacher.dim() < 2 or len(student) != len(teacher):
-        raise ValueError(f"features must be [N, ...] with the same N, {_shapes(student, teacher)}")
-
-
-def _shapes(student: Tensor, teacher: Tensor) -> str:
-    return f"got {list(student.shape)} and {list(teacher.shape)}"
+        raise ValueError(
+            f"features must be [N, ...] with the same N, got {list(student.shape)} and {list(teacher.shape)}"
+        )

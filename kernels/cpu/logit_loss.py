@@ -70,7 +70,8 @@ def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: T
 
         general(inputs, outputs, grads, grad_outputs)
     elif outputs[0] is not None and outputs[1] is not None:
-        outputs[0].copy_(outputs[1].copy_(terms).sum())
+        outputs[0].copy_(terms.sum())
+        outputs[1].copy_(terms)
 
 
 def _weights_above(weights: Sequence[float], grad_loss: Tensor | None, grad_terms: Tensor | None) -> list[float]:
@@ -81,7 +82,7 @@ def _weights_above(weights: Sequence[float], grad_loss: Tensor | None, grad_term
 
 
 def _quick_terms(inputs: Inputs, grads: Tensor) -> Tensor | None:
-    """The terms in fp64, and the gradients into grads; None where this would not be exact."""
+    """The terms, and the gradients into grads; None where this would not be exact."""
     heads, weights = inputs.heads, inputs.weights
     if len(heads) != 2 or inputs.needs_grad[1] or any((weights[1], *weights[3:])):
         return _many_heads(inputs, grads)
@@ -156,7 +157,7 @@ def _many_heads(inputs: Inputs, grads: Tensor) -> Tensor | None:
     if gradient is not grads:
         grads.copy_(gradient)
     ce = -log_p.sum(1, dtype=torch.float64)
-    terms = torch.cat([ce, divergence], 1).mul_(scale)
+    terms = torch.cat([ce, divergence], 1).mul_(scale).to(dtype)
     return terms if math.isfinite(terms.sum()) else None
 
 

@@ -240,13 +240,16 @@ def _networks(student: Tensor, teacher: Tensor) -> tuple[tuple[Tensor, int, Tens
 def launch(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors = (), written: bool = False) -> None:
     """See FusedOp. The forward pass writes the loss, `rows` and `columns`, of which the backward pass makes grads."""
     student, teacher, beta, gamma, temperature = inputs
-    loss, rows, columns = outputs
-    if grad_outputs:
-        _launch_backward(student, teacher, temperature, rows, columns, grad_outputs[0], grads)
-        return
-    (N, C), device = student.shape, student.device
+    (N, C), device, (loss, rows, columns) = student.shape, student.device, outputs
     networks, unit = _networks(student, teacher)
     block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
+    if grad_outputs:
+        with on_device(device):
+            _gradient_kernel[(programs(N, warps, device),)](
+                *networks, rows, columns, *grad_outputs, grads, N, C // unit, temperature, ONE_PASS=block >= C,
+                UNIT=unit, BLOCK=block, enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
+            )  # fmt: skip
+        return
     wide = 16 if C <= 4096 else 64  # enough programs for few classes, whole cache lines for many
     grids = programs(N, warps, device), math.ceil(C / wide)
     row_sum, *partials = (torch.empty(n, dtype=torch.float32, device=device) for n in (1, *grids))
@@ -256,26 +259,6 @@ def launch(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors =
             ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps, enable_fp_fusion=True, num_warps=warps,
         )  # fmt: skip
         _columns_kernel[grids[1:]](
-            *networks, rows, row_sum, columns, loss, partials[1], ticket(device), N, C // unit, beta, gamma, temperature,
-            UNIT=unit, TALL=1024 // wide, WIDE=wide, ROWS=128, enable_fp_fusion=True, num_warps=4,
-        )  # fmt: skip
-
-
-def _launch_backward(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    rows: Tensor,
-    columns: Tensor,
-    grad_loss: Tensor,
-    grads: Tensor,
-) -> None:
-    (N, C), device = student.shape, student.device
-    networks, unit = _networks(student, teacher)
-    block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
-    with on_device(device):
-        _gradient_kernel[(programs(N, warps, device),)](
-            *networks, rows, columns, grad_loss, grads, N, C // unit, temperature,
-            ONE_PASS=block >= C, UNIT=unit, BLOCK=block,
-            enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
+            *networks, rows, row_sum, columns, loss, partials[1], ticket(device), N, C // unit, beta, gamma,
+            temperature, UNIT=unit, TALL=1024 // wide, WIDE=wide, ROWS=128, enable_fp_fusion=True, num_warps=4,
         )  # fmt: skip
