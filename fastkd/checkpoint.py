@@ -151,9 +151,8 @@ def differences(path: Path, config: dict, free: tuple[str, ...]) -> list[str]:
 def finished(path: Path, config: dict, data: dict) -> bool:
     """True if `path` holds a finished run with these options on this data (images and classes)."""
     weights = path / "student.safetensors"
-    if not (weights.exists() and (path / "config.yaml").exists()):
-        return False
-    if read_about(weights).get("data") != data:
+    whole = weights.exists() and (path / "config.yaml").exists()
+    if not whole or read_about(weights).get("data") != data:
         return False
     return not differences(path, config, tuple(name for name in FREE_TO_CHANGE if name != "data"))
 

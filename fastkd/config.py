@@ -99,7 +99,7 @@ def flat(config: Config) -> dict[str, Any]:
     values = {name: value for section in vars(config).values() for name, value in vars(section).items()}
     for name in ("recipe", *NOT_IN_FILES):
         del values[name]
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return values | {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
 
 
 def recipe_names() -> list[str]:

@@ -68,7 +68,7 @@ def tokens_of(values: dict[str, Any], kind: type, source: str) -> list[str]:
 def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Sequence[str] = ()) -> T:
     """An instance of `kind` from the command line. `arguments` override the `earlier` tokens (from tokens_of).
 
-    Raises UserError. tyro prints its own errors, such as a value out of range, in a box: they become one line.
+    Raises UserError, also for what tyro itself refuses, such as a value out of range.
     """
     import tyro
 
@@ -76,14 +76,8 @@ def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Seque
     wanted_help = "--help" in arguments or "-h" in arguments
     if not wanted_help:
         _check(arguments, kind, command)
-    text = io.StringIO()
-    with contextlib.nullcontext() if wanted_help else _wide_stderr(text):
-        try:
-            return tyro.cli(kind, prog=command, args=[*earlier, *arguments], config=(tyro.conf.OmitArgPrefixes,))
-        except SystemExit as stop:
-            if not stop.code:
-                raise
-            raise UserError(_one_line(text.getvalue())) from None
+    with contextlib.nullcontext() if wanted_help else _errors_in_one_line():
+        return tyro.cli(kind, prog=command, args=[*earlier, *arguments], config=(tyro.conf.OmitArgPrefixes,))
 
 
 def _check(arguments: list[str], kind: type, command: str) -> None:
@@ -106,17 +100,16 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
 
 
 def _fits(kind: type, words: list[str]) -> bool:
+    """True if `words` are a value of the type `kind`."""
     if get_origin(kind) is tuple:
         item, *rest = get_args(kind)
-        return all(_reads(item, word) for word in words) and (rest == [...] or len(words) == 1 + len(rest))
-    return len(words) == 1 and _reads(kind, words[0])
-
-
-def _reads(kind: type, word: str) -> bool:
+        return all(_fits(item, [word]) for word in words) and (rest == [...] or len(words) == 1 + len(rest))
+    if len(words) != 1:
+        return False
     if get_origin(kind) is Literal:
-        return word in get_args(kind)
+        return words[0] in get_args(kind)
     try:
-        kind(word)
+        kind(words[0])
     except ValueError:
         return False
     return True
@@ -137,18 +130,20 @@ def _wrong(option: str, kind: type, words: list[str], got: str) -> UserError:
 
 
 @contextlib.contextmanager
-def _wide_stderr(text: io.StringIO) -> Iterator[None]:
-    before = os.environ.get("COLUMNS")
+def _errors_in_one_line() -> Iterator[None]:
+    """tyro prints an error in a box and exits: raise it as a UserError."""
+    before, text = os.environ.get("COLUMNS"), io.StringIO()
     os.environ["COLUMNS"] = "1000"
     try:
         with contextlib.redirect_stderr(text):
             yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [re.sub("[│╭╮╰╯]", "", line).strip() for line in text.getvalue().splitlines()[1:]]
+        rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
+        # The messages of fastkd's checks name the option: drop "Error parsing <section>: ".
+        message = re.sub(r"^Error parsing (\w+: )?", "", " ".join(line for line in lines[:rule] if line))
+        raise UserError(message) from None
     finally:
         os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
-
-
-def _one_line(box: str) -> str:
-    lines = [re.sub("[│╭╮╰╯]", "", line).strip() for line in box.splitlines()[1:]]
-    rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
-    # The messages of fastkd's checks name the option: drop "Error parsing <section>: ".
-    return re.sub(r"^Error parsing (\w+: )?", "", " ".join(line for line in lines[:rule] if line))

@@ -1,4 +1,4 @@
-"""The output of a run: the progress bar, a line per epoch, and the files of the run folder with curves.png."""
+"""The output of a run: the progress bar, a line per epoch, and the files of the run folder."""
 
 import csv
 import io
@@ -64,8 +64,7 @@ class Report:
         board = board_class() if config.tensorboard and self.main else None
         if self.main:
             options = asdict(config) | about
-            # safe YAML has no tuples
-            options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+            options |= {name: list(value) for name, value in options.items() if isinstance(value, tuple)}  # for YAML
             checkpoint.claim_folder(self.out, options, config.resume)
             checkpoint.write_atomic(self.out / "environment.json", json.dumps(environment(), indent=2) + "\n")
             checkpoint.write_atomic(self.out / "README.txt", FILES)
