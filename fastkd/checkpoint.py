@@ -1,7 +1,6 @@
 """The files of a run: each is written whole or not at all, and none can run code when it is read."""
 
 import io
-import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -129,41 +128,31 @@ def claim_folder(path: Path, config: dict, resume: bool) -> None:
         holds_something = any(not file.name.endswith(".tmp") for file in path.iterdir())
     except OSError as error:
         raise UserError(f"cannot use --out {path}: {error.strerror}; choose another folder") from None
+    run = (path / "config.yaml").exists()
     if holds_something and not resume:
-        run = (path / "config.yaml").exists()
         hint = "; add --resume to go on with the run in it or" if run else " and holds no run;"
         raise UserError(f"--out {path} is not empty{hint} choose another folder")
-    if holds_something:
-        _refuse_other_run(path, config)
-    config = {key: value for key, value in config.items() if key != "resume"}
-    write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-
-
-def _refuse_other_run(path: Path, config: dict) -> None:
-    if not (path / "config.yaml").exists():
+    if holds_something and not run:
         raise UserError(f"--resume: {path} holds files but no run (no config.yaml); choose another --out")
-    changed = differences(path, config, FREE_TO_CHANGE)
+    changed = differences(path, config, FREE_TO_CHANGE) if holds_something else []
     if changed:
         raise UserError(f"--resume: {path} was started with other options: {', '.join(changed)}; choose another --out")
+    config = {key: value for key, value in config.items() if key != "resume"}
+    write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
 def differences(path: Path, config: dict, free: tuple[str, ...]) -> list[str]:
     """The options in which a run folder differs from `config`, as "name was X, now Y"; `free` ones are left out."""
     saved = yaml.safe_load((path / "config.yaml").read_text()) or {}
-    names = [name for name in saved | config if name not in free]
-    return [
-        f"{name} was {saved.get(name)!r}, now {config.get(name)!r}"
-        for name in names
-        if saved.get(name) != config.get(name)
-    ]
+    changed = [name for name in saved | config if name not in free and saved.get(name) != config.get(name)]
+    return [f"{name} was {saved.get(name)!r}, now {config.get(name)!r}" for name in changed]
 
 
 def finished(path: Path, config: dict, data: dict) -> bool:
     """True if `path` holds a finished run with these options on this data (images and classes)."""
     weights = path / "student.safetensors"
-    if not (weights.exists() and (path / "config.yaml").exists()):
-        return False
-    if read_about(weights).get("data") != data:
+    whole = weights.exists() and (path / "config.yaml").exists()
+    if not whole or read_about(weights).get("data") != data:
         return False
     return not differences(path, config, tuple(name for name in FREE_TO_CHANGE if name != "data"))
 
@@ -181,13 +170,13 @@ def read_about(weights: Path) -> dict:
 
 def new_folder(stem: str) -> Path:
     """Make the folder `stem`, or the first of `stem-2`, `stem-3`... that does not exist. Safe between processes."""
-    path = Path(stem)
-    for number in itertools.count(2):
+    path, number = Path(stem), 1
+    while True:
         try:
             path.mkdir(parents=True)
-            break
+            return path
         except FileExistsError:
+            number += 1
             path = Path(f"{stem}-{number}")
         except OSError as error:
             raise UserError(f"cannot make {path}: {error.strerror}; choose another folder with --out") from None
-    return path

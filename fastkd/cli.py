@@ -18,7 +18,6 @@ usage: fastkd COMMAND [OPTIONS]
 `fastkd COMMAND --help` explains the options. Several GPUs: torchrun --nproc-per-node N -m fastkd train ...
 """
 
-
 COMMANDS = ("train", "eval", "bench", "doctor", "methods")
 """Each is a module of commands/ with `run(arguments)`. It is imported when it is asked for: torch takes seconds."""
 

@@ -7,7 +7,7 @@ The options of a method exist only if that method is chosen.
 import importlib.resources
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from .parser import groups, last_value, name_of, option_types, run_parser, token
 
 NOT_IN_FILES = ("config", "print_config", "resume")
 TIMES = ("warmup_epochs", "decay_epochs", "decay_milestones")  # parts of a schedule, in epochs
+
+Sources = list[tuple[str, dict[str, Any]]]
+"""Options of the recipe, of the file and of the command line. Each comes with the name of its source, for errors."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,6 @@ def parse(arguments: list[str], log: Callable[[str], None] = print) -> Config:
     """
     sources = _sources(arguments, log)
     method = last_value("method", arguments) or _from(sources, "method") or RunOptions.method
-    find_method(method)  # or UserError
     typed = {name_of(flag): words for flag, words in groups(arguments)}
     _refuse_options_of_other_methods(method, [*sources, ("command line", typed)])
     kind = config_type(method)
@@ -94,12 +96,10 @@ def config_type(method: str) -> type[Config]:
 
 def flat(config: Config) -> dict[str, Any]:
     """Every option that affects a run, by name, with lists in place of tuples: ready for YAML."""
-    values: dict[str, Any] = {}
-    for section in (config.run, config.networks, config.method, config.data, config.train):
-        values |= {option.name: getattr(section, option.name) for option in fields(section)}
+    values = {name: value for section in vars(config).values() for name, value in vars(section).items()}
     for name in ("recipe", *NOT_IN_FILES):
         del values[name]
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return values | {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
 
 
 def recipe_names() -> list[str]:
@@ -108,64 +108,48 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _sources(arguments: list[str], log: Callable[[str], None]) -> list[tuple[str, dict[str, Any]]]:
-    """The options of the recipe and of the file. Each comes with the name of its source, for errors."""
+def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
+    """The options of the recipe and of the file."""
     recipe, path = last_value("recipe", arguments), last_value("config", arguments)
     files = [(f"--config {path}", _read_yaml(Path(path)))] if path else []
     if "--resume" in arguments:
-        started = _started_run(last_value("out", arguments) or _from(files, "out"))
+        out = last_value("out", arguments) or _from(files, "out")
+        if not out:
+            raise UserError("--resume needs --out FOLDER, the folder of the run to resume")
+        started = Path(out) / "config.yaml"
+        if not started.is_file():
+            raise UserError(f"--resume: there is no run in {out} (no config.yaml); check the path, or drop --resume")
         if not (recipe or path):  # so that `--out DIR --resume` is enough
             path, files = str(started), [(f"--config {started}", _read_yaml(started))]
     data = last_value("data", arguments) or DataOptions.data
     recipe = recipe or _from(files, "recipe") or ("digits" if data == "digits" and not path else "")
-    if not recipe:
-        return files
-    return [(f"--recipe {recipe}", _stretched(recipe, files, arguments, log)), *files]
+    return [(f"--recipe {recipe}", _recipe(recipe, files, arguments, log)), *files] if recipe else files
 
 
-def _started_run(out: str) -> Path:
-    """The config.yaml of the run to resume."""
-    if not out:
-        raise UserError("--resume needs --out FOLDER, the folder of the run to resume")
-    path = Path(out) / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"--resume: there is no run in {out} (no config.yaml); check the path, or drop --resume")
-    return path
-
-
-def _stretched(
-    recipe: str, files: list[tuple[str, dict[str, Any]]], arguments: list[str], log: Callable[[str], None]
-) -> dict[str, Any]:
+def _recipe(recipe: str, files: Sources, arguments: list[str], log: Callable[[str], None]) -> dict[str, Any]:
     """The options of a recipe, with its schedule scaled to the chosen --epochs.
 
     Otherwise the recipe's warm-up might be longer than a short run.
     """
-    values = _recipe(recipe)
+    known = recipe_names()
+    if recipe not in known:
+        raise UserError(f"unknown recipe {recipe!r}{nearest(recipe, known)}; choose from {', '.join(known)}")
+    values = yaml.safe_load((importlib.resources.files("fastkd") / "recipes" / f"{recipe}.yaml").read_text())
     epochs = last_value("epochs", arguments) or _from(files, "epochs")
     given = {name_of(flag) for flag, _ in groups(arguments)} | {name for _, file in files for name in file}
     names = [name for name in TIMES if name in values and name not in given]
     if not (names and epochs.isdecimal() and "epochs" in values) or int(epochs) == values["epochs"]:
         return values
     factor = int(epochs) / values["epochs"]
-    times = {name: _times(values[name], factor) for name in names}
-    changes = ", ".join(f"{name} {_shown(values[name])} -> {_shown(times[name])}" for name in names)
+    before = {name: values[name] if isinstance(values[name], list) else [values[name]] for name in names}
+    after = {name: [time * factor for time in times] for name, times in before.items()}
+    changes = ", ".join(f"{name} {_shown(before[name])} -> {_shown(after[name])}" for name in names)
     log(f"recipe {recipe}, made for {values['epochs']} epochs, over {epochs}: {changes}")
-    return values | times
+    return values | after
 
 
-def _shown(value: float | list[float]) -> str:
-    return " ".join(f"{item:.3g}" for item in (value if isinstance(value, list) else [value]))
-
-
-def _times(value: float | list[float], factor: float) -> float | list[float]:
-    return [item * factor for item in value] if isinstance(value, list) else value * factor
-
-
-def _recipe(name: str) -> dict[str, Any]:
-    names = recipe_names()
-    if name not in names:
-        raise UserError(f"unknown recipe {name!r}{nearest(name, names)}; choose from {', '.join(names)}")
-    return yaml.safe_load((importlib.resources.files("fastkd") / "recipes" / f"{name}.yaml").read_text())
+def _shown(times: list[float]) -> str:
+    return " ".join(f"{time:.3g}" for time in times)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -186,19 +170,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {name_of(str(key)): value for key, value in values.items()}
 
 
-def _refuse_options_of_other_methods(method: str, sources: list[tuple[str, dict[str, Any]]]) -> None:
+def _refuse_options_of_other_methods(method: str, sources: Sources) -> None:
     known = option_types(config_type(method))
     for source, values in sources:
         for name in values.keys() - known.keys():
             having = [other for other in METHODS if name in option_types(config_type(other))]
             prefixed = [f"--{term}-{name}".replace("_", "-") for term in method.split("+") if f"{term}_{name}" in known]
-            hint = (
-                f"did you mean {' or '.join(prefixed)}?" if prefixed else f"methods that have it: {', '.join(having)}"
-            )
+            hint = f"methods that have it: {', '.join(having)}"
+            if prefixed:
+                hint = f"did you mean {' or '.join(prefixed)}?"
             if prefixed or having:
                 raise UserError(f"{source}: method {method} has no option {name} ({hint})")
 
 
-def _from(sources: list[tuple[str, dict[str, Any]]], key: str) -> str:
+def _from(sources: Sources, key: str) -> str:
     """The value of an option in the last source that has it, as text, or an empty string."""
     return next((str(values[key]) for _, values in reversed(sources) if key in values), "")

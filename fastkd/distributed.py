@@ -26,20 +26,19 @@ def device_for(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if kind not in ("cuda", "cpu") or not (index == "" or kind == "cuda" and index.isdigit() and not several):
         raise UserError(f"--device {name!r}: use auto, cuda, cpu, or with one process cuda:0, cuda:1, ...")
-    device = torch.device(kind) if kind == "cpu" else _cuda_device(int(index or os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cpu")
+    if kind == "cuda":
+        number, found = int(index or os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= found:
+            raise UserError(
+                f"--device cuda:{number}: torch {torch.__version__} sees {found} CUDA devices here; "
+                "use --device cpu or fewer processes"
+            )
+        torch.cuda.set_device(number)
+        device = torch.device("cuda", number)
     if several and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return device
-
-
-def _cuda_device(index: int) -> torch.device:
-    if index >= torch.cuda.device_count():
-        raise UserError(
-            f"--device cuda:{index}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
-            "use --device cpu or fewer processes"
-        )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
 
 
 def rank() -> int:

@@ -55,20 +55,16 @@ def speed(net: nn.Module, loader: Batches, precision: Precision, seconds: float 
     images = next((images for images, _ in loader), None)
     if images is None:
         return float("nan")
+    synchronize = torch.cuda.synchronize if precision.device.type == "cuda" else lambda device: None
     training = net.training
     net.eval()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
-        _synchronize(precision.device)
+        synchronize(precision.device)
         start = time.perf_counter()
         with precision.autocast():
             net(images)
-        _synchronize(precision.device)
+        synchronize(precision.device)
         best = min(best, time.perf_counter() - start)
     net.train(training)
     return len(images) / best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -27,7 +27,7 @@ def _options(kind: type) -> list[Field[Any]]:
 
 
 def groups(arguments: list[str]) -> list[tuple[str, list[str]]]:
-    """Each `--flag` with the words after it. The words before the first flag come first, with an empty flag."""
+    """Each `--flag` with the words after it. Words before the first flag come first, with an empty flag."""
     found: list[tuple[str, list[str]]] = [("", [])]
     for argument in arguments:
         if argument.startswith("--"):
@@ -35,7 +35,7 @@ def groups(arguments: list[str]) -> list[tuple[str, list[str]]]:
             found.append((flag, [word] if equals else []))
         else:
             found[-1][1].append(argument)
-    return found
+    return found if found[0][1] else found[1:]
 
 
 def name_of(flag: str) -> str:
@@ -59,9 +59,7 @@ def tokens_of(values: dict[str, Any], kind: type, source: str) -> list[str]:
         words = [str(item) for item in (value if isinstance(value, list) else [value])]
         has_value = not isinstance(value, dict) and value is not None
         if not has_value or isinstance(value, bool) != (types[name] is bool) or not _fits(types[name], words):
-            raise UserError(
-                f"{source}: {name} must be {_wanted(types[name])}, got {value!r}{_near(types[name], words)}"
-            )
+            raise _wrong(f"{source}: {name}", types[name], words, repr(value))
         flag = name.replace("_", "-")
         tokens += ([f"--{flag}"] if value else [f"--no-{flag}"]) if types[name] is bool else [f"--{flag}", *words]
     return tokens
@@ -70,7 +68,7 @@ def tokens_of(values: dict[str, Any], kind: type, source: str) -> list[str]:
 def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Sequence[str] = ()) -> T:
     """An instance of `kind` from the command line. `arguments` override the `earlier` tokens (from tokens_of).
 
-    Raises UserError. tyro prints its own errors, such as a value out of range, in a box: they become one line.
+    Raises UserError, also for what tyro itself refuses, such as a value out of range.
     """
     import tyro
 
@@ -78,14 +76,8 @@ def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Seque
     wanted_help = "--help" in arguments or "-h" in arguments
     if not wanted_help:
         _check(arguments, kind, command)
-    text = io.StringIO()
-    with contextlib.nullcontext() if wanted_help else _wide_stderr(text):
-        try:
-            return tyro.cli(kind, prog=command, args=[*earlier, *arguments], config=(tyro.conf.OmitArgPrefixes,))
-        except SystemExit as stop:
-            if not stop.code:
-                raise
-            raise UserError(_one_line(text.getvalue())) from None
+    with contextlib.nullcontext() if wanted_help else _errors_in_one_line():
+        return tyro.cli(kind, prog=command, args=[*earlier, *arguments], config=(tyro.conf.OmitArgPrefixes,))
 
 
 def _check(arguments: list[str], kind: type, command: str) -> None:
@@ -95,68 +87,63 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
         positive = name_of(flag).removeprefix("no_")
         name = positive if types.get(positive) is bool else name_of(flag)
         if not flag:
-            _refuse_stray(words, kind, command)
+            needed = [option.name for option in _options(kind) if option.default is option.default_factory]
+            hint = f" (did you mean --{needed[0]} {words[0]}?)" if needed else ""
+            raise UserError(f"unexpected {words[0]!r}{hint}; `{command} --help` lists the options")
         elif name not in types:
             flags = ["--" + known.replace("_", "-") for known in types]
             raise UserError(f"unknown option {flag!r}{nearest(flag, flags)}; `{command} --help` lists them")
         elif types[name] is bool and words:
             raise UserError(f"{flag} takes no value, got {' '.join(words)!r}: write --{name} or --no-{name}")
         elif types[name] is not bool and not _fits(types[name], words):
-            got = repr(" ".join(words)) if words else "nothing"
-            raise UserError(f"{flag} must be {_wanted(types[name])}, got {got}{_near(types[name], words)}")
-
-
-def _refuse_stray(words: list[str], kind: type, command: str) -> None:
-    if words:
-        needed = [option.name for option in _options(kind) if option.default is option.default_factory]
-        hint = f" (did you mean --{needed[0]} {words[0]}?)" if needed else ""
-        raise UserError(f"unexpected {words[0]!r}{hint}; `{command} --help` lists the options")
+            raise _wrong(flag, types[name], words, repr(" ".join(words)) if words else "nothing")
 
 
 def _fits(kind: type, words: list[str]) -> bool:
+    """True if `words` are a value of the type `kind`."""
     if get_origin(kind) is tuple:
         item, *rest = get_args(kind)
-        return all(_reads(item, word) for word in words) and (rest == [...] or len(words) == 1 + len(rest))
-    return len(words) == 1 and _reads(kind, words[0])
-
-
-def _reads(kind: type, word: str) -> bool:
+        return all(_fits(item, [word]) for word in words) and (rest == [...] or len(words) == 1 + len(rest))
+    if len(words) != 1:
+        return False
     if get_origin(kind) is Literal:
-        return word in get_args(kind)
+        return words[0] in get_args(kind)
     try:
-        kind(word)
+        kind(words[0])
     except ValueError:
         return False
     return True
 
 
-def _wanted(kind: type) -> str:
+def _wrong(option: str, kind: type, words: list[str], got: str) -> UserError:
+    """The error of an option of type `kind` that got these words."""
+    choices, hint = get_args(kind), ""
     if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    if get_origin(kind) is tuple:
-        return "numbers" if ... in get_args(kind) else f"{len(get_args(kind))} numbers"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "one text"}[kind]
-
-
-def _near(kind: type, words: list[str]) -> str:
-    if kind is str and len(words) > 1:
-        return "; put quotes around it"
-    return nearest(words[0], get_args(kind)) if get_origin(kind) is Literal and words else ""
+        wanted = f"one of {', '.join(choices)}"
+        hint = nearest(words[0], choices) if words else ""
+    elif get_origin(kind) is tuple:
+        wanted = "numbers" if ... in choices else f"{len(choices)} numbers"
+    else:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "one text"}[kind]
+        hint = "; put quotes around it" if kind is str and len(words) > 1 else ""
+    return UserError(f"{option} must be {wanted}, got {got}{hint}")
 
 
 @contextlib.contextmanager
-def _wide_stderr(text: io.StringIO) -> Iterator[None]:
-    before = os.environ.get("COLUMNS")
+def _errors_in_one_line() -> Iterator[None]:
+    """tyro prints an error in a box and exits: raise it as a UserError."""
+    before, text = os.environ.get("COLUMNS"), io.StringIO()
     os.environ["COLUMNS"] = "1000"
     try:
         with contextlib.redirect_stderr(text):
             yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [re.sub("[│╭╮╰╯]", "", line).strip() for line in text.getvalue().splitlines()[1:]]
+        rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
+        # The messages of fastkd's checks name the option: drop "Error parsing <section>: ".
+        message = re.sub(r"^Error parsing (\w+: )?", "", " ".join(line for line in lines[:rule] if line))
+        raise UserError(message) from None
     finally:
         os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
-
-
-def _one_line(box: str) -> str:
-    lines = [re.sub("[│╭╮╰╯]", "", line).strip() for line in box.splitlines()[1:]]
-    rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
-    # The messages of fastkd's checks name the option: drop "Error parsing <section>: ".
-    return re.sub(r"^Error parsing (\w+: )?", "", " ".join(line for line in lines[:rule] if line))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -15,12 +15,10 @@ from rich.table import Table
 from torch import nn
 
 from . import checkpoint, distributed
-from .curves import loss_terms, plot
+from .engine import TrainOptions
 from .environment import environment
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from .metrics import Meter
 
 FILES = """\
 This folder holds one run of fastkd. FOLDER stands for its path.
@@ -45,25 +43,8 @@ Some methods save more networks:
 """
 
 
-class ReportOptions(Protocol):
-    """The options of a run that the report reads: TrainOptions has them."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def out(self) -> str: ...
-    @property
-    def resume(self) -> bool: ...
-    @property
-    def tensorboard(self) -> bool: ...
-
-
-class LossMeter(Protocol):
-    """The mean loss terms of the epoch so far: metrics.Meter."""
-
-    def read(self, everywhere: bool = True) -> dict[str, float]: ...
+NOT_TERMS = ("epoch", "lr", "img_per_s", "train_s")
+SCORES = ("top1", "top5", "val_loss", "share")  # the name of a network or a gate may stand before them
 
 
 class Report:
@@ -72,7 +53,7 @@ class Report:
     config: the options of the training. about: further options for config.yaml. data: a description of the data set.
     """
 
-    def __init__(self, config: ReportOptions, about: dict[str, Any], data: dict[str, Any]) -> None:
+    def __init__(self, config: TrainOptions, about: dict[str, Any], data: dict[str, Any]) -> None:
         self.config, self.out = config, Path(config.out)
         # `fastkd eval` reads these from the weights file. The digits have a fixed size and normalisation.
         names = () if about.get("data") == "digits" else ("image_size", "mean", "std")
@@ -82,7 +63,9 @@ class Report:
         self.main = distributed.rank() == 0
         board = board_class() if config.tensorboard and self.main else None
         if self.main:
-            checkpoint.claim_folder(self.out, yaml_values(asdict(config) | about), config.resume)
+            options = asdict(config) | about
+            options |= {name: list(value) for name, value in options.items() if isinstance(value, tuple)}  # for YAML
+            checkpoint.claim_folder(self.out, options, config.resume)
             checkpoint.write_atomic(self.out / "environment.json", json.dumps(environment(), indent=2) + "\n")
             checkpoint.write_atomic(self.out / "README.txt", FILES)
         self.board = board(self.out / "tensorboard") if board else None
@@ -90,8 +73,10 @@ class Report:
     def epoch(self, history: list[dict[str, Any]]) -> None:
         """Report the last row of the history: print its line, write the history files and TensorBoard's events."""
         row = history[-1]
+        rates = " ".join(f"{value:.2f}" for name, value in row.items() if name.endswith("share"))  # of IAKD's blocks
+        share = f"  student's share {rates}" if rates else ""
         log_rank0(
-            f"epoch {row['epoch']:>3}/{self.config.epochs}  {terms_of(row)}{selection_rates_of(row)}  "
+            f"epoch {row['epoch']:>3}/{self.config.epochs}  {terms_of(row)}{share}  "
             f"top-1 {row['top1']:.2f} %  val loss {row['val_loss']:.4f}  lr {row['lr']:.4g}  "
             f"{row['img_per_s']:,.0f} img/s"
         )
@@ -122,7 +107,7 @@ class Report:
             self.board.close()
 
 
-def board_class() -> type["SummaryWriter"]:
+def board_class() -> type[Any]:
     """The class of TensorBoard's writer. Raises UserError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -138,14 +123,7 @@ class Bar:
     """
 
     def __init__(self, epochs: int, epoch: int, steps: int) -> None:
-        columns: list[ProgressColumn] = [
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[shown]}"),
-        ]
-        columns += [TimeRemainingColumn(), TextColumn("left")]
-        screen = console()
-        self.progress = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+        self.progress = progress_with(TextColumn("{task.fields[shown]}"))
         self.task = self.progress.add_task("", total=epochs * steps, completed=epoch * steps, shown="")
         self.epochs = epochs
 
@@ -153,7 +131,7 @@ class Bar:
         self.progress.update(self.task, description=f"epoch {epoch + 1}/{self.epochs}")
         self.images, self.started, self.shown_at = 0, time.perf_counter(), time.perf_counter()
 
-    def advance(self, images: int, meter: LossMeter) -> None:
+    def advance(self, images: int, meter: Meter) -> None:
         """Count a step. Once a second, read the meter for the display: this is the only host sync within an epoch."""
         self.images += images * distributed.world_size()
         self.progress.advance(self.task)
@@ -169,19 +147,23 @@ class Bar:
         return {"img_per_s": round(self.images / seconds, 1), "train_s": round(seconds, 2)}
 
 
+def progress_with(column: ProgressColumn) -> Progress:
+    """A bar on the terminal of rank 0: description, bar, `column`, remaining time."""
+    screen = console()
+    columns = (TextColumn("{task.description}"), BarColumn(), column, TimeRemainingColumn(), TextColumn("left"))
+    return Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+
+
 def track(steps: Sequence, title: str) -> Iterable:
     """Iterate over `steps` with a progress bar, for the work of a method before the first epoch."""
     log_rank0(title)
-    screen = console()
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    ]
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+    with progress_with(MofNCompleteColumn()) as progress:
         yield from progress.track(steps, description=title)
+
+
+def loss_terms(row: dict[str, float]) -> dict[str, float]:
+    """The weighted loss terms of a row of the history, by name."""
+    return {name: x for name, x in row.items() if not (name in NOT_TERMS or name.endswith(SCORES))}
 
 
 def terms_of(row: dict[str, float]) -> str:
@@ -189,15 +171,37 @@ def terms_of(row: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in loss_terms(row).items())
 
 
-def selection_rates_of(row: dict[str, float]) -> str:
-    """IAKD: how often each block of the student was in the path in this epoch, as text."""
-    rates = [f"{value:.2f}" for name, value in row.items() if name.endswith("share")]
-    return f"  student's share {' '.join(rates)}" if rates else ""
+def plot(history: list[dict[str, float]]) -> bytes:
+    """Draw a history, one row per epoch, and return the picture as PNG bytes.
 
+    IAKD's selection rates have a panel of their own.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-def yaml_values(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy with lists in place of tuples, which safe YAML does not have."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    names = list(dict.fromkeys(name for row in history for name in row))
+    losses = [*loss_terms(dict.fromkeys(names, 0.0)), *(name for name in names if name.endswith("val_loss"))]
+    panels = {
+        "loss terms, weighted": losses,
+        "validation accuracy, %": [name for name in names if name.endswith(("top1", "top5"))],
+        "learning rate": ["lr"],
+        "share of steps": [name for name in names if name.endswith("share")],
+    }
+    panels = {title: lines for title, lines in panels.items() if lines}
+    figure = Figure(figsize=(4.4 * len(panels), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    epochs = [row["epoch"] for row in history]
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in lines:
+            values = [row.get(name, float("nan")) for row in history]
+            axes.plot(epochs, values, label=name, marker="." if len(history) < 30 else None)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
 def console() -> Console:

@@ -33,7 +33,7 @@ ALLOWED = {
     "fastkd/engine": {*PROTOCOL, "models", "distributed", "errors"},
     "fastkd/checkpoint.py": {"errors"},
     "fastkd/evaluate.py": {"engine", "distributed", "metrics", "errors"},
-    "fastkd/report.py": {"checkpoint", "curves", "distributed", "environment", "errors"},
+    "fastkd/report.py": {"engine", "checkpoint", "distributed", "environment", "metrics", "errors"},
     "fastkd/train.py": {"engine", *PROTOCOL, "data.base", "checkpoint", "distributed", "evaluate", "report", "errors"},
     "fastkd/parser.py": {"errors"},
     "fastkd/config.py": {"data", "engine", "errors", "methods", "parser"},

@@ -40,14 +40,9 @@ def run(arguments: list[str]) -> None:
         from .step_doctor import examine_step
 
         step = examine_step(workload)  # an error comes before the first table
-    show_table(["", "here", "what fastkd does with it"], machine())
+    show_table(["", "here", "what fastkd does with it"], [*_devices(), *_software()])
     if workload:
         show_table(["a training step", "here", ""], step)
-
-
-def machine() -> list[list[str]]:
-    """Rows of the table: device, package or option; what is here; what fastkd does with it."""
-    return [*_devices(), *_packages(), *_paths()]
 
 
 def _devices() -> list[list[str]]:
@@ -65,29 +60,20 @@ def _devices() -> list[list[str]]:
     return rows
 
 
-def _packages() -> list[list[str]]:
-    needed = [[name, version(name) or "missing", "needed"] for name in ("torch", "torchvision", "timm", "safetensors")]
+def _software() -> list[list[str]]:
+    """Rows for the packages, and for the options that choose between them."""
+    cuda = torch.cuda.is_available()
     dali = importlib.import_module("nvidia.dali").__version__ if has("nvidia.dali") else None
+    apex = "installed" if has("apex.optimizers") else "not installed"
+    decode = "JPEGs decoded on the GPU" if cuda and dali else "JPEGs decoded on the CPU"
     return [
-        *needed,
+        *([name, version(name) or "missing", "needed"] for name in ("torch", "torchvision", "timm", "safetensors")),
         ["triton", version("triton") or "missing", "compiles the kernels on CUDA devices"],
         ["DALI", dali or "not installed", "" if dali else "pip install 'fastkd[dali]' for the faster loader"],
-        ["apex", _apex(), "only for --opt fusedsgd, fusedlamb, fusedadam"],
+        ["apex", apex, "only for --opt fusedsgd, fusedlamb, fusedadam"],
         ["tensorboard", version("tensorboard") or "not installed", "only for --tensorboard"],
-    ]
-
-
-def _apex() -> str:
-    return "installed" if has("apex.optimizers") else "not installed"
-
-
-def _paths() -> list[list[str]]:
-    cuda = torch.cuda.is_available()
-    loader = "dali" if has("nvidia.dali") else "folder (torchvision)"
-    decode = "JPEGs decoded on the GPU" if cuda and loader == "dali" else "JPEGs decoded on the CPU"
-    return [
         ["--device auto", "cuda" if cuda else "cpu", ""],
         ["--amp-dtype auto", "bfloat16" if cuda else "float32", "no gradient scaler"],
-        ["--loader auto", loader, decode],
+        ["--loader auto", "dali" if dali else "folder (torchvision)", decode],
         ["several processes", "nccl" if cuda else "gloo", "torchrun --nproc-per-node N -m fastkd train ..."],
     ]

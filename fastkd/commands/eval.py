@@ -1,14 +1,14 @@
 """`fastkd eval`: top-1, top-5, loss and speed of trained weights."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from .. import checkpoint, distributed
+from .. import checkpoint
 from ..data import DataOptions, create_loaders
+from ..distributed import device_for, rank, world_size
 from ..engine.precision import Precision
 from ..errors import UserError
 from ..evaluate import evaluate, speed
@@ -37,9 +37,21 @@ def run(arguments: list[str]) -> None:
     """The command: one row of scores."""
     kind = make_dataclass("Eval", [("eval", EvalOptions), ("data", DataOptions)], frozen=True)
     tokens = _as_trained(arguments, kind)
-    notes = [f"as in training: {' '.join(tokens)}"] if tokens else []
-    scores = evaluate_weights(run_parser(kind, arguments, "fastkd eval", tokens), notes)
-    show_table(["network", "images", "top-1 %", "top-5 %", "loss", "inference img/s"], [scores], numbers=5)
+    config: Any = run_parser(kind, arguments, "fastkd eval", tokens)
+    options, device = config.eval, device_for(config.eval.device)
+    if tokens:
+        log_rank0(f"as in training: {' '.join(tokens)}")
+    model = options.model or _network_of(Path(options.weights))
+    precision = Precision(options.amp_dtype, device)
+    _, loader = create_loaders(
+        config.data, device, rank=rank(), world_size=world_size(), dtype=precision.dtype, log=log_rank0
+    )
+    net = create_model(model, len(loader.classes), options.weights)
+    net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+    scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)
+    row = [model, f"{scores['images']:,}", f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}"]
+    columns = ["network", "images", "top-1 %", "top-5 %", "loss", "inference img/s"]
+    show_table(columns, [[*row, f"{rate:,.0f}"]], numbers=5)
 
 
 def _as_trained(arguments: list[str], kind: type) -> list[str]:
@@ -49,28 +61,6 @@ def _as_trained(arguments: list[str], kind: type) -> list[str]:
         return []
     noted = checkpoint.read_about(Path(weights)).get("input", {})
     return tokens_of({name: noted[name] for name in noted if name not in given}, kind, f"--weights {weights}")
-
-
-def evaluate_weights(config: Any, notes: Sequence[str] = ()) -> list[str]:
-    """The row of the table. `config.eval` is EvalOptions, `config.data` DataOptions; `notes` are logged first."""
-    what, device = config.eval, distributed.device_for(config.eval.device)
-    for note in notes:
-        log_rank0(note)
-    model = what.model or _network_of(Path(what.weights))
-    precision = Precision(what.amp_dtype, device)
-    _, loader = create_loaders(
-        config.data,
-        device,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        dtype=precision.dtype,
-        log=log_rank0,
-    )
-    net = create_model(model, len(loader.classes), what.weights)
-    net.to(device).to(memory_format=torch.channels_last if what.channels_last else torch.contiguous_format)
-    scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)
-    shown = [f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}", f"{rate:,.0f}"]
-    return [model, f"{scores['images']:,}", *shown]
 
 
 def _network_of(weights: Path) -> str:

@@ -3,7 +3,6 @@
 from dataclasses import make_dataclass
 
 from ..methods import METHODS
-from ..methods.base import Method
 from ..parser import run_parser
 from ..report import log_rank0, show_table
 
@@ -15,22 +14,16 @@ Staged: one of fastkd's own networks, or a ResNet, MobileNet, VGG, ... of timm o
 Peers: networks that learn beside the student, by default one of its kind.
 `fastkd train --method NAME --help` explains the options."""
 
-
 ABOUT = "The methods by name, with their papers and what they need. No options."
 
 
 def run(arguments: list[str]) -> None:
     """The command: a table of METHODS. Any option but --help is an error."""
     run_parser(make_dataclass("Nothing", [], namespace={"__doc__": ABOUT}), arguments, "fastkd methods")
-    rows = [[name, _first_line(kind), kind.paper or "-", _needs(kind)] for name, kind in METHODS.items()]
+    rows = []
+    for name, kind in METHODS.items():
+        wanted = [(kind.needs_teacher, "teacher"), (kind.needs_peers, "peers"), (kind.needs_stages, kind.needs_stages)]
+        needs = "; ".join(text for needed, text in wanted if needed) or "-"
+        rows.append([name, (kind.__doc__ or "").splitlines()[0], kind.paper or "-", needs])
     show_table(["method", "what it is", "paper", "needs"], rows)
     log_rank0(SUMS)
-
-
-def _first_line(kind: type[Method]) -> str:
-    return (kind.__doc__ or "").splitlines()[0]
-
-
-def _needs(kind: type[Method]) -> str:
-    wanted = [(kind.needs_teacher, "teacher"), (kind.needs_peers, "peers"), (kind.needs_stages, kind.needs_stages)]
-    return "; ".join(text for needed, text in wanted if needed) or "-"

@@ -5,14 +5,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
 from .. import checkpoint, distributed
-from ..config import NetworkOptions, RunOptions, flat, parse
+from ..config import Config, NetworkOptions, RunOptions, flat, parse
 from ..data import create_loaders
 from ..data.base import describe
 from ..engine import TrainOptions
@@ -27,34 +26,26 @@ from ..methods.base import Method
 from ..methods.context import NoOptions, RunContext
 from ..models import create_model, load_weights
 from ..report import board_class, log_rank0, show_table
-from ..train import Result, Trainer
-
-Config = Any
-"""An effective configuration, as config.parse makes it: sections run, networks, method, data and train."""
+from ..train import Trainer
 
 
 def run(arguments: list[str]) -> None:
-    """The command: parse the options, then print the configuration or train."""
+    """The command: parse the options, then print the configuration or train.
+
+    Checks come before the first file is written. A later KeyboardInterrupt holds the command that resumes the run.
+    """
     notes: list[str] = []  # logged once the process group tells which process prints
     config = parse(arguments, notes.append)
     if config.run.print_config:
         print(*(f"# {note}\n" for note in notes), yaml.safe_dump(flat(config), sort_keys=False), sep="", end="")
         return
-    train(config, notes)
-
-
-def train(config: Config, notes: Sequence[str] = ()) -> Result:
-    """Run the job of a configuration to its table; `notes` are logged first.
-
-    Checks come before the first file is written. A later KeyboardInterrupt holds the command that resumes the run.
-    """
     torch.backends.cudnn.benchmark = True  # the image size is fixed: cuDNN times its algorithms once
     job = Job(config)
     for note in notes:
         log_rank0(note)
     job.claim()
     try:
-        return job.work()
+        job.work()
     except KeyboardInterrupt:
         again = f"fastkd train --out {shlex.quote(str(job.out))} --resume"
         raise KeyboardInterrupt(f"go on with `{again}`") from None
@@ -64,8 +55,10 @@ class Job:
     """The data, the networks and the run folder that the trainings of one job share."""
 
     def __init__(self, config: Config):
-        _check_extras(config.train)
-        self.config, self.names = config, config.networks
+        kind, names = find_method(config.run.method), config.networks
+        if kind.needs_peers and not names.peers:
+            names = replace(names, peers=(names.student,))
+        self.config, self.names = replace(config, networks=names), names
         self.device = distributed.device_for(config.train.device)
         self.precision = Precision(config.train.amp_dtype, self.device)
         self.train_loader, self.val_loader = create_loaders(
@@ -78,15 +71,10 @@ class Job:
             log=log_rank0,
         )
         self.first_epoch = self.train_loader.state_dict()
-        self.student = self._network(self.names.student, self.names.student_weights)
-        kind = find_method(config.run.method)
-        _check_roles(kind, config)
-        _check_grad_accum(config)
-        if kind.needs_peers and not self.names.peers:
-            self.names = replace(self.names, peers=(self.names.student,))
-            self.config = replace(config, networks=self.names)
-        self.teacher = self._teacher() if kind.needs_teacher else None
-        self.peers = [self._network(peer, "", number) for number, peer in enumerate(self.names.peers, 1)]
+        self.student = self._network(names.student, names.student_weights)
+        _check_options(kind, config)
+        self.teacher = self._network(names.teacher, names.teacher_weights) if kind.needs_teacher else None
+        self.peers = [self._network(peer, "", number) for number, peer in enumerate(names.peers, 1)]
         self._check_fit(kind)
         self.rows: list[list[str]] = []
 
@@ -109,7 +97,9 @@ class Job:
     def claim(self) -> None:
         """Make the run folder; without --out it is a new one in runs/."""
         options = self.config.train
-        out = options.out or distributed.from_rank_zero(checkpoint.new_folder, f"runs/{default_name(self.config)}")
+        names = (Path(self.config.data.data).name, self.config.run.method, self.names.student)
+        stem = "runs/" + "-".join(name.replace("/", "_") for name in names)
+        out = options.out or distributed.from_rank_zero(checkpoint.new_folder, stem)
         self.out = Path(out)
         self.config = replace(self.config, train=replace(options, out=str(out)))
         if options.resume and not (self.out / "last.pt").exists():
@@ -117,15 +107,26 @@ class Job:
         if distributed.rank() == 0:
             checkpoint.claim_folder(self.out, flat(self.config), options.resume)
 
-    def work(self) -> Result:
+    def work(self) -> None:
+        """Train what needs training, the student last, and show the table."""
         if self.teacher is not None:
             self.prepare_teacher(self.teacher)
+        name = self.names.student
         if self.names.baseline and self.config.run.method != "ce":
-            self.train_alone()
-        result = self.distill()
+            log_rank0(f"student {name}: alone, for comparison")
+            net = self._network(name, self.names.student_weights)
+            trainer = self._fit(self._without_teacher(name, self.config.train, "alone"), net)
+            self._add_row("student alone", name, trainer.network)
+        self.distill()
         show_table(["", "network", "top-1 %", "parameters", "inference img/s"], self.rows, numbers=3)
         log_rank0(f"everything is in {self.out}")
-        return result
+
+    def distill(self) -> None:
+        method = self.config.run.method
+        log_rank0(f"student {self.names.student}: {method}" + (f" from {self.names.teacher}" if self.teacher else ""))
+        trainer = self._fit(self.config, self.student, self.teacher, self.peers)
+        for label, net in trainer.networks.items():
+            self._add_row(f"{label.replace('_', ' ')}, {method}", trainer.report.models.get(label, ""), net)
 
     def prepare_teacher(self, teacher: nn.Module) -> None:
         """Train the teacher if it has no weights yet. Then log its accuracy, with a warning if it is near chance."""
@@ -145,30 +146,6 @@ class Job:
                 "the student will learn noise."
             )
 
-    def train_alone(self) -> None:
-        log_rank0(f"student {self.names.student}: alone, for comparison")
-        net = self._network(self.names.student, self.names.student_weights)
-        _, trainer = self._fit(self._without_teacher(self.names.student, self.config.train, "alone"), net)
-        self._add_row("student alone", self.names.student, trainer.network)
-
-    def distill(self) -> Result:
-        name = self.config.run.method
-        log_rank0(f"student {self.names.student}: {name}" + (f" from {self.names.teacher}" if self.teacher else ""))
-        result, trainer = self._fit(self.config, self.student, self.teacher, self.peers)
-        kinds = {"student": self.names.student, "improved_teacher": self.names.teacher}
-        kinds |= {f"peer{number}": peer for number, peer in enumerate(self.names.peers, 1)}
-        for label, net in trainer.networks.items():
-            self._add_row(f"{label.replace('_', ' ')}, {name}", kinds.get(label, ""), net)
-        return result
-
-    def _teacher(self) -> nn.Module:
-        if not self.names.teacher_weights and not self.names.teacher_epochs:
-            raise UserError(
-                f"the teacher {self.names.teacher} has no weights: give --teacher-weights FILE (or `pretrained`), "
-                "or --teacher-epochs N to train it first"
-            )
-        return self._network(self.names.teacher, self.names.teacher_weights)
-
     def _find_or_train(self, teacher: nn.Module) -> None:
         """Load weights of a finished run with the same settings, here or in a sibling folder; otherwise train."""
         options = self.config.train.stretched(self.names.teacher_epochs)
@@ -178,7 +155,7 @@ class Job:
             log_rank0(f"teacher {self.names.teacher}: trained before with these settings, taken from {found.parent}")
         else:
             log_rank0(f"teacher {self.names.teacher}: training it first")
-            found = self._fit(config, teacher)[0].student
+            found = self._fit(config, teacher).report.out / "student.safetensors"
         load_weights(teacher, found)  # the saved weights, whether or not they were trained just now
 
     def _finished_teacher(self, config: Config) -> Path | None:
@@ -199,13 +176,14 @@ class Job:
 
     def _fit(
         self, config: Config, student: nn.Module, teacher: nn.Module | None = None, peers: Sequence[nn.Module] = ()
-    ) -> tuple[Result, Trainer]:
+    ) -> Trainer:
         self.train_loader.load_state_dict(self.first_epoch)
         torch.manual_seed(config.train.seed)  # so that a method's own layers do not depend on earlier trainings
         method = find_method(config.run.method)(student, teacher, config.method, peers)
         options = replace(config.train, resume=True)  # continue whatever run is in the job's folder
         trainer = Trainer(method, self.train_loader, self.val_loader, options, flat(config))
-        return trainer.fit(), trainer
+        trainer.fit()
+        return trainer
 
     def _network(self, name: str, weights: str, number: int = 0) -> nn.Module:
         """`number` changes the initial weights: equal peers that start alike have nothing to teach each other."""
@@ -222,24 +200,13 @@ class Job:
         return top1
 
 
-def _check_extras(options: TrainOptions) -> None:
-    """Raise UserError if an option needs a package that is not installed."""
-    if options.tensorboard:
-        board_class()
-    if options.opt in APEX:
-        apex_optimizers()
-
-
-def _check_grad_accum(config: Config) -> None:
-    parts, images = config.train.grad_accum, config.data.batch_size
-    if images < 2 * parts:
-        most = images // 2
-        raise UserError(f"--grad-accum {parts}: a batch of {images} has {most} parts at most, of 2 images or more")
-
-
-def _check_roles(kind: type[Method], config: Config) -> None:
-    """Raise UserError if a network was given that the method does not use."""
+def _check_options(kind: type[Method], config: Config) -> None:
+    """Raise UserError if the options need a package that is not installed, or do not fit the method or the batch."""
     names, method = config.networks, config.run.method
+    if config.train.tensorboard:
+        board_class()
+    if config.train.opt in APEX:
+        apex_optimizers()
     if names.peers and not kind.needs_peers:
         raise UserError(f"--peers {' '.join(names.peers)}: method {method} trains the student alone; drop --peers")
     if names.teacher_weights and not kind.needs_teacher:
@@ -247,9 +214,12 @@ def _check_roles(kind: type[Method], config: Config) -> None:
             f"--teacher-weights {names.teacher_weights}: method {method} has no teacher, all learn from scratch"
             + ("; name the other networks by --peers" if kind.needs_peers else "")
         )
-
-
-def default_name(config: Config) -> str:
-    """The name of a folder in runs/: data, method, student."""
-    names = (Path(config.data.data).name, config.run.method, config.networks.student)
-    return "-".join(name.replace("/", "_") for name in names)
+    parts, images = config.train.grad_accum, config.data.batch_size
+    if images < 2 * parts:
+        most = images // 2
+        raise UserError(f"--grad-accum {parts}: a batch of {images} has {most} parts at most, of 2 images or more")
+    if kind.needs_teacher and not (names.teacher_weights or names.teacher_epochs):
+        raise UserError(
+            f"the teacher {names.teacher} has no weights: give --teacher-weights FILE (or `pretrained`), "
+            "or --teacher-epochs N to train it first"
+        )
