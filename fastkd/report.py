@@ -16,9 +16,9 @@ from torch import nn
 
 from . import checkpoint, distributed
 from .engine import TrainOptions
+from .engine.step import Meter
 from .environment import environment
 from .errors import UserError
-from .metrics import Meter
 
 FILES = """\
 This folder holds one run of fastkd. FOLDER stands for its path.
