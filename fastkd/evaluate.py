@@ -57,18 +57,14 @@ def speed(net: nn.Module, loader: Batches, precision: Precision, seconds: float 
         return float("nan")
     training = net.training
     net.eval()
+    wait = torch.get_device_module(precision.device).synchronize
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
-        _synchronize(precision.device)
+        wait(precision.device)
         start = time.perf_counter()
         with precision.autocast():
             net(images)
-        _synchronize(precision.device)
+        wait(precision.device)
         best = min(best, time.perf_counter() - start)
     net.train(training)
     return len(images) / best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

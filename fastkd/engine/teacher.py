@@ -58,13 +58,19 @@ def choose_form(method: Method, images: Tensor, wanted: str, precision: Precisio
     """
     check_form(method, wanted)
     chosen = "plain"
-    for teacher in _teachers(method):
-        reason = _why_plain(method, teacher)
+    for teacher, users in _users(method).items():
+        reason = _why_plain(teacher, users)
         if reason or wanted == "plain":
             log(f"teacher form: plain{', ' + reason if reason else ''}")
             continue
-        results = try_forms(teacher, images, wanted, precision, _wants_features(method, teacher))
-        chosen = _put_in_place(method, teacher, results, wanted, log)
+        # A form from an earlier run may be in place for the logits alone.
+        views = _views(teacher, users)
+        wants_features = any(not isinstance(view, TeacherForm) or view.wants_features for view in views)
+        best = _best(try_forms(teacher, images, wanted, precision, wants_features), wanted, log)
+        chosen = best.name
+        if best.view is not None:
+            for user in users:
+                user.staged_views[teacher] = best.view
     return chosen
 
 
@@ -72,42 +78,37 @@ def check_form(method: Method, wanted: str) -> None:
     """Raise UserError if the method cannot use the `wanted` form of its teacher. Nothing is run."""
     if wanted in ("auto", "plain"):
         return
-    reasons = [_why_plain(method, teacher) for teacher in _teachers(method)] or ["the method has no teacher"]
+    reasons = [_why_plain(*each) for each in _users(method).items()] or ["the method has no teacher"]
     if reason := next(filter(None, reasons), ""):
         raise UserError(f"--teacher-form {wanted}: {reason}; use --teacher-form auto or plain")
 
 
-def _methods(method: Method) -> list[Method]:
-    """The method, and the methods of a sum."""
-    return [module for module in method.modules() if isinstance(module, Method)]
+def _users(method: Method) -> dict[FrozenTeacher, list[Method]]:
+    """By teacher, the methods that have it: the method itself, and those of a sum."""
+    users: dict[FrozenTeacher, list[Method]] = {}
+    for module in method.modules():
+        if isinstance(module, Method) and module.teacher is not None:
+            users.setdefault(module.teacher, []).append(module)
+    return users
 
 
-def _teachers(method: Method) -> list[FrozenTeacher]:
-    """Each teacher once; the methods of a sum share one."""
-    return list(dict.fromkeys(m.teacher for m in _methods(method) if m.teacher is not None))
+def _views(teacher: FrozenTeacher, users: list[Method]) -> list[StagedView]:
+    return [user.staged_views[teacher] for user in users if teacher in user.staged_views]
 
 
-def _views(method: Method, teacher: FrozenTeacher) -> list[StagedView]:
-    return [m.staged_views[teacher] for m in _methods(method) if teacher in m.staged_views]
-
-
-def _wants_features(method: Method, teacher: FrozenTeacher) -> bool:
-    """True if feature maps were requested. A form from an earlier run may be in place for the logits alone."""
-    return any(not isinstance(view, TeacherForm) or view.wants_features for view in _views(method, teacher))
-
-
-def _why_plain(method: Method, teacher: FrozenTeacher) -> str:
+def _why_plain(teacher: FrozenTeacher, users: list[Method]) -> str:
     """Why the teacher must run as it is, or the empty string."""
-    if not any(m.asks_teacher for m in _methods(method) if m.teacher is teacher):
+    if not any(user.asks_teacher for user in users):
         return "the method never runs the teacher as a whole"
     if teacher.batch_statistics:
         return "its BatchNorm takes the statistics of the batch"
-    if not all(isinstance(view, (Staged, TeacherForm)) for view in _views(method, teacher)):
+    if not all(isinstance(view, (Staged, TeacherForm)) for view in _views(teacher, users)):
         return "the method needs its maps before the activation"
     return ""
 
 
-def _put_in_place(method: Method, teacher: FrozenTeacher, results: list[FormResult], wanted: str, log: Log) -> str:
+def _best(results: list[FormResult], wanted: str, log: Log) -> FormResult:
+    """The fastest form that may be used. Raises UserError if there is none."""
     for form in results:
         figures = f"{form.milliseconds:8.2f} ms  error {form.error:.1e}  same top class {form.agreement:.1%}"
         log(f"teacher form {form.name:9} {form.reason or figures}")
@@ -116,8 +117,4 @@ def _put_in_place(method: Method, teacher: FrozenTeacher, results: list[FormResu
         raise UserError(f"--teacher-form {wanted}: {results[-1].reason}; use --teacher-form auto or plain")
     best = min(usable, key=lambda form: form.milliseconds)
     log(f"teacher form: {best.name}")
-    if best.view is not None:
-        for m in _methods(method):
-            if m.teacher is teacher:
-                m.staged_views[teacher] = best.view
-    return best.name
+    return best

@@ -8,11 +8,12 @@
 Each form is compared with the plain network in fp32 and refused if a probability differs too much.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ class TeacherForm(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return (self.compiled or self._run)(images.to(self.dtype))
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images)[0]
+
     def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         maps = []
         for module in self.sequence:
@@ -51,20 +55,21 @@ class TeacherForm(nn.Module):
         return x, maps[1:-1] if self.wants_features else []
 
 
-class FormResult(NamedTuple):
+@dataclass
+class FormResult:
     """A form on one batch."""
 
     name: str
-    view: TeacherForm | None
+    view: TeacherForm | None = None
     """None for the plain form, and for one that could not be built."""
-    milliseconds: float
-    """Of a forward pass, the median of ROUNDS."""
-    error: float
-    """Largest difference of a probability from the plain teacher in fp32."""
-    agreement: float
-    """Fraction of the images with the same top class."""
     reason: str = ""
     """Why the form cannot be used; empty if it can."""
+    milliseconds: float = math.nan
+    """Of a forward pass, the median of ROUNDS."""
+    error: float = math.nan
+    """Largest difference of a probability from the plain teacher in fp32."""
+    agreement: float = math.nan
+    """Fraction of the images with the same top class."""
 
 
 @torch.no_grad()
@@ -75,49 +80,33 @@ def try_forms(
 
     On the CPU, "auto" leaves out "compiled": compiling takes longer there than it saves.
     """
-    names = FORMS if wanted == "auto" else tuple(dict.fromkeys(("plain", wanted)))
-    if wanted == "auto" and images.device.type != "cuda":
-        names = FORMS[:3]
     plain = staged(teacher.net) if wants_features else teacher.net
-    right = teacher.net(images.float()).float().softmax(1)
-    calls: dict[str, Callable[[], Tensor]] = {"plain": partial(_plain_logits, plain, images, precision)}
-    views: dict[str, TeacherForm] = {}
-    reasons: dict[str, str] = {}
-    for name in names[1:]:
-        try:
-            views[name] = _build(name, teacher.net, images, precision.dtype, wants_features)
-            calls[name] = partial(_logits, views[name], images)
-        except Exception as error:  # torch.fx and the compiler raise any kind; the reason is shown
-            reasons[name] = "not possible: " + f"{type(error).__name__}: {error}".splitlines()[0][:160]
-    outputs = {name: call().float().softmax(1) for name, call in calls.items()}
-    times = _timed(calls, images.device)
-    results = []
+
+    def plain_logits() -> Tensor:
+        with precision.autocast():
+            return plain(images)
+
+    names: Sequence[str] = (wanted,)
+    if wanted == "auto":
+        names = FORMS[1:] if images.device.type == "cuda" else FORMS[1:3]
+    results = {"plain": FormResult("plain")}
+    calls: dict[str, Callable[[], Tensor]] = {"plain": plain_logits}
     for name in names:
-        if name in reasons:
-            results.append(FormResult(name, None, float("nan"), float("nan"), float("nan"), reasons[name]))
-        else:
-            results.append(_compare(name, views.get(name), times[name], outputs[name], right, precision.dtype))
-    return results
-
-
-def _compare(
-    name: str, view: TeacherForm | None, milliseconds: float, p: Tensor, right: Tensor, dtype: torch.dtype
-) -> FormResult:
-    """`p` and `right`: probabilities [N, C] of the form and of the plain network in fp32."""
-    error, agreement = (p - right).abs().max().item(), (p.argmax(1) == right.argmax(1)).float().mean().item()
-    limit, reason = LARGEST_ERROR[dtype], ""
-    if name != "plain" and not error <= limit:
-        reason = f"refused: it differs by {error:.1e} in a probability, {limit:g} is allowed"
-    return FormResult(name, view, milliseconds, error, agreement, reason)
-
-
-def _plain_logits(net: nn.Module, images: Tensor, precision: Precision) -> Tensor:
-    with precision.autocast():
-        return net(images)
-
-
-def _logits(form: TeacherForm, images: Tensor) -> Tensor:
-    return form.features(images)[0]
+        try:
+            view = _build(name, teacher.net, images, precision.dtype, wants_features)
+            results[name], calls[name] = FormResult(name, view), partial(view, images)
+        except Exception as error:  # torch.fx and the compiler raise any kind; the reason is shown
+            reason = "not possible: " + f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            results[name] = FormResult(name, reason=reason)
+    right, limit = teacher.net(images.float()).float().softmax(1), LARGEST_ERROR[precision.dtype]
+    times = _timed(calls, images.device)
+    for name, call in calls.items():
+        form, p = results[name], call().float().softmax(1)
+        form.milliseconds, form.error = times[name], (p - right).abs().max().item()
+        form.agreement = (p.argmax(1) == right.argmax(1)).float().mean().item()
+        if name != "plain" and not form.error <= limit:
+            form.reason = f"refused: it differs by {form.error:.1e} in a probability, {limit:g} is allowed"
+    return list(results.values())
 
 
 def _build(name: str, net: nn.Module, images: Tensor, dtype: torch.dtype, wants_features: bool) -> TeacherForm:
@@ -156,17 +145,13 @@ def _choose_layers(sequence: list[nn.Module], images: Tensor) -> None:
 def _timed(calls: dict[str, Callable[[], Tensor]], device: torch.device) -> dict[str, float]:
     """Milliseconds of each call: the median of ROUNDS, the calls in turn, after one round of warm-up."""
     found: dict[str, list[float]] = {name: [] for name in calls}
+    wait = torch.get_device_module(device).synchronize
     for number in range(ROUNDS + 1):
         for name, call in calls.items():
-            _synchronize(device)
+            wait(device)
             start = time.perf_counter()
             call()
-            _synchronize(device)
+            wait(device)
             if number:
                 found[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(times) for name, times in found.items()}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
