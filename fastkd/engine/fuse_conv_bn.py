@@ -6,6 +6,8 @@ the residual addition, that follow it.
 
 import copy
 import operator
+from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 # By torch.fx's kind of node: what it calls.
 RELU = {"call_function": (F.relu, F.relu_, torch.relu, torch.relu_), "call_method": ("relu",)}
@@ -32,13 +33,9 @@ def fuse_conv_bn(net: nn.Module, images: Tensor) -> nn.Module:
     for convolution, name in _pairs(twin, images):
         norm = twin.get_submodule(name)
         assert isinstance(norm, _BatchNorm) and norm.running_var is not None and norm.running_mean is not None
-        weight = norm.weight if norm.weight is not None else torch.ones_like(norm.running_var)
-        shift = norm.bias if norm.bias is not None else torch.zeros_like(norm.running_mean)
-        scale = weight * (norm.running_var + norm.eps).rsqrt()
-        before = 0 if convolution.bias is None else convolution.bias
-        bias = shift + (before - norm.running_mean) * scale
-        convolution.weight.mul_(scale.view(-1, *[1] * (convolution.weight.dim() - 1)))
-        convolution.bias = nn.Parameter(bias, requires_grad=False)
+        statistics = (norm.running_mean, norm.running_var, norm.eps)
+        folded = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics, norm.weight, norm.bias)
+        convolution.weight, convolution.bias = folded
         after = [getattr(norm, part, None) for part in ("drop", "act")]  # timm's norms do these too
         layers = [layer for layer in after if isinstance(layer, nn.Module)]
         parent, _, child = name.rpartition(".")
@@ -49,28 +46,22 @@ def fuse_conv_bn(net: nn.Module, images: Tensor) -> nn.Module:
 def _pairs(net: nn.Module, images: Tensor) -> list[tuple[_ConvNd, str]]:
     """(convolution, name of the norm): each runs once, and the norm's input is the convolution's output."""
     outputs: list[tuple[_ConvNd, Tensor]] = []  # kept alive, so that no two are at one address
-    calls: dict[nn.Module, list[_ConvNd | None]] = {}
+    sources: dict[str, list[_ConvNd | None]] = defaultdict(list)  # by name of the norm
     hooks = []
 
-    def after(module: Any, _: Any, output: Tensor) -> None:
-        outputs.append((module, output))
+    def before(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sources[name].append(next((conv for conv, output in outputs if output is inputs[0]), None))
 
-    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        source = next((conv for conv, output in outputs if output is inputs[0]), None)
-        calls.setdefault(module, []).append(source)
-
-    for module in net.modules():
-        if isinstance(module, CONVOLUTIONS):
-            hooks.append(module.register_forward_hook(after))
+    for name, module in net.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            hooks.append(module.register_forward_hook(lambda conv, _, output: outputs.append((conv, output))))
         elif isinstance(module, _BatchNorm) and module.running_var is not None:
-            hooks.append(module.register_forward_pre_hook(before))
+            hooks.append(module.register_forward_pre_hook(partial(before, name)))
     net(images)
     for hook in hooks:
         hook.remove()
-    convolutions = [conv for conv, _ in outputs]
-    names = {module: name for name, module in net.named_modules()}
-    pairs = [(sources[0], names[norm]) for norm, sources in calls.items() if len(sources) == 1]
-    return [(conv, name) for conv, name in pairs if conv is not None and convolutions.count(conv) == 1]
+    ran = [conv for conv, _ in outputs]
+    return [(conv, name) for name, (conv, *more) in sources.items() if conv and not more and ran.count(conv) == 1]
 
 
 class FusedConvolution(nn.Module):

@@ -49,7 +49,8 @@ class PartialGraphStep:
         """Free the graphs' memory and restore the modules; gives a line about how often the graphs were used."""
         captured = [graph for module in self.modules for graph in module.graphs.values()]
         megabytes = sum(half.megabytes for graph in captured for half in graph.halves)
-        replays, eager = sum(module.replays for module in self.modules), sum(module.eager for module in self.modules)
+        replays = sum(module.replays for module in self.modules)
+        eager = sum(module.seen.total() for module in self.modules) - len(captured)
         for module in self.modules:
             module.graphs.clear()
             del module.module.__dict__["forward"]  # that of its class is visible again
@@ -86,9 +87,9 @@ class GraphedModule:
     def __init__(self, module: nn.Module, new_graph: NewGraph, warm_up: int, shared: Shared, has_grad: bool):
         self.module, self.forward, self.new_graph = module, module.forward, new_graph
         self.shared, self.warm_up, self.has_grad = shared, warm_up, has_grad
-        self.seen: Counter[tuple] = Counter()  # eager calls by kind of input
+        self.seen: Counter[tuple] = Counter()  # calls by kind of input, the eager ones and that of the capture
         self.graphs: dict[tuple, PartialGraph] = {}
-        self.replays, self.eager = 0, 0
+        self.replays = 0
         module.__dict__["forward"] = self
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -100,7 +101,6 @@ class GraphedModule:
         if kind not in self.graphs:
             self.seen[kind] += 1
             if self.seen[kind] <= self.warm_up or len(self.graphs) == KINDS:
-                self.eager += 1
                 return self.run(x)
             self.graphs[kind] = PartialGraph(self, x)
         graph = self.graphs[kind]
@@ -128,13 +128,11 @@ class PartialGraph:
 
     def __init__(self, owner: GraphedModule, x: Tensor):
         self.x = owner.place("x", x).copy_(x.detach()).requires_grad_(x.requires_grad)
-        self.halves, cached = [owner.new_graph()], torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # else the graph would keep the weights that were cast in this step
-        try:
-            with self.halves[0]:
-                y = owner.run(self.x)
-        finally:
-            torch.set_autocast_cache_enabled(cached)
+        self.halves, device = [owner.new_graph()], x.device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        # With the cache, the graph would keep the weights that were cast in this step.
+        with torch.autocast(device, dtype, enabled, cache_enabled=False), self.halves[0]:
+            y = owner.run(self.x)
         self.is_fresh, self.has_grad, self.y = self.halves[0].counts_at_once, y.requires_grad, y.detach()
         self.anchor = torch.empty(0, device=x.device, requires_grad=self.has_grad)  # gives the result a gradient
         if self.has_grad:
