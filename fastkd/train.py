@@ -16,7 +16,7 @@ from .data.base import Loader, check_count, check_loaders, describe, first_image
 from .engine import Schedule, Step, TrainOptions, graphed
 from .engine.launch import Runner, check_compile
 from .engine.mixup import Mixup
-from .engine.teacher import check_form, teacher_form
+from .engine.teacher_forms import check_form, teacher_form
 from .evaluate import Batches, evaluate_networks
 from .methods.base import Method
 from .report import Bar, Report, log_rank0, track

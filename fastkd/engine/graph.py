@@ -55,7 +55,6 @@ class GraphedStep:
 
     def __init__(self, step: Step, new_graph: Callable[[], CudaGraph], warm_up: int = WARM_UP, largest: int = LARGEST):
         self.step, self.new_graph, self.warm_up, self.largest = step, new_graph, warm_up, largest
-        self.meter = step.meter
         self.graphs: OrderedDict[Key, CudaGraph] = OrderedDict()
         self.seen: set[Key] = set()
         self.eager, self.replays = 0, 0  # steps

@@ -34,7 +34,7 @@ class PartialGraphStep:
     """
 
     def __init__(self, step: Step, new_pool: Callable[[], NewGraph], warm_up: int = WARM_UP):
-        self.step, self.meter = step, step.meter
+        self.step = step
         self.modules: list[GraphedModule] = []
         for groups, has_grad in ((step.method.graph_groups(), True), (_teacher_groups(step.method), False)):
             for group in groups:
@@ -118,9 +118,7 @@ class GraphedModule:
     def place(self, name: str, like: Tensor) -> Tensor:
         """A tensor with the shape, dtype and strides of `like`, shared by all modules of the group."""
         key = (name, like.shape, like.dtype, like.stride())
-        if key not in self.shared:
-            self.shared[key] = torch.zeros_like(like)
-        return self.shared[key].detach()
+        return self.shared.setdefault(key, torch.zeros_like(like)).detach()
 
 
 class PartialGraph:
