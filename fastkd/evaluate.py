@@ -55,16 +55,16 @@ def speed(net: nn.Module, loader: Batches, precision: Precision, seconds: float 
     images = next((images for images, _ in loader), None)
     if images is None:
         return float("nan")
-    synchronize = torch.cuda.synchronize if precision.device.type == "cuda" else lambda device: None
     training = net.training
     net.eval()
+    wait = torch.get_device_module(precision.device).synchronize
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
-        synchronize(precision.device)
+        wait(precision.device)
         start = time.perf_counter()
         with precision.autocast():
             net(images)
-        synchronize(precision.device)
+        wait(precision.device)
         best = min(best, time.perf_counter() - start)
     net.train(training)
     return len(images) / best

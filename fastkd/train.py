@@ -3,14 +3,12 @@
 result = Trainer(KD(student, teacher), train_loader, val_loader, TrainOptions(epochs=10)).fit()
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint, distributed
 from .checkpoint import Result
@@ -18,12 +16,10 @@ from .data.base import Loader, check_count, check_loaders, describe, first_image
 from .engine import Schedule, Step, TrainOptions, graphed
 from .engine.launch import Runner, check_compile
 from .engine.mixup import Mixup
-from .engine.teacher import check_form, teacher_form
-from .evaluate import evaluate_networks
+from .engine.teacher_forms import check_form, teacher_form
+from .evaluate import Batches, evaluate_networks
 from .methods.base import Method
 from .report import Bar, Report, log_rank0, track
-
-Row = dict[str, Any]
 
 
 class Trainer:
@@ -35,12 +31,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        method: Method,
-        train_loader: Loader,
-        val_loader: Iterable[tuple[Tensor, Tensor]],
-        config: TrainOptions,
-        about: dict[str, Any] | None = None,
+        self, method: Method, train_loader: Loader, val_loader: Batches, config: TrainOptions, about: dict | None = None
     ):
         self.device = distributed.device_for(config.device)
         check_loaders(train_loader, val_loader, distributed.gather)
@@ -57,7 +48,7 @@ class Trainer:
         self.mixup = Mixup(*alphas, len(train_loader.classes), config.seed, distributed.rank())
         self.report = Report(config, about or {}, self.data)
         self.epoch, self.form = 0, str(config.teacher_form)
-        self.history: list[Row] = []
+        self.history: list[dict[str, Any]] = []
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -71,49 +62,33 @@ class Trainer:
 
     def fit(self) -> Result:
         """Train to the last epoch, and write the files of the run."""
-        self._prepare()
-        self._resume()
-        images = partial(first_images, self.train_loader)
-        with teacher_form(self.method, images, self.form, self.step.precision, log_rank0) as self.form:
-            self.runner = graphed(self.step, self.config.graph, self.device, distributed.world_size(), log_rank0)
-            try:
-                self._train()
-            finally:
-                summary = self.runner.close()
-        if summary:
-            log_rank0(summary)
-        self.report.finish(self.history, self.networks)
-        distributed.barrier()  # every process finds the files
-        return Result(self.history, Path(self.config.out))
-
-    def _prepare(self) -> None:
-        """The method's own work before the first epoch. The loader is rewound afterwards."""
         torch.manual_seed(self.config.seed + distributed.rank())
         run = self.step.run_context(len(self.train_loader), self.report.out, track, log_rank0)
         with rewound(self.train_loader):
             self.method.prepare(self.train_loader, run)
-
-    def _resume(self) -> None:
-        folder = Path(self.config.out)
-        state = checkpoint.load_run(folder, self.data, distributed.world_size()) if self.config.resume else None
-        if state is None:
-            return
-        self.epoch, self.history, self.form = state["epoch"], state["history"], state["teacher_form"]
-        self.train_loader.load_state_dict(state["loaders"][distributed.rank()])
-        self.step.load_state_dict(state)
-        log_rank0(f"resuming {folder} after epoch {self.epoch} of {self.config.epochs}")
+        if self.config.resume:
+            self._resume()
+        images = partial(first_images, self.train_loader)
+        with teacher_form(self.method, images, self.form, self.step.precision, log_rank0) as self.form:
+            self._train()
+        self.report.finish(self.history, self.networks)
+        distributed.barrier()  # every process finds the files
+        return Result(self.history, self.report.out)
 
     def _train(self) -> None:
+        self.runner = graphed(self.step, self.config.graph, self.device, distributed.world_size(), log_rank0)
         bar = Bar(self.config.epochs, self.epoch, len(self.train_loader))
-        with bar.progress:
-            while self.epoch < self.config.epochs:
-                torch.manual_seed(self.config.seed + 1_000_003 * self.epoch + 10_007 * distributed.rank())
-                row = {"epoch": self.epoch + 1, **self._train_epoch(bar)}
-                self.step.average_buffers()
-                row |= evaluate_networks(self.networks, self.val_loader, self.step.precision)
-                self._finish_epoch(row)
+        try:
+            with bar.progress:
+                while self.epoch < self.config.epochs:
+                    self._finish_epoch(self._train_epoch(bar))
+        finally:
+            summary = self.runner.close()
+        if summary:
+            log_rank0(summary)
 
-    def _train_epoch(self, bar: Bar) -> Row:
+    def _train_epoch(self, bar: Bar) -> dict[str, Any]:
+        torch.manual_seed(self.config.seed + 1_000_003 * self.epoch + 10_007 * distributed.rank())
         self.method.train()
         bar.start_epoch(self.epoch)
         first = done = self.epoch * len(self.train_loader)  # steps before this epoch, and before the next step
@@ -127,17 +102,27 @@ class Trainer:
             done += 1
         check_count(done - first, self.train_loader, self.epoch + 1, log_rank0)
         rates = self.method.selection_rates(range(first, done))
-        row = {"lr": lr, **self.step.meter.read(), **rates, **bar.rates()}
+        row = {"epoch": self.epoch + 1, "lr": lr, **self.step.meter.read(), **rates, **bar.rates()}
         self.step.meter.reset()
         self.step.check_finite(done - first, self.epoch + 1, log_rank0)
         return row
 
-    def _finish_epoch(self, row: Row) -> None:
+    def _finish_epoch(self, row: dict[str, Any]) -> None:
+        """Evaluate, save and report."""
+        self.step.average_buffers()
+        self.history.append(row | evaluate_networks(self.networks, self.val_loader, self.step.precision))
         self.epoch += 1
-        self.history.append(row)
         loaders = distributed.gather(self.train_loader.state_dict())
         if distributed.rank() == 0:
             state = {"epoch": self.epoch, "history": self.history, "data": self.data, "loaders": loaders}
             state |= {"teacher_form": self.form, "student": self.network.state_dict()}
             checkpoint.save_run(self.report.out, state | self.step.state_dict())
             self.report.epoch(self.history)
+
+    def _resume(self) -> None:
+        state = checkpoint.load_run(self.report.out, self.data, distributed.world_size())
+        if state is not None:
+            self.epoch, self.history, self.form = state["epoch"], state["history"], state["teacher_form"]
+            self.train_loader.load_state_dict(state["loaders"][distributed.rank()])
+            self.step.load_state_dict(state)
+            log_rank0(f"resuming {self.report.out} after epoch {self.epoch} of {self.config.epochs}")

@@ -18,7 +18,7 @@ from ..engine import TrainOptions
 from ..engine.launch import check_compile, check_graph
 from ..engine.optim import APEX, apex_optimizers
 from ..engine.precision import Precision
-from ..engine.teacher import check_form
+from ..engine.teacher_forms import check_form
 from ..errors import UserError
 from ..evaluate import evaluate, speed
 from ..methods import find_method

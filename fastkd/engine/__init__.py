@@ -5,6 +5,6 @@ from .launch import graphed
 from .options import TrainOptions
 from .schedule import Schedule
 from .step import Step
-from .teacher import choose_form
+from .teacher_forms import choose_form
 
 __all__ = ["GraphedStep", "Schedule", "Step", "TrainOptions", "choose_form", "graphed"]

@@ -24,9 +24,8 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the weights as they are now."""
-        if self._floats:
-            averages, weights = zip(*self._floats, strict=True)
-            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        averages, weights = zip(*self._floats, strict=True)
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
         if self._others:
             averages, weights = zip(*self._others, strict=True)
             torch._foreach_copy_(averages, weights)

@@ -6,6 +6,8 @@ the residual addition, that follow it.
 
 import copy
 import operator
+from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# By torch.fx's kind of node: what it calls.
+RELU = {"call_function": (F.relu, F.relu_, torch.relu, torch.relu_), "call_method": ("relu",)}
+ADD = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
 
 
 @torch.no_grad()
@@ -28,52 +33,35 @@ def fuse_conv_bn(net: nn.Module, images: Tensor) -> nn.Module:
     for convolution, name in _pairs(twin, images):
         norm = twin.get_submodule(name)
         assert isinstance(norm, _BatchNorm) and norm.running_var is not None and norm.running_mean is not None
-        weight = norm.weight if norm.weight is not None else torch.ones_like(norm.running_var)
-        shift = norm.bias if norm.bias is not None else torch.zeros_like(norm.running_mean)
-        scale = weight * (norm.running_var + norm.eps).rsqrt()
-        before = 0 if convolution.bias is None else convolution.bias
-        bias = shift + (before - norm.running_mean) * scale
-        convolution.weight.mul_(scale.view(-1, *[1] * (convolution.weight.dim() - 1)))
-        convolution.bias = nn.Parameter(bias, requires_grad=False)
+        statistics = (norm.running_mean, norm.running_var, norm.eps)
+        folded = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics, norm.weight, norm.bias)
+        convolution.weight, convolution.bias = folded
+        after = [getattr(norm, part, None) for part in ("drop", "act")]  # timm's norms do these too
+        layers = [layer for layer in after if isinstance(layer, nn.Module)]
         parent, _, child = name.rpartition(".")
-        setattr(twin.get_submodule(parent), child, _after_norm(norm))
+        setattr(twin.get_submodule(parent), child, nn.Sequential(*layers) if layers else nn.Identity())
     return twin
 
 
 def _pairs(net: nn.Module, images: Tensor) -> list[tuple[_ConvNd, str]]:
     """(convolution, name of the norm): each runs once, and the norm's input is the convolution's output."""
     outputs: list[tuple[_ConvNd, Tensor]] = []  # kept alive, so that no two are at one address
-    calls: dict[nn.Module, list[_ConvNd | None]] = {}
+    sources: dict[str, list[_ConvNd | None]] = defaultdict(list)  # by name of the norm
     hooks = []
 
-    def after(module: Any, _: Any, output: Tensor) -> None:
-        outputs.append((module, output))
+    def before(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sources[name].append(next((conv for conv, output in outputs if output is inputs[0]), None))
 
-    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        source = next((conv for conv, output in outputs if output is inputs[0]), None)
-        calls.setdefault(module, []).append(source)
-
-    for module in net.modules():
-        if isinstance(module, CONVOLUTIONS):
-            hooks.append(module.register_forward_hook(after))
+    for name, module in net.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            hooks.append(module.register_forward_hook(lambda conv, _, output: outputs.append((conv, output))))
         elif isinstance(module, _BatchNorm) and module.running_var is not None:
-            hooks.append(module.register_forward_pre_hook(before))
+            hooks.append(module.register_forward_pre_hook(partial(before, name)))
     net(images)
     for hook in hooks:
         hook.remove()
-    convolutions = [conv for conv, _ in outputs]
-    names = {module: name for name, module in net.named_modules()}
-    pairs = [(sources[0], names[norm]) for norm, sources in calls.items() if len(sources) == 1]
-    return [(conv, name) for conv, name in pairs if conv is not None and convolutions.count(conv) == 1]
-
-
-def _after_norm(norm: nn.Module) -> nn.Module:
-    """What a norm of timm does after it has normalised: dropout and activation."""
-    layers = [getattr(norm, name) for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
-    layers = [layer for layer in layers if not isinstance(layer, nn.Identity)]
-    if not layers:
-        return nn.Identity()
-    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    ran = [conv for conv, _ in outputs]
+    return [(conv, name) for name, (conv, *more) in sources.items() if conv and not more and ran.count(conv) == 1]
 
 
 class FusedConvolution(nn.Module):
@@ -85,22 +73,16 @@ class FusedConvolution(nn.Module):
         self.fused = True
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        c = self.convolution
         if not self.fused:
-            y = self.convolution(x)
+            y = c(x)
             return F.relu_(y if z is None else y.add_(z))
-        return self._cudnn(x, z) if x.device.type == "cuda" else self._onednn(x, z)
-
-    def _cudnn(self, x: Tensor, z: Tensor | None) -> Tensor:
-        c = self.convolution
-        geometry: Any = (c.stride, c.padding, c.dilation, c.groups)
-        if z is None:
-            return torch.cudnn_convolution_relu(x, c.weight, c.bias, *geometry)
-        return torch.cudnn_convolution_add_relu(x, c.weight, z, 1.0, c.bias, *geometry)
-
-    def _onednn(self, x: Tensor, z: Tensor | None) -> Tensor:
-        c = self.convolution
-        geometry = (c.padding, c.stride, c.dilation, c.groups)
-        op = torch.ops.mkldnn._convolution_pointwise
+        if x.device.type == "cuda":
+            geometry: Any = (c.stride, c.padding, c.dilation, c.groups)
+            if z is None:
+                return torch.cudnn_convolution_relu(x, c.weight, c.bias, *geometry)
+            return torch.cudnn_convolution_add_relu(x, c.weight, z, 1.0, c.bias, *geometry)
+        geometry, op = (c.padding, c.stride, c.dilation, c.groups), torch.ops.mkldnn._convolution_pointwise
         if z is None:
             return op(x, c.weight, c.bias, *geometry, "relu", [], None)
         return op.binary(x, z, c.weight, c.bias, *geometry, "add", 1.0, "relu", [], None)
@@ -113,11 +95,12 @@ def fuse_relu(module: nn.Module) -> fx.GraphModule:
     """
     traced = fx.symbolic_trace(module)
     modules = dict(traced.named_modules())
+    relu = RELU | {"call_module": tuple(name for name, each in modules.items() if type(each) is nn.ReLU)}
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and type(modules[node.target]) is nn.Identity:  # where a norm was
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
-        if not _is_relu(node, modules):
+        if node.target not in relu.get(node.op, ()):
             continue
         convolution, summands = _source(node.args[0], modules)
         if convolution is None:
@@ -133,28 +116,17 @@ def fuse_relu(module: nn.Module) -> fx.GraphModule:
     return traced
 
 
-def _is_relu(node: fx.Node, modules: dict[Any, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return type(modules[node.target]) is nn.ReLU
-    functions = (F.relu, F.relu_, torch.relu, torch.relu_)
-    return node.op == "call_function" and node.target in functions or node.op == "call_method" and node.target == "relu"
-
-
 def _source(node: fx.Node, modules: dict[Any, nn.Module]) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
     """(the convolution that ends in `node`, what is added to it); (None, ()) if there is none."""
     if _is_fusible(node, modules):
         return node, ()
-    adds = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
-    adds = adds or node.op == "call_method" and node.target in ("add", "add_")
-    if not adds or len(node.users) > 1 or len(node.args) != 2:
-        return None, ()
-    a, b = node.args
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
-        return None, ()
-    # Either summand may be the convolution: the fused call stands where the ReLU stood, after both.
-    if _is_fusible(a, modules):
-        return a, (b,)
-    return (b, (a,)) if _is_fusible(b, modules) else (None, ())
+    pair = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    if node.target in ADD.get(node.op, ()) and len(node.users) == 1 and len(pair) == 2:
+        # Either summand may be the convolution: the fused call stands where the ReLU stood, after both.
+        for summand, other in (pair, pair[::-1]):
+            if _is_fusible(summand, modules):
+                return summand, (other,)
+    return None, ()
 
 
 def _is_fusible(node: fx.Node, modules: dict[Any, nn.Module]) -> bool:

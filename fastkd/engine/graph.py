@@ -32,6 +32,7 @@ class CudaGraph:
 
     def __init__(self, pool: Any, stream: torch.cuda.Stream):
         self.graph = torch.cuda.CUDAGraph()
+        self.replay = self.graph.replay
         self.context = torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         self.megabytes = 0.0
 
@@ -44,22 +45,19 @@ class CudaGraph:
         self.context.__exit__(*problem)
         self.megabytes += torch.cuda.memory_reserved() / 2**20  # the growth of the pool
 
-    def replay(self) -> None:
-        self.graph.replay()
-
 
 class GraphedStep:
     """Runs `step(images, target, plan)`, by replay where possible. At most `largest` graphs; the oldest use goes first.
 
     `new_graph()` makes a CudaGraph. `graphs` holds the captured ones by (plan, shapes). The state stays in `step`.
+    A step is replayed if the batch has the usual size, after an eager one of its plan and shapes and `warm_up` in all.
     """
 
     def __init__(self, step: Step, new_graph: Callable[[], CudaGraph], warm_up: int = WARM_UP, largest: int = LARGEST):
         self.step, self.new_graph, self.warm_up, self.largest = step, new_graph, warm_up, largest
-        self.meter = step.meter
         self.graphs: OrderedDict[Key, CudaGraph] = OrderedDict()
-        self.seen: dict[Key, int] = {}  # steps by plan and shapes
-        self.eager = 0  # how many of them ran eagerly
+        self.seen: set[Key] = set()
+        self.eager, self.replays = 0, 0  # steps
         self.usual = 0  # images of the first batch
         self.megabytes = 0.0  # of the pool of all graphs
         self.inputs: dict[Shapes, tuple[Tensor, Tensor]] = {}  # shared by the graphs of one shape: replays take turns
@@ -67,30 +65,27 @@ class GraphedStep:
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
         shapes = (images.shape, images.dtype, target.shape, target.dtype)
         key = (plan, shapes)
-        if key in self.graphs:
-            self.graphs.move_to_end(key)
-            _fill(self.inputs[shapes], images, target)
-            self.graphs[key].replay()
-        elif self._is_warm(key, images):
-            self._capture(key, images, target, plan)
-        else:
+        self.usual = self.usual or len(images)
+        if key not in self.seen or self.eager < self.warm_up or len(images) != self.usual:
+            self.seen.add(key)
             self.eager += 1
             self.step(images, target, plan)
-        self.seen[key] = self.seen.get(key, 0) + 1
+            return
+        self.replays += 1
+        if shapes not in self.inputs:
+            self.inputs[shapes] = torch.empty_like(images), torch.empty_like(target)
+        self.inputs[shapes][0].copy_(images)
+        self.inputs[shapes][1].copy_(target)
+        if key not in self.graphs:
+            self._capture(key)
+        else:
+            self.graphs.move_to_end(key)
+            self.graphs[key].replay()
 
-    def _is_warm(self, key: Key, images: Tensor) -> bool:
-        """True for batches of the usual size, after an eager step of this plan and shape and `warm_up` steps in all."""
-        self.usual = self.usual or len(images)
-        return len(images) == self.usual and self.eager >= self.warm_up and key in self.seen
-
-    def _capture(self, key: Key, images: Tensor, target: Tensor, plan: Hashable) -> None:
+    def _capture(self, key: Key) -> None:
         while len(self.graphs) >= self.largest:
             self.graphs.popitem(last=False)
-        _, shapes = key
-        if shapes in self.inputs:
-            _fill(self.inputs[shapes], images, target)
-        else:
-            self.inputs[shapes] = images.clone(), target.clone()
+        plan, shapes = key
         graph = self.new_graph()
         with graph:
             self.step(*self.inputs[shapes], plan)
@@ -101,11 +96,6 @@ class GraphedStep:
 
     def close(self) -> str:
         """Free the graphs' memory before the process tears CUDA down; gives a line about how often they were used."""
-        count, replays = len(self.graphs), sum(self.seen.values()) - self.eager
+        count, steps = len(self.graphs), self.replays + self.eager
         self.graphs.clear()
-        return f"{count} CUDA graphs, {self.megabytes:,.0f} MB, replayed in {replays} of {replays + self.eager} steps"
-
-
-def _fill(inputs: tuple[Tensor, Tensor], images: Tensor, target: Tensor) -> None:
-    inputs[0].copy_(images)
-    inputs[1].copy_(target)
+        return f"{count} CUDA graphs, {self.megabytes:,.0f} MB, replayed in {self.replays} of {steps} steps"

@@ -20,29 +20,25 @@ class Mixup:
     """
 
     def __init__(self, mixup: float, cutmix: float, smoothing: float, num_classes: int, seed: int = 0, rank: int = 0):
-        self.alphas = [(kind, alpha) for kind, alpha in ((_mixup, mixup), (_cutmix, cutmix)) if alpha > 0]
+        self.alphas = [(name, alpha) for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0]
         self.smoothing, self.num_classes, self.key = smoothing, num_classes, f"{seed}/{rank}"
 
     def __call__(self, images: Tensor, target: Tensor, step: int) -> tuple[Tensor, Tensor]:
         if not self.alphas and self.smoothing == 0:
             return images, target
-        target = self._soften(target)
-        if self.alphas:
-            rng = random.Random(f"{self.key}/{step}")
-            kind, alpha = rng.choice(self.alphas)
-            images, share = kind(images, rng.betavariate(alpha, alpha), rng)
-            target = target.lerp(target.flip(0), 1 - share)
-        return images, target
-
-    def _soften(self, target: Tensor) -> Tensor:
         off = self.smoothing / self.num_classes
         soft = torch.full((len(target), self.num_classes), off, device=target.device)
-        return soft.scatter_(1, target[:, None], 1 - self.smoothing + off)
-
-
-def _mixup(images: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:
-    """share * images + (1 - share) * the images in reverse order, and the share."""
-    return images.lerp(images.flip(0), 1 - share), share
+        soft.scatter_(1, target[:, None], 1 - self.smoothing + off)
+        if not self.alphas:
+            return images, soft
+        rng = random.Random(f"{self.key}/{step}")
+        name, alpha = rng.choice(self.alphas)
+        share = rng.betavariate(alpha, alpha)  # of the image itself; the rest comes from the images in reverse order
+        if name == "mixup":
+            images = images.lerp(images.flip(0), 1 - share)
+        else:
+            images, share = _cutmix(images, share, rng)
+        return images, soft.lerp(soft.flip(0), 1 - share)
 
 
 def _cutmix(images: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:

@@ -79,50 +79,49 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        _require(self.epochs >= 1, f"--epochs must be 1 or more, got {self.epochs}")
+        wanted = {
+            "epochs": (self.epochs >= 1, "1 or more"),
+            "seed": (0 <= self.seed < 2**32, ">= 0 and below 2**32"),
+            "grad_accum": (self.grad_accum >= 1, "1 or more"),
+            "smoothing": (0 <= self.smoothing < 1, "in [0, 1)"),
+            "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "warmup_epochs": (0 <= self.warmup_epochs < self.epochs, f"from 0 to below --epochs {self.epochs}"),
+            "decay_epochs": (self.decay_epochs > 0, "above 0"),
+        }
+        for name, (holds, words) in wanted.items():
+            if not holds:
+                raise UserError(f"--{name.replace('_', '-')} must be {words}, got {getattr(self, name)}")
         check_number("lr", self.lr, above_zero=True)
-        _require(0 <= self.seed < 2**32, f"--seed must be >= 0 and below 2**32, got {self.seed}")
-        _require(self.grad_accum >= 1, f"--grad-accum must be 1 or more, got {self.grad_accum}")
-        _require(0 <= self.smoothing < 1, f"--smoothing must be in [0, 1), got {self.smoothing}")
-        _require(0 <= self.ema_decay < 1, f"--ema-decay must be in [0, 1), got {self.ema_decay}")
-        _require(0 <= self.momentum < 1, f"--momentum must be in [0, 1), got {self.momentum}")
-        _require(
-            0 <= self.warmup_epochs < self.epochs,
-            f"--warmup-epochs must be from 0 to below --epochs {self.epochs}, got {self.warmup_epochs}",
-        )
-        _require(self.decay_epochs > 0, f"--decay-epochs must be above 0, got {self.decay_epochs}")
-        if self.sched == "multistep":
-            self._check_milestones()
         for name in ("weight_decay", "warmup_lr", "min_lr", "decay_rate", "clip_grad", "mixup", "cutmix"):
             check_number(name, getattr(self, name))
-        _require(
-            self.opt != "nesterov" or self.momentum > 0, f"--opt nesterov needs --momentum above 0, got {self.momentum}"
-        )
+        if self.opt == "nesterov" and not self.momentum:
+            raise UserError(f"--opt nesterov needs --momentum above 0, got {self.momentum}")
+        if self.sched == "multistep":
+            self._check_milestones()
 
     def _check_kinds(self) -> None:
         """What the command line ensures: numbers are numbers, and words are among the choices."""
         for name, kind in get_type_hints(type(self)).items():
             value, option = getattr(self, name), f"--{name.replace('_', '-')}"
-            if get_origin(kind) is Literal:
-                words = get_args(kind)
-                if value not in words:
-                    near = nearest(str(value), words)
-                    raise UserError(f"{option} must be one of {', '.join(words)}, got {value!r}{near}")
-            elif kind in (int, float):
-                right = isinstance(value, Real if kind is float else Integral) and not isinstance(value, bool)
-                _require(right, f"{option} must be {'a' if kind is float else 'a whole'} number, got {value!r}")
+            words = get_args(kind)
+            if get_origin(kind) is Literal and value not in words:
+                raise UserError(
+                    f"{option} must be one of {', '.join(words)}, got {value!r}{nearest(str(value), words)}"
+                )
+            number = {int: Integral, float: Real}.get(kind)
+            if number and (isinstance(value, bool) or not isinstance(value, number)):
+                raise UserError(f"{option} must be {'a' if kind is float else 'a whole'} number, got {value!r}")
 
     def _check_milestones(self) -> None:
-        _require(
-            bool(self.decay_milestones),
-            "--sched multistep needs --decay-milestones, such as --decay-milestones 150 180 210",
-        )
+        if not self.decay_milestones:
+            raise UserError("--sched multistep needs --decay-milestones, such as --decay-milestones 150 180 210")
         points = (0, *self.decay_milestones, self.epochs)
-        _require(
-            all(earlier < later for earlier, later in pairwise(points)),
-            f"--decay-milestones must rise, from above 0 to below --epochs {self.epochs}, "
-            f"got {' '.join(f'{point:g}' for point in self.decay_milestones)}",
-        )
+        if not all(earlier < later for earlier, later in pairwise(points)):
+            raise UserError(
+                f"--decay-milestones must rise, from above 0 to below --epochs {self.epochs}, "
+                f"got {' '.join(f'{point:g}' for point in self.decay_milestones)}"
+            )
 
     def stretched(self, epochs: int) -> "TrainOptions":
         """The same schedule over another number of epochs."""
@@ -146,8 +145,3 @@ class TrainOptions:
     def memory_format(self) -> torch.memory_format:
         """torch's memory format for the networks and images."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)

@@ -8,6 +8,7 @@ pool.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -33,7 +34,7 @@ class PartialGraphStep:
     """
 
     def __init__(self, step: Step, new_pool: Callable[[], NewGraph], warm_up: int = WARM_UP):
-        self.step, self.meter = step, step.meter
+        self.step = step
         self.modules: list[GraphedModule] = []
         for groups, has_grad in ((step.method.graph_groups(), True), (_teacher_groups(step.method), False)):
             for group in groups:
@@ -48,9 +49,11 @@ class PartialGraphStep:
         """Free the graphs' memory and restore the modules; gives a line about how often the graphs were used."""
         captured = [graph for module in self.modules for graph in module.graphs.values()]
         megabytes = sum(half.megabytes for graph in captured for half in graph.halves)
-        replays, eager = sum(module.replays for module in self.modules), sum(module.eager for module in self.modules)
+        replays = sum(module.replays for module in self.modules)
+        eager = sum(module.seen.total() for module in self.modules) - len(captured)
         for module in self.modules:
-            module.close()
+            module.graphs.clear()
+            del module.module.__dict__["forward"]  # that of its class is visible again
         counts = f"{len(captured)} for {len(self.modules)} modules"
         return f"CUDA graphs: {counts}, {megabytes:,.0f} MB, replayed in {replays:,} of {replays + eager:,} calls"
 
@@ -76,7 +79,7 @@ class GraphedModule:
     """Replaces the forward of a module, [N, ...] -> [N, ...]: eager at first, then replayed for each kind of input.
 
     `has_grad`: the module trains, or passes gradients on. It may also run without autograd, as a block of the teacher;
-    such calls stay eager.
+    such calls stay eager. `shared`: the inputs and output gradients of all modules of a group.
     """
 
     busy = False  # while one runs, the modules inside of it belong to its graph
@@ -84,83 +87,65 @@ class GraphedModule:
     def __init__(self, module: nn.Module, new_graph: NewGraph, warm_up: int, shared: Shared, has_grad: bool):
         self.module, self.forward, self.new_graph = module, module.forward, new_graph
         self.shared, self.warm_up, self.has_grad = shared, warm_up, has_grad
-        self.seen: dict[tuple, int] = {}  # eager calls by kind of input
+        self.seen: Counter[tuple] = Counter()  # calls by kind of input, the eager ones and that of the capture
         self.graphs: dict[tuple, PartialGraph] = {}
-        self.replays, self.eager = 0, 0
+        self.replays = 0
         module.__dict__["forward"] = self
 
     def __call__(self, x: Tensor) -> Tensor:
         if GraphedModule.busy or torch.is_grad_enabled() != self.has_grad:
             return self.forward(x)
-        kind = _kind(x, self.module)
-        if kind not in self.graphs and not self._is_warm(kind):
-            self.eager += 1
-            return self._run(x)
+        device = x.device.type
+        autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        kind = (x.shape, x.dtype, x.stride(), x.requires_grad, self.module.training, *autocast)  # what a graph fixes
         if kind not in self.graphs:
-            self.graphs[kind] = PartialGraph(self._run, list(self.module.parameters()), self.new_graph, self.shared, x)
+            self.seen[kind] += 1
+            if self.seen[kind] <= self.warm_up or len(self.graphs) == KINDS:
+                return self.run(x)
+            self.graphs[kind] = PartialGraph(self, x)
         graph = self.graphs[kind]
         self.replays += 1
         return _Replay.apply(graph.anchor, x, graph) if graph.has_grad else graph.forward(x)
 
-    def _is_warm(self, kind: tuple) -> bool:
-        self.seen[kind] = self.seen.get(kind, 0) + 1
-        return self.seen[kind] > self.warm_up and len(self.graphs) < KINDS
-
-    def _run(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
+        """The eager forward of the module, with all modules inside of it."""
         GraphedModule.busy = True
         try:
             return self.forward(x)
         finally:
             GraphedModule.busy = False
 
-    def close(self) -> None:
-        """Free the graphs and restore the module's forward."""
-        self.graphs.clear()
-        del self.module.__dict__["forward"]  # that of its class is visible again
-
-
-def _kind(x: Tensor, module: nn.Module) -> tuple:
-    """Everything about a call that a captured graph has fixed."""
-    device = x.device.type
-    autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-    return (x.shape, x.dtype, x.stride(), x.requires_grad, module.training, *autocast)
+    def place(self, name: str, like: Tensor) -> Tensor:
+        """A tensor with the shape, dtype and strides of `like`, shared by all modules of the group."""
+        key = (name, like.shape, like.dtype, like.stride())
+        return self.shared.setdefault(key, torch.zeros_like(like)).detach()
 
 
 class PartialGraph:
     """The graphs of a module's forward and backward (`halves`) for one kind of input, with their inputs and outputs."""
 
-    def __init__(self, run: Callable, parameters: list[nn.Parameter], new_graph: NewGraph, shared: Shared, x: Tensor):
-        self.shared = shared  # inputs and output gradients have one place for all modules of a group
-        self.x = self._place("x", x).requires_grad_(x.requires_grad)
-        with torch.no_grad():
-            self.x.copy_(x)
-        graph, cached = new_graph(), torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # else the graph would keep the weights that were cast in this step
-        try:
-            with graph:
-                y = run(self.x)
-        finally:
-            torch.set_autocast_cache_enabled(cached)
-        self.halves, self.is_fresh, self.has_grad = [graph], graph.counts_at_once, y.requires_grad
+    def __init__(self, owner: GraphedModule, x: Tensor):
+        self.x = owner.place("x", x).copy_(x.detach()).requires_grad_(x.requires_grad)
+        self.halves, device = [owner.new_graph()], x.device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        # With the cache, the graph would keep the weights that were cast in this step.
+        with torch.autocast(device, dtype, enabled, cache_enabled=False), self.halves[0]:
+            y = owner.run(self.x)
+        self.is_fresh, self.has_grad, self.y = self.halves[0].counts_at_once, y.requires_grad, y.detach()
         self.anchor = torch.empty(0, device=x.device, requires_grad=self.has_grad)  # gives the result a gradient
         if self.has_grad:
-            self._capture_backward(y, [p for p in parameters if p.requires_grad], new_graph())
-        self.y = y.detach()
+            self._capture_backward(owner, y)
 
-    def _capture_backward(self, y: Tensor, parameters: list[nn.Parameter], graph: CudaGraph) -> None:
-        self.dy, self.parameters = self._place("dy", y), parameters
-        inputs = [*parameters, *([self.x] if self.x.requires_grad else [])]
-        with graph, torch.autocast(y.device.type, enabled=False):  # as autograd runs
-            grads = torch.autograd.grad(y, inputs, self.dy, allow_unused=True)
-            laid_out = [_laid_out_as(x, grad) for x, grad in zip(inputs, grads, strict=True)]
-        self.grads, self.dx = laid_out[: len(parameters)], laid_out[-1] if self.x.requires_grad else None
-        self.halves.append(graph)
-
-    def _place(self, name: str, like: Tensor) -> Tensor:
-        key = (name, like.shape, like.dtype, like.stride())
-        if key not in self.shared:
-            self.shared[key] = torch.zeros_like(like)
-        return self.shared[key].detach()
+    def _capture_backward(self, owner: GraphedModule, y: Tensor) -> None:
+        self.halves.append(owner.new_graph())
+        self.dy, self.parameters = owner.place("dy", y), [p for p in owner.module.parameters() if p.requires_grad]
+        inputs = [*self.parameters, *([self.x] if self.x.requires_grad else [])]
+        with self.halves[1], torch.autocast(y.device.type, enabled=False):  # as autograd runs
+            grads = list(torch.autograd.grad(y, inputs, self.dy, allow_unused=True))
+            for place, (like, grad) in enumerate(zip(inputs, grads, strict=True)):
+                if grad is not None and grad.stride() != like.stride():  # fused optimizers need equal strides
+                    grads[place] = torch.empty_like(like, requires_grad=False).copy_(grad)
+        self.grads, self.dx = grads[: len(self.parameters)], grads[-1] if self.x.requires_grad else None
 
     def forward(self, x: Tensor) -> Tensor:
         """The graph's output, valid until the next step. Right after a capture that ran, it is there already."""
@@ -172,23 +157,17 @@ class PartialGraph:
 
     def backward(self, dy: Tensor) -> Tensor | None:
         """Add the weights' gradients to `grad`; gives the gradient of the input."""
-        before = [p.grad for p in self.parameters]  # of this step's earlier micro-batches
-        kept = [g if g is None or g is not own else g.clone() for g, own in zip(before, self.grads, strict=True)]
+        for p, grad in zip(self.parameters, self.grads, strict=True):
+            if grad is not None and p.grad is grad:  # of an earlier micro-batch of this step
+                p.grad = grad.clone()
         self.dy.copy_(dy)
         self.halves[1].replay()
-        for p, g, own in zip(self.parameters, kept, self.grads, strict=True):
-            if g is None:
-                p.grad = own
-            else:
-                p.grad = g if own is None else g.add_(own)
+        for p, grad in zip(self.parameters, self.grads, strict=True):
+            if p.grad is None:
+                p.grad = grad
+            elif grad is not None:
+                p.grad.add_(grad)
         return self.dx
-
-
-def _laid_out_as(weight: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """The gradient with the strides of the weight, as autograd leaves it: fused optimizers need equal strides."""
-    if gradient is None or gradient.stride() == weight.stride():
-        return gradient
-    return torch.empty_like(weight, requires_grad=False).copy_(gradient)
 
 
 class _Replay(torch.autograd.Function):

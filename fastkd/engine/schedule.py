@@ -37,17 +37,8 @@ class Schedule:
         o = self.options
         if epoch < o.warmup_epochs:
             start = o.warmup_lr / o.lr
-            return start + (self._decayed(0.0) - start) * epoch / o.warmup_epochs
-        return self._decayed(epoch)
-
-    def _decayed(self, epoch: float) -> float:
-        o = self.options
+            return start + (1 - start) * epoch / o.warmup_epochs
         if o.sched == "cosine":
-            floor, span = o.min_lr / o.lr, max(o.epochs - o.warmup_epochs, 1e-9)
-            done = min(max(epoch - o.warmup_epochs, 0.0) / span, 1.0)
+            floor, done = o.min_lr / o.lr, min((epoch - o.warmup_epochs) / (o.epochs - o.warmup_epochs), 1.0)
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-        if o.sched == "step":
-            return o.decay_rate ** (epoch // o.decay_epochs)
-        if o.sched == "multistep":
-            return o.decay_rate ** sum(epoch >= milestone for milestone in o.decay_milestones)
-        return 1.0
+        return o.decay_rate ** sum(epoch >= drop for drop in o.drops)

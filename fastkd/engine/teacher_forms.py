@@ -1,30 +1,40 @@
-"""The forms of a frozen teacher, each built and timed on one batch.
+"""The forms that a frozen teacher may run in; one is chosen and put in place.
 
     plain      the network as it is, under autocast, which casts its weights anew in every forward pass
     folded     BatchNorm folded into the convolutions in fp32, then cast once; outside autocast
     fused      folded; convolutions also compute ReLU and residual addition, layer by layer where that is faster
     compiled   folded, through torch.compile
 
-Each form is compared with the plain network in fp32 and refused if a probability differs too much.
+Each form is built and timed on one batch. It is compared with the plain network in fp32 and refused if a probability
+differs too much. The choice is the same in every process, is written to the checkpoint, and is kept when a run is
+resumed.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import distributed
+from ..errors import UserError
+from ..methods.base import Method
+from ..methods.forwards import StagedView
 from ..methods.frozen import FrozenTeacher
-from ..models import staged
+from ..models import Staged, staged
 from .fuse_conv_bn import FusedConvolution, fuse_conv_bn, fuse_relu
-from .precision import Precision
+from .precision import Precision, cast_frozen
 
 FORMS = ("plain", "folded", "fused", "compiled")
 ROUNDS = 5
 LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of a probability
+
+Log = Callable[[str], None]
 
 
 class TeacherForm(nn.Module):
@@ -43,6 +53,9 @@ class TeacherForm(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return (self.compiled or self._run)(images.to(self.dtype))
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images)[0]
+
     def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         maps = []
         for module in self.sequence:
@@ -51,20 +64,114 @@ class TeacherForm(nn.Module):
         return x, maps[1:-1] if self.wants_features else []
 
 
-class FormResult(NamedTuple):
+@dataclass
+class FormResult:
     """A form on one batch."""
 
     name: str
-    view: TeacherForm | None
-    """None for the plain form, and for one that could not be built."""
-    milliseconds: float
-    """Of a forward pass, the median of ROUNDS."""
-    error: float
-    """Largest difference of a probability from the plain teacher in fp32."""
-    agreement: float
-    """Fraction of the images with the same top class."""
-    reason: str = ""
-    """Why the form cannot be used; empty if it can."""
+    view: TeacherForm | None = None  # None for the plain form, and for one that could not be built
+    reason: str = ""  # why the form cannot be used; empty if it can
+    milliseconds: float = math.nan  # of a forward pass, the median of ROUNDS
+    error: float = math.nan  # largest difference of a probability from the plain teacher in fp32
+    agreement: float = math.nan  # fraction of the images with the same top class
+
+
+@contextmanager
+def teacher_form(
+    method: Method, first_images: Callable[[], Tensor], wanted: str, precision: Precision, log: Log
+) -> Iterator[str]:
+    """Within the block, the method's teachers run in the `wanted` form; gives the name of the form that is used.
+
+    `first_images()` gives the batch [N, 3, H, W] on which forms are measured; it is called only if one is needed. On
+    the CPU, "auto" is "plain": its results have the same bits in every run. After the block the teachers have their
+    own weights again. Raises UserError if the wanted form is not possible or wrong.
+    """
+    if wanted == "auto" and precision.device.type != "cuda":
+        wanted = "plain"
+    if wanted == "plain" and precision.dtype == torch.float32:
+        yield wanted
+        return
+    images = first_images()
+    if wanted != "plain":
+        choose = partial(choose_form, method, images, precision=precision, log=log)
+        wanted = distributed.from_rank_zero(choose, wanted)
+        if distributed.rank():
+            choose(wanted)
+    put_back = cast_frozen(method, images, precision)
+    try:
+        yield wanted
+    finally:
+        put_back()
+
+
+def choose_form(method: Method, images: Tensor, wanted: str, precision: Precision, log: Log) -> str:
+    """Put the `wanted` form of each teacher in place, or with "auto" the fastest; log what was measured.
+
+    `images` [N, 3, H, W] is the batch to measure on. Gives the name of the form. Raises UserError if the wanted form
+    is not possible or wrong.
+    """
+    check_form(method, wanted)
+    chosen = "plain"
+    for teacher, users in _users(method).items():
+        reason = _why_plain(teacher, users)
+        if reason or wanted == "plain":
+            log(f"teacher form: plain{', ' + reason if reason else ''}")
+            continue
+        # A form from an earlier run may be in place for the logits alone.
+        views = _views(teacher, users)
+        wants_features = any(not isinstance(view, TeacherForm) or view.wants_features for view in views)
+        best = _best(try_forms(teacher, images, wanted, precision, wants_features), wanted, log)
+        chosen = best.name
+        if best.view is not None:
+            for user in users:
+                user.staged_views[teacher] = best.view
+    return chosen
+
+
+def check_form(method: Method, wanted: str) -> None:
+    """Raise UserError if the method cannot use the `wanted` form of its teacher. Nothing is run."""
+    if wanted in ("auto", "plain"):
+        return
+    reasons = [_why_plain(*each) for each in _users(method).items()] or ["the method has no teacher"]
+    if reason := next(filter(None, reasons), ""):
+        raise UserError(f"--teacher-form {wanted}: {reason}; use --teacher-form auto or plain")
+
+
+def _users(method: Method) -> dict[FrozenTeacher, list[Method]]:
+    """By teacher, the methods that have it: the method itself, and those of a sum."""
+    users: dict[FrozenTeacher, list[Method]] = {}
+    for module in method.modules():
+        if isinstance(module, Method) and module.teacher is not None:
+            users.setdefault(module.teacher, []).append(module)
+    return users
+
+
+def _views(teacher: FrozenTeacher, users: list[Method]) -> list[StagedView]:
+    return [user.staged_views[teacher] for user in users if teacher in user.staged_views]
+
+
+def _why_plain(teacher: FrozenTeacher, users: list[Method]) -> str:
+    """Why the teacher must run as it is, or the empty string."""
+    if not any(user.asks_teacher for user in users):
+        return "the method never runs the teacher as a whole"
+    if teacher.batch_statistics:
+        return "its BatchNorm takes the statistics of the batch"
+    if not all(isinstance(view, (Staged, TeacherForm)) for view in _views(teacher, users)):
+        return "the method needs its maps before the activation"
+    return ""
+
+
+def _best(results: list[FormResult], wanted: str, log: Log) -> FormResult:
+    """The fastest form that may be used. Raises UserError if there is none."""
+    for form in results:
+        figures = f"{form.milliseconds:8.2f} ms  error {form.error:.1e}  same top class {form.agreement:.1%}"
+        log(f"teacher form {form.name:9} {form.reason or figures}")
+    usable = [form for form in results if not form.reason and wanted in ("auto", form.name)]
+    if not usable:
+        raise UserError(f"--teacher-form {wanted}: {results[-1].reason}; use --teacher-form auto or plain")
+    best = min(usable, key=lambda form: form.milliseconds)
+    log(f"teacher form: {best.name}")
+    return best
 
 
 @torch.no_grad()
@@ -75,49 +182,33 @@ def try_forms(
 
     On the CPU, "auto" leaves out "compiled": compiling takes longer there than it saves.
     """
-    names = FORMS if wanted == "auto" else tuple(dict.fromkeys(("plain", wanted)))
-    if wanted == "auto" and images.device.type != "cuda":
-        names = FORMS[:3]
     plain = staged(teacher.net) if wants_features else teacher.net
-    right = teacher.net(images.float()).float().softmax(1)
-    calls: dict[str, Callable[[], Tensor]] = {"plain": partial(_plain_logits, plain, images, precision)}
-    views: dict[str, TeacherForm] = {}
-    reasons: dict[str, str] = {}
-    for name in names[1:]:
-        try:
-            views[name] = _build(name, teacher.net, images, precision.dtype, wants_features)
-            calls[name] = partial(_logits, views[name], images)
-        except Exception as error:  # torch.fx and the compiler raise any kind; the reason is shown
-            reasons[name] = "not possible: " + f"{type(error).__name__}: {error}".splitlines()[0][:160]
-    outputs = {name: call().float().softmax(1) for name, call in calls.items()}
-    times = _timed(calls, images.device)
-    results = []
+
+    def plain_logits() -> Tensor:
+        with precision.autocast():
+            return plain(images)
+
+    names: Sequence[str] = (wanted,)
+    if wanted == "auto":
+        names = FORMS[1:] if images.device.type == "cuda" else FORMS[1:3]
+    results = {"plain": FormResult("plain")}
+    calls: dict[str, Callable[[], Tensor]] = {"plain": plain_logits}
     for name in names:
-        if name in reasons:
-            results.append(FormResult(name, None, float("nan"), float("nan"), float("nan"), reasons[name]))
-        else:
-            results.append(_compare(name, views.get(name), times[name], outputs[name], right, precision.dtype))
-    return results
-
-
-def _compare(
-    name: str, view: TeacherForm | None, milliseconds: float, p: Tensor, right: Tensor, dtype: torch.dtype
-) -> FormResult:
-    """`p` and `right`: probabilities [N, C] of the form and of the plain network in fp32."""
-    error, agreement = (p - right).abs().max().item(), (p.argmax(1) == right.argmax(1)).float().mean().item()
-    limit, reason = LARGEST_ERROR[dtype], ""
-    if name != "plain" and not error <= limit:
-        reason = f"refused: it differs by {error:.1e} in a probability, {limit:g} is allowed"
-    return FormResult(name, view, milliseconds, error, agreement, reason)
-
-
-def _plain_logits(net: nn.Module, images: Tensor, precision: Precision) -> Tensor:
-    with precision.autocast():
-        return net(images)
-
-
-def _logits(form: TeacherForm, images: Tensor) -> Tensor:
-    return form.features(images)[0]
+        try:
+            view = _build(name, teacher.net, images, precision.dtype, wants_features)
+            results[name], calls[name] = FormResult(name, view), partial(view, images)
+        except Exception as error:  # torch.fx and the compiler raise any kind; the reason is shown
+            reason = "not possible: " + f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            results[name] = FormResult(name, reason=reason)
+    right, limit = teacher.net(images.float()).float().softmax(1), LARGEST_ERROR[precision.dtype]
+    times = _timed(calls, images.device)
+    for name, call in calls.items():
+        form, p = results[name], call().float().softmax(1)
+        form.milliseconds, form.error = times[name], (p - right).abs().max().item()
+        form.agreement = (p.argmax(1) == right.argmax(1)).float().mean().item()
+        if name != "plain" and not form.error <= limit:
+            form.reason = f"refused: it differs by {form.error:.1e} in a probability, {limit:g} is allowed"
+    return list(results.values())
 
 
 def _build(name: str, net: nn.Module, images: Tensor, dtype: torch.dtype, wants_features: bool) -> TeacherForm:
@@ -156,17 +247,13 @@ def _choose_layers(sequence: list[nn.Module], images: Tensor) -> None:
 def _timed(calls: dict[str, Callable[[], Tensor]], device: torch.device) -> dict[str, float]:
     """Milliseconds of each call: the median of ROUNDS, the calls in turn, after one round of warm-up."""
     found: dict[str, list[float]] = {name: [] for name in calls}
+    wait = torch.get_device_module(device).synchronize
     for number in range(ROUNDS + 1):
         for name, call in calls.items():
-            _synchronize(device)
+            wait(device)
             start = time.perf_counter()
             call()
-            _synchronize(device)
+            wait(device)
             if number:
                 found[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(times) for name, times in found.items()}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -11,11 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastkd import create_model
-from fastkd.engine import Step, TrainOptions
+from fastkd.engine import Step, TrainOptions, choose_form
 from fastkd.engine import teacher_forms as forms
 from fastkd.engine.fuse_conv_bn import FusedConvolution, fuse_conv_bn, fuse_relu
 from fastkd.engine.precision import Precision, cast_frozen
-from fastkd.engine.teacher import choose_form
 from fastkd.errors import UserError
 from fastkd.methods import IEKD, KD, OFD, SOKD, ForwardCache, find_method
 from fastkd.methods.iekd import IEKDOptions
