@@ -31,8 +31,6 @@ from .normalise import Normalise
 from .scan import Split
 
 if TYPE_CHECKING:
-    from nvidia.dali.data_node import DataNode
-
     from . import DataOptions
 
 HALF = (torch.float16, torch.bfloat16)
@@ -133,8 +131,18 @@ class DaliLoader(EpochLoader):
         return f"DALI stopped ({where}): {reason}; if a file is to blame, loader='folder' names it"
 
     def _build(self) -> Pipeline:
+        order = self.order(0).tolist()
+        shuffled = {
+            "shard_id": self.shard.rank,
+            "num_shards": self.shard.world_size,
+            "shuffle_after_epoch": True,
+            "shuffle_after_epoch_seed": derived_seed(self.seed),
+        }
+        if not self.train:  # the reader gets this rank's files only, not all files and the rank
+            order, shuffled = order[self.slices[0][0] : self.slices[-1][1]], {}
+        files, labels = ([every[i] for i in order] for every in (self.split.files, self.split.labels))
         pipeline = _folder_pipeline(
-            self._source(),
+            {"files": files, "labels": labels, **shuffled},
             self.options,
             train=self.train,
             cuda=self.device.type == "cuda",
@@ -153,20 +161,6 @@ class DaliLoader(EpochLoader):
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"DALI cannot start here: {reason}; loader='folder' does without it") from None
         return pipeline
-
-    def _source(self) -> dict:
-        """Arguments of the reader. Training: all files and this rank's shard. Evaluation: this rank's files."""
-        order = self.order(0).tolist()
-        shuffled = {
-            "shard_id": self.shard.rank,
-            "num_shards": self.shard.world_size,
-            "shuffle_after_epoch": True,
-            "shuffle_after_epoch_seed": derived_seed(self.seed),
-        }
-        if not self.train:
-            order, shuffled = order[self.slices[0][0] : self.slices[-1][1]], {}
-        files, labels = self.split.files, self.split.labels
-        return {"files": [files[i] for i in order], "labels": [labels[i] for i in order], **shuffled}
 
     def state_dict(self) -> dict:
         """Between epochs; `pipeline` is None before the first one."""
@@ -206,19 +200,16 @@ def _folder_pipeline(source: dict, options: "DataOptions", *, train: bool, cuda:
         # upsamples chroma as libjpeg and torchvision do: slower than nvJPEG's default, but used for published results
         images = fn.decoders.image(encoded, jpeg_fancy_upsampling=cuda, **decoder)
         shape = fn.peek_image_shape(encoded, adjust_orientation=False)
-        sides = _resized(shape[0], shape[1], resize_side(options.image_size))
+        # as torchvision's Resize: the shorter side exactly, the longer one rounded down
+        edges = shape[0], shape[1]
+        shorter = fn.reductions.min(fn.stack(*edges))
+        sides = [edge * resize_side(options.image_size) // shorter for edge in edges]
         images = resize(images, size=fn.cast(fn.stack(*sides), dtype=DALIDataType.FLOAT))
         start = fn.stack(*(_centred(side - options.image_size) for side in sides))
         images = fn.slice(images, start=fn.cast(start, dtype=DALIDataType.INT32), shape=size, axes=(0, 1))
     mean, std = ([value * 255 for value in values] for values in (options.mean, options.std))
     images = fn.crop_mirror_normalize(images, mirror=mirror, mean=mean, std=std, dtype=dtype, output_layout="HWC")
     return images, labels.gpu() if cuda else labels
-
-
-def _resized(height: "DataNode", width: "DataNode", side: int) -> tuple[Any, Any]:
-    """torchvision's Resize(side): the shorter side exactly, the longer one rounded down."""
-    shorter = fn.reductions.min(fn.stack(height, width))
-    return height * side // shorter, width * side // shorter
 
 
 def _centred(spare: Any) -> Any:

@@ -52,7 +52,11 @@ def scan(root: str) -> Split:
     classes = sorted(name for name in next(_walk(root))[1] if name[0] != ".")
     if not classes:
         raise UserError(f"{root!r} holds no class folders: put the images of each class into a folder of their own")
-    by_class = [_images(os.path.join(root, name)) for name in classes]
+    by_class = []
+    for name in classes:
+        walk = sorted(_walk(os.path.join(root, name)))
+        paths = (os.path.join(where, file) for where, _, files in walk for file in sorted(files))
+        by_class.append([path for path in paths if path.lower().endswith(EXTENSIONS)])
     empty = [name for name, files in zip(classes, by_class, strict=True) if not files]
     if empty:
         raise UserError(
@@ -71,11 +75,6 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
         raise UserError(f"{error.filename!r} cannot be read ({error.strerror}): check its permissions") from None
 
     return os.walk(folder, onerror=stop, followlinks=True)
-
-
-def _images(folder: str) -> list[str]:
-    paths = (os.path.join(where, name) for where, _, names in sorted(_walk(folder)) for name in sorted(names))
-    return [path for path in paths if path.lower().endswith(EXTENSIONS)]
 
 
 def _check_headers(files: list[str]) -> None:
