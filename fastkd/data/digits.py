@@ -42,17 +42,15 @@ def is_for_evaluation(target: Tensor) -> Tensor:
     return position % 5 == 0
 
 
-def create_digits(options: "DataOptions", device: torch.device, shard: Shard) -> tuple["DigitsLoader", "DigitsLoader"]:
+def create_digits(options: "DataOptions", device: torch.device, shard: Shard) -> tuple[EpochLoader, EpochLoader]:
     """The training and the evaluation loader."""
     images, target = read_digits()
     held_out = is_for_evaluation(target)
     std, mean = torch.std_mean(images[~held_out])
     # padded before normalising, so that a shift brings in background
     images, target = pad(images, (SHIFT,) * 4).sub(mean).div(std).to(device, shard.dtype), target.to(device)
-    return (
-        DigitsLoader(images[~held_out], target[~held_out], options.batch_size, shard, train=True),
-        DigitsLoader(images[held_out], target[held_out], options.batch_size, shard, train=False),
-    )
+    train = DigitsLoader(images[~held_out], target[~held_out], options.batch_size, shard, train=True)
+    return train, DigitsLoader(images[held_out], target[held_out], options.batch_size, shard, train=False)
 
 
 class DigitsLoader(EpochLoader):

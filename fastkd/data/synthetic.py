@@ -18,21 +18,16 @@ if TYPE_CHECKING:
 HELD = 4  # batches
 
 
-def create_synthetic(
-    options: "DataOptions", device: torch.device, shard: Shard
-) -> tuple["SyntheticLoader", "SyntheticLoader"]:
+def create_synthetic(options: "DataOptions", device: torch.device, shard: Shard) -> tuple[EpochLoader, EpochLoader]:
     """The training loader, and an evaluation loader with a tenth of the images. Both use the same batches."""
     random = torch.Generator(device).manual_seed(derived_seed(shard.seed, shard.rank))
     most = options.batch_size + 2  # see base.training_slices
     shape = (HELD, most, options.image_size, options.image_size, 3)
     images = torch.randn(shape, generator=random, device=device, dtype=shard.dtype).permute(0, 1, 4, 2, 3)
-    target = torch.randint(options.synthetic_classes, (HELD, most), generator=random, device=device)
-
+    held = images, torch.randint(options.synthetic_classes, (HELD, most), generator=random, device=device)
     samples = options.synthetic_samples
-    return (
-        SyntheticLoader(images, target, samples, options, shard, train=True),
-        SyntheticLoader(images, target, -(-samples // 10), options, shard, train=False),
-    )
+    train = SyntheticLoader(held, samples, options, shard, train=True)
+    return train, SyntheticLoader(held, -(-samples // 10), options, shard, train=False)
 
 
 class SyntheticLoader(EpochLoader):
@@ -40,12 +35,10 @@ class SyntheticLoader(EpochLoader):
 
     name = "synthetic"
 
-    def __init__(
-        self, images: Tensor, target: Tensor, samples: int, options: "DataOptions", shard: Shard, *, train: bool
-    ):
+    def __init__(self, held: tuple[Tensor, Tensor], samples: int, options: "DataOptions", shard: Shard, *, train: bool):
         classes = tuple(str(label) for label in range(options.synthetic_classes))
         super().__init__(classes, samples, options.batch_size, shard, train=train)
-        self.images, self.target = images, target
+        self.images, self.target = held
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step, (start, stop) in enumerate(self.slices):

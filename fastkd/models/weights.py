@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,10 +68,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
 
 def without_prefixes(key: str) -> str:
     """A key without the prefixes of torch.compile (at any depth) and DistributedDataParallel (at the start)."""
-    key = key.replace("_orig_mod.", "")
-    while key.startswith("module."):
-        key = key.removeprefix("module.")
-    return key
+    return re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", ""))
 
 
 def _read(path: Path) -> object:

@@ -33,16 +33,14 @@ class ByMode(nn.Module):
         self.eval_form = eval_form
 
     def forward(self, x: Tensor) -> Tensor:
-        guide = _last_shared(self.eval_form) or _last_shared(self.train_form) or self
+        guide: nn.Module = self
+        for form in (self.train_form, self.eval_form):
+            if isinstance(form, fx.GraphModule):
+                calls = [node for node in form.graph.nodes if node.op == "call_module"]
+                guide = called_module(form, calls[-1]) if calls else guide
+            elif not isinstance(form, nn.Identity):
+                guide = form
         return self.train_form(x) if guide.training else self.eval_form(x)
-
-
-def _last_shared(form: nn.Module) -> nn.Module | None:
-    """The module of the network that runs last in a segment; None if the segment calls none."""
-    if not isinstance(form, fx.GraphModule):
-        return None if isinstance(form, nn.Identity) else form
-    calls = [node for node in form.graph.nodes if node.op == "call_module"]
-    return called_module(form, calls[-1]) if calls else None
 
 
 def called_module(model: nn.Module, call: fx.Node) -> nn.Module:
