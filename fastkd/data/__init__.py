@@ -65,9 +65,6 @@ class DataOptions:
                 raise UserError(f"{name}={getattr(self, name)}: give at least {low}")
         if not 0 <= self.hw_decoder_load <= 1:
             raise UserError(f"hw_decoder_load={self.hw_decoder_load}: give a fraction from 0 to 1")
-        self._check_normalisation()
-
-    def _check_normalisation(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or not all(math.isfinite(value) for value in values):
                 raise UserError(f"{name}={values}: give three finite numbers, one for each of red, green, blue")
@@ -90,8 +87,11 @@ def create_loaders(
     `log` gets one line for each choice made here. Raises UserError if the data cannot be used.
     """
     shard = Shard(seed, rank, world_size, dtype)
-    if options.data in ("digits", "synthetic"):
-        _reject_dali(options)
+    if options.data in ("digits", "synthetic") and options.loader != "auto":
+        raise UserError(
+            f"loader={options.loader!r} decodes a folder of images and data={options.data!r} needs none: "
+            "leave loader at 'auto', or set data to a folder"
+        )
     if options.data == "digits":
         from .digits import create_digits
 
@@ -107,33 +107,20 @@ def create_loaders(
     return loader(train, options, device, shard, train=True), loader(val, options, device, shard, train=False)
 
 
-def _reject_dali(options: DataOptions) -> None:
-    if options.loader != "auto":
-        raise UserError(
-            f"loader={options.loader!r} decodes a folder of images and data={options.data!r} needs none: "
-            "leave loader at 'auto', or set data to a folder"
-        )
-
-
 def _folder_loader(options: DataOptions, log: Callable[[str], None]) -> Callable[..., Loader]:
-    if _choose(options, log) == "dali":
+    """What decodes a folder. It is logged if the program chose it."""
+    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+    if options.loader == "dali" and not installed:
+        raise UserError("loader='dali' needs NVIDIA DALI: pip install 'fastkd[dali]', or take loader='folder'")
+    if options.loader == "auto" and installed:
+        log("data: decoding with NVIDIA DALI (it is installed; loader='folder' takes torchvision)")
+    elif options.loader == "auto":
+        faster = "NVIDIA DALI, which is faster, is not installed: pip install 'fastkd[dali]'"
+        log(f"data: decoding with torchvision ({faster})")
+    if installed and options.loader != "folder":
         from .dali import DaliLoader
 
         return DaliLoader
     from .folder import FolderLoader
 
     return FolderLoader
-
-
-def _choose(options: DataOptions, log: Callable[[str], None]) -> str:
-    """The decoder of a folder. It is logged if the program chose it."""
-    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-    if options.loader == "dali" and not installed:
-        raise UserError("loader='dali' needs NVIDIA DALI: pip install 'fastkd[dali]', or take loader='folder'")
-    if options.loader != "auto":
-        return options.loader
-    if installed:
-        log("data: decoding with NVIDIA DALI (it is installed; loader='folder' takes torchvision)")
-        return "dali"
-    log("data: decoding with torchvision (NVIDIA DALI, which is faster, is not installed: pip install 'fastkd[dali]')")
-    return "folder"

@@ -87,26 +87,21 @@ def shard_bounds(samples: int, rank: int, world_size: int) -> tuple[int, int]:
     return samples * rank // world_size, samples * (rank + 1) // world_size
 
 
-def training_steps(samples: int, batch_size: int, world_size: int) -> int:
-    """Batches per epoch, the same on every process.
+def training_slices(samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of each training batch of this process in the epoch's order, as many on every process.
 
     Every sample is used once. Each batch but the last has `batch_size` images; the last takes the rest of this
     process's share. A rest of fewer than two images joins the batch before it (batch normalisation cannot train on one
     image), so the last batch has 2 to `batch_size` + 2 images.
     """
-    full, rest = divmod(samples // world_size, batch_size)
-    return max(1, full + (rest >= 2))
-
-
-def training_slices(samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:
-    """(start, stop) of each training batch of this process in the epoch's order; see `training_steps`."""
     if samples < 2 * world_size:
         raise UserError(
             f"{samples} training images for {world_size} processes: each process needs at least 2; "
             "add images or start fewer processes"
         )
     first, last = shard_bounds(samples, rank, world_size)
-    starts = [first + i * batch_size for i in range(training_steps(samples, batch_size, world_size))]
+    full, rest = divmod(samples // world_size, batch_size)
+    starts = [first + i * batch_size for i in range(max(1, full + (rest >= 2)))]
     return list(zip(starts, [*starts[1:], last], strict=True))
 
 
@@ -124,10 +119,6 @@ class Shard:
     rank: int = 0
     world_size: int = 1
     dtype: torch.dtype = torch.float32
-
-    def slices(self, samples: int, batch_size: int, *, train: bool) -> list[tuple[int, int]]:
-        """`training_slices` or `evaluation_slices`."""
-        return (training_slices if train else evaluation_slices)(samples, batch_size, self.rank, self.world_size)
 
 
 ONE_PROCESS = Shard()
@@ -159,12 +150,34 @@ def epoch_of(state: dict, loader: str) -> int:
     return state["epoch"]
 
 
-class EpochCounter:
-    """The state of a loader whose batches depend only on the seed and the number of the epoch."""
+class EpochLoader:
+    """What our loaders share: a Loader whose batches depend on the seed and the number of the epoch."""
 
-    name: str  # of the loader, in its state
-    train: bool
-    epoch: int  # complete epochs that the loader has given
+    name: str  # in the state
+
+    def __init__(self, classes: tuple[str, ...], samples: int, batch_size: int, shard: Shard, *, train: bool):
+        self.classes, self.samples, self.train, self.seed = classes, samples, train, shard.seed
+        slices = training_slices if train else evaluation_slices
+        self.slices = slices(samples, batch_size, shard.rank, shard.world_size)
+        self.epoch = 0  # complete epochs that the loader has given
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = self.epoch
+        for step, batch in enumerate(self.batches(epoch)):
+            if self.train and step == len(self) - 1:
+                self.epoch = epoch + 1
+            yield batch
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch, one for each of `slices`."""
+        raise NotImplementedError
+
+    def order(self, epoch: int) -> Tensor:
+        """Positions of the images, [samples] int64 on the CPU: `epoch_order`, or as they are for evaluation."""
+        return epoch_order(self.samples, self.seed, epoch) if self.train else torch.arange(self.samples)
 
     def state_dict(self) -> dict:
         return {"loader": self.name, "epoch": self.epoch} if self.train else {}

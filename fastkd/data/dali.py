@@ -15,6 +15,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import nvidia.dali.fn as fn
@@ -25,43 +26,43 @@ from nvidia.dali.types import DALIDataType, DALIInterpType
 from torch import Tensor
 
 from ..errors import UserError
-from .base import ONE_PROCESS, Shard, derived_seed, epoch_of, epoch_order, resize_side, shard_bounds
+from .base import ONE_PROCESS, EpochLoader, Shard, derived_seed, epoch_of, resize_side
 from .normalise import Normalise
 from .scan import Split
 
 if TYPE_CHECKING:
-    from nvidia.dali.data_node import DataNode
-
     from . import DataOptions
 
 HALF = (torch.float16, torch.bfloat16)
-LINEAR: Any = DALIInterpType.INTERP_LINEAR  # Any: DALI's stubs know its enumerations by another name
 
 
-class DaliLoader:
+class DaliLoader(EpochLoader):
     """A Loader (see base.py) over one split of a folder."""
+
+    name = "dali"
 
     def __init__(
         self, split: Split, options: "DataOptions", device: torch.device, shard: Shard = ONE_PROCESS, *, train: bool
     ):
         if options.workers < 1:
             raise UserError("workers=0: DALI decodes in at least one thread; give workers=1, or loader='folder'")
-        self.classes, self.samples, self.train = split.classes, len(split.files), train
-        self.split, self.options, self.device, self.dtype = split, options, device, shard.dtype
-        self.seed, self.rank, self.world_size = shard.seed, shard.rank, shard.world_size
-        self.slices = shard.slices(self.samples, options.batch_size, train=train)
+        super().__init__(split.classes, len(split.files), options.batch_size, shard, train=train)
+        self.split, self.options, self.device, self.shard = split, options, device, shard
         self.threads = ThreadPoolExecutor(options.workers)  # starts no thread if DALI resizes
         self.resized: Tensor | None = None  # bytes between resizing and normalising, reused for every batch
         self.normalise = Normalise(options.mean, options.std, device, shard.dtype)
         self.lent: deque = deque()  # CUDA: DALI's outputs that torch may still be copying
-        self.epoch = 0
         self._boundary: bytes | None = None  # the pipeline's state at the beginning of this epoch; None: as built
         self._pipeline: Pipeline | None = None  # built when needed; None if an epoch was not finished
+        self._fixed = {  # must be equal when a run is resumed
+            "samples": self.samples,
+            "batch_size": options.batch_size,
+            "seed": shard.seed,
+            "rank": shard.rank,
+            "world_size": shard.world_size,
+        }
 
-    def __len__(self) -> int:
-        return len(self.slices)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.slices:
             return
         pipeline, self._pipeline = self._pipeline or self._build(), None
@@ -77,18 +78,12 @@ class DaliLoader:
             yield batch[0][: stop - start], batch[1][: stop - start]
 
     def _finish(self, pipeline: Pipeline, runs: int) -> None:
-        """Run the batches that are only padding on this rank, so that DALI reaches the end of the epoch too."""
-        for _ in range(runs, self._runs()):
+        """Reach the end of DALI's epoch, which pads every rank's share to the largest one."""
+        share = -(-self.samples // self.shard.world_size) if self.train else self.slices[-1][1] - self.slices[0][0]
+        for _ in range(runs, -(-share // self.options.batch_size)):
             self._run(pipeline, len(self))
         self._pipeline = pipeline
-        if self.train:
-            self._boundary = pipeline.checkpoint()
-            self.epoch += 1
-
-    def _runs(self) -> int:
-        """Batches of DALI's epoch: it pads every rank's share to the largest one."""
-        share = -(-self.samples // self.world_size) if self.train else self.slices[-1][1] - self.slices[0][0]
-        return -(-share // self.options.batch_size)
+        self._boundary = pipeline.checkpoint() if self.train else None
 
     def _run(self, pipeline: Pipeline, step: int) -> list[Tensor]:
         """[images channels-last [B, 3, H, W], target [B] int64], padded to the batch size."""
@@ -101,18 +96,15 @@ class DaliLoader:
             return self._resized_here(*outputs)
         images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         # On the CPU the tensor owns DALI's buffer. On CUDA it is copied, since DALI does not know torch's streams.
-        batch = [images.permute(0, 3, 1, 2).to(self.dtype, copy=cuda), labels.squeeze(1).to(torch.int64, copy=cuda)]
-        if cuda:
-            self._hold(outputs)
+        images, labels = images.permute(0, 3, 1, 2), labels.squeeze(1)
+        batch = [images.to(self.shard.dtype, copy=cuda), labels.to(torch.int64, copy=cuda)]
+        if cuda:  # keep DALI's memory until torch's stream has copied it; this waits for the copy of two batches ago
+            copied = torch.cuda.Event()
+            copied.record()
+            self.lent.append((outputs, copied))
+            if len(self.lent) > 2:
+                self.lent.popleft()[1].synchronize()
         return batch
-
-    def _hold(self, outputs: Any) -> None:
-        """Keep DALI's memory until torch's stream has copied it; this waits for the copy of two batches ago."""
-        copied = torch.cuda.Event()
-        copied.record()
-        self.lent.append((outputs, copied))
-        if len(self.lent) > 2:
-            self.lent.popleft()[1].synchronize()
 
     def _resized_here(self, crops: Any, mirrored: Any, labels: Any) -> list[Tensor]:
         """Crops of any size, uint8 [h, w, 3], to the batch that the CUDA pipeline would give."""
@@ -132,22 +124,33 @@ class DaliLoader:
 
     def _explain(self, message: str, step: int) -> str:
         files = re.findall(r"Failed to decode sample #\d+ *: *(.+)", message)
-        where = f"epoch {self.epoch}, batch {step}, rank {self.rank}"
+        where = f"epoch {self.epoch}, batch {step}, rank {self.shard.rank}"
         if files:
             return f"{files[0].strip()!r} cannot be decoded ({where}): repair or remove it"
         reason = " ".join(message.partition("encountered:")[2].split() or message.split())[:300]
         return f"DALI stopped ({where}): {reason}; if a file is to blame, loader='folder' names it"
 
     def _build(self) -> Pipeline:
-        pipeline = (_train_pipeline if self.train else _eval_pipeline)(
-            self._source(),
+        order = self.order(0).tolist()
+        shuffled = {
+            "shard_id": self.shard.rank,
+            "num_shards": self.shard.world_size,
+            "shuffle_after_epoch": True,
+            "shuffle_after_epoch_seed": derived_seed(self.seed),
+        }
+        if not self.train:  # the reader gets this rank's files only, not all files and the rank
+            order, shuffled = order[self.slices[0][0] : self.slices[-1][1]], {}
+        files, labels = ([every[i] for i in order] for every in (self.split.files, self.split.labels))
+        pipeline = _folder_pipeline(
+            {"files": files, "labels": labels, **shuffled},
             self.options,
+            train=self.train,
             cuda=self.device.type == "cuda",
-            dtype=DALIDataType.FLOAT16 if self.dtype in HALF else DALIDataType.FLOAT,
+            dtype=DALIDataType.FLOAT16 if self.shard.dtype in HALF else DALIDataType.FLOAT,
             batch_size=self.options.batch_size,
             num_threads=self.options.workers,
-            device_id=self._device_id(),
-            seed=derived_seed(self.seed, self.rank),
+            device_id=torch.empty(0, device=self.device).device.index,  # a number for "cuda" too, None for the CPU
+            seed=derived_seed(self.seed, self.shard.rank),
             exec_dynamic=True,  # outputs stay valid while referenced; older executors overwrite them
             enable_checkpointing=self.train,
             checkpoint=self._boundary,
@@ -159,38 +162,16 @@ class DaliLoader:
             raise UserError(f"DALI cannot start here: {reason}; loader='folder' does without it") from None
         return pipeline
 
-    def _device_id(self) -> int | None:
-        if self.device.type != "cuda":
-            return None
-        return torch.cuda.current_device() if self.device.index is None else self.device.index
-
-    def _source(self) -> dict:
-        """Arguments of the reader. Training: all files and this rank's shard. Evaluation: this rank's files."""
-        files, labels = self.split.files, self.split.labels
-        if not self.train:
-            first, last = shard_bounds(self.samples, self.rank, self.world_size)
-            return {"files": files[first:last], "labels": labels[first:last]}
-        order = epoch_order(self.samples, self.seed, 0).tolist()
-        return {
-            "files": [files[i] for i in order],
-            "labels": [labels[i] for i in order],
-            "shard_id": self.rank,
-            "num_shards": self.world_size,
-            "shuffle_after_epoch": True,
-            "shuffle_after_epoch_seed": derived_seed(self.seed),
-        }
-
     def state_dict(self) -> dict:
         """Between epochs; `pipeline` is None before the first one."""
-        if not self.train:
-            return {}
-        return {"loader": "dali", "epoch": self.epoch, "pipeline": self._boundary, **self._shape()}
+        state = super().state_dict()
+        return {**state, "pipeline": self._boundary, **self._fixed} if state else state
 
     def load_state_dict(self, state: dict) -> None:
         if not self.train:
             return
-        epoch = epoch_of(state, "dali")
-        for name, value in self._shape().items():
+        epoch = epoch_of(state, self.name)
+        for name, value in self._fixed.items():
             if state[name] != value:
                 raise UserError(
                     f"the checkpoint's data state has {name}={state[name]} and this run has {name}={value}: DALI can "
@@ -198,72 +179,40 @@ class DaliLoader:
                 )
         self.epoch, self._boundary, self._pipeline = epoch, state["pipeline"], None
 
-    def _shape(self) -> dict[str, int]:
-        return {
-            "samples": self.samples,
-            "batch_size": self.options.batch_size,
-            "seed": self.seed,
-            "rank": self.rank,
-            "world_size": self.world_size,
-        }
-
 
 @pipeline_def
-def _train_pipeline(source: dict, options: "DataOptions", *, cuda: bool, dtype: DALIDataType) -> Any:
+def _folder_pipeline(source: dict, options: "DataOptions", *, train: bool, cuda: bool, dtype: DALIDataType) -> Any:
+    """(images [H, W, 3], label); in training on the CPU (crop uint8 [h, w, 3] of any size, mirrored or not, label)."""
     encoded, labels = fn.readers.file(**source, pad_last_batch=True)
-    images: Any = fn.decoders.image_random_crop(
-        encoded,
-        random_area=(0.08, 1.0),
-        random_aspect_ratio=(3 / 4, 4 / 3),
-        num_attempts=10,
-        adjust_orientation=False,
-        **_decoder(options, cuda),
-    )
-    mirror = fn.random.coin_flip()
-    if not cuda:
-        return images, mirror, labels
-    size = (options.image_size,) * 2
-    images = fn.resize(images, size=size, interp_type=LINEAR, antialias=True, subpixel_scale=False)
-    return _normalised(images, options, dtype, mirror), labels.gpu()
-
-
-@pipeline_def
-def _eval_pipeline(source: dict, options: "DataOptions", *, cuda: bool, dtype: DALIDataType) -> Any:
-    encoded, labels = fn.readers.file(**source, pad_last_batch=True)
-    # upsamples chroma as libjpeg and torchvision do: slower than nvJPEG's default, but used for published results
-    decoder = _decoder(options, cuda) | ({"jpeg_fancy_upsampling": True} if cuda else {})
-    images: Any = fn.decoders.image(encoded, adjust_orientation=False, **decoder)
-    shape = fn.peek_image_shape(encoded, adjust_orientation=False)
-    sides = _resized(shape[0], shape[1], resize_side(options.image_size))
-    size = fn.cast(fn.stack(*sides), dtype=DALIDataType.FLOAT)
-    images = fn.resize(images, size=size, interp_type=LINEAR, antialias=True, subpixel_scale=False)
-    start = fn.cast(fn.stack(*(_centred(side - options.image_size) for side in sides)), dtype=DALIDataType.INT32)
-    images = fn.slice(images, start=start, shape=(options.image_size,) * 2, axes=(0, 1))
-    return _normalised(images, options, dtype, mirror=0), labels.gpu() if cuda else labels
-
-
-def _decoder(options: "DataOptions", cuda: bool) -> dict[str, Any]:
-    return {"device": "mixed", "hw_decoder_load": options.hw_decoder_load} if cuda else {"device": "cpu"}
-
-
-def _resized(height: "DataNode", width: "DataNode", side: int) -> tuple[Any, Any]:
-    """torchvision's Resize(side): the shorter side exactly, the longer one rounded down."""
-    shorter = fn.reductions.min(fn.stack(height, width))
-    return height * side // shorter, width * side // shorter
+    decoder: dict[str, Any] = {"device": "mixed" if cuda else "cpu", "adjust_orientation": False}
+    decoder["hw_decoder_load"] = options.hw_decoder_load  # this and fancy upsampling: for "mixed" only
+    size: Any = (options.image_size,) * 2
+    resize = partial(fn.resize, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True, subpixel_scale=False)
+    mirror: Any = 0
+    if train:
+        crop: Any = {"random_area": (0.08, 1.0), "random_aspect_ratio": (3 / 4, 4 / 3), "num_attempts": 10}
+        images: Any = fn.decoders.image_random_crop(encoded, **crop, **decoder)
+        mirror = fn.random.coin_flip()
+        if not cuda:
+            return images, mirror, labels
+        images = resize(images, size=size)
+    else:
+        # upsamples chroma as libjpeg and torchvision do: slower than nvJPEG's default, but used for published results
+        images = fn.decoders.image(encoded, jpeg_fancy_upsampling=cuda, **decoder)
+        shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+        # as torchvision's Resize: the shorter side exactly, the longer one rounded down
+        edges = shape[0], shape[1]
+        shorter = fn.reductions.min(fn.stack(*edges))
+        sides = [edge * resize_side(options.image_size) // shorter for edge in edges]
+        images = resize(images, size=fn.cast(fn.stack(*sides), dtype=DALIDataType.FLOAT))
+        start = fn.stack(*(_centred(side - options.image_size) for side in sides))
+        images = fn.slice(images, start=fn.cast(start, dtype=DALIDataType.INT32), shape=size, axes=(0, 1))
+    mean, std = ([value * 255 for value in values] for values in (options.mean, options.std))
+    images = fn.crop_mirror_normalize(images, mirror=mirror, mean=mean, std=std, dtype=dtype, output_layout="HWC")
+    return images, labels.gpu() if cuda else labels
 
 
 def _centred(spare: Any) -> Any:
     """torchvision's CenterCrop: int(round(spare / 2)), where Python rounds a half to the even number."""
     half = spare // 2
     return half + (spare - 2 * half) * (half - 2 * (half // 2))
-
-
-def _normalised(images: Any, options: "DataOptions", dtype: DALIDataType, mirror: Any) -> Any:
-    return fn.crop_mirror_normalize(
-        images,
-        mirror=mirror,
-        mean=[value * 255 for value in options.mean],
-        std=[value * 255 for value in options.std],
-        dtype=dtype,
-        output_layout="HWC",
-    )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from .base import EpochCounter, Shard, derived_seed, epoch_order
+from .base import EpochLoader, Shard, derived_seed
 
 if TYPE_CHECKING:
     from . import DataOptions
@@ -42,52 +42,35 @@ def is_for_evaluation(target: Tensor) -> Tensor:
     return position % 5 == 0
 
 
-def create_digits(options: "DataOptions", device: torch.device, shard: Shard) -> tuple["DigitsLoader", "DigitsLoader"]:
+def create_digits(options: "DataOptions", device: torch.device, shard: Shard) -> tuple[EpochLoader, EpochLoader]:
     """The training and the evaluation loader."""
     images, target = read_digits()
     held_out = is_for_evaluation(target)
     std, mean = torch.std_mean(images[~held_out])
-
-    def loader(chosen: Tensor, train: bool) -> DigitsLoader:
-        # padded before normalising, so that a shift brings in background
-        split = pad(images[chosen], (SHIFT,) * 4).sub(mean).div(std).to(device, shard.dtype)
-        slices = shard.slices(len(split), options.batch_size, train=train)
-        return DigitsLoader(split, target[chosen].to(device), slices, train=train, seed=shard.seed)
-
-    return loader(~held_out, True), loader(held_out, False)
+    # padded before normalising, so that a shift brings in background
+    images, target = pad(images, (SHIFT,) * 4).sub(mean).div(std).to(device, shard.dtype), target.to(device)
+    train = DigitsLoader(images[~held_out], target[~held_out], options.batch_size, shard, train=True)
+    return train, DigitsLoader(images[held_out], target[held_out], options.batch_size, shard, train=False)
 
 
-class DigitsLoader(EpochCounter):
+class DigitsLoader(EpochLoader):
     """A Loader (see base.py) over images [N, 40, 40] and target [N] on the device."""
 
     name = "digits"
-    classes = tuple("0123456789")
 
-    def __init__(self, images_NHW: Tensor, target: Tensor, slices: list[tuple[int, int]], *, train: bool, seed: int):
-        self.images, self.target, self.slices, self.train, self.seed = images_NHW, target, slices, train, seed
-        self.samples = len(images_NHW)
-        self.epoch = 0
+    def __init__(self, images_NHW: Tensor, target: Tensor, batch_size: int, shard: Shard, *, train: bool):
+        super().__init__(tuple("0123456789"), len(images_NHW), batch_size, shard, train=train)
+        self.images, self.target = images_NHW, target
 
-    def __len__(self) -> int:
-        return len(self.slices)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch = self.epoch
-        order, shifts = (plan.to(self.images.device) for plan in self._plan(epoch))
-        for step, (start, stop) in enumerate(self.slices):
-            if step == len(self) - 1:
-                self.epoch = epoch + 1
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        corners = torch.full((self.samples, 2), SHIFT)  # top left corner of each image's crop
+        if self.train:
+            random = torch.Generator().manual_seed(derived_seed(self.seed, epoch, SHIFT))
+            corners = torch.randint(2 * SHIFT + 1, (self.samples, 2), generator=random)
+        order, corners = self.order(epoch).to(self.images.device), corners.to(self.images.device)
+        for start, stop in self.slices:
             chosen = order[start:stop]
-            yield shifted(self.images, chosen, shifts[chosen]), self.target[chosen]
-
-    def _plan(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Order [N] and the top left corner [N, 2] of each image's crop, both int64 on the CPU."""
-        if not self.train:
-            return torch.arange(self.samples), torch.full((self.samples, 2), SHIFT)
-        random = torch.Generator().manual_seed(derived_seed(self.seed, epoch, SHIFT))
-        return epoch_order(self.samples, self.seed, epoch), torch.randint(
-            2 * SHIFT + 1, (self.samples, 2), generator=random
-        )
+            yield shifted(self.images, chosen, corners[chosen]), self.target[chosen]
 
 
 def shifted(images_NHW: Tensor, chosen: Tensor, corner_B2: Tensor) -> Tensor:

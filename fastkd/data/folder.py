@@ -12,17 +12,17 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from ..errors import UserError
-from .base import ONE_PROCESS, EpochCounter, Shard, derived_seed, epoch_order, resize_side
+from .base import ONE_PROCESS, EpochLoader, Shard, derived_seed, resize_side
 from .normalise import Normalise
 from .scan import Split, image_kind
 
@@ -40,15 +40,11 @@ except ImportError:
 def decode(file: str) -> Tensor:
     """uint8 [3, H, W], RGB, also from files in gray, CMYK or 16 bits, with a palette or with alpha."""
     raw = np.fromfile(file, dtype=np.uint8)
-    if decode_image is None or image_kind(raw[:16].tobytes()) == "bmp":  # torchvision cannot decode it
-        return _decode_with_pil(file)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        image = decode_image(torch.from_numpy(raw), mode="RGB")
-    return (image.int() >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
-
-
-def _decode_with_pil(file: str) -> Tensor:
+    if decode_image is not None and image_kind(raw[:16].tobytes()) != "bmp":  # torchvision cannot decode it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pixels = decode_image(torch.from_numpy(raw), mode="RGB")
+        return (pixels.int() >> 8).to(torch.uint8) if pixels.dtype == torch.uint16 else pixels
     with Image.open(file) as image:
         if image.mode.startswith("I;16"):  # which convert("RGB") would clip at 255
             gray = torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8))
@@ -63,7 +59,7 @@ class Images(Dataset):
         # one array of bytes: with a list of str, reference counts would make every worker copy its memory pages
         self.files = np.array([os.fsencode(file) for file in split.files])
         self.labels = torch.tensor(split.labels)
-        self.train, self.seed = train, seed
+        self.seed = seed
         if train:
             self.transform = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()])
         else:
@@ -87,76 +83,48 @@ class Images(Dataset):
         except (OSError, RuntimeError, ValueError) as error:
             reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).split("\n")[0])  # torchvision names its source first
             raise UserError(f"{file!r} cannot be decoded ({reason}): repair or remove it") from None
-        return self._crop(image, epoch, i).permute(1, 2, 0).contiguous()
-
-    def _crop(self, image: Tensor, epoch: int, i: int) -> Tensor:
-        if not self.train:
-            return self.transform(image)
         with torch.random.fork_rng(devices=[]):  # with workers=0 this is the training process: keep its random state
             torch.default_generator.manual_seed(derived_seed(self.seed, epoch, i))
-            return self.transform(image)
+            return self.transform(image).permute(1, 2, 0).contiguous()
 
 
-class EpochKeys(EpochCounter):
-    """The DataLoader's batch sampler: lists of (epoch, position in the files)."""
+class FolderLoader(EpochLoader):
+    """A Loader (see base.py) over one split of a folder."""
 
     name = "folder"
-
-    def __init__(self, slices: list[tuple[int, int]], samples: int, *, train: bool, seed: int):
-        self.slices, self.samples, self.train, self.seed = slices, samples, train, seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.slices)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch
-        order = epoch_order(self.samples, self.seed, epoch) if self.train else torch.arange(self.samples)
-        for start, stop in self.slices:
-            yield [(epoch, i) for i in order[start:stop].tolist()]
-
-
-class FolderLoader:
-    """A Loader (see base.py) over one split of a folder."""
 
     def __init__(
         self, split: Split, options: "DataOptions", device: torch.device, shard: Shard = ONE_PROCESS, *, train: bool
     ):
-        self.classes, self.samples, self.train = split.classes, len(split.files), train
+        super().__init__(split.classes, len(split.files), options.batch_size, shard, train=train)
         self.device, self.normalise = device, Normalise(options.mean, options.std, device, shard.dtype)
-        slices = shard.slices(self.samples, options.batch_size, train=train)
-        self.keys = EpochKeys(slices, self.samples, train=train, seed=shard.seed)
-        self.batches = DataLoader(
+        self.decoded = DataLoader(
             Images(split, options.image_size, train=train, seed=shard.seed),
-            batch_sampler=self.keys,
+            batch_sampler=EpochKeys(self),
             num_workers=options.workers,
             persistent_workers=options.workers > 0,
             prefetch_factor=4 if options.workers else None,
             pin_memory=device.type == "cuda",
-            collate_fn=_unchanged,
+            collate_fn=nn.Identity(),  # `__getitems__` makes whole batches already
             generator=torch.Generator(),  # else each epoch draws from the training process's default generator
         )
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch = self.keys.epoch
-        for step, batch in enumerate(self.batches if len(self) else ()):
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.decoded if len(self) else ():
             if isinstance(batch, str):
                 raise UserError(batch)
-            if step == len(self) - 1 and self.train:
-                self.keys.epoch = epoch + 1
             images, target = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             yield self.normalise(images), target
 
-    def state_dict(self) -> dict:
-        return self.keys.state_dict()
 
-    def load_state_dict(self, state: dict) -> None:
-        self.keys.load_state_dict(state)
+class EpochKeys:
+    """The DataLoader's batch sampler: lists of (epoch, position in the files)."""
 
+    def __init__(self, loader: FolderLoader):
+        self.loader = loader
 
-def _unchanged(batch: Any) -> Any:
-    """`__getitems__` makes whole batches already."""
-    return batch
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.loader.epoch
+        order = self.loader.order(epoch)
+        for start, stop in self.loader.slices:
+            yield [(epoch, i) for i in order[start:stop].tolist()]

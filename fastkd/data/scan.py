@@ -4,6 +4,7 @@ Order and labels are those of torchvision's ImageFolder: classes sorted by name,
 """
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,24 +29,34 @@ def scan_pair(root: str) -> tuple[Split, Split]:
             f"data={root!r}: no such folder; give one with train/<class>/* and val/<class>/*, or 'digits', or "
             "'synthetic'" + nearest(root, ["digits", "synthetic"])
         )
-    missing = [name for name in ("train", "val") if not os.path.isdir(os.path.join(root, name))]
+    folders, others = next(_walk(root))[1:]
+    missing = [name for name in ("train", "val") if name not in folders]
     if missing:
-        found = _some(sorted(_listed(root))) or "nothing"
         raise UserError(
-            f"data={root!r} has no {' and no '.join(name + '/' for name in missing)} inside (it holds {found}): "
-            "arrange the images as train/<class>/* and val/<class>/*"
+            f"data={root!r} has no {' and no '.join(name + '/' for name in missing)} inside "
+            f"(it holds {_some(sorted(folders + others)) or 'nothing'}): arrange the images as train/<class>/* and "
+            "val/<class>/*"
         )
     train, val = (scan(os.path.join(root, name)) for name in ("train", "val"))
-    _same_classes(train, val, root)
+    only_train, only_val = sorted({*train.classes} - {*val.classes}), sorted({*val.classes} - {*train.classes})
+    if only_train or only_val:
+        raise UserError(
+            f"train/ and val/ of {root!r} hold different classes (only in train: {_some(only_train) or 'none'}; "
+            f"only in val: {_some(only_val) or 'none'}): make the class folders the same"
+        )
     return train, val
 
 
 def scan(root: str) -> Split:
     """The images of one split; its folders are the classes. Hidden folders and other files are skipped."""
-    classes = sorted(name for name in _listed(root) if os.path.isdir(os.path.join(root, name)) and name[0] != ".")
+    classes = sorted(name for name in next(_walk(root))[1] if name[0] != ".")
     if not classes:
         raise UserError(f"{root!r} holds no class folders: put the images of each class into a folder of their own")
-    by_class = [_images(os.path.join(root, name)) for name in classes]
+    by_class = []
+    for name in classes:
+        walk = sorted(_walk(os.path.join(root, name)))
+        paths = (os.path.join(where, file) for where, _, files in walk for file in sorted(files))
+        by_class.append([path for path in paths if path.lower().endswith(EXTENSIONS)])
     empty = [name for name, files in zip(classes, by_class, strict=True) if not files]
     if empty:
         raise UserError(
@@ -53,28 +64,30 @@ def scan(root: str) -> Split:
             f"add files ending in {' '.join(EXTENSIONS)}, or remove the folders from train/ and val/"
         )
     files = [file for group in by_class for file in group]
-    check_headers(files)
+    _check_headers(files)
     return Split(tuple(classes), files, [label for label, group in enumerate(by_class) for _ in group])
 
 
-def check_headers(files: list[str]) -> None:
+def _walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk, also through links. Raises UserError for a folder that cannot be read."""
+
+    def stop(error: OSError) -> None:
+        raise UserError(f"{error.filename!r} cannot be read ({error.strerror}): check its permissions") from None
+
+    return os.walk(folder, onerror=stop, followlinks=True)
+
+
+def _check_headers(files: list[str]) -> None:
     """Raise UserError for files that do not begin like an image or cannot be opened. Reads 16 bytes of each.
 
     Threads help on network storage, where opening a file waits. On a local disk it takes about 10 us per file.
     """
+    chunks = [files[start : start + 256] for start in range(0, len(files), 256)]
     with ThreadPoolExecutor(16) as pool:
-        wrong = [problem for group in pool.map(_problems, _chunks(files, 256)) for problem in group]
+        wrong = [problem for found in pool.map(_problems, chunks) for problem in found]
     if wrong:
         more = f" and {len(wrong) - 1} more: {_some([repr(file) for file, _ in wrong[1:]])};" if wrong[1:] else ";"
         raise UserError(f"{wrong[0][0]!r} {wrong[0][1]}{more} repair or remove these files")
-
-
-def image_kind(head: bytes) -> str | None:
-    """The format of a file, from its first 16 bytes, or None."""
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "webp"
-    starts = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"BM": "bmp"}
-    return next((kind for start, kind in starts.items() if head.startswith(start)), None)
 
 
 def _problems(files: list[str]) -> list[tuple[str, str]]:
@@ -92,34 +105,13 @@ def _problems(files: list[str]) -> list[tuple[str, str]]:
     return found
 
 
-def _listed(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        raise UserError(f"{folder!r} cannot be read ({error.strerror}): check its permissions") from None
-
-
-def _images(folder: str) -> list[str]:
-    def stop(error: OSError) -> None:
-        raise UserError(f"{error.filename!r} cannot be read ({error.strerror}): check its permissions")
-
-    walk = sorted(os.walk(folder, onerror=stop, followlinks=True))
-    paths = (os.path.join(where, name) for where, _, names in walk for name in sorted(names))
-    return [path for path in paths if path.lower().endswith(EXTENSIONS)]
-
-
-def _same_classes(train: Split, val: Split, root: str) -> None:
-    only_train, only_val = sorted({*train.classes} - {*val.classes}), sorted({*val.classes} - {*train.classes})
-    if only_train or only_val:
-        raise UserError(
-            f"train/ and val/ of {root!r} hold different classes (only in train: {_some(only_train) or 'none'}; "
-            f"only in val: {_some(only_val) or 'none'}): make the class folders the same"
-        )
+def image_kind(head: bytes) -> str | None:
+    """The format of a file, from its first 16 bytes, or None."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    starts = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"BM": "bmp"}
+    return next((kind for start, kind in starts.items() if head.startswith(start)), None)
 
 
 def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
-
-
-def _chunks(items: list[str], size: int) -> list[list[str]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import EpochCounter, Shard, derived_seed
+from .base import EpochLoader, Shard, derived_seed
 
 if TYPE_CHECKING:
     from . import DataOptions
@@ -18,40 +18,28 @@ if TYPE_CHECKING:
 HELD = 4  # batches
 
 
-def create_synthetic(
-    options: "DataOptions", device: torch.device, shard: Shard
-) -> tuple["SyntheticLoader", "SyntheticLoader"]:
+def create_synthetic(options: "DataOptions", device: torch.device, shard: Shard) -> tuple[EpochLoader, EpochLoader]:
     """The training loader, and an evaluation loader with a tenth of the images. Both use the same batches."""
     random = torch.Generator(device).manual_seed(derived_seed(shard.seed, shard.rank))
-    most = options.batch_size + 2  # see base.training_steps
+    most = options.batch_size + 2  # see base.training_slices
     shape = (HELD, most, options.image_size, options.image_size, 3)
     images = torch.randn(shape, generator=random, device=device, dtype=shard.dtype).permute(0, 1, 4, 2, 3)
-    target = torch.randint(options.synthetic_classes, (HELD, most), generator=random, device=device)
-
-    def loader(samples: int, train: bool) -> SyntheticLoader:
-        slices = shard.slices(samples, options.batch_size, train=train)
-        sizes = [stop - start for start, stop in slices]
-        return SyntheticLoader(images, target, sizes, samples, options.synthetic_classes, train=train)
-
-    return loader(options.synthetic_samples, True), loader(-(-options.synthetic_samples // 10), False)
+    held = images, torch.randint(options.synthetic_classes, (HELD, most), generator=random, device=device)
+    samples = options.synthetic_samples
+    train = SyntheticLoader(held, samples, options, shard, train=True)
+    return train, SyntheticLoader(held, -(-samples // 10), options, shard, train=False)
 
 
-class SyntheticLoader(EpochCounter):
-    """A Loader (see base.py): batch i of an epoch is the first `sizes[i]` images of held batch i % HELD."""
+class SyntheticLoader(EpochLoader):
+    """A Loader (see base.py): batch i of an epoch is the beginning of held batch i % HELD."""
 
     name = "synthetic"
 
-    def __init__(self, images: Tensor, target: Tensor, sizes: list[int], samples: int, classes: int, *, train: bool):
-        self.images, self.target, self.sizes, self.samples, self.train = images, target, sizes, samples, train
-        self.classes = tuple(str(label) for label in range(classes))
-        self.epoch = 0
+    def __init__(self, held: tuple[Tensor, Tensor], samples: int, options: "DataOptions", shard: Shard, *, train: bool):
+        classes = tuple(str(label) for label in range(options.synthetic_classes))
+        super().__init__(classes, samples, options.batch_size, shard, train=train)
+        self.images, self.target = held
 
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch = self.epoch
-        for step, size in enumerate(self.sizes):
-            if step == len(self) - 1:
-                self.epoch = epoch + 1
-            yield self.images[step % HELD, :size], self.target[step % HELD, :size]
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for step, (start, stop) in enumerate(self.slices):
+            yield self.images[step % HELD, : stop - start], self.target[step % HELD, : stop - start]

@@ -2,16 +2,16 @@
 
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from ..errors import UserError, nearest
-from .nets.mobilenet import CifarMobileNet
-from .nets.mobilenetv2 import CifarMobileNetV2
-from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet
+from .nets.mobilenet import CifarMobileNet, CifarMobileNetV2
+from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet, WideResNet
 from .nets.vgg import CONVOLUTIONS, CifarVGG
-from .nets.wrn import WideResNet
 from .stages.preactivation import PreActivation
 from .stages.shapes import stage_shapes
 from .stages.staged import Staged, name_stages, staged
@@ -30,8 +30,15 @@ __all__ = [
     "staged",
 ]
 
-X4_DEPTHS = {"resnet8x4": 8, "resnet32x4": 32}
-WIDE = ("wrn_16_1", "wrn_16_2", "wrn_28_2", "wrn_28_10", "wrn_40_1", "wrn_40_2")  # listed; any wrn_D_K can be built
+WIDE = ((16, 1), (16, 2), (28, 2), (28, 10), (40, 1), (40, 2))  # those that are listed; any wrn_D_K can be built
+CIFAR_NETS: dict[str, Callable[[int], nn.Module]] = {
+    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in DEPTHS},
+    **{f"resnet{depth}x4": partial(CifarResNet, depth, widths=WIDTHS_X4) for depth in (8, 32)},
+    **{f"wrn_{depth}_{width}": partial(WideResNet, depth, width) for depth, width in WIDE},
+    **{name: partial(CifarVGG, convolutions) for name, convolutions in CONVOLUTIONS.items()},
+    "mobilenet": CifarMobileNet,
+    "mobilenetv2": CifarMobileNetV2,
+}
 
 
 def create_model(name: str, num_classes: int, weights: str | os.PathLike | None = None) -> nn.Module:
@@ -47,7 +54,17 @@ def create_model(name: str, num_classes: int, weights: str | os.PathLike | None 
         raise UserError(f"num_classes is {num_classes!r}: a net needs at least one class")
     file = weights if weights is not None and _is_file(weights) else None
     tag = None if file is not None or weights is None else str(weights)
-    model = _build(name, num_classes, tag, from_file=file is not None)
+    library, slash, rest = name.partition("/")
+    if not slash:
+        model = _cifar_net(name, num_classes)
+        if tag is not None:
+            raise UserError(f"{tag!r} is not a file, and {name!r} has no pre-trained weights: pass a weights file")
+    elif library == "timm":
+        model = timm_model(rest if file is None else rest.partition(".")[0], num_classes, tag)
+    elif library == "torchvision":
+        model = torchvision_model(rest, num_classes, tag)
+    else:
+        raise UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision'])}")
     if file is not None:
         load_weights(model, file)
     return model
@@ -55,8 +72,7 @@ def create_model(name: str, num_classes: int, weights: str | os.PathLike | None 
 
 def model_names() -> list[str]:
     """The names of the networks in `nets/`."""
-    resnets = [f"resnet{depth}" for depth in DEPTHS]
-    return [*resnets, *X4_DEPTHS, *WIDE, *CONVOLUTIONS, "mobilenet", "mobilenetv2"]
+    return list(CIFAR_NETS)
 
 
 def _is_file(weights: str | os.PathLike) -> bool:
@@ -65,47 +81,20 @@ def _is_file(weights: str | os.PathLike) -> bool:
     return not isinstance(weights, str) or os.sep in text or text.endswith(SUFFIXES) or Path(text).is_file()
 
 
-def _build(name: str, num_classes: int, tag: str | None, from_file: bool) -> nn.Module:
-    """`from_file`: the weights come from a file, so a tag in the name is not used."""
-    library, slash, rest = name.partition("/")
-    if library == "timm" and slash:
-        return timm_model(rest.partition(".")[0] if from_file else rest, num_classes, tag)
-    if library == "torchvision" and slash:
-        return torchvision_model(rest, num_classes, tag)
-    if slash:
-        raise UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision'])}")
-    model = _cifar_net(name, num_classes)
-    if tag is not None:
-        raise UserError(f"{tag!r} is not a file, and {name!r} has no pre-trained weights: pass a weights file")
-    return model
-
-
 def _cifar_net(name: str, num_classes: int) -> nn.Module:
-    if name in X4_DEPTHS:
-        return CifarResNet(X4_DEPTHS[name], num_classes, WIDTHS_X4)
-    if name in CONVOLUTIONS:
-        return CifarVGG(CONVOLUTIONS[name], num_classes)
-    if name in ("mobilenet", "mobilenetv2"):
-        return CifarMobileNet(num_classes) if name == "mobilenet" else CifarMobileNetV2(num_classes)
-    if name in model_names() and name.startswith("resnet"):
-        return CifarResNet(int(name.removeprefix("resnet")), num_classes)
-    if wide := re.fullmatch(r"wrn_(\d+)_([1-9]\d*)", name):
-        return _wide(name, int(wide[1]), int(wide[2]), num_classes)
-    ours = ", ".join(model_names())
-    raise UserError(f"unknown model {name!r}{_hint(name)}: ours are {ours}; else 'timm/NAME' or 'torchvision/NAME'")
+    if name in CIFAR_NETS:
+        return CIFAR_NETS[name](num_classes)
+    wide = re.fullmatch(r"wrn_(\d+)_([1-9]\d*)", name)
+    if wide is None:
+        from torchvision import models
 
-
-def _wide(name: str, depth: int, width: int, num_classes: int) -> nn.Module:
+        hint = nearest(name, CIFAR_NETS)
+        if name in models.list_models(module=models):  # by spelling, resnet50 would be close to resnet56
+            hint = f" (did you mean 'torchvision/{name}'?)"
+        ours = ", ".join(CIFAR_NETS)
+        raise UserError(f"unknown model {name!r}{hint}: ours are {ours}; else 'timm/NAME' or 'torchvision/NAME'")
+    depth, width = int(wide[1]), int(wide[2])
     if depth < 10 or (depth - 4) % 6:
         near = max(10, 4 + 6 * round((depth - 4) / 6))
         raise UserError(f"unknown model {name!r} (did you mean 'wrn_{near}_{width}'?): the depth in wrn_D_K is 6n + 4")
     return WideResNet(depth, width, num_classes)
-
-
-def _hint(name: str) -> str:
-    """The torchvision network of that name, if there is one: by spelling, resnet50 would be close to resnet56."""
-    from torchvision import models
-
-    if name in models.list_models(module=models):
-        return f" (did you mean 'torchvision/{name}'?)"
-    return nearest(name, model_names())

@@ -2,12 +2,12 @@
 
 import argparse
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,9 +27,16 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     torch.compile (`_orig_mod.`) are removed. Torch checkpoints are read with `weights_only`, so that no code in them
     runs; objects other than `argparse.Namespace` are refused. Raises UserError if there is no readable state dict.
     """
-    path = _checked(Path(path))
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    table = _unwrap(content, path)
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name a weights file ({', '.join(SUFFIXES)})")
+    if not path.is_file():
+        raise UserError(f"there is no weights file {path}")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: weights files end in {', '.join(SUFFIXES)}, this one in {path.suffix!r}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty: it was not written completely")
+    table = _unwrap(_read(path), path)
     renamed = {without_prefixes(key): tensor for key, tensor in table.items()}
     if len(renamed) < len(table):
         raise UserError(f"{path}: several entries have the same name after removing 'module.' and '_orig_mod.'")
@@ -47,66 +54,41 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     wanted = {without_prefixes(key): (key, tensor) for key, tensor in model.state_dict().items()}
     missing = [name for name in wanted if name not in table and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in table if name not in wanted]
-    both = [name for name in table if name in wanted]
-    misfits = [_misfit(name, table[name], wanted[name][1]) for name in both if not _fits(table[name], wanted[name][1])]
+    both = [(name, table[name], wanted[name][1]) for name in table if name in wanted]
+    misfits = [
+        f"{name} (file {_form(new)}, model {_form(old)})"
+        for name, new, old in both
+        if new.shape != old.shape or new.is_floating_point() != old.is_floating_point()
+    ]
     complaints = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("different", misfits)]
     if any(complaints):
         raise UserError(f"{path} does not fit this {type(model).__name__}: {'; '.join(filter(None, complaints))}")
-    model.load_state_dict({wanted[name][0]: table[name] for name in both}, strict=False)
+    model.load_state_dict({wanted[name][0]: new for name, new, _ in both}, strict=False)
 
 
 def without_prefixes(key: str) -> str:
     """A key without the prefixes of torch.compile (at any depth) and DistributedDataParallel (at the start)."""
-    key = key.replace("_orig_mod.", "")
-    while key.startswith("module."):
-        key = key.removeprefix("module.")
-    return key
+    return re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", ""))
 
 
-def _checked(path: Path) -> Path:
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: name a weights file ({', '.join(SUFFIXES)})")
-    if not path.is_file():
-        raise UserError(f"there is no weights file {path}")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: weights files end in {', '.join(SUFFIXES)}, this one in {path.suffix!r}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: it was not written completely")
-    return path
-
-
-def _read_safetensors(path: Path) -> object:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a safetensors file, or it is incomplete ({_first_line(error)})") from error
-
-
-def _read_torch(path: Path) -> object:
+def _read(path: Path) -> object:
     from pickle import UnpicklingError
 
+    safe = path.suffix == ".safetensors"
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; errors are reported below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
+        marks = ("GLOBAL", "Unsupported", "Can only")  # of the line in torch's long message that names the object
+        lines = [line.strip()[:160] for line in str(error).splitlines() if any(mark in line for mark in marks)]
         raise UserError(
-            f"{path} is damaged or holds more than tensors ({_refused(error)}) and was refused; none of its code "
-            "was run: save model.state_dict(), or a .safetensors file"
+            f"{path} is damaged or holds more than tensors ({lines[0] if lines else 'no detail'}) and was refused; "
+            "none of its code was run: save model.state_dict(), or a .safetensors file"
         ) from error
     except Exception as error:  # torch's readers raise many kinds of errors on damaged bytes
-        raise UserError(f"{path} is not a torch file, or it is incomplete ({_first_line(error)})") from error
-
-
-def _refused(error: Exception) -> str:
-    """The line of torch's long message that names the refused object."""
-    marks = ("GLOBAL", "Unsupported", "Can only")
-    lines = [line.strip() for line in str(error).splitlines() if any(mark in line for mark in marks)]
-    return lines[0][:160] if lines else "no detail"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        kind, reason = "safetensors" if safe else "torch", f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise UserError(f"{path} is not a {kind} file, or it is incomplete ({reason})") from error
 
 
 def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
@@ -117,27 +99,17 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
         if inner is None:
             break
         content = inner
-    places = ", ".join(WRAPPERS)
+    found = f"its content is a {type(content).__name__}"
+    if isinstance(content, Mapping):
+        entries = [f"{k!r} ({type(v).__name__})" for k, v in content.items()]
+        found = _listed("entries", entries) or "it has no entries"
     raise UserError(
-        f"{path} holds no state dict: {_described(content)}; looked for names and tensors, also under {places}"
+        f"{path} holds no state dict: {found}; looked for names and tensors, also under {', '.join(WRAPPERS)}"
     )
 
 
-def _described(content: object) -> str:
-    if not isinstance(content, Mapping):
-        return f"its content is a {type(content).__name__}"
-    return _listed("entries", [f"{k!r} ({type(v).__name__})" for k, v in content.items()]) or "it has no entries"
-
-
-def _fits(new: Tensor, old: Tensor) -> bool:
-    return new.shape == old.shape and new.is_floating_point() == old.is_floating_point()
-
-
-def _misfit(name: str, new: Tensor, old: Tensor) -> str:
-    def described(tensor: Tensor) -> str:
-        return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-    return f"{name} (file {described(new)}, model {described(old)})"
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _listed(title: str, items: list[str]) -> str:

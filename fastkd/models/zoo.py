@@ -1,6 +1,7 @@
 """Networks of timm and torchvision by name. Partial loading is an error."""
 
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 
 from torch import nn
@@ -19,7 +20,14 @@ def timm_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
     wanted = name_tag or tag
     if not wanted:
         return timm.create_model(architecture, num_classes=num_classes)
-    full = f"{architecture}.{_timm_tag(architecture, wanted)}".removesuffix(".")
+    names = [listed.partition(".") for listed in timm.list_pretrained(f"{architecture}*")]
+    tags = [tag for listed, _, tag in names if listed == architecture]
+    default = timm.get_pretrained_cfg(architecture)
+    if wanted == "pretrained" and default is not None and default.has_weights:
+        wanted = default.tag or ""  # empty if the architecture's only weights have no tag
+    elif wanted not in tags:
+        raise UserError(_no_weights(f"timm/{architecture}", wanted, tags))
+    full = f"{architecture}.{wanted}".removesuffix(".")
     _check_classes(f"timm/{full}", timm.get_pretrained_cfg(full).num_classes, num_classes)
     return _download(f"timm/{full}", lambda: timm.create_model(full, pretrained=True, num_classes=num_classes))
 
@@ -42,27 +50,12 @@ def torchvision_model(name: str, num_classes: int, tag: str | None) -> nn.Module
 
 
 def _library(name: str) -> ModuleType:
-    from importlib import import_module
-
     try:
         return import_module(name)
     except ImportError as error:
         raise UserError(
             f"models '{name}/...' need {name}, which cannot be imported ({error}): pip install {name}"
         ) from error
-
-
-def _timm_tag(architecture: str, tag: str) -> str:
-    """The full tag; empty if the architecture's only weights have no tag."""
-    timm = _library("timm")
-    names = [name.partition(".") for name in timm.list_pretrained(f"{architecture}*")]
-    tags = [tag for name, _, tag in names if name == architecture]
-    default = timm.get_pretrained_cfg(architecture)
-    if tag == "pretrained" and default is not None and default.has_weights:
-        return default.tag or ""
-    if tag not in tags:
-        raise UserError(_no_weights(f"timm/{architecture}", tag, tags))
-    return tag
 
 
 def _no_weights(model: str, tag: str, choices: list[str]) -> str:

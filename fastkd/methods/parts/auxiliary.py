@@ -18,7 +18,7 @@ from torch import nn
 
 from ...models.nets.init import he_init
 from ...models.nets.mobilenet import CifarMobileNet, stage
-from ...models.nets.wrn import Block, Group, WideResNet
+from ...models.nets.resnet import WideBlock, WideGroup, WideResNet
 from ...models.stages.staged import Staged, staged
 from .reinit import reinit
 
@@ -42,10 +42,10 @@ def auxiliary_heads(net: nn.Module) -> nn.ModuleList:
 def _wide_heads(net: WideResNet) -> list[nn.Module]:
     """For groups of n blocks and widths w1, w2, w3: n blocks to w2, floor(n/2) to w3; and n blocks to 2 w3."""
     groups, classes = (net.block1, net.block2, net.block3), net.fc.out_features
-    n, (w1, w2, w3) = len(net.block1.layer), (cast(Block, group.layer[-1]).conv2.out_channels for group in groups)
+    n, (w1, w2, w3) = len(net.block1.layer), (cast(WideBlock, group.layer[-1]).conv2.out_channels for group in groups)
     return [
-        _preactivated_top(w3, classes, Group(n, w1, w2, 2), Group(max(1, n // 2), w2, w3, 2)),
-        _preactivated_top(2 * w3, classes, Group(n, w2, 2 * w3, 2)),
+        _preactivated_top(w3, classes, WideGroup(n, w1, w2, 2), WideGroup(max(1, n // 2), w2, w3, 2)),
+        _preactivated_top(2 * w3, classes, WideGroup(n, w2, 2 * w3, 2)),
     ]
 
 

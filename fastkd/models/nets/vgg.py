@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .init import he_init
 
-WIDTHS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = {"vgg8": (1, 1, 1, 1, 1), "vgg13": (2, 2, 2, 2, 2)}  # per block
 
 
@@ -28,20 +27,16 @@ def block(convolutions: int, cin: int, cout: int) -> nn.Sequential:
 class CifarVGG(nn.Module):
     """Images [N, 3, H, W] floating, H and W at least 8 -> logits [N, num_classes]; blocks at H, H/2, H/4, H/8, H/8."""
 
-    block0: nn.Sequential
-    block1: nn.Sequential
-    block2: nn.Sequential
-    block3: nn.Sequential
-    block4: nn.Sequential
-
     def __init__(self, convolutions: tuple[int, ...], num_classes: int):
         super().__init__()
-        cin = (3, *WIDTHS)
-        for i, (n, cout) in enumerate(zip(convolutions, WIDTHS, strict=True)):
-            setattr(self, f"block{i}", block(n, cin[i], cout))
+        self.block0 = block(convolutions[0], 3, 64)
+        self.block1 = block(convolutions[1], 64, 128)
+        self.block2 = block(convolutions[2], 128, 256)
+        self.block3 = block(convolutions[3], 256, 512)
+        self.block4 = block(convolutions[4], 512, 512)
         self.pool = nn.MaxPool2d(2, 2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(WIDTHS[-1], num_classes)
+        self.classifier = nn.Linear(512, num_classes)
         he_init(self, linear_std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:

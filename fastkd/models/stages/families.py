@@ -7,20 +7,18 @@ convolutions after it. In pre-activation networks, a stage ends with the sum, be
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import UserError
-from ..nets.mobilenet import CifarMobileNet
-from ..nets.mobilenetv2 import CifarMobileNetV2
-from ..nets.resnet import CifarResNet
-from ..nets.vgg import CifarVGG
-from ..nets.wrn import WideResNet
 
 Split = tuple[nn.Module, list[nn.Module], nn.Module]
 LibraryNet = Any  # a network of torchvision or timm, neither of which is imported here; FAMILIES checks the class
+# steps that some networks take without a module
+NEW: dict[str, Callable[[], nn.Module]] = {"Flatten": nn.Flatten, "AvgPool": partial(nn.AdaptiveAvgPool2d, 1)}
 
 
 class DropThenClassify(nn.Module):
@@ -37,41 +35,51 @@ class DropThenClassify(nn.Module):
         return self.classifier(x)
 
 
+class Family(NamedTuple):
+    """Names of modules in forward order, separated by spaces; see `_named`. `stages` may also be a function.
+
+    Without a stem, the function's first module is the stem, and its last one is the first of the head.
+    """
+
+    stem: str
+    stages: str | Callable[[LibraryNet], list[nn.Module]]
+    head: str
+
+
 def split_family(model: nn.Module) -> Split:
     """(stem, stages, head), made of the model's modules. Raises UserError if the family is not known."""
-    family = next((cls for cls in type(model).__mro__ if f"{cls.__module__}.{cls.__name__}" in FAMILIES), None)
+    cls = next((cls for cls in type(model).__mro__ if f"{cls.__module__}.{cls.__name__}" in FAMILIES), None)
     name = type(model).__name__
     modules = ", ".join(child for child, _ in model.named_children()) or "none"
     advice = f"name its stages, fastkd.models.name_stages(net, [...]); its top-level modules are {modules}"
-    if family is None:
+    if cls is None:
         raise UserError(f"the stages of {name} are not known: {advice}")
-    if not _runs_like(model, family):
-        raise UserError(f"{name} is a {family.__name__} with another forward method: {advice}")
+    for method in ("forward", "_forward_impl", "forward_features", "forward_head"):
+        if method in vars(model) or getattr(type(model), method, None) is not getattr(cls, method, None):
+            raise UserError(f"{name} is a {cls.__name__} with another forward method: {advice}")
     if getattr(model, "grad_checkpointing", False):
         raise UserError(f"a staged {name} would bypass its gradient checkpointing: set_grad_checkpointing(False) first")
-    return FAMILIES[f"{family.__module__}.{family.__name__}"](model)
+    family = FAMILIES[f"{cls.__module__}.{cls.__name__}"]
+    stem, head = _named(model, family.stem), _named(model, family.head)
+    stages = _named(model, family.stages) if isinstance(family.stages, str) else family.stages(model)
+    if not stem:
+        first, *stages, last = stages
+        stem, head = [first], [last, *head]
+    return stem[0] if len(stem) == 1 else nn.Sequential(*stem), stages, nn.Sequential(*head)
 
 
-def _runs_like(model: nn.Module, family: type) -> bool:
-    """True if no forward method is overridden, by a subclass or on the object."""
-    names = ("forward", "_forward_impl", "forward_features", "forward_head")
-    return all(
-        name not in vars(model) and getattr(type(model), name, None) is getattr(family, name, None) for name in names
-    )
-
-
-def _chain(*modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(*modules)
-
-
-def _flat(nested: Iterable[nn.Module]) -> list[nn.Module]:
-    """The blocks of a sequence of sequences."""
-    return [block for sequence in nested for block in cast(nn.Sequential, sequence)]
-
-
-def _changes_resolution(block: nn.Module) -> bool:
-    strides: list[Any] = [module.stride for module in block.modules() if hasattr(module, "stride")]
-    return any(max(stride if isinstance(stride, tuple) else (stride,)) > 1 for stride in strides)
+def _named(model: LibraryNet, names: str) -> list[nn.Module]:
+    """`a.b`: this module. `Dropout+a`: timm's dropout and this module. A key of NEW: a new module."""
+    modules = []
+    for name in names.split():
+        _, dropout, classifier = name.rpartition("Dropout+")
+        if name in NEW:
+            modules.append(NEW[name]())
+        elif dropout:
+            modules.append(DropThenClassify(model.drop_rate, model.get_submodule(classifier)))
+        else:
+            modules.append(model.get_submodule(name))
+    return modules
 
 
 def _group(blocks: Iterable[nn.Module], starts: Callable[[nn.Module], bool]) -> list[nn.Module]:
@@ -81,87 +89,37 @@ def _group(blocks: Iterable[nn.Module], starts: Callable[[nn.Module], bool]) -> 
         if not groups or starts(block):
             groups.append([])
         groups[-1].append(block)
-    return [_chain(*group) for group in groups]
+    return [nn.Sequential(*group) for group in groups]
 
 
-# Ours
+def _flat(sequence: Iterable[nn.Module]) -> list[nn.Module]:
+    """The blocks of a sequence of blocks and of sequences of blocks."""
+    return [block for part in sequence for block in (part if type(part) is nn.Sequential else [part])]
 
 
-def _cifar_resnet(m: CifarResNet) -> Split:
-    return _chain(m.conv1, m.bn1, m.relu), [m.layer1, m.layer2, m.layer3], _chain(m.avgpool, nn.Flatten(), m.fc)
+def _by_resolution(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    def reduces(block: nn.Module) -> bool:
+        strides: list[Any] = [module.stride for module in block.modules() if hasattr(module, "stride")]
+        return any(max(stride if isinstance(stride, tuple) else (stride,)) > 1 for stride in strides)
+
+    return _group(_flat(blocks), reduces)
 
 
-def _wide_resnet(m: WideResNet) -> Split:
-    head = _chain(m.bn1, m.relu, m.avgpool, nn.Flatten(), m.fc)
-    return m.conv1, [m.block1.layer, m.block2.layer, m.block3.layer], head
+def _features_by_resolution(m: LibraryNet) -> list[nn.Module]:
+    return [m.features[0], *_by_resolution(m.features[1:-1]), m.features[-1]]
 
 
-def _cifar_vgg(m: CifarVGG) -> Split:
-    stages: list[nn.Module] = [
-        _chain(m.pool, *m.block1),
-        _chain(m.pool, *m.block2),
-        _chain(m.pool, *m.block3, *m.block4),
-    ]
-    return m.block0, stages, _chain(m.avgpool, nn.Flatten(), m.classifier)
+def _features_by_pool(m: LibraryNet) -> list[nn.Module]:
+    return _group(m.features, lambda layer: isinstance(layer, nn.MaxPool2d))
 
 
-def _cifar_mobilenet(m: CifarMobileNet) -> Split:
-    return _chain(m.conv1, m.bn1, m.relu), [m.layer1, m.layer2, m.layer3], _chain(m.avgpool, nn.Flatten(), m.linear)
+def _cifar_vgg(m: LibraryNet) -> list[nn.Module]:
+    return [nn.Sequential(m.pool, *block) for block in (m.block1, m.block2, [*m.block3, *m.block4])]
 
 
-def _cifar_mobilenetv2(m: CifarMobileNetV2) -> Split:
-    stages = _group(_flat(m.blocks), _changes_resolution)
-    return m.conv1, stages, _chain(m.conv2, m.avgpool, nn.Flatten(), m.classifier)
-
-
-# torchvision
-
-
-def _torchvision_resnet(m: LibraryNet) -> Split:
-    stages = [m.layer1, m.layer2, m.layer3, m.layer4]
-    return _chain(m.conv1, m.bn1, m.relu, m.maxpool), stages, _chain(m.avgpool, nn.Flatten(), m.fc)
-
-
-def _torchvision_mobilenetv2(m: LibraryNet) -> Split:
-    head = _chain(m.features[-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), m.classifier)
-    return m.features[0], _group(m.features[1:-1], _changes_resolution), head
-
-
-def _torchvision_mobilenetv3(m: LibraryNet) -> Split:
-    head = _chain(m.features[-1], m.avgpool, nn.Flatten(), m.classifier)
-    return m.features[0], _group(m.features[1:-1], _changes_resolution), head
-
-
-def _torchvision_efficientnet(m: LibraryNet) -> Split:
-    head = _chain(m.features[-1], m.avgpool, nn.Flatten(), m.classifier)
-    return m.features[0], _group(_flat(m.features[1:-1]), _changes_resolution), head
-
-
-def _torchvision_regnet(m: LibraryNet) -> Split:
-    return m.stem, list(m.trunk_output), _chain(m.avgpool, nn.Flatten(), m.fc)
-
-
-def _torchvision_convnext(m: LibraryNet) -> Split:
+def _torchvision_convnext(m: LibraryNet) -> list[nn.Module]:
     first, *rest = m.features[1:]
-    later = [_chain(rest[i], *rest[i + 1]) for i in range(0, len(rest), 2)]  # downsampling, then the blocks after it
-    return m.features[0], [first, *later], _chain(m.avgpool, m.classifier)
-
-
-def _torchvision_vgg(m: LibraryNet) -> Split:
-    stem, *stages, pool = _group(m.features, lambda layer: isinstance(layer, nn.MaxPool2d))
-    return stem, stages, _chain(pool, m.avgpool, nn.Flatten(), m.classifier)
-
-
-# timm
-
-
-def _timm_resnet(m: LibraryNet) -> Split:
-    head = _chain(m.global_pool, DropThenClassify(m.drop_rate, m.fc))
-    return _chain(m.conv1, m.bn1, m.act1, m.maxpool), [m.layer1, m.layer2, m.layer3, m.layer4], head
-
-
-def _timm_resnetv2(m: LibraryNet) -> Split:
-    return m.stem, list(m.stages), _chain(m.norm, m.head)
+    return [first, *(nn.Sequential(rest[i], *rest[i + 1]) for i in range(0, len(rest), 2))]  # downsampling, then blocks
 
 
 def _timm_blocks(m: LibraryNet) -> list[nn.Module]:
@@ -169,51 +127,41 @@ def _timm_blocks(m: LibraryNet) -> list[nn.Module]:
     names = [info["module"] for info in m.feature_info]
     ends = [int(name.removeprefix("blocks.")) + 1 for name in names if name.startswith("blocks.")]
     ends[-1] = len(m.blocks)
-    return [_chain(*_flat(m.blocks[a:b])) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return [nn.Sequential(*_flat(m.blocks[a:b])) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _timm_efficientnet(m: LibraryNet) -> Split:
-    head = _chain(m.conv_head, m.bn2, m.global_pool, DropThenClassify(m.drop_rate, m.classifier))
-    return _chain(m.conv_stem, m.bn1), _timm_blocks(m), head
-
-
-def _timm_mobilenetv3(m: LibraryNet) -> Split:
-    last = DropThenClassify(m.drop_rate, m.classifier)
-    head = _chain(m.global_pool, m.conv_head, m.norm_head, m.act2, m.flatten, last)
-    return _chain(m.conv_stem, m.bn1), _timm_blocks(m), head
-
-
-def _timm_regnet(m: LibraryNet) -> Split:
-    return m.stem, [m.s1, m.s2, m.s3, m.s4], _chain(m.final_conv, m.head)
-
-
-def _timm_convnext(m: LibraryNet) -> Split:
-    return m.stem, list(m.stages), _chain(m.norm_pre, m.head)
-
-
-def _timm_vgg(m: LibraryNet) -> Split:
-    stem, *stages, pool = _group(m.features, lambda layer: isinstance(layer, nn.MaxPool2d))
-    return stem, stages, _chain(pool, m.pre_logits, m.head)
-
-
-FAMILIES: dict[str, Callable[[Any], Split]] = {  # by name, so that neither library is imported for it
-    "fastkd.models.nets.resnet.CifarResNet": _cifar_resnet,
-    "fastkd.models.nets.wrn.WideResNet": _wide_resnet,
-    "fastkd.models.nets.vgg.CifarVGG": _cifar_vgg,
-    "fastkd.models.nets.mobilenet.CifarMobileNet": _cifar_mobilenet,
-    "fastkd.models.nets.mobilenetv2.CifarMobileNetV2": _cifar_mobilenetv2,
-    "torchvision.models.resnet.ResNet": _torchvision_resnet,
-    "torchvision.models.mobilenetv2.MobileNetV2": _torchvision_mobilenetv2,
-    "torchvision.models.mobilenetv3.MobileNetV3": _torchvision_mobilenetv3,
-    "torchvision.models.efficientnet.EfficientNet": _torchvision_efficientnet,
-    "torchvision.models.regnet.RegNet": _torchvision_regnet,
-    "torchvision.models.convnext.ConvNeXt": _torchvision_convnext,
-    "torchvision.models.vgg.VGG": _torchvision_vgg,
-    "timm.models.resnet.ResNet": _timm_resnet,
-    "timm.models.resnetv2.ResNetV2": _timm_resnetv2,
-    "timm.models.efficientnet.EfficientNet": _timm_efficientnet,
-    "timm.models.mobilenetv3.MobileNetV3": _timm_mobilenetv3,
-    "timm.models.regnet.RegNet": _timm_regnet,
-    "timm.models.convnext.ConvNeXt": _timm_convnext,
-    "timm.models.vgg.VGG": _timm_vgg,
+FAMILIES: dict[str, Family] = {  # by name, so that neither library is imported for it
+    "fastkd.models.nets.resnet.CifarResNet": Family("conv1 bn1 relu", "layer1 layer2 layer3", "avgpool Flatten fc"),
+    "fastkd.models.nets.resnet.WideResNet": Family(
+        "conv1", "block1.layer block2.layer block3.layer", "bn1 relu avgpool Flatten fc"
+    ),
+    "fastkd.models.nets.vgg.CifarVGG": Family("block0", _cifar_vgg, "avgpool Flatten classifier"),
+    "fastkd.models.nets.mobilenet.CifarMobileNet": Family(
+        "conv1 bn1 relu", "layer1 layer2 layer3", "avgpool Flatten linear"
+    ),
+    "fastkd.models.nets.mobilenet.CifarMobileNetV2": Family(
+        "conv1", lambda m: _by_resolution(m.blocks), "conv2 avgpool Flatten classifier"
+    ),
+    "torchvision.models.resnet.ResNet": Family(
+        "conv1 bn1 relu maxpool", "layer1 layer2 layer3 layer4", "avgpool Flatten fc"
+    ),
+    "torchvision.models.mobilenetv2.MobileNetV2": Family("", _features_by_resolution, "AvgPool Flatten classifier"),
+    "torchvision.models.mobilenetv3.MobileNetV3": Family("", _features_by_resolution, "avgpool Flatten classifier"),
+    "torchvision.models.efficientnet.EfficientNet": Family("", _features_by_resolution, "avgpool Flatten classifier"),
+    "torchvision.models.regnet.RegNet": Family("stem", lambda m: list(m.trunk_output), "avgpool Flatten fc"),
+    "torchvision.models.convnext.ConvNeXt": Family("features.0", _torchvision_convnext, "avgpool classifier"),
+    "torchvision.models.vgg.VGG": Family("", _features_by_pool, "avgpool Flatten classifier"),
+    "timm.models.resnet.ResNet": Family(
+        "conv1 bn1 act1 maxpool", "layer1 layer2 layer3 layer4", "global_pool Dropout+fc"
+    ),
+    "timm.models.resnetv2.ResNetV2": Family("stem", lambda m: list(m.stages), "norm head"),
+    "timm.models.efficientnet.EfficientNet": Family(
+        "conv_stem bn1", _timm_blocks, "conv_head bn2 global_pool Dropout+classifier"
+    ),
+    "timm.models.mobilenetv3.MobileNetV3": Family(
+        "conv_stem bn1", _timm_blocks, "global_pool conv_head norm_head act2 flatten Dropout+classifier"
+    ),
+    "timm.models.regnet.RegNet": Family("stem", "s1 s2 s3 s4", "final_conv head"),
+    "timm.models.convnext.ConvNeXt": Family("stem", lambda m: list(m.stages), "norm_pre head"),
+    "timm.models.vgg.VGG": Family("", _features_by_pool, "pre_logits head"),
 }

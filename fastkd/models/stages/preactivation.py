@@ -47,39 +47,31 @@ class PreActivation(NetworkView):
 
 def _split(view: Staged) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
     """Modules x -> x; modules x -> (x, map), one fewer, that run between them; and the BatchNorm of each map."""
-    name = type(view.model).__name__
-    stages = [_layers(name, k, stage) for k, stage in enumerate(view.stages)]
+    name, stages = type(view.model).__name__, []
+    for k, stage in enumerate(view.stages):
+        if not isinstance(stage, nn.Sequential):
+            raise _unsupported(name, f"its stage {k} is a {type(stage).__name__}, not a sequence of blocks")
+        stages.append(list(stage))
     pre_activation = isinstance(view.head, nn.Sequential) and type(view.head[0]) in NORMS
-    between, blocks = _before_blocks(view, stages) if pre_activation else _in_last_blocks(view, stages)
+    between: list[nn.Module]
+    if pre_activation:  # maps from the first block of the stage that follows, and from the head
+        first, *rest = stages
+        between = [nn.Sequential(view.stem, *first), *(nn.Sequential(*layers[1:]) for layers in rest), nn.Sequential()]
+        blocks = [*(layers[0] for layers in rest), view.head]
+    else:  # maps from each stage's last block, or from the whole of a stage of single layers (VGG)
+        single = [isinstance(layers[-1], nn.ReLU) for layers in stages]
+        before = [nn.Sequential(*layers[: 0 if alone else -1]) for layers, alone in zip(stages, single, strict=True)]
+        between = [nn.Sequential(view.stem, before[0]), *before[1:], view.head]
+        blocks = [view.stages[k] if alone else stages[k][-1] for k, alone in enumerate(single)]
     tapped = [_tapped(block, name, k, pre_activation) for k, block in enumerate(blocks)]
     return between, [module for module, _ in tapped], [norm for _, norm in tapped]
 
 
-def _layers(net: str, k: int, stage: nn.Module) -> list[nn.Module]:
-    if not isinstance(stage, nn.Sequential):
-        raise _unsupported(net, f"its stage {k} is a {type(stage).__name__}, not a sequence of blocks")
-    return list(stage)
-
-
-def _in_last_blocks(view: Staged, stages: list[list[nn.Module]]) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Maps from each stage's last block, or from the whole of a stage of single layers (VGG)."""
-    firsts, lasts = [], []
-    for stage, blocks in zip(view.stages, stages, strict=True):
-        single = isinstance(blocks[-1], nn.ReLU)
-        firsts.append(nn.Sequential() if single else nn.Sequential(*blocks[:-1]))
-        lasts.append(stage if single else blocks[-1])
-    return [nn.Sequential(view.stem, firsts[0]), *firsts[1:], view.head], lasts
-
-
-def _before_blocks(view: Staged, stages: list[list[nn.Module]]) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Maps from the first block of the stage that follows, and from the head."""
-    first, *rest = stages
-    between = [nn.Sequential(view.stem, *first), *(nn.Sequential(*blocks[1:]) for blocks in rest), nn.Sequential()]
-    return [*between], [*(blocks[0] for blocks in rest), view.head]
-
-
 def _tapped(block: nn.Module, net: str, k: int, first: bool) -> tuple[nn.Module, nn.Module]:
-    """`block` as x -> (output, map before its first or its last ReLU), and the BatchNorm before that ReLU."""
+    """`block` as x -> (output, map before its first or its last ReLU), and the BatchNorm before that ReLU.
+
+    The ReLU does not overwrite the map.
+    """
     graph = trace(block, (), True)
     if str(graph) != str(trace(block, (), False)):
         raise _unsupported(net, f"the forward of {type(block).__name__} is not the same in train and eval mode")
@@ -88,7 +80,12 @@ def _tapped(block: nn.Module, net: str, k: int, first: bool) -> tuple[nn.Module,
         edge = "begin with BatchNorm and ReLU" if first else "end with a ReLU after a BatchNorm"
         raise _unsupported(net, f"the {type(block).__name__} around the end of stage {k} does not {edge}")
     relu, before, norm = found
-    return fx.GraphModule(block, _returning(graph, before, relu)), called_module(block, norm)
+    with graph.inserting_before(relu):
+        relu.replace_all_uses_with(graph.call_function(torch.relu, (before,)))
+    graph.erase_node(relu)
+    output = graph.output_node()
+    output.args = ((output.args[0], before),)
+    return fx.GraphModule(block, graph), called_module(block, norm)
 
 
 def _relu_and_norm(block: nn.Module, graph: fx.Graph, first: bool) -> tuple[fx.Node, fx.Node, fx.Node] | None:
@@ -113,16 +110,6 @@ def _calls(block: nn.Module, graph: fx.Graph, kinds: tuple[type, ...]) -> list[f
     """The calls of modules of these classes, in order of execution."""
     calls = [node for node in graph.nodes if node.op == "call_module"]
     return [node for node in calls if type(called_module(block, node)) in kinds]
-
-
-def _returning(graph: fx.Graph, before: fx.Node, relu: fx.Node) -> fx.Graph:
-    """The graph returns (output, before), and `relu` no longer overwrites `before`."""
-    with graph.inserting_before(relu):
-        relu.replace_all_uses_with(graph.call_function(torch.relu, (before,)))
-    graph.erase_node(relu)
-    output = graph.output_node()
-    output.args = ((output.args[0], before),)
-    return graph
 
 
 def _unsupported(net: str, reason: str) -> UserError:

@@ -45,19 +45,17 @@ def check_stage_shapes(
     `method` is the name in the message.
     """
     ours, theirs = stage_shapes(student), stage_shapes(teacher)
-    if stage is None:
-        alike, where = [shape[1:] for shape in ours] == [shape[1:] for shape in theirs], "every stage"
-    else:
-        alike, where = ours[stage][1:] == theirs[stage][1:], "the last stage" if stage == -1 else f"stage {stage + 1}"
-    if not alike:
+    where, another = "every stage", ""
+    if stage is not None:
+        where = "the last stage" if stage == -1 else f"stage {stage + 1}"
+        another = "" if stage == -1 else "another stage, "
+    compared = [shapes if stage is None else [shapes[stage]] for shapes in (ours, theirs)]
+    if [shape[1:] for shape in compared[0]] != [shape[1:] for shape in compared[1]]:
+        listed = [", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in (ours, theirs)]
         raise UserError(
             f"{method} compares maps of equal height and width at {where}; for {SIZE} x {SIZE} images the stages "
-            f"(C x H x W) of the student {type(student).__name__} are {_listed(ours)}, those of the teacher "
-            f"{type(teacher).__name__} {_listed(theirs)}: use networks with equal resolutions, "
-            f"{'' if stage in (None, -1) else 'another stage, '}or a method without maps (kd, dkd, dist, rkd, sp)"
+            f"(C x H x W) of the student {type(student).__name__} are {listed[0]}, those of the teacher "
+            f"{type(teacher).__name__} {listed[1]}: use networks with equal resolutions, {another}or a method without "
+            "maps (kd, dkd, dist, rkd, sp)"
         )
     return ours, theirs
-
-
-def _listed(shapes: Shapes) -> str:
-    return ", ".join("x".join(map(str, shape)) for shape in shapes)

@@ -33,16 +33,14 @@ class ByMode(nn.Module):
         self.eval_form = eval_form
 
     def forward(self, x: Tensor) -> Tensor:
-        guide = _last_shared(self.eval_form) or _last_shared(self.train_form) or self
+        guide: nn.Module = self
+        for form in (self.train_form, self.eval_form):
+            if isinstance(form, fx.GraphModule):
+                calls = [node for node in form.graph.nodes if node.op == "call_module"]
+                guide = called_module(form, calls[-1]) if calls else guide
+            elif not isinstance(form, nn.Identity):
+                guide = form
         return self.train_form(x) if guide.training else self.eval_form(x)
-
-
-def _last_shared(form: nn.Module) -> nn.Module | None:
-    """The module of the network that runs last in a segment; None if the segment calls none."""
-    if not isinstance(form, fx.GraphModule):
-        return None if isinstance(form, nn.Identity) else form
-    calls = [node for node in form.graph.nodes if node.op == "call_module"]
-    return called_module(form, calls[-1]) if calls else None
 
 
 def called_module(model: nn.Module, call: fx.Node) -> nn.Module:
@@ -62,8 +60,14 @@ def split_at(model: nn.Module, names: Sequence[str]) -> Split:
     The stem is everything before the first named module. Raises UserError if the names or the network do not allow it.
     """
     _check_names(model, names)
-    forms = zip(_segments(model, names, True), _segments(model, names, False), strict=True)
-    stem, *stages, head = [_join(train_form, eval_form) for train_form, eval_form in forms]
+    segments = []
+    for train_form, eval_form in zip(_segments(model, names, True), _segments(model, names, False), strict=True):
+        if isinstance(train_form, fx.GraphModule) and isinstance(eval_form, fx.GraphModule):
+            same = train_form.code == eval_form.code
+        else:
+            same = train_form is eval_form or type(train_form) is type(eval_form) is nn.Identity
+        segments.append(train_form if same else ByMode(train_form, eval_form))
+    stem, *stages, head = segments
     return stem, stages, head
 
 
@@ -83,10 +87,10 @@ def _check_names(model: nn.Module, names: Sequence[str]) -> None:
 def _segments(model: nn.Module, names: Sequence[str], training: bool) -> list[nn.Module]:
     """Stem, stages and head as they run in one mode."""
     graph = trace(model, names, training)
-    _check_no_side_effects(model, graph)
-    ends = [_call(graph, name) for name in names]
-    for end in ends:
-        _check_not_overwritten(model, end)
+    for node in graph.nodes:  # a segment runs only what its output depends on
+        if not node.users and (node.op == "call_module" or _overwrites(model, node)):
+            raise UserError(f"the result of {str(node)!r} in the forward of {type(model).__name__} is not used: use it")
+    ends = [_end(model, graph, name) for name in names]
     features = first_input(ends[0])
     if features is None:
         raise UserError(f"stage {names[0]!r} does not take the features as its first argument: name another module")
@@ -99,14 +103,18 @@ def _segments(model: nn.Module, names: Sequence[str], training: bool) -> list[nn
 
 
 def trace(model: nn.Module, names: Sequence[str], training: bool) -> fx.Graph:
-    """The graph of `model` in one mode; UserError if it cannot be traced. The modules' modes are restored."""
+    """The graph of `model` in one mode; UserError if it cannot be traced. The modules' modes are restored.
+
+    The optional arguments of forward are constants in it.
+    """
     tracer = OutlineTracer(names)
     traced = [model, *(model.get_submodule(name) for name in sorted(tracer.opened))]
     before = [module.training for module in traced]
     try:
         for module in traced:
             module.training = training
-        return tracer.trace(model, _defaults(model))
+        _, *others = signature(model.forward).parameters.values()
+        return tracer.trace(model, {p.name: p.default for p in others if p.default is not Parameter.empty})
     except Exception as error:  # the model's code runs here on symbolic values and may raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise UserError(f"torch.fx cannot trace {type(model).__name__} around its stages ({reason})") from error
@@ -115,34 +123,21 @@ def trace(model: nn.Module, names: Sequence[str], training: bool) -> fx.Graph:
             module.training = flag
 
 
-def _defaults(model: nn.Module) -> dict[str, object]:
-    """The optional arguments of forward, which the traced graph contains as constants."""
-    _, *others = signature(model.forward).parameters.values()
-    return {p.name: p.default for p in others if p.default is not Parameter.empty}
+def _end(model: nn.Module, graph: fx.Graph, name: str) -> fx.Node:
+    """The call of a module. Raises UserError if it is not one call, or if the next node overwrites its output.
 
-
-def _call(graph: fx.Graph, name: str) -> fx.Node:
+    In-place operations deep inside the next node are not noticed.
+    """
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target == name]
     if len(calls) != 1:
         raise UserError(f"stage {name!r} is called {len(calls)} times in a forward pass: a stage must be called once")
-    return calls[0]
-
-
-def _check_no_side_effects(model: nn.Module, graph: fx.Graph) -> None:
-    """UserError for a call whose result is not used: a segment runs only what its output depends on."""
-    for node in graph.nodes:
-        if not node.users and (node.op == "call_module" or _overwrites(model, node)):
-            raise UserError(f"the result of {str(node)!r} in the forward of {type(model).__name__} is not used: use it")
-
-
-def _check_not_overwritten(model: nn.Module, end: fx.Node) -> None:
-    """UserError if the next node overwrites a stage's output. In-place operations deep inside it are not noticed."""
-    for user in end.users:
+    for user in calls[0].users:
         if _overwrites(model, user):
             raise UserError(
-                f"the output of stage {end.target!r} is overwritten in place by {str(user)!r}: "
+                f"the output of stage {name!r} is overwritten in place by {str(user)!r}: "
                 "end the stage with that module, or make it work out of place"
             )
+    return calls[0]
 
 
 def _overwrites(model: nn.Module, user: fx.Node) -> bool:
@@ -195,12 +190,3 @@ def _crossing(graph: fx.Graph, source: fx.Node, start: fx.Node, end: fx.Node) ->
     early = set(order[: order.index(start)])
     used = [arg for node in late for arg in node.all_input_nodes if arg in early and arg.op != "get_attr"]
     return f"{str(used[0])!r} is used after the output of {start.target!r}: end stages where one tensor carries all"
-
-
-def _join(train_form: nn.Module, eval_form: nn.Module) -> nn.Module:
-    """One module if both modes run the same code."""
-    if isinstance(train_form, fx.GraphModule) and isinstance(eval_form, fx.GraphModule):
-        same = train_form.code == eval_form.code
-    else:
-        same = train_form is eval_form or type(train_form) is type(eval_form) is nn.Identity
-    return train_form if same else ByMode(train_form, eval_form)

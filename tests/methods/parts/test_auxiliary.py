@@ -14,7 +14,7 @@ from torchvision.models.vgg import make_layers
 from fastkd.errors import UserError
 from fastkd.methods.parts.auxiliary import auxiliary_heads
 from fastkd.models import create_model, staged
-from fastkd.models.nets.wrn import Block
+from fastkd.models.nets.resnet import WideBlock
 
 
 def block(cin: int, cout: int) -> int:
@@ -68,7 +68,9 @@ def test_wide_resnets(name):
 
 def test_wide_resnet_blocks():
     heads = auxiliary_heads(create_model("wrn_28_1", 10))  # n = 4
-    blocks = [[(m.conv1.out_channels, m.conv1.stride[0]) for m in h.modules() if isinstance(m, Block)] for h in heads]
+    blocks = [
+        [(m.conv1.out_channels, m.conv1.stride[0]) for m in h.modules() if isinstance(m, WideBlock)] for h in heads
+    ]
     assert blocks[0] == [(32, 2), (32, 1), (32, 1), (32, 1), (64, 2), (64, 1)]
     assert blocks[1] == [(128, 2), (128, 1), (128, 1), (128, 1)]
 
