@@ -32,7 +32,7 @@ def short(monkeypatch):
 
 def jobs(done: list[str], **more) -> list:
     """One of each kind that counts, and then those of `more`."""
-    case = Case("KD 6 x 5", logits(2, 6, 5), kd, kd, 1)
+    case = Case("KD 6 x 5", partial(logits, 2, 6, 5), kd, kd, 1)
 
     def tests():
         done.append("tests")
@@ -107,7 +107,7 @@ def test_what_breaks_is_kept_and_the_others_go_on(tmp_path):
 
 
 def test_a_file_is_of_one_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_gate, "commit", lambda: "new")
+    monkeypatch.setattr("fastkd.bench.commit", lambda: "new")
     old = tmp_path / "2020-01-01-gate.json"
     old.write_text(json.dumps({"commit": "old", "quick": True, "seconds": {}}))
     reinit = place(tmp_path, True)

@@ -5,6 +5,7 @@ cases.py) and gives a scalar; `augment` gives the batch. PUBLISHED has them with
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,12 +63,9 @@ def factor_pair(inheriting: Tensor, exploring: Tensor, teacher: Tensor) -> Tenso
 
 def attention_transfer(*maps: Tensor) -> Tensor:
     """The student's maps, then the teacher's; szagoruyko/attention-transfer."""
-    pairs = zip(maps[: len(maps) // 2], maps[len(maps) // 2 :], strict=True)
-    return add((_attention(s) - _attention(t.detach())).pow(2).mean() for s, t in pairs)
-
-
-def _attention(x: Tensor) -> Tensor:
-    return F.normalize(x.pow(2).mean(1).view(x.shape[0], -1))
+    attention = [F.normalize(x.pow(2).mean(1).view(x.shape[0], -1)) for x in maps]
+    pairs = zip(attention[: len(maps) // 2], attention[len(maps) // 2 :], strict=True)
+    return add((s - t.detach()).pow(2).mean() for s, t in pairs)
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
@@ -135,28 +133,11 @@ def augment_one_by_one(images: Tensor, boxes: Tensor, flips: Tensor, out: Tensor
     return ((torch.cat(crops) - mean[:, None, None]) / std[:, None, None]).to(out.dtype)
 
 
-def _kd(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    *,
-    temperature: float,
-    ce_weight: float,
-    kd_weight: float,
-    standardize: bool,
-    **_: object,
-) -> KDTerms:
-    if standardize:
-        return kd_loss_reference(
-            student,
-            teacher,
-            target,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            kd_weight=kd_weight,
-            standardize=True,
-        )
-    ce, divergence = ce_weight * F.cross_entropy(student, target), kd_weight * kl(student, teacher, temperature)
+def _kd(student: Tensor, teacher: Tensor, target: Tensor, *, ignore_index: object, **settings: Any) -> KDTerms:
+    if settings["standardize"]:
+        return kd_loss_reference(student, teacher, target, **settings)
+    ce = settings["ce_weight"] * F.cross_entropy(student, target)
+    divergence = settings["kd_weight"] * kl(student, teacher, settings["temperature"])
     return KDTerms(ce + divergence, ce, divergence)
 
 

@@ -8,7 +8,6 @@ The real launch functions run on tensors without data. Triton is told of a GPU t
 TRITON_INTERPRET must not be set. `spilled` is in bytes; a test holds it at 0.
 """
 
-import argparse
 import datetime
 import json
 import math
@@ -28,11 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastkd.bench import markdown_table, results_folder
+from fastkd.bench import markdown_table, results_folder, script_parser
 
 ASSEMBLERS = sorted(Path(triton.backends.nvidia.__file__).parent.glob("bin/ptxas*"))  # each knows some GPUs
-
-
 Figures = dict[str, str | int]
 Call = Callable[[], object]
 
@@ -68,17 +65,17 @@ def figures(kernel: Any) -> Figures:
         command = ["-v", "-arch=" + _found(r"\.target (\w+)", ptx), file.name, "-o", "/dev/null"]
         reports = [subprocess.run([tool, *command], capture_output=True, text=True).stderr for tool in ASSEMBLERS]
     report = next(report for report in reports if "Used" in report)
-    access = {
-        kind: [width(x) for x in re.findall(rf"{kind}\.global[.\w]*?((?:v\d\.)?b\d+) ", ptx)] for kind in ("ld", "st")
-    }
+    bits = {"ld": 0, "st": 0}  # of the widest access: st.global.v4.b32 has 128
+    for kind, vector, width in re.findall(r"(ld|st)\.global[.\w]*?(?:v(\d)\.)?b(\d+) ", ptx):
+        bits[kind] = max(bits[kind], int(vector or 1) * int(width))
     return {
         "kernel": kernel.metadata.name.strip("_"),
         "warps": kernel.metadata.num_warps,
         "registers": int(_found(r"Used (\d+) registers", report)),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
         "shared": kernel.metadata.shared,
-        "load bits": max(access["ld"], default=0),
-        "store bits": max(access["st"], default=0),
+        "load bits": bits["ld"],
+        "store bits": bits["st"],
     }
 
 
@@ -87,12 +84,6 @@ def _found(pattern: str, text: str) -> str:
     if found is None:
         raise ValueError(f"{pattern} is not in the compiler's output")
     return found[1]
-
-
-def width(access: str) -> int:
-    """Bits of an access: v4.b32 -> 128."""
-    vector, _, bits = access.rpartition(".")
-    return int(vector[1:] or 1) * int(bits[1:]) if vector else int(bits[1:])
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -198,16 +189,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(names, [[row["case"], *map(str, row["figures"].values())] for row in rows]) + "\n"
 
 
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = script_parser(__doc__)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--write", action="store_true", help="write the table to bench/results/cpu/<date>-aot.md")
     form.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args()
-
-
-def main() -> None:
-    asked = options()
+    asked = parser.parse_args()
     warnings.simplefilter("ignore")  # Triton warns of a default that will change; it is set here
     rows = [
         {"case": name, "figures": found}

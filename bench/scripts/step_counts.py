@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from fastkd.bench import ROOT, commit, environment, file_argument, log_rank0, markdown_table, write_json
-from fastkd.bench.steps.baselines import as_published, by_hand, options
+from fastkd.bench.steps.baselines import by_hand, options
 from fastkd.bench.steps.workload import CIFAR, IMAGENET, Workload
 from fastkd.bench.timing import counted
 from fastkd.engine import Step, choose_form
@@ -83,16 +83,6 @@ def _relative(file: str) -> str | None:
     return str(relative) if relative.parts[0] in OURS else None
 
 
-def trace_step() -> Trace:
-    """The trace of the step that the module's docstring describes."""
-    workload = Workload("kd", "resnet20", "resnet8", batch_size=8).filled(CPU)
-    batch = workload.batch(CPU)
-    step = Step(workload.build(CPU), options(), CPU)
-    for _ in range(WARM_UP):
-        step(*batch)
-    return trace(lambda: step(*batch))
-
-
 def count(workload: Workload) -> dict[str, int | None]:
     """Operators of one step by way; None without a teacher's forward pass to fuse."""
     workload = replace(workload, batch_size=4).filled(CPU)
@@ -110,7 +100,7 @@ def count(workload: Workload) -> dict[str, int | None]:
         return step
 
     return {
-        "as published": operators(lambda method: as_published(method, CPU)),
+        "as published": operators(lambda method: by_hand(method, CPU, published=True)),
         "by hand": operators(lambda method: by_hand(method, CPU)),
         "fastkd": operators(lambda method: Step(method, options(), CPU)),
         "fastkd, fused teacher": operators(fused) if workload.build(CPU).asks_teacher else None,
@@ -119,16 +109,21 @@ def count(workload: Workload) -> dict[str, int | None]:
 
 def table(workloads: dict[str, dict[str, int | None]]) -> str:
     """The counts as Markdown."""
-    rows = []
-    for name, found in workloads.items():
-        cells = ("-" if found[way] is None else f"{found[way]:,}" for way in WAYS)
-        rows.append([name.replace("|", "and"), *cells])
+    rows = [
+        [name.replace("|", "and"), *("-" if found[way] is None else f"{found[way]:,}" for way in WAYS)]
+        for name, found in workloads.items()
+    ]
     return markdown_table(["workload", *WAYS], rows, numbers=len(WAYS)) + "\n"
 
 
 def show_files() -> None:
-    """Print the sequence and the two numbers."""
-    found = trace_step()
+    """Print the sequence of the step that the module's docstring describes, and the two numbers."""
+    workload = Workload("kd", "resnet20", "resnet8", batch_size=8).filled(CPU)
+    batch = workload.batch(CPU)
+    step = Step(workload.build(CPU), options(), CPU)
+    for _ in range(WARM_UP):
+        step(*batch)
+    found = trace(lambda: step(*batch))
     for number, name in enumerate(found.sequence):
         print("return" if name in found.sequence[:number] else "enter ", name)
     print(f"{found.files} files, {found.returns} returns")
@@ -148,7 +143,7 @@ def show_operators(path: Path | None) -> None:
 
 def main() -> None:
     what = sys.argv[1] if len(sys.argv) > 1 else ""
-    path = file_argument(__doc__ or "", sys.argv[1 + (what in ("files", "operators")) :])
+    path = file_argument(__doc__, sys.argv[1 + (what in ("files", "operators")) :])
     if what == "files":
         show_files()
     elif what == "operators":

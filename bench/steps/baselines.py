@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,34 +39,21 @@ Notes = list[str]
 Forward = Callable[[Tensor, Tensor, Hashable], Tensor]
 
 
-class Way(Protocol):
-    """A way to run training steps."""
-
-    def __call__(self, images: Tensor, target: Tensor, plan: Hashable) -> None: ...
-
-    def loss(self) -> float:
-        """The loss of the steps since the last call. Waits for the device."""
-
-    def close(self) -> None:
-        """Free graphs and compiled code."""
-
-
 class Fastkd:
     """A runner of fastkd."""
 
     def __init__(self, runner: Runner):
         self.runner, self.step = runner, runner if isinstance(runner, Step) else runner.step
+        self.close = runner.close
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable) -> None:
         self.runner(images, target, plan)
 
     def loss(self) -> float:
+        """The loss of the steps since the last call. Waits for the device."""
         terms = self.step.meter.read()
         self.step.meter.reset()
         return sum(terms.values())
-
-    def close(self) -> None:
-        self.runner.close()
 
 
 class Loop:
@@ -94,10 +81,15 @@ class Loop:
             self.last.item()
 
     def loss(self) -> float:
+        """The loss of the last step. Waits for the device."""
         return self.last.item()
 
     def close(self) -> None:
         torch._dynamo.reset()  # compiled code may hold graphs; other ways compile again when they warm up
+
+
+Way = Fastkd | Loop
+"""A way to run training steps: `way(images, target, plan)`. `way.close()` frees graphs and compiled code."""
 
 
 def options(**more: Any) -> TrainOptions:
@@ -120,7 +112,7 @@ def makers(method: Method, batch: Batch, compiled: bool) -> dict[str, Callable[[
         found["fastkd graph"] = lambda notes: Fastkd(as_graph(method, images, notes))
         if compiled:
             found["fastkd compiled graph"] = lambda notes: Fastkd(as_graph(method, images, notes, compile=True))
-    found["official eager"] = lambda notes: as_published(method, device)
+    found["official eager"] = lambda notes: by_hand(method, device, published=True)
     found["eager channels-last"] = lambda notes: by_hand(method, device)
     if compiled:
         found["compile"] = lambda notes: by_hand(method, device, "default")
@@ -147,27 +139,22 @@ def as_graph(method: Method, images: Tensor, notes: Notes, **more: Any) -> Runne
     return graphed(best_form(method, images, notes, **more), "on", images.device, 1, notes.append)
 
 
-def as_published(method: Method, device: torch.device) -> Loop:
-    """As the papers' codes: NCHW, the teacher under no_grad in fp32 or autocast, the loss read at every step."""
-    own = copy.deepcopy(method).to(memory_format=torch.contiguous_format)
+def by_hand(method: Method, device: torch.device, mode: str = "", published: bool = False) -> Loop:
+    """A careful user's loop: channels-last, the teacher cast once; with `mode`, networks and loss are compiled.
 
-    def forward(images: Tensor, target: Tensor, plan: Hashable) -> Tensor:
-        return add(own(images.contiguous(), target, plan).values())
-
-    return Loop(forward, own.param_groups(LR), device, published_losses, reads_loss=True)
-
-
-def by_hand(method: Method, device: torch.device, mode: str = "") -> Loop:
-    """A careful user's loop: channels-last, the teacher cast once; with `mode`, networks and loss are compiled."""
+    `published`: as the papers' codes. NCHW, the teacher under no_grad in fp32 or autocast, the loss read at every step.
+    """
     own = copy.deepcopy(method)
-    if own.teacher is not None:
+    if published:
+        own.to(memory_format=torch.contiguous_format)
+    elif own.teacher is not None:
         own.teacher.net.to(Precision("auto", device).dtype)
 
     def forward(images: Tensor, target: Tensor, plan: Hashable) -> Tensor:
-        return add(own(images, target, plan).values())
+        return add(own(images.contiguous() if published else images, target, plan).values())
 
     function = torch.compile(forward, dynamic=False, mode=mode) if mode else forward
-    return Loop(function, own.param_groups(LR), device, published_losses)
+    return Loop(function, own.param_groups(LR), device, published_losses, reads_loss=published)
 
 
 def timm_task(method: Method, device: torch.device) -> Loop:
@@ -213,35 +200,28 @@ def patch_losses(homes: list[tuple[ModuleType, dict[str, Any]]]) -> Iterator[Non
 
 def published_losses() -> AbstractContextManager[None]:
     """Within the block the losses are those of the papers' codes, differentiated by autograd."""
-    homes = [(logits, LOGITS), (features, FEATURES)]
-    return patch_losses(
-        [(home, {name: PUBLISHED[name] for name in names if name in PUBLISHED}) for home, names in homes]
-    )
+    homes = ((logits, LOGITS), (features, FEATURES))
+    return patch_losses([(home, {n: PUBLISHED[n] for n in names if n in PUBLISHED}) for home, names in homes])
 
 
-class NoLoss:
-    """`with no_loss: method(...)` computes no loss; `backward()` then sends fixed gradients into the losses' inputs."""
+class WithoutLoss(Step):
+    """fastkd's step with fixed gradients into logits and maps in place of the loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, method: Method, settings: TrainOptions, device: torch.device):
+        super().__init__(method, settings, device)
         self.learners: dict[int, Tensor] = {}
         self.gradients: dict[tuple, Tensor] = {}
         self.zeros: dict[tuple, Tensor] = {}
         homes = ((logits, LOGITS), (features, FEATURES), (F, ("cross_entropy",)))
         self.homes = [(home, {name: getattr(self, name, self.scalar) for name in names}) for home, names in homes]
 
-    def __enter__(self) -> None:
-        self.learners.clear()
-        self.patch = patch_losses(self.homes)
-        self.patch.__enter__()
-
-    def __exit__(self, *problem: Any) -> None:
-        self.patch.__exit__(*problem)
-
-    def backward(self) -> None:
-        """Send the fixed gradients."""
+    def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:
+        with self.precision.autocast(), patch_losses(self.homes):
+            terms = self.module(images, target, plan)
         tensors = list(self.learners.values())
         torch.autograd.backward(tensors, [self._gradient(x) for x in tensors])
         self.learners.clear()
+        self.meter.add(terms, weight=len(images))
 
     def scalar(self, student: Tensor, *_: Any, **__: Any) -> Tensor:
         """Stands for every loss without a method of its own here."""
@@ -272,17 +252,3 @@ class NoLoss:
         if key not in self.gradients:
             self.gradients[key] = torch.randn_like(x) / x.numel()
         return self.gradients[key]
-
-
-class WithoutLoss(Step):
-    """fastkd's step with fixed gradients into logits and maps in place of the loss."""
-
-    def __init__(self, method: Method, settings: TrainOptions, device: torch.device):
-        super().__init__(method, settings, device)
-        self.no_loss = NoLoss()
-
-    def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:
-        with self.precision.autocast(), self.no_loss:
-            terms = self.module(images, target, plan)
-        self.no_loss.backward()
-        self.meter.add(terms, weight=len(images))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastkd.data.base import EpochCounter
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError
 from fastkd.methods import find_method
@@ -90,8 +91,10 @@ class Workload:
         teacher = self._network("--teacher", self.teacher).to(device) if kind.needs_teacher else None
         if teacher is not None:
             settle(teacher, images[:SETTLE].float())
+        # auto-encoders train for one epoch: their time is not measured
+        epochs = {option.name: 1 for option in fields(kind.Options) if option.name.endswith("ae_epochs")}
         torch.manual_seed(0)
-        method = kind(student, teacher, _cheap_options(kind), peers).to(device).to(memory_format=torch.channels_last)
+        method = kind(student, teacher, kind.Options(**epochs), peers).to(device).to(memory_format=torch.channels_last)
         run = RunContext(epochs=100, steps_per_epoch=1000, drops=(50.0,), device=device)
         method.prepare(Batches(images[:SETTLE].float(), target[:SETTLE]), run)
         return method.train()
@@ -101,10 +104,11 @@ class Workload:
         return _named(option, name, create_model, name, self.classes)
 
 
-class Batches:
+class Batches(EpochCounter):
     """A Loader of one batch, for `Method.prepare`."""
 
     classes: tuple[str, ...] = ()
+    train = False  # it has no state
 
     def __init__(self, images: Tensor, target: Tensor):
         self.batch, self.samples = (images, target), len(images)
@@ -115,12 +119,6 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter([self.batch])
 
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
-
 
 def _named(option: str, value: str, function: Callable[..., T], *arguments: Any) -> T:
     """`function(*arguments)`, with the option before the message of a UserError."""
@@ -128,12 +126,6 @@ def _named(option: str, value: str, function: Callable[..., T], *arguments: Any)
         return function(*arguments)
     except UserError as error:
         raise UserError(f"{option} {value}: {error}") from None
-
-
-def _cheap_options(kind: type[Method]) -> Any:
-    """The default options, with one epoch for auto-encoders, whose time is not measured."""
-    names = [option.name for option in fields(kind.Options)]
-    return kind.Options(**{name: 1 for name in names if name == "ae_epochs" or name.endswith("_ae_epochs")})
 
 
 @torch.no_grad()
