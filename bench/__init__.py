@@ -8,22 +8,19 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastkd.environment import version
 from fastkd.errors import UserError
 
-PACKAGES = (
-    *("torch", "torchvision", "triton", "timm", "liger-kernel", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
-    *("pillow", "numpy"),
-)
+PACKAGES = "torch torchvision triton timm liger-kernel nvidia-dali-cuda130 nvidia-dali-cuda120 pillow numpy".split()
 ROOT = Path(__file__).resolve().parent.parent
 Record = dict[str, Any]
 """Whatever a benchmark has found, as strings, numbers, lists and dictionaries that JSON takes."""
@@ -97,10 +94,8 @@ def load_notes(record: Record) -> list[str]:
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """n, median, and the 20th and 80th percentile."""
-    if len(values) == 1:
-        return {"n": 1, "median": values[0], "p20": values[0], "p80": values[0]}
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"n": len(values), "median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
+    p20, median, p80 = np.percentile(values, [20, 50, 80]).tolist()
+    return {"n": len(values), "median": median, "p20": p20, "p80": p80}
 
 
 def first_line(error: Exception) -> str:

@@ -123,8 +123,8 @@ def test_the_picture(tmp_path):
 @pytest.fixture
 def small(folder, monkeypatch):
     """The benchmark on the small files."""
-    made = accuracy.study
-    monkeypatch.setattr(accuracy, "study", lambda *a: made(*a[:3], folder, (0, 0)))
+    made = accuracy.Study
+    monkeypatch.setattr(accuracy, "Study", lambda *a: made(*a[:3], folder, (0, 0)))
     monkeypatch.setattr(accuracy, "TEACHER", "resnet8")
 
 

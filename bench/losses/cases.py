@@ -73,8 +73,9 @@ def cases(device: torch.device) -> list[Case]:
         *(Case(f"KD {N} x {C}", partial(logits, 2, N, C), lambda *z: kd_loss(*z).loss, baselines.kd, 1, liger)
           for N, C in sizes),
         *(dcm_case(K, N, C) for N, C in [(128, 100), (256, 1000) if cuda else (128, 1000)] for K in (3, 4)),
-        *(Case(f"IE-KD pair {' x '.join(map(str, shape))}", partial(factor_maps, shape), fused_factors,
-               baselines.factor_pair, 2) for shape in factors),
+        *(Case(f"IE-KD pair {' x '.join(map(str, shape))}", partial(factor_maps, shape),
+               lambda near, far, t: factor_distance([near, far], t, [1.0, -1.0]).loss, baselines.factor_pair, 2)
+          for shape in factors),
         Case(f"AT ResNet-50 stages, batch {batch}", partial(maps, 2, stages), fused_attention,
              baselines.attention_transfer, 4),
         Case("hint 64 x 256 x 14 x 14", partial(maps, 2, [shape]), hint_distance, baselines.hint, 1),
@@ -94,10 +95,6 @@ def dcm_case(K: int, N: int, C: int) -> Case:
         return logit_loss(list(z[:-1]), z[-1], [1.0] * (2 * K), table).loss
 
     return Case(f"DCM 2 x {K} heads {N} x {C}", partial(logits, 2 * K, N, C), fused, baselines.dcm, 2 * K)
-
-
-def fused_factors(inheriting: Tensor, exploring: Tensor, teacher: Tensor) -> Tensor:
-    return factor_distance([inheriting, exploring], teacher, [1.0, -1.0]).loss
 
 
 def fused_attention(*maps: Tensor) -> Tensor:

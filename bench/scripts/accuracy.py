@@ -21,9 +21,9 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from argparse import Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as on the command line, before torch is loaded
 
@@ -49,39 +49,30 @@ NOT_SETTINGS = ("seed", "out", "resume", "device", "tensorboard")
 NAMES = {"teacher": "teacher", "ce": "student alone"}
 
 
-@dataclass(frozen=True)
 class Study:
-    """What all runs share."""
+    """What all runs share. `epochs`: 0 is the usual number. `images` of Fashion-MNIST, to train and to evaluate."""
 
-    config: Any  # an effective configuration, as config.parse makes it
-    device: torch.device
-    images: tuple[int, int]  # of Fashion-MNIST, to train and to evaluate; 0: all
-    folder: Path = FOLDER
+    def __init__(self, data: str, epochs: int, device: torch.device, folder: Path, images: tuple[int, int] = ON_CPU):
+        words = ["--recipe", "digits", "--method", "ce", "--epochs", str(epochs or EPOCHS[data])]
+        config = parse(words, lambda line: None)
+        self.data, self.train = replace(config.data, data=data), replace(config.train, device=str(device))
+        self.device, self.folder = device, folder
+        self.images = (0, 0) if device.type == "cuda" else images  # 0: all
 
     def loaders(self, seed: int) -> tuple[Loader, Loader]:
         """The training and the evaluation loader."""
-        dtype, data = Precision("auto", self.device).dtype, self.config.data
-        if data.data == "digits":
-            return create_loaders(data, self.device, seed=seed, dtype=dtype)
-        return create_fashion(data.batch_size, self.device, Shard(seed, dtype=dtype), self.images, self.folder)
+        dtype = Precision("auto", self.device).dtype
+        if self.data.data == "digits":
+            return create_loaders(self.data, self.device, seed=seed, dtype=dtype)
+        return create_fashion(self.data.batch_size, self.device, Shard(seed, dtype=dtype), self.images, self.folder)
 
     def settings(self) -> Record:
         """What must be equal in all runs of one table."""
         train, val = self.loaders(0)
-        options = {name: value for name, value in asdict(self.config.train).items() if name not in NOT_SETTINGS}
-        named = {"data": self.config.data.data, "teacher": TEACHER, "student": STUDENT}
-        counts = {"images": [train.samples, val.samples], "batch_size": self.config.data.batch_size}
+        options = {name: value for name, value in asdict(self.train).items() if name not in NOT_SETTINGS}
+        named = {"data": self.data.data, "teacher": TEACHER, "student": STUDENT}
+        counts = {"images": [train.samples, val.samples], "batch_size": self.data.batch_size}
         return dict(json.loads(json.dumps(named | counts | options)))
-
-
-def study(
-    data: str, epochs: int, device: torch.device, folder: Path = FOLDER, images: tuple[int, int] | None = None
-) -> Study:
-    """The study of a data set; 0 epochs are the usual number."""
-    config = parse(["--recipe", "digits", "--method", "ce", "--epochs", str(epochs or EPOCHS[data])], lambda line: None)
-    config = replace(config, data=replace(config.data, data=data), train=replace(config.train, device=str(device)))
-    everything = device.type == "cuda" or data == "digits"
-    return Study(config, device, images or ((0, 0) if everything else ON_CPU), folder)
 
 
 def train_one(this: Study, name: str, seed: int, teacher_file: Path) -> Record:
@@ -98,7 +89,7 @@ def train_one(this: Study, name: str, seed: int, teacher_file: Path) -> Record:
     method = kind(network(TEACHER if name == "teacher" else STUDENT), teacher, kind.Options(), peers)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()) as printed:
-        options = replace(this.config.train, seed=seed, out=f"{out}/run")
+        options = replace(this.train, seed=seed, out=f"{out}/run")
         result = Trainer(method, train, val, options).fit()
         seconds = time.perf_counter() - start
         if name == "teacher":
@@ -110,19 +101,19 @@ def train_one(this: Study, name: str, seed: int, teacher_file: Path) -> Record:
     return found | ({"warnings": warnings} if warnings else {})
 
 
-def run_all(this: Study, path: Path, names: list[str], seeds: int, minutes: float, again: bool, work: Path) -> Record:
+def run_all(this: Study, path: Path, names: list[str], args: Namespace) -> Record:
     """Run what is missing in the file at `path`, seed by seed, and write each result at once."""
     record = _open(path, this.settings())
     key = hashlib.blake2b(json.dumps(record["settings"]).encode(), digest_size=4).hexdigest()
-    wanted = [(name, seed) for seed in range(seeds) for name in ("teacher", *names)]
+    wanted = [(name, seed) for seed in range(args.seeds) for name in ("teacher", *names)]
     done, start = record["pairs"], time.perf_counter()
     for number, (name, seed) in enumerate(wanted, 1):
-        teacher_file = work / f"{this.config.data.data}-{key}" / f"teacher{seed}.safetensors"
-        there = str(seed) in done.get(name, {}) and not (again and name != "teacher")
+        teacher_file = args.work / f"{args.data}-{key}" / f"teacher{seed}.safetensors"
+        there = str(seed) in done.get(name, {}) and not (args.again and name != "teacher")
         if there and (name != "teacher" or teacher_file.is_file()):
             continue
-        if minutes and time.perf_counter() - start > 60 * minutes:
-            print(f"--minutes {minutes:g} are over; the same command goes on", flush=True)
+        if args.minutes and time.perf_counter() - start > 60 * args.minutes:
+            print(f"--minutes {args.minutes:g} are over; the same command goes on", flush=True)
             break
         try:
             found = train_one(this, name, seed, teacher_file)
@@ -259,11 +250,11 @@ def main(words: list[str] | None = None) -> None:
         for name in names:
             if name not in METHODS:
                 raise UserError(f"--methods: unknown {name!r}{nearest(name, METHODS)}; there are {', '.join(METHODS)}")
-        this = study(args.data, args.epochs, device, args.folder)
-        record = run_all(this, path, names, args.seeds, args.minutes, args.again, args.work)
-    print(f"{heading(record)}\n\n{table(record)}")
+        record = run_all(Study(args.data, args.epochs, device, args.folder), path, names, args)
+    text = f"{heading(record)}\n\n{table(record)}"
+    print(text)
     draw(record, path.with_suffix(".png"))
-    path.with_suffix(".md").write_text(f"{heading(record)}\n\n{table(record)}\n")
+    path.with_suffix(".md").write_text(f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -34,19 +35,15 @@ Figures = dict[str, str | int]
 Call = Callable[[], object]
 
 
-class NoGPU:
-    """What compilation needs of Triton's driver."""
-
-    def __init__(self, capability: int) -> None:
-        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
-        self.get_current_device = lambda: capability  # Triton caches compiled kernels per device
-        self.get_current_stream = lambda device: 0
-
-
 def compiled(call: Call, capability: int) -> list[Figures]:
     """The figures of every kernel that `call` would launch."""
     kernels, run = [], JITFunction.run
-    driver.set_active(NoGPU(capability))
+    no_gpu = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: capability,  # Triton caches compiled kernels per device
+        get_current_stream=lambda device: 0,
+    )
+    driver.set_active(no_gpu)
 
     def compile_only(function: Any, *args: Any, **kwargs: Any) -> None:
         kernels.append(run(function, *args, **kwargs | {"warmup": True}))
@@ -62,28 +59,23 @@ def figures(kernel: Any) -> Figures:
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
         file.write(ptx)
         file.flush()
-        command = ["-v", "-arch=" + _found(r"\.target (\w+)", ptx), file.name, "-o", "/dev/null"]
+        (target,) = re.findall(r"\.target (\w+)", ptx)
+        command = ["-v", f"-arch={target}", file.name, "-o", "/dev/null"]
         reports = [subprocess.run([tool, *command], capture_output=True, text=True).stderr for tool in ASSEMBLERS]
     report = next(report for report in reports if "Used" in report)
+    (registers,) = re.findall(r"Used (\d+) registers", report)
     bits = {"ld": 0, "st": 0}  # of the widest access: st.global.v4.b32 has 128
     for kind, vector, width in re.findall(r"(ld|st)\.global[.\w]*?(?:v(\d)\.)?b(\d+) ", ptx):
         bits[kind] = max(bits[kind], int(vector or 1) * int(width))
     return {
         "kernel": kernel.metadata.name.strip("_"),
         "warps": kernel.metadata.num_warps,
-        "registers": int(_found(r"Used (\d+) registers", report)),
+        "registers": int(registers),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
         "shared": kernel.metadata.shared,
         "load bits": bits["ld"],
         "store bits": bits["st"],
     }
-
-
-def _found(pattern: str, text: str) -> str:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"{pattern} is not in the compiler's output")
-    return found[1]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -183,12 +175,6 @@ def maps() -> Iterator[tuple[str, tuple, Call]]:
     yield "augment", tuple(out.shape), partial(augment.launch, images, boxes, flips, [out], [0.5] * 3, [0.2] * 3)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    names = ["case", *rows[0]["figures"]]
-    return markdown_table(names, [[row["case"], *map(str, row["figures"].values())] for row in rows]) + "\n"
-
-
 def main() -> None:
     parser = script_parser(__doc__)
     form = parser.add_mutually_exclusive_group()
@@ -197,19 +183,20 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.simplefilter("ignore")  # Triton warns of a default that will change; it is set here
     rows = [
-        {"case": name, "figures": found}
+        (name, found)
         for name, call in cases().items()
         for capability in (80, 90, 100)
         for found in compiled(call, capability)
     ]
+    table = markdown_table(["case", *rows[0][1]], [[name, *map(str, found.values())] for name, found in rows]) + "\n"
     if asked.json:
-        print(json.dumps(rows))
+        print(json.dumps([{"case": name, "figures": found} for name, found in rows]))
     elif asked.write:
         path = results_folder(None) / f"{datetime.date.today()}-aot.md"
-        path.write_text(table(rows))
+        path.write_text(table)
         print(path)
     else:
-        print(table(rows))
+        print(table)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 from fastkd import bench
 from fastkd.bench import ROOT, Record, log_rank0, markdown_table
 from fastkd.bench.fashion import FOLDER
-from fastkd.bench.losses.cases import cases
+from fastkd.bench.losses.cases import Case, cases
 from fastkd.bench.losses.measure import COLUMNS, heading, measure_losses, notes, rows, show_losses
 from fastkd.bench.steps.measure import measure_step
 from fastkd.bench.steps.report import best_baseline, markdown, ours, show_step, speed, timed
@@ -56,7 +56,7 @@ def main() -> int:
     record = json.loads(path.read_text()) if path.is_file() else new_record(gpu, args.quick)
     device = torch.device("cuda")
     jobs: list[Job] = [("tests", name, partial(run_tests, words)) for name, words in TESTS.items()]
-    jobs += [("losses", c.name, partial(measure_losses, [c], device, args.quick, log_rank0)) for c in cases(device)]
+    jobs += [("losses", case.name, partial(run_case, case, device, args.quick)) for case in cases(device)]
     jobs += [("steps", w.name, partial(run_step, w, device, args.quick)) for w in (*CIFAR, *IMAGENET)]
     jobs.append(("forms", "all", partial(run_forms, path)))
     jobs.append(("accuracy", "fashion", partial(run_accuracy, args.fashion, path, end)))
@@ -99,8 +99,7 @@ def work_off(jobs: list[Job], record: Record, path: Path, end: float) -> int:
             return 3
         log_rank0(f"{kind}: {name}")
         start = time.perf_counter()
-        found = attempt(work)
-        keep(record, kind, name, found)
+        found = record[kind][name] = attempt(work)
         if not found.get("unfinished"):
             record["seconds"][f"{kind} {name}"] = round(time.perf_counter() - start, 1)
         bench.write_json(path, record)
@@ -123,28 +122,23 @@ def attempt(work: Callable[[], Record]) -> Record:
             torch.cuda.empty_cache()
 
 
-def keep(record: Record, kind: str, name: str, found: Record) -> None:
-    """Put the result of a job into the record."""
-    if kind != "losses":
-        record[kind][name] = found
-    elif "error" in found:
-        record["losses"].setdefault("errors", {})[name] = found["error"]
-    else:  # all cases are one list
-        before = record["losses"].get("cases", []), record["losses"].get("errors", {})
-        record["losses"] = found | {"cases": [*before[0], *found["cases"]], "errors": before[1]}
-        show_losses(found)
-
-
 def run_tests(words: list[str]) -> Record:
     """Exit status, seconds and the last lines of pytest."""
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--color=no", *words]
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     start = time.perf_counter()
     run = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    seconds = round(time.perf_counter() - start, 1)
     tail = (run.stdout + run.stderr).strip().splitlines()[-40:] or ["printed nothing"]
     log_rank0(f"pytest {' '.join(words)}: {tail[-1]}")
-    seconds = round(time.perf_counter() - start, 1)
     return {"command": " ".join(command[1:]), "status": run.returncode, "seconds": seconds, "output": tail}
+
+
+def run_case(case: Case, device: torch.device, quick: bool) -> Record:
+    """The record of `fastkd bench loss`, which is also printed."""
+    found = measure_losses([case], device, quick, log_rank0)
+    show_losses(found)
+    return found
 
 
 def run_step(workload: Workload, device: torch.device, quick: bool) -> Record:
@@ -195,19 +189,20 @@ def green(record: Record) -> bool:
 
 def all_right(record: Record) -> bool:
     """True if no job failed and every way of fastkd gives the right result."""
-    whole = [case["contenders"]["fastkd"] for case in record["losses"].get("cases", [])]
-    for found in record["steps"].values():
-        whole += [way for name, way in found.get("contenders", {}).items() if name.startswith("fastkd")]
-    others = ("tests", "steps", "forms", "accuracy")
-    broken = [run for kind in others for run in record[kind].values() if "error" in run]
-    return not broken and not record["losses"].get("errors") and all(found["status"] == "right" for found in whole)
+    kinds = ("tests", "losses", "steps", "forms", "accuracy")
+    if any("error" in run for kind in kinds for run in record[kind].values()):
+        return False
+    ours = [run["cases"][0]["contenders"]["fastkd"] for run in record["losses"].values()]
+    for run in record["steps"].values():
+        ours += [way for name, way in run.get("contenders", {}).items() if name.startswith("fastkd")]
+    return all(way["status"] == "right" for way in ours)
 
 
 def report(record: Record) -> str:
     """The record as Markdown."""
     about = f"{record['gpu']}, commit {(record['commit'] or 'unknown')[:12]}, torch {record['environment']['torch']}"
     parts = [f"# GPU gate: {about}", "## Tests", tests(record["tests"])]
-    if record["losses"].get("cases"):
+    if record["losses"]:
         parts += ["## Losses", losses(record["losses"])]
     if record["steps"]:
         parts += ["## Steps", steps(record["steps"])]
@@ -225,10 +220,15 @@ def tests(runs: Record) -> str:
     return markdown_table(["tests", "result", "s", "said"], lines) + errors(runs)
 
 
-def losses(run: Record) -> str:
-    lines = [row for case in run["cases"] for row in rows(case)]
-    said = "\n".join(f"- {note}" for note in notes(run))
-    return f"{heading(run)}\n\n{markdown_table(COLUMNS, lines)}\n\n{said}"
+def losses(runs: Record) -> str:
+    """One table of all cases, under the heading of the first."""
+    measured = [run for run in runs.values() if "cases" in run]
+    if not measured:
+        return errors(runs).strip()
+    whole = measured[0] | {"cases": [case for run in measured for case in run["cases"]]}
+    table = markdown_table(COLUMNS, [row for case in whole["cases"] for row in rows(case)])
+    said = "\n".join(f"- {note}" for note in notes(whole))
+    return f"{heading(whole)}\n\n{table}{errors(runs)}\n\n{said}"
 
 
 def steps(runs: Record) -> str:

@@ -12,6 +12,7 @@ one or several kernels, one of fastkd is one kernel, and an update of all weight
 images changes nothing. `--file` also writes a .md with the table. Takes some minutes.
 """
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -52,15 +53,9 @@ class Trace(NamedTuple):
 def trace(call: Callable[[], object]) -> Trace:
     """The sequence of files that `call` enters."""
     sequence: list[str] = []
-    names: dict[str, str | None] = {}
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
-        if event != "call":
-            return
-        code = frame.f_code
-        if code.co_filename not in names:
-            names[code.co_filename] = _relative(code.co_filename)
-        name = names[code.co_filename]
+        name = _relative(frame.f_code.co_filename) if event == "call" else None
         if name and (not sequence or sequence[-1] != name):
             sequence.append(name)
 
@@ -74,13 +69,12 @@ def trace(call: Callable[[], object]) -> Trace:
     return Trace(sequence)
 
 
+@functools.cache
 def _relative(file: str) -> str | None:
     """The path below the repository if the file is one of OURS, without symbolic links; else None."""
     path = Path(file).resolve()
-    if not path.is_relative_to(ROOT):
-        return None
-    relative = path.relative_to(ROOT)
-    return str(relative) if relative.parts[0] in OURS else None
+    ours = any(path.is_relative_to(ROOT / folder) for folder in OURS)
+    return str(path.relative_to(ROOT)) if ours else None
 
 
 def count(workload: Workload) -> dict[str, int | None]:

@@ -6,7 +6,7 @@ bf16 on CUDA, fp32 on the CPU) and SGD with momentum.
 
 import copy
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -59,20 +59,13 @@ class Fastkd:
 class Loop:
     """A training loop as people write it. `reads_loss`: it reads the loss at every step, which waits for the device."""
 
-    def __init__(
-        self,
-        forward: Forward,
-        groups: list[dict[str, Any]],
-        device: torch.device,
-        losses: Callable[[], AbstractContextManager] = nullcontext,
-        reads_loss: bool = False,
-    ):
-        self.forward, self.losses, self.reads_loss = forward, losses, reads_loss
+    def __init__(self, forward: Forward, groups: list[dict], device: torch.device, reads_loss: bool = False):
+        self.forward, self.reads_loss = forward, reads_loss
         self.precision = Precision("auto", device)
         self.optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, foreach=True)
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable) -> None:
-        with self.precision.autocast(), self.losses():
+        with self.precision.autocast():
             self.last = self.forward(images, target, plan)
         self.optimizer.zero_grad()
         self.last.backward()
@@ -154,7 +147,7 @@ def by_hand(method: Method, device: torch.device, mode: str = "", published: boo
         return add(own(images.contiguous() if published else images, target, plan).values())
 
     function = torch.compile(forward, dynamic=False, mode=mode) if mode else forward
-    return Loop(function, own.param_groups(LR), device, published_losses, reads_loss=published)
+    return Loop(published_losses()(function), own.param_groups(LR), device, reads_loss=published)
 
 
 def timm_task(method: Method, device: torch.device) -> Loop:
@@ -198,10 +191,12 @@ def patch_losses(homes: list[tuple[ModuleType, dict[str, Any]]]) -> Iterator[Non
             vars(home).update(own)
 
 
-def published_losses() -> AbstractContextManager[None]:
+@contextmanager
+def published_losses() -> Iterator[None]:
     """Within the block the losses are those of the papers' codes, differentiated by autograd."""
     homes = ((logits, LOGITS), (features, FEATURES))
-    return patch_losses([(home, {n: PUBLISHED[n] for n in names if n in PUBLISHED}) for home, names in homes])
+    with patch_losses([(home, {n: PUBLISHED[n] for n in names if n in PUBLISHED}) for home, names in homes]):
+        yield
 
 
 class WithoutLoss(Step):

@@ -61,20 +61,18 @@ def columns(record: Record) -> list[str]:
 
 def rows(record: Record) -> list[list[str]]:
     """The rows of the table of ways."""
-    return [row(record, name, found) for name, found in record["contenders"].items()]
-
-
-def row(record: Record, name: str, found: Record) -> list[str]:
-    shown: dict[str, str] = {what: f"{found[what]:,g}" for what in ("operators", "kernels", "syncs") if what in found}
-    if "peak_mb" in found:
-        shown["peak MB"] = f"{found['peak_mb']:,.0f}"
-    counts = [shown.get(column, "-") for column in columns(record)[5:]]
-    if "times" not in found:
-        return [name, "-", found["status"], "-", "-", *counts]
-    times, best = found["times"], ours(record)
-    ratio = f"{times['median'] / median(record, best):.2f}x" if best else "-"
-    spread = f"{times['p20']:.4g}-{times['p80']:.4g}"
-    return [name, f"{found['img_per_s']:,.0f}", f"{times['median']:.2f}", spread, ratio, *counts]
+    best, lines = ours(record), []
+    for name, found in record["contenders"].items():
+        shown: dict[str, str] = {key: f"{found[key]:,g}" for key in ("operators", "kernels", "syncs") if key in found}
+        if "peak_mb" in found:
+            shown["peak MB"] = f"{found['peak_mb']:,.0f}"
+        line = [name, "-", found["status"], "-", "-"]
+        if times := found.get("times"):
+            ratio = f"{times['median'] / median(record, best):.2f}x" if best else "-"
+            spread = f"{times['p20']:.4g}-{times['p80']:.4g}"
+            line = [name, f"{found['img_per_s']:,.0f}", f"{times['median']:.2f}", spread, ratio]
+        lines.append([*line, *(shown.get(column, "-") for column in columns(record)[5:])])
+    return lines
 
 
 def notes(record: Record) -> list[str]:
