@@ -22,8 +22,7 @@ from fastkd.errors import UserError
 
 PACKAGES = "torch torchvision triton timm liger-kernel nvidia-dali-cuda130 nvidia-dali-cuda120 pillow numpy".split()
 ROOT = Path(__file__).resolve().parent.parent
-Record = dict[str, Any]
-"""Whatever a benchmark has found, as strings, numbers, lists and dictionaries that JSON takes."""
+Record = dict[str, Any]  # what a benchmark has found, as JSON takes it
 
 try:
     from fastkd.report import log_rank0, show_table

@@ -5,12 +5,10 @@ the reason. For ratios of alternating calls in one run, see `fastkd bench loss`.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastkd.bench import Record, default_device
 from fastkd.bench.losses.cases import COMPILED, Case, cases, ways
@@ -31,33 +29,25 @@ PARAMETERS = [
 ]
 
 
-@functools.lru_cache(maxsize=1)  # the tests of a case follow one another; the tensors of all would not fit
-def prepared(case: Case) -> tuple[dict[str, Callable[..., Tensor]], list[Tensor]]:
-    return ways(case), leaves(case.make(DEVICE, PRECISION.dtype), case.learners)
-
-
-@functools.lru_cache(maxsize=8)
-def judged(case: Case, name: str) -> Record:
-    functions, tensors = prepared(case)
-    return judge(case, {name: functions[name]}, tensors)[name]
-
-
-def timed(work: Work, given: object) -> None:
-    work.run(given)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+@functools.lru_cache(maxsize=1)  # the tests of a way follow one another; the tensors of all would not fit
+def prepared(case: Case, name: str) -> tuple[dict[str, Work], Record]:
+    """The calls by mode, and the verdict on the way."""
+    function, tensors = ways(case)[name], leaves(case.make(DEVICE, PRECISION.dtype), case.learners)
+    return works(function, tensors, case.learners), judge(case, {name: function}, tensors)[name]
 
 
 @pytest.mark.parametrize(("case", "name", "mode"), PARAMETERS)
 def test_loss(benchmark: Any, case: Case, name: str, mode: str) -> None:
-    verdict = judged(case, name)
+    calls, verdict = prepared(case, name)
     if verdict["status"] == "unavailable":
         pytest.skip(verdict["reason"])
     assert verdict["status"] == "right", verdict["reason"]
-    functions, tensors = prepared(case)
-    work = works(functions[name], tensors, case.learners)[mode]
     benchmark.group = f"{case.name}, {mode}"
+
+    def timed(given: object) -> None:
+        calls[mode].run(given)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
     with PRECISION.autocast():
-        benchmark.pedantic(
-            timed, setup=lambda: ((work, work.prepare()), {}), rounds=ROUNDS, warmup_rounds=2, iterations=1
-        )
+        benchmark.pedantic(timed, setup=lambda: ((calls[mode].prepare(),), {}), rounds=ROUNDS, warmup_rounds=2)

@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
 Clock = Callable[["Work"], float]
-BOUT = 0.02
-"""Seconds that one function is called again and again before the next one has its turn."""
+BOUT = 0.02  # seconds that one function is called again and again before the next one has its turn
 
 
 class Work(NamedTuple):
@@ -160,7 +159,6 @@ class OpCounter(TorchDispatchMode):
 
 
 def counted(step: Callable[[], object]) -> OpCounter:
-    """The operators of one call."""
     with OpCounter() as counter:
         step()
     return counter

@@ -15,7 +15,9 @@ from fastkd.bench.losses.baselines import kd
 from fastkd.bench.losses.cases import Case, logits
 from fastkd.bench.losses.measure import measure_losses
 from fastkd.bench.scripts import gpu_gate, teacher_forms
-from fastkd.bench.scripts.gpu_gate import CIFAR, IMAGENET, new_record, place, report, run_accuracy, run_step, work_off
+from fastkd.bench.scripts.gpu_gate import CIFAR, IMAGENET, new_record, place, report, run_accuracy, shown, work_off
+from fastkd.bench.steps.measure import measure_step
+from fastkd.bench.steps.report import show_step
 from fastkd.bench.steps.workload import Workload
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +49,7 @@ def jobs(done: list[str], **more) -> list:
 def test_all_of_it_and_the_markdown(tmp_path):
     path, record = tmp_path / "a-gate.json", new_record("CPU", True)
     pair = Workload("kd", "resnet14", "resnet8", (), 4, 16, 10)
-    todo = jobs([], **{pair.name: partial(run_step, pair, CPU, True)})
+    todo = jobs([], **{pair.name: partial(shown, show_step, measure_step, pair, CPU, True, False)})
     todo.append(("accuracy", "fashion", lambda: run_accuracy(tmp_path, path, NEVER)))
     assert work_off(todo, record, path, NEVER) == 0
     kept = json.loads(path.read_text())

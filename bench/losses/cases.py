@@ -11,39 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd import kernels
 from fastkd.bench.losses import baselines
 from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.environment import has
-from fastkd.kernels.attention_transfer import attention_transfer
-from fastkd.kernels.augment import augment
-from fastkd.kernels.dist_loss import dist_loss
-from fastkd.kernels.dkd_loss import dkd_loss
-from fastkd.kernels.factor_distance import factor_distance
-from fastkd.kernels.kd_loss import kd_loss
-from fastkd.kernels.logit_loss import logit_loss
-from fastkd.kernels.map_distance import hint_distance, overhaul_distance
 
 Function = Callable[..., Tensor]
-Maker = Callable[[torch.device, torch.dtype], list[Tensor]]
-COMPILED = "fastkd compile"
-"""The way whose baseline is "compile"."""
+COMPILED = "fastkd compile"  # the way whose baseline is "compile"
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
     """One operation at one shape."""
 
-    name: str
-    """Operation and shape."""
-    make: Maker
-    """Makes the tensors that every way takes."""
+    name: str  # operation and shape
+    make: Callable[[torch.device, torch.dtype], list[Tensor]]  # the tensors that every way takes
     fastkd: Function
-    eager: Function
-    """The formulation in eager torch. It is also compiled, and in float64 it is the reference."""
-    learners: int
-    """The number of tensors, counted from the first, that get a gradient."""
-    others: dict[str, Function] = field(default_factory=dict)
-    """Further baselines by name."""
+    eager: Function  # in eager torch; it is also compiled, and in float64 it is the reference
+    learners: int  # so many tensors, counted from the first, get a gradient
+    others: dict[str, Function] = field(default_factory=dict)  # further baselines by name
 
 
 def ways(case: Case, compiled: bool = True) -> dict[str, Function]:
@@ -70,18 +56,19 @@ def cases(device: torch.device) -> list[Case]:
     stages = [(batch, 256 * 2**i, 56 // 2**i, 56 // 2**i) for i in range(4)]  # of a ResNet-50 at 224 px
     liger = {"liger": baselines.kd_liger} if cuda and has("liger_kernel") else {}
     return [
-        *(Case(f"KD {N} x {C}", partial(logits, 2, N, C), lambda *z: kd_loss(*z).loss, baselines.kd, 1, liger)
+        *(Case(f"KD {N} x {C}", partial(logits, 2, N, C), lambda *z: kernels.kd_loss(*z).loss, baselines.kd, 1, liger)
           for N, C in sizes),
         *(dcm_case(K, N, C) for N, C in [(128, 100), (256, 1000) if cuda else (128, 1000)] for K in (3, 4)),
         *(Case(f"IE-KD pair {' x '.join(map(str, shape))}", partial(factor_maps, shape),
-               lambda near, far, t: factor_distance([near, far], t, [1.0, -1.0]).loss, baselines.factor_pair, 2)
+               lambda near, far, t: kernels.factor_distance([near, far], t, [1.0, -1.0]).loss, baselines.factor_pair, 2)
           for shape in factors),
         Case(f"AT ResNet-50 stages, batch {batch}", partial(maps, 2, stages), fused_attention,
              baselines.attention_transfer, 4),
-        Case("hint 64 x 256 x 14 x 14", partial(maps, 2, [shape]), hint_distance, baselines.hint, 1),
-        Case("overhaul 64 x 256 x 14 x 14", partial(margin_maps, shape), overhaul_distance, baselines.overhaul, 1),
-        Case("DKD 256 x 1000", partial(logits, 2, 256, 1000), dkd_loss, baselines.dkd, 1),
-        Case("DIST 256 x 1000", lambda *where: logits(2, 256, 1000, *where)[:2], dist_loss, baselines.dist, 1),
+        Case("hint 64 x 256 x 14 x 14", partial(maps, 2, [shape]), kernels.hint_distance, baselines.hint, 1),
+        Case("overhaul 64 x 256 x 14 x 14", partial(margin_maps, shape), kernels.overhaul_distance,
+             baselines.overhaul, 1),
+        Case("DKD 256 x 1000", partial(logits, 2, 256, 1000), kernels.dkd_loss, baselines.dkd, 1),
+        Case("DIST 256 x 1000", lambda *where: logits(2, 256, 1000, *where)[:2], kernels.dist_loss, baselines.dist, 1),
         Case(f"augment {batch} x 256 x 256 to 224", partial(photos, batch), fused_augment, baselines.augment, 0,
              {"one by one": baselines.augment_one_by_one}),
     ]  # fmt: skip
@@ -92,18 +79,17 @@ def dcm_case(K: int, N: int, C: int) -> Case:
     table = [[float((i < K) != (j < K)) for j in range(2 * K)] for i in range(2 * K)]
 
     def fused(*z: Tensor) -> Tensor:
-        return logit_loss(list(z[:-1]), z[-1], [1.0] * (2 * K), table).loss
+        return kernels.logit_loss(list(z[:-1]), z[-1], [1.0] * (2 * K), table).loss
 
     return Case(f"DCM 2 x {K} heads {N} x {C}", partial(logits, 2 * K, N, C), fused, baselines.dcm, 2 * K)
 
 
 def fused_attention(*maps: Tensor) -> Tensor:
-    half = len(maps) // 2
-    return baselines.add(attention_transfer(s, t) for s, t in zip(maps[:half], maps[half:], strict=True))
+    return baselines.add(kernels.attention_transfer(s, t) for s, t in zip(maps[:4], maps[4:], strict=True))
 
 
 def fused_augment(images: Tensor, boxes: Tensor, flips: Tensor, out: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    augment(images, boxes, flips, [out], [IMAGENET_MEAN], [IMAGENET_STD])
+    kernels.augment(images, boxes, flips, [out], [IMAGENET_MEAN], [IMAGENET_STD])
     return out
 
 

@@ -213,7 +213,6 @@ def notes(run: Record) -> list[str]:
 
 
 def heading(run: Record) -> str:
-    """The line above the table."""
     return (
         f"Forward and backward, {run['device']}, {run['dtype']}; copying moves {run['copy_gb_per_s']:.0f} GB/s here; "
         f"load of the machine before: {run['load_average']:.1f} on {run['environment']['cpus']} CPUs. "
@@ -222,7 +221,6 @@ def heading(run: Record) -> str:
 
 
 def show_losses(run: Record) -> None:
-    """Print heading, table and notes."""
     bench.log_rank0(heading(run))
     bench.show_table(COLUMNS, [row for record in run["cases"] for row in rows(record)], numbers=6)
     bench.log_rank0("\n".join(notes(run)))

@@ -60,7 +60,6 @@ class Study:
         self.images = (0, 0) if device.type == "cuda" else images  # 0: all
 
     def loaders(self, seed: int) -> tuple[Loader, Loader]:
-        """The training and the evaluation loader."""
         dtype = Precision("auto", self.device).dtype
         if self.data.data == "digits":
             return create_loaders(self.data, self.device, seed=seed, dtype=dtype)
@@ -188,7 +187,6 @@ def table(record: Record) -> str:
 
 
 def heading(record: Record) -> str:
-    """The line above the table."""
     what, where = record["settings"], record["environment"]
     train, test = what["images"]
     return (

@@ -59,18 +59,17 @@ def figures(kernel: Any) -> Figures:
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
         file.write(ptx)
         file.flush()
-        (target,) = re.findall(r"\.target (\w+)", ptx)
+        target = re.findall(r"\.target (\w+)", ptx)[0]
         command = ["-v", f"-arch={target}", file.name, "-o", "/dev/null"]
         reports = [subprocess.run([tool, *command], capture_output=True, text=True).stderr for tool in ASSEMBLERS]
     report = next(report for report in reports if "Used" in report)
-    (registers,) = re.findall(r"Used (\d+) registers", report)
     bits = {"ld": 0, "st": 0}  # of the widest access: st.global.v4.b32 has 128
     for kind, vector, width in re.findall(r"(ld|st)\.global[.\w]*?(?:v(\d)\.)?b(\d+) ", ptx):
         bits[kind] = max(bits[kind], int(vector or 1) * int(width))
     return {
         "kernel": kernel.metadata.name.strip("_"),
         "warps": kernel.metadata.num_warps,
-        "registers": int(registers),
+        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
         "shared": kernel.metadata.shared,
         "load bits": bits["ld"],
@@ -110,23 +109,18 @@ def logits(
 
 def cases() -> dict[str, Call]:
     """The shipped configurations by what is computed."""
+    plain = ((128, 100), (256, 1000), (256, 8192), (256, 21841), (8192, 32000))
+    heads = ((2, 128, 100), (3, 256, 1000), (4, 256, 1000))
     return {
-        "KD 128 x 100": logits(2, 1, 128, 100),
-        "KD 256 x 1000": logits(2, 1, 256, 1000),
+        **{f"KD {N} x {C}": logits(2, 1, N, C) for N, C in plain},
         "KD 256 x 1000 standardised": logits(2, 1, 256, 1000, standardize=True),
         "KD 256 x 1000 backward": logits(2, 1, 256, 1000, backward=True),
         "KD 4096 x 1000 fp32": logits(2, 1, 4096, 1000, dtype=torch.float32),
-        "KD 256 x 8192": logits(2, 1, 256, 8192),
-        "KD 256 x 21841": logits(2, 1, 256, 21841),
-        "KD 8192 x 32000": logits(2, 1, 8192, 32000),
         "DML 256 x 1000": logits(2, 2, 256, 1000, temperature=1.0),
         "SOKD 256 x 1000": logits(3, 2, 256, 1000),
-        "DCM 2 x 2 128 x 100": logits(4, 4, 128, 100, temperature=1.0),
-        "DCM 2 x 3 256 x 1000": logits(6, 6, 256, 1000, temperature=1.0),
+        **{f"DCM 2 x {K} {N} x {C}": logits(2 * K, 2 * K, N, C, temperature=1.0) for K, N, C in heads},
         "DCM 2 x 3 256 x 1000 backward": logits(6, 6, 256, 1000, temperature=1.0, backward=True),
-        "DCM 2 x 4 256 x 1000": logits(8, 8, 256, 1000, temperature=1.0),
-        **{f"{name} {shape[0]} x {shape[1]}": call for name, shape, call in more_logits()},
-        **{f"{name} {' x '.join(map(str, shape))}": call for name, shape, call in maps()},
+        **{f"{name} {' x '.join(map(str, shape))}": call for name, shape, call in (*more_logits(), *maps())},
     }
 
 

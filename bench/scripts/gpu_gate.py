@@ -27,18 +27,17 @@ import torch
 from fastkd import bench
 from fastkd.bench import ROOT, Record, log_rank0, markdown_table
 from fastkd.bench.fashion import FOLDER
-from fastkd.bench.losses.cases import Case, cases
+from fastkd.bench.losses.cases import cases
 from fastkd.bench.losses.measure import COLUMNS, heading, measure_losses, notes, rows, show_losses
 from fastkd.bench.steps.measure import measure_step
-from fastkd.bench.steps.report import best_baseline, markdown, ours, show_step, speed, timed
-from fastkd.bench.steps.workload import CIFAR, IMAGENET, Workload
+from fastkd.bench.steps.report import best_baseline, markdown, medians, ours, show_step, speed
+from fastkd.bench.steps.workload import CIFAR, IMAGENET
 
 TESTS = {"gpu": ["-m", "gpu or every", "tests"]}
 SEEDS = 3
 GUESS = 60.0  # seconds of a job, if none of its kind has run
 STEPS = ["step", "fastkd", "img/s", "best baseline", "times as fast", "official eager", "timm task", "best compile"]
-Job = tuple[str, str, Callable[[], Record]]
-"""Kind, name and work."""
+Job = tuple[str, str, Callable[[], Record]]  # kind, name and work
 
 
 def main() -> int:
@@ -54,10 +53,11 @@ def main() -> int:
     gpu, end = torch.cuda.get_device_name(), time.perf_counter() + 60 * (args.minutes or float("inf"))
     path = args.file or place(bench.results_folder(gpu), args.quick)
     record = json.loads(path.read_text()) if path.is_file() else new_record(gpu, args.quick)
-    device = torch.device("cuda")
+    device, quick = torch.device("cuda"), args.quick
     jobs: list[Job] = [("tests", name, partial(run_tests, words)) for name, words in TESTS.items()]
-    jobs += [("losses", case.name, partial(run_case, case, device, args.quick)) for case in cases(device)]
-    jobs += [("steps", w.name, partial(run_step, w, device, args.quick)) for w in (*CIFAR, *IMAGENET)]
+    jobs += [("losses", c.name, partial(shown, show_losses, measure_losses, [c], device, quick)) for c in cases(device)]
+    steps = partial(shown, show_step, measure_step)
+    jobs += [("steps", w.name, partial(steps, w, device, quick, not quick)) for w in (*CIFAR, *IMAGENET)]
     jobs.append(("forms", "all", partial(run_forms, path)))
     jobs.append(("accuracy", "fashion", partial(run_accuracy, args.fashion, path, end)))
     status = work_off(jobs, record, path, end)
@@ -99,7 +99,13 @@ def work_off(jobs: list[Job], record: Record, path: Path, end: float) -> int:
             return 3
         log_rank0(f"{kind}: {name}")
         start = time.perf_counter()
-        found = record[kind][name] = attempt(work)
+        try:
+            found = work()
+        except Exception as error:  # the other jobs go on
+            found = {"error": bench.first_line(error)}
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing without a GPU
+        record[kind][name] = found
         if not found.get("unfinished"):
             record["seconds"][f"{kind} {name}"] = round(time.perf_counter() - start, 1)
         bench.write_json(path, record)
@@ -108,18 +114,6 @@ def work_off(jobs: list[Job], record: Record, path: Path, end: float) -> int:
             return 3
         ran += 1
     return 0 if green(record) and all_right(record) else 1
-
-
-def attempt(work: Callable[[], Record]) -> Record:
-    """The job's record, or its error: the other jobs go on."""
-    try:
-        return work()
-    except Exception as error:
-        return {"error": bench.first_line(error)}
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def run_tests(words: list[str]) -> Record:
@@ -134,17 +128,10 @@ def run_tests(words: list[str]) -> Record:
     return {"command": " ".join(command[1:]), "status": run.returncode, "seconds": seconds, "output": tail}
 
 
-def run_case(case: Case, device: torch.device, quick: bool) -> Record:
-    """The record of `fastkd bench loss`, which is also printed."""
-    found = measure_losses([case], device, quick, log_rank0)
-    show_losses(found)
-    return found
-
-
-def run_step(workload: Workload, device: torch.device, quick: bool) -> Record:
-    """The record of `fastkd bench step`, which is also printed."""
-    found = measure_step(workload, device, quick, not quick, log_rank0)
-    show_step(found)
+def shown(show: Callable[[Record], None], measure: Callable[..., Record], *given: object) -> Record:
+    """The record of `fastkd bench loss` or `step`, which is also printed."""
+    found = measure(*given, log_rank0)
+    show(found)
     return found
 
 
@@ -234,20 +221,17 @@ def losses(runs: Record) -> str:
 def steps(runs: Record) -> str:
     """A row for each workload, then its tables."""
     measured = {name: found for name, found in runs.items() if "contenders" in found}
-    lines = [step_row(name, found) for name, found in measured.items()]
+    lines = []
+    for name, found in measured.items():
+        row, mine, other = ["-"] * 7, ours(found), best_baseline(found)
+        if mine:
+            compiled = next((way for way in medians(found) if way.startswith("compile")), "")
+            ratios = [speed(found, mine, way) for way in (other, "official eager", "timm task", compiled)]
+            row = [mine, f"{found['contenders'][mine]['img_per_s']:,.0f}", other or "-"]
+            row += [f"{ratio:.2f}x" if ratio else "-" for ratio in ratios]
+        lines.append([name, *row])
     more = "\n".join(markdown(found) for found in measured.values())
     return f"{markdown_table(STEPS, lines)}{errors(runs)}\n\n{more}".rstrip()
-
-
-def step_row(name: str, found: Record) -> list[str]:
-    mine, other = ours(found), best_baseline(found)
-    if not mine:
-        return [name, "-", *["-"] * 6]
-    compiled = [way for way in timed(found) if way.startswith("compile")]
-    fastest = max(compiled, key=lambda way: found["contenders"][way]["img_per_s"], default="")
-    ratios = [speed(found, mine, way) for way in (other, "official eager", "timm task", fastest)]
-    shown = [f"{ratio:.2f}x" if ratio else "-" for ratio in ratios]
-    return [name, mine, f"{found['contenders'][mine]['img_per_s']:,.0f}", other or "-", *shown]
 
 
 def errors(found: Record) -> str:

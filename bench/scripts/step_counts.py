@@ -123,8 +123,13 @@ def show_files() -> None:
     print(f"{found.files} files, {found.returns} returns")
 
 
-def show_operators(path: Path | None) -> None:
-    """Print the table of all workloads, and write it to `path` if it is given."""
+def main() -> None:
+    what = sys.argv[1] if len(sys.argv) > 1 else ""
+    path = file_argument(__doc__, sys.argv[1 + (what in ("files", "operators")) :])
+    if what == "files":
+        return show_files()
+    if what != "operators":
+        sys.exit("step_counts: say what to count, files or operators")
     found = {}
     for workload in (*CIFAR, *IMAGENET):
         log_rank0(workload.name)
@@ -133,17 +138,6 @@ def show_operators(path: Path | None) -> None:
     if path:
         write_json(path, {"environment": environment(), "commit": commit(), "operators": found})
         path.with_suffix(".md").write_text(table(found))
-
-
-def main() -> None:
-    what = sys.argv[1] if len(sys.argv) > 1 else ""
-    path = file_argument(__doc__, sys.argv[1 + (what in ("files", "operators")) :])
-    if what == "files":
-        show_files()
-    elif what == "operators":
-        show_operators(path)
-    else:
-        sys.exit("step_counts: say what to count, files or operators")
 
 
 if __name__ == "__main__":

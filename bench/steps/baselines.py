@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastkd.losses.features as features
-import fastkd.losses.logits as logits
 from fastkd.bench.losses.baselines import PUBLISHED, add
 from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.engine import Step, TrainOptions, choose_form, graphed
@@ -25,12 +23,12 @@ from fastkd.errors import UserError
 from fastkd.kernels.factor_distance import FactorDistance
 from fastkd.kernels.kd_loss import KDTerms
 from fastkd.kernels.logit_loss import LogitLoss
+from fastkd.losses import features, logits
 from fastkd.methods import METHODS
 from fastkd.methods.base import Method
 
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
-BOUNDS = ("constant gradient", "student only")
-"""Steps with no loss or another loss: bounds of the time, whose loss is not compared."""
+BOUNDS = ("constant gradient", "student only")  # no loss or another loss: bounds of the time, not compared
 LOGITS = ("kd_loss", "logit_loss", "dkd_loss", "dist_loss")
 FEATURES = ("attention_transfer", "factor_distance", "hint_distance", "overhaul_distance", "rkd_loss", "sp_loss")
 
@@ -206,7 +204,6 @@ class WithoutLoss(Step):
         super().__init__(method, settings, device)
         self.learners: dict[int, Tensor] = {}
         self.gradients: dict[tuple, Tensor] = {}
-        self.zeros: dict[tuple, Tensor] = {}
         homes = ((logits, LOGITS), (features, FEATURES), (F, ("cross_entropy",)))
         self.homes = [(home, {name: getattr(self, name, self.scalar) for name in names}) for home, names in homes]
 
@@ -236,10 +233,7 @@ class WithoutLoss(Step):
 
     def _take(self, tensors: list[Tensor], shape: tuple[int, ...] = ()) -> Tensor:
         self.learners |= {id(x): x for x in tensors if x.requires_grad}
-        key = (shape, tensors[0].device)
-        if key not in self.zeros:
-            self.zeros[key] = torch.zeros(shape, device=tensors[0].device)
-        return self.zeros[key]
+        return torch.zeros(shape, device=tensors[0].device)
 
     def _gradient(self, x: Tensor) -> Tensor:
         """Noise as large as the gradient of a mean over the batch; made once."""

@@ -15,33 +15,26 @@ WORDS = (
 )
 
 
-def timed(record: Record) -> dict[str, Record]:
-    """The ways that have times."""
-    return {name: found for name, found in record["contenders"].items() if "times" in found}
+def medians(record: Record) -> dict[str, float]:
+    """Milliseconds of a step, of the ways that have times; the fastest first."""
+    found = {name: way["times"]["median"] for name, way in record["contenders"].items() if "times" in way}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def ours(record: Record) -> str | None:
     """The name of fastkd's fastest way, or None."""
-    names = [name for name in timed(record) if name.startswith("fastkd")]
-    return min(names, key=lambda name: median(record, name), default=None)
+    return next((name for name in medians(record) if name.startswith("fastkd")), None)
 
 
 def best_baseline(record: Record) -> str | None:
     """The name of the fastest other way that is not a bound, or None."""
-    names = [name for name in timed(record) if not name.startswith("fastkd") and name not in BOUNDS]
-    return min(names, key=lambda name: median(record, name), default=None)
-
-
-def median(record: Record, name: str) -> float:
-    """Of the milliseconds of a step."""
-    return record["contenders"][name]["times"]["median"]
+    return next((name for name in medians(record) if not name.startswith("fastkd") and name not in BOUNDS), None)
 
 
 def speed(record: Record, name: str, other: str | None) -> float | None:
     """How many times as fast `name` is as `other`; None if one of them has no time."""
-    if other and {name, other} <= timed(record).keys():
-        return median(record, other) / median(record, name)
-    return None
+    found = medians(record)
+    return found[other] / found[name] if other and {name, other} <= found.keys() else None
 
 
 def part_rows(record: Record) -> list[list[str]]:
@@ -54,7 +47,6 @@ def part_rows(record: Record) -> list[list[str]]:
 
 
 def columns(record: Record) -> list[str]:
-    """The columns of the table of ways."""
     counts = ["operators", "syncs"] if record["device"] == "cpu" else ["kernels", "syncs", "peak MB"]
     return ["contender", "img/s", "ms a step", "20-80 %", "x fastkd", *counts]
 
@@ -68,7 +60,7 @@ def rows(record: Record) -> list[list[str]]:
             shown["peak MB"] = f"{found['peak_mb']:,.0f}"
         line = [name, "-", found["status"], "-", "-"]
         if times := found.get("times"):
-            ratio = f"{times['median'] / median(record, best):.2f}x" if best else "-"
+            ratio = f"{speed(record, best, name):.2f}x" if best else "-"
             spread = f"{times['p20']:.4g}-{times['p80']:.4g}"
             line = [name, f"{found['img_per_s']:,.0f}", f"{times['median']:.2f}", spread, ratio]
         lines.append([*line, *(shown.get(column, "-") for column in columns(record)[5:])])
@@ -94,20 +86,19 @@ def notes(record: Record) -> list[str]:
     if not record["compiled"]:
         lines.append("torch.compile took no part; --compile asks for it")
     lines += load_notes(record)
-    unsteady = [name for name, found in timed(record).items() if found["times"]["p80"] > BUSY * found["times"]["p20"]]
+    timed = {name: found["times"] for name, found in record["contenders"].items() if "times" in found}
+    unsteady = [name for name, times in timed.items() if times["p80"] > BUSY * times["p20"]]
     if unsteady:
         lines.append(f"Unsteady, the 80th percentile is above {BUSY:g} times the 20th: {', '.join(unsteady)}")
     return lines
 
 
 def heading(record: Record) -> str:
-    """The line above the tables."""
     shape = f"{record['batch_size']} images of {record['image_size']} px, {record['classes']} classes"
     return f"{record['pair']}, {shape}, {record['device']}, {record['dtype']}, noise for data"
 
 
 def show_step(record: Record) -> None:
-    """Print heading, tables and notes."""
     log_rank0(heading(record))
     show_table(PART_COLUMNS, part_rows(record), numbers=2)
     show_table(columns(record), rows(record), numbers=len(columns(record)) - 1)
@@ -125,7 +116,7 @@ def draw_step(record: Record, path: Path) -> None:
     """Write a PNG: the parts of fastkd's eager step as a stacked bar, and below a bar of images/s for each way."""
     from matplotlib.figure import Figure
 
-    found, start = timed(record), 0.0
+    found, start = {name: way for name, way in record["contenders"].items() if "times" in way}, 0.0
     figure = Figure(figsize=(9, 3.2 + 0.3 * len(found)), layout="constrained")
     upper, lower = figure.subplots(2, height_ratios=[1.2, 0.6 + 0.3 * len(found)])
     for number, name in enumerate(PARTS):

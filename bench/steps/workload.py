@@ -21,8 +21,7 @@ from fastkd.methods.context import RunContext
 from fastkd.models import create_model
 
 T = TypeVar("T")
-Plans = tuple[Hashable, ...]
-"""The plans of the updates that are made with one batch."""
+Plans = tuple[Hashable, ...]  # of the updates that are made with one batch
 CYCLE = 4  # steps in turn, if the method draws something for each step
 SETTLE = 32  # images from which the teacher's statistics are taken, at most
 
@@ -54,7 +53,6 @@ class Workload:
 
     @property
     def kind(self) -> type[Method]:
-        """The class of the method."""
         return find_method(self.method)
 
     @property
