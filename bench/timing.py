@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
+Times = dict[str, list[float]]  # milliseconds of each call, by name
 Clock = Callable[["Work"], float]
 BOUT = 0.02  # seconds that one function is called again and again before the next one has its turn
 
@@ -95,9 +96,7 @@ def graphed(work: Work) -> Work:
     return Work(before.replay, run)
 
 
-def interleaved(
-    calls: dict[str, T], clock: Callable[[T], float], seconds: float, least: int = 3
-) -> dict[str, list[float]]:
+def interleaved(calls: dict[str, T], clock: Callable[[T], float], seconds: float, least: int = 3) -> Times:
     """Milliseconds of each call, in bouts that take turns: for `seconds`, and at least `least` bouts of each.
 
     A bout is as many calls of one function as fit into BOUT, at least one: a call right after another function's takes
@@ -105,7 +104,7 @@ def interleaved(
     """
     for work in calls.values():
         clock(work)
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found: Times = {name: [] for name in calls}
     names, start, turn = list(calls), time.perf_counter(), 0
     while calls and (turn < least or time.perf_counter() < start + seconds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:

@@ -13,7 +13,7 @@ import torch
 
 from fastkd.bench import timing
 from fastkd.bench.losses import baselines
-from fastkd.bench.losses.cases import COMPILED, Case, cases, least_bytes, logits, ways
+from fastkd.bench.losses.cases import COMPILED, Case, cases, logits, ways
 from fastkd.bench.losses.measure import bars_of, judge, measure, notes, ratios, rows, show_losses, verdict
 from fastkd.bench.timing import Work, interleaved, wall_ms
 
@@ -86,8 +86,8 @@ def test_the_data_are_no_zeros_and_the_same_every_time():
 
 
 def test_the_least_bytes_of_kd():
-    tensors = logits(2, 6, 5, CPU, torch.float32)
-    assert least_bytes(case_of(), tensors) == 3 * 6 * 5 * 4 + 6 * 8  # both logits, the gradient; the labels
+    record = measure(case_of(), CPU, 0.0, compiled=False, bandwidth=1e9)
+    assert record["least_bytes"] == 3 * 6 * 5 * 4 + 6 * 8  # both logits, the gradient; the labels
 
 
 def contender(low: float, median: float, high: float) -> dict:
@@ -213,6 +213,7 @@ def test_the_command_writes_json_and_a_picture(fastkd, tmp_path):
         (["loss", "--plot", "a.jpg"], ["--plot", ".png", "'a.jpg'"]),
         (["loss", "--json", "/dev/null/a.json"], ["--json", "/dev/null"]),
         (["loss", "--json", "/tmp"], ["--json", "'/tmp' is a folder"]),
+        (["loss", "--plot", "a.png", "--json", "a.png"], ["two of --plot, --json", "'a.png'"]),
         (["loss", "--fast"], ["'--fast'"]),
     ],
 )

@@ -34,10 +34,7 @@ def kd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def kd_liger(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """KD with Liger's divergence, which takes log-probabilities.
-
-    The cross-entropy is torch's: Liger's would overwrite the logits that the divergence needs.
-    """
+    """KD with Liger's divergence, and torch's cross-entropy: Liger's would overwrite the logits that are needed."""
     from liger_kernel.transformers import LigerKLDIVLoss
 
     log_s, log_t = F.log_softmax(student / 4, dim=1), F.log_softmax(teacher / 4, dim=1)

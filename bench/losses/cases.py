@@ -42,11 +42,6 @@ def ways(case: Case, compiled: bool = True) -> dict[str, Function]:
     return {**found, **case.others}
 
 
-def least_bytes(case: Case, tensors: list[Tensor]) -> int:
-    """Bytes that must be moved: each tensor is read once (`augment` writes its batch), each gradient written once."""
-    return sum(x.nbytes for x in tensors) + sum(x.nbytes for x in tensors[: case.learners])
-
-
 def cases(device: torch.device) -> list[Case]:
     """All cases; CUDA has larger ones."""
     cuda = device.type == "cuda"
@@ -76,12 +71,9 @@ def cases(device: torch.device) -> list[Case]:
 
 def dcm_case(K: int, N: int, C: int) -> Case:
     """K heads in each of two networks."""
-    table = [[float((i < K) != (j < K)) for j in range(2 * K)] for i in range(2 * K)]
-
-    def fused(*z: Tensor) -> Tensor:
-        return kernels.logit_loss(list(z[:-1]), z[-1], [1.0] * (2 * K), table).loss
-
-    return Case(f"DCM 2 x {K} heads {N} x {C}", partial(logits, 2 * K, N, C), fused, baselines.dcm, 2 * K)
+    ones, table = [1.0] * (2 * K), [[float((i < K) != (j < K)) for j in range(2 * K)] for i in range(2 * K)]
+    make, name = partial(logits, 2 * K, N, C), f"DCM 2 x {K} heads {N} x {C}"
+    return Case(name, make, lambda *z: kernels.logit_loss(list(z[:-1]), z[-1], ones, table).loss, baselines.dcm, 2 * K)
 
 
 def fused_attention(*maps: Tensor) -> Tensor:

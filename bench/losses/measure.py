@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd import bench
 from fastkd.bench import Record
-from fastkd.bench.losses.cases import COMPILED, Case, least_bytes, ways
+from fastkd.bench.losses.cases import COMPILED, Case, ways
 from fastkd.bench.timing import Work, clocks, copy_rate, graphed, interleaved, kernels, works
 from fastkd.engine.precision import Precision
 
@@ -73,10 +73,13 @@ def judge(case: Case, functions: dict[str, Callable[..., Tensor]], tensors: list
 
 
 def measure(case: Case, device: torch.device, seconds: float, compiled: bool, bandwidth: float) -> Record:
-    """The record of a case. `bandwidth`: copy_rate() of the device."""
+    """The record of a case. `bandwidth`: copy_rate() of the device.
+
+    The least bytes to move: each tensor is read once (`augment` writes its batch), each gradient is written once.
+    """
     precision, functions = Precision("auto", device), ways(case, compiled)
     tensors = leaves(case.make(device, precision.dtype), case.learners)
-    found, moved = judge(case, functions, tensors), least_bytes(case, tensors)
+    found, moved = judge(case, functions, tensors), sum(x.nbytes for x in (*tensors, *tensors[: case.learners]))
     right = {name: works(functions[name], tensors, case.learners) for name in found if found[name]["status"] == "right"}
     with precision.autocast():
         time_all(found, right, device, seconds)

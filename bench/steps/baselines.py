@@ -81,6 +81,7 @@ class Loop:
 
 Way = Fastkd | Loop
 """A way to run training steps: `way(images, target, plan)`. `way.close()` frees graphs and compiled code."""
+Makers = dict[str, Callable[[Notes], Way]]
 
 
 def options(**more: Any) -> TrainOptions:
@@ -93,10 +94,10 @@ def eager_step(method: Method, device: torch.device) -> Step:
     return Step(copy.deepcopy(method), options(), device)
 
 
-def makers(method: Method, batch: Batch, compiled: bool) -> dict[str, Callable[[Notes], Way]]:
+def makers(method: Method, batch: Batch, compiled: bool) -> Makers:
     """The maker of each way by name, fastkd's first. A maker may raise, and adds its choices to the notes."""
     images, device = batch[0], batch[0].device
-    found: dict[str, Callable[[Notes], Way]] = {"fastkd eager": lambda notes: Fastkd(eager_step(method, device))}
+    found: Makers = {"fastkd eager": lambda notes: Fastkd(eager_step(method, device))}
     if method.asks_teacher:
         found["fastkd best teacher form"] = lambda notes: Fastkd(best_form(method, images, notes))
     if device.type == "cuda":

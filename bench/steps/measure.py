@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fastkd.bench import Record, about_run, first_line, load_average, summary
-from fastkd.bench.steps.baselines import BOUNDS, Batch, Notes, Way, eager_step, makers
+from fastkd.bench.steps.baselines import BOUNDS, Batch, Makers, Notes, Way, eager_step, makers
 from fastkd.bench.steps.breakdown import breakdown
 from fastkd.bench.steps.workload import Plans, Workload, cycle
 from fastkd.bench.timing import interleaved, per_step
@@ -31,9 +31,7 @@ WARM_UP = 6  # steps at least, enough for fastkd's graphs to be captured and rep
 AT_ONCE = {"cuda": 10, "cpu": 1}  # rounds that are timed together: the host may run ahead, as in training
 
 
-def measure_step(
-    workload: Workload, device: torch.device, quick: bool, compiled: bool, log: Log = lambda line: None
-) -> Record:
+def measure_step(workload: Workload, device: torch.device, quick: bool, compiled: bool, log: Log = print) -> Record:
     """The record of a run. `quick`: few rounds; `compiled`: with torch.compile."""
     workload, load = workload.filled(device), load_average()
     torch.backends.cudnn.benchmark = True  # as in fastkd train
@@ -47,21 +45,19 @@ def measure_step(
     log(f"{workload.name}: parts of a step")
     mixup = Mixup(0.0, 0.0, 0.0, workload.classes)
     record["parts"] = breakdown(eager_step(method, device), mixup, batch, steps, 3 if quick else 10)
-    ways = makers(method, batch, compiled)
+    ways, seconds = makers(method, batch, compiled), QUICK if quick else FULL
     with torch._dynamo.config.patch(recompile_limit=64):  # one per path
-        record["contenders"] = measure_ways(ways, batch, steps, QUICK if quick else FULL, workload.name, log)
-    return record
+        found = measure_ways(ways, batch, steps, seconds, lambda name: log(f"{workload.name}: {name}"))
+    return record | {"contenders": found}
 
 
-def measure_ways(
-    ways: dict[str, Callable[[Notes], Way]], batch: Batch, steps: list[Plans], seconds: float, title: str, log: Log
-) -> dict[str, Record]:
+def measure_ways(ways: Makers, batch: Batch, steps: list[Plans], seconds: float, log: Log) -> dict[str, Record]:
     """The record of each way. A way that does not fit into the memory beside the others is timed by itself."""
     found: dict[str, Record] = {}
     runs: dict[str, Way] = {}
     alone, device = [], batch[0].device
     for name, make in ways.items():
-        log(f"{title}: {name}")
+        log(name)
         found[name], run = prepared(make, batch, steps)
         if run and crowded(found, device):
             alone.append(name)
@@ -137,7 +133,7 @@ def memory(device: torch.device) -> float:
     return torch.cuda.memory_reserved(device) / 2**20
 
 
-def crowded(found: dict[str, Record], device: torch.device) -> bool:
+def crowded(found: Record, device: torch.device) -> bool:
     """True if the memory in use now and that of the largest step would fill the device."""
     if device.type != "cuda":
         return False
@@ -169,9 +165,7 @@ def difference(losses: list[float], right: list[float], dtype: torch.dtype) -> s
     return ""
 
 
-def time_steps(
-    found: dict[str, Record], right: dict[str, Way], batch: Batch, steps: list[Plans], seconds: float
-) -> None:
+def time_steps(found: Record, right: dict[str, Way], batch: Batch, steps: list[Plans], seconds: float) -> None:
     """Write `times` (ms per step), `img_per_s` and the counts of a step into `found`."""
     device, plans = batch[0].device, [plan for plans in steps for plan in plans]
     at_once = AT_ONCE[device.type]

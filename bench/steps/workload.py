@@ -4,9 +4,9 @@ The teacher is not trained. Its BatchNorm statistics are those of noise: without
 network grow from layer to layer until nothing can be compared.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from fastkd.methods.base import Method
 from fastkd.methods.context import RunContext
 from fastkd.models import create_model
 
-T = TypeVar("T")
 Plans = tuple[Hashable, ...]  # of the updates that are made with one batch
 CYCLE = 4  # steps in turn, if the method draws something for each step
 SETTLE = 32  # images from which the teacher's statistics are taken, at most
@@ -43,7 +42,8 @@ class Workload:
     classes: int = 0
 
     def __post_init__(self) -> None:
-        _named("--method", self.method, find_method, self.method)
+        with _naming("--method", self.method):
+            find_method(self.method)
         least = {"batch_size": 2, "image_size": 16, "classes": 2}
         for name, value in least.items():
             if getattr(self, name) and getattr(self, name) < value:
@@ -99,7 +99,8 @@ class Workload:
 
     def _network(self, option: str, name: str, number: int = 0) -> nn.Module:
         torch.manual_seed(number)
-        return _named(option, name, create_model, name, self.classes)
+        with _naming(option, name):
+            return create_model(name, self.classes)
 
 
 class Batches(EpochCounter):
@@ -118,10 +119,11 @@ class Batches(EpochCounter):
         return iter([self.batch])
 
 
-def _named(option: str, value: str, function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)`, with the option before the message of a UserError."""
+@contextmanager
+def _naming(option: str, value: str) -> Iterator[None]:
+    """Put the option before the message of a UserError."""
     try:
-        return function(*arguments)
+        yield
     except UserError as error:
         raise UserError(f"{option} {value}: {error}") from None
 

@@ -1,6 +1,7 @@
 """`fastkd bench loss` and `fastkd bench step`: measure, show the tables, write the files."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -71,20 +72,25 @@ class StepOptions:
 
 
 def run(arguments: list[str]) -> None:
-    """The command: dispatch to its two targets."""
+    """The command: parse the options of one of its two targets, and run it."""
     if arguments and arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
-    targets = {"loss": bench_loss, "step": bench_step}
+    targets: dict[str, tuple[type, Callable[[Any], None]]]
+    targets = {"loss": (LossOptions, bench_loss), "step": (StepOptions, bench_step)}
     if not arguments or arguments[0] not in targets:
         asked = f"unknown target {arguments[0]!r}{nearest(arguments[0], targets)}" if arguments else "which target?"
         raise UserError(f"bench: {asked}; there are: {', '.join(targets)}; see `fastkd bench --help`")
-    targets[arguments[0]](arguments[1:])
+    from ..parser import run_parser
+
+    name, *rest = arguments
+    kind, target = targets[name]
+    section = make_dataclass("Bench", [("bench", kind)], frozen=True)
+    target(run_parser(section, rest, f"fastkd bench {name}").bench)
 
 
-def bench_loss(arguments: list[str]) -> None:
+def bench_loss(options: LossOptions) -> None:
     """`fastkd bench loss`."""
-    options = _parse(LossOptions, arguments, "fastkd bench loss")
     from ..bench import default_device, log_rank0, make_room, write_json
     from ..bench.losses.cases import cases
     from ..bench.losses.measure import draw_losses, measure_losses, show_losses
@@ -104,9 +110,8 @@ def bench_loss(arguments: list[str]) -> None:
         write_json(options.json, record)
 
 
-def bench_step(arguments: list[str]) -> None:
+def bench_step(options: StepOptions) -> None:
     """`fastkd bench step`."""
-    options = _parse(StepOptions, arguments, "fastkd bench step")
     from ..bench import default_device, log_rank0, make_room, write_json
     from ..bench.steps.measure import measure_step, trace
     from ..bench.steps.report import draw_step, show_step
@@ -123,10 +128,3 @@ def bench_step(arguments: list[str]) -> None:
         write_json(options.json, record)
     if options.trace:
         trace(workload, device, Path(options.trace))
-
-
-def _parse(kind: type, arguments: list[str], command: str) -> Any:
-    from ..parser import run_parser
-
-    section = make_dataclass("Bench", [("bench", kind)], frozen=True)
-    return run_parser(section, arguments, command).bench
