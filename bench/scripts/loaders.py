@@ -19,7 +19,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -88,20 +87,17 @@ WAYS: dict[str, Callable[..., Iterable[Any]]] = {
 
 def images_per_second(loader: Iterable[Any], device: torch.device, seconds: float) -> float:
     """Over at least `seconds` of one epoch, after its first batches; each batch has reached the device."""
-    batches = iter(loader)
-    for _ in range(WARM_BATCHES):
-        _arrived(next(batches), device)
-    images, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        images += _arrived(next(batches), device)
+    images, start, elapsed = 0, 0.0, 0.0
+    for number, batch in enumerate(loader, 1):
+        images += len(batch[0].to(device, non_blocking=True))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number == WARM_BATCHES:
+            images, start = 0, time.perf_counter()
+        elapsed = time.perf_counter() - start
+        if number > WARM_BATCHES and elapsed >= seconds:
+            break
     return images / elapsed
-
-
-def _arrived(batch: Sequence[Tensor], device: torch.device) -> int:
-    images = batch[0].to(device, non_blocking=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return len(images)
 
 
 def measure(split: Split, args: argparse.Namespace) -> dict[str, list[float]]:

@@ -9,10 +9,11 @@ also writes a .md with the table. Weights are random, BatchNorm statistics are t
 import statistics
 
 import torch
+from torch.optim.swa_utils import update_bn
 
 from fastkd import bench
 from fastkd.bench import Record
-from fastkd.bench.steps.workload import Workload, settle
+from fastkd.bench.steps.workload import Workload
 from fastkd.engine.precision import Precision
 from fastkd.engine.teacher_forms import FORMS, try_forms
 from fastkd.methods.frozen import FrozenTeacher
@@ -33,8 +34,8 @@ def measure(name: str, device: torch.device) -> dict[str, Record]:
     workload = Workload("ce", student=name, batch_size=IMAGES[device.type][size], image_size=size).filled(device)
     images, _ = workload.batch(device)
     torch.manual_seed(0)
-    net = create_model(name, workload.classes).to(device).to(memory_format=torch.channels_last)
-    settle(net, images[:32].float())
+    net = create_model(name, workload.classes).to(device).to(memory_format=torch.channels_last).eval()
+    update_bn([images[:32].float()], net)
     runs = [
         try_forms(FrozenTeacher(net), images, "auto", Precision("auto", device), wants_features=False)
         for _ in range(TRIES)

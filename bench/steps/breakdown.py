@@ -106,8 +106,7 @@ def additions(method: Method) -> list[nn.Module]:
 def breakdown(step: Step, mixup: Mixup, batch: Batch, steps: list[Plans], rounds: int) -> dict[str, dict]:
     """Milliseconds per step of every part, and of `whole`: the same step without inner marks. The two take turns."""
     device = batch[0].device
-    pinned = device.type == "cuda"
-    host = [x.cpu().pin_memory() if pinned else x.clone() for x in batch]
+    host = [x.cpu().pin_memory() if device.type == "cuda" else x.clone() for x in batch]
     inputs, plans = [x.clone() for x in batch], [plan for plans in steps for plan in plans]
     marks = Marks(device)
     found: dict[str, list[float]] = {name: [] for name in (*PARTS, "whole")}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 from fastkd.data.base import EpochCounter
 from fastkd.engine.precision import Precision
@@ -86,9 +86,9 @@ class Workload:
         kind, (images, target) = self.kind, self.batch(device)
         student = self._network("--student", self.student)
         peers = [self._network("--peers", name, number) for number, name in enumerate(self.peers, 1)]
-        teacher = self._network("--teacher", self.teacher).to(device) if kind.needs_teacher else None
+        teacher = self._network("--teacher", self.teacher).to(device).eval() if kind.needs_teacher else None
         if teacher is not None:
-            settle(teacher, images[:SETTLE].float())
+            update_bn([images[:SETTLE].float()], teacher)
         # auto-encoders train for one epoch: their time is not measured
         epochs = {option.name: 1 for option in fields(kind.Options) if option.name.endswith("ae_epochs")}
         torch.manual_seed(0)
@@ -126,20 +126,6 @@ def _naming(option: str, value: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{option} {value}: {error}") from None
-
-
-@torch.no_grad()
-def settle(net: nn.Module, images: Tensor) -> None:
-    """Set the running statistics of every BatchNorm to those of `images`."""
-    norms = [module for module in net.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over the batches seen
-    net.train()(images)
-    net.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 def cycle(method: Method) -> list[Plans]:
