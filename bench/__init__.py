@@ -8,25 +8,21 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from fastkd.environment import version
 from fastkd.errors import UserError
 
-PACKAGES = (
-    *("torch", "torchvision", "triton", "timm", "liger-kernel", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
-    *("pillow", "numpy"),
-)
+PACKAGES = "torch torchvision triton timm liger-kernel nvidia-dali-cuda130 nvidia-dali-cuda120 pillow numpy".split()
 ROOT = Path(__file__).resolve().parent.parent
-Record = dict[str, Any]
-"""Whatever a benchmark has found, as strings, numbers, lists and dictionaries that JSON takes."""
+Record = dict[str, Any]  # what a benchmark has found, as JSON takes it
 
 try:
     from fastkd.report import log_rank0, show_table
@@ -47,29 +43,30 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def about_run(device: torch.device, dtype: torch.dtype, load: float) -> Record:
+def about_run(device: torch.device, load: float) -> Record:
     """The head of a record. `load`: load_average() before the measurement."""
     return {
         "environment": environment(),
         "commit": commit(),
         "load_average": load,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": "bfloat16" if device.type == "cuda" else "float32",
         "threads": torch.get_num_threads(),
     }
 
 
 def environment() -> Record:
-    """Machine, versions and command line."""
-    cuda = torch.cuda.is_available()
+    """Machine, versions and the command line as it is typed in a clone."""
+    cuda, name = torch.cuda.is_available(), Path(sys.argv[0]).name
+    program = "fastkd" if name in ("fastkd", "__main__.py") else f"python bench/scripts/{name}"
     return {
-        "command": " ".join([_program(), *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "python": platform.python_version(),
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
-        **{name: found for name in PACKAGES if (found := _version(name))},
+        **{name: found for name in PACKAGES if (found := version(name))},
     }
 
 
@@ -96,10 +93,8 @@ def load_notes(record: Record) -> list[str]:
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """n, median, and the 20th and 80th percentile."""
-    if len(values) == 1:
-        return {"n": 1, "median": values[0], "p20": values[0], "p80": values[0]}
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"n": len(values), "median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
+    p20, median, p80 = np.percentile(values, [20, 50, 80]).tolist()
+    return {"n": len(values), "median": median, "p20": p20, "p80": p80}
 
 
 def first_line(error: Exception) -> str:
@@ -122,53 +117,44 @@ def write_json(path: str | Path, record: Record) -> None:
     os.replace(part, path)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure that needs no display; sizes in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+def script_parser(about: str | None) -> argparse.ArgumentParser:
+    """The parser of a script with the docstring `about`."""
+    return argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=110)
-
-
-def file_argument(about: str, words: list[str] | None = None) -> Path | None:
+def file_argument(about: str | None, words: list[str] | None = None) -> Path | None:
     """The value of --file, the only option of a script that `about` describes. Its folder is made."""
-    parser = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = script_parser(about)
+    parser.allow_abbrev = False
     parser.add_argument("--file", type=Path, help="JSON, with a .md beside it")
     path: Path | None = parser.parse_args(words).file
     try:
-        if path:
-            make_room("--file", path)
+        make_room({"--file": str(path or "")})
     except UserError as error:
         parser.error(str(error))
     return path
 
 
-def make_room(flag: str, file: Path) -> None:
-    """Make the file's folder. Raises UserError if the file cannot be written: before the measurement, not after."""
-    if file.is_dir():
-        raise UserError(f"{flag} must be a file, {str(file)!r} is a folder")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag}: {str(file.parent)!r} cannot be made: {error.strerror}") from None
-    if not os.access(file.parent, os.W_OK):
-        raise UserError(f"{flag}: {str(file.parent)!r} cannot be written to")
+def make_room(files: dict[str, str]) -> None:
+    """Make the folders of the files, by option; "" is no file.
 
-
-def check_plot(plot: str) -> None:
-    """Raise UserError unless the name ends with .png or is empty."""
-    if plot and Path(plot).suffix != ".png":
-        raise UserError(f"--plot must be a .png file, got {plot!r}")
+    Raises UserError if one cannot be written, or two are the same: before the measurement, not after.
+    """
+    given = {flag: Path(file) for flag, file in files.items() if file}
+    if "--plot" in given and given["--plot"].suffix != ".png":
+        raise UserError(f"--plot must be a .png file, got {files['--plot']!r}")
+    names = list(map(str, given.values()))
+    if len(names) > len(set(names)):
+        raise UserError(f"two of {', '.join(files)} name one file, {max(names, key=names.count)!r}; give each its own")
+    for flag, file in given.items():
+        if file.is_dir():
+            raise UserError(f"{flag} must be a file, {str(file)!r} is a folder")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{flag}: {str(file.parent)!r} cannot be made: {error.strerror}") from None
+        if not os.access(file.parent, os.W_OK):
+            raise UserError(f"{flag}: {str(file.parent)!r} cannot be written to")
 
 
 def results_folder(gpu: str | None) -> Path:
@@ -177,22 +163,9 @@ def results_folder(gpu: str | None) -> Path:
     return ROOT / "bench" / "results" / name
 
 
-def _program() -> str:
-    """The program as it is typed in a clone: `fastkd`, `python bench/scripts/gpu_gate.py`."""
-    name = Path(sys.argv[0]).name
-    return "fastkd" if name in ("fastkd", "__main__.py") else f"python bench/scripts/{name}"
-
-
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

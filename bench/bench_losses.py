@@ -5,60 +5,49 @@ the reason. For ratios of alternating calls in one run, see `fastkd bench loss`.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastkd.bench import Record, default_device
 from fastkd.bench.losses.cases import COMPILED, Case, cases, ways
-from fastkd.bench.losses.measure import autocast, judge, leaves, precision
+from fastkd.bench.losses.measure import judge, leaves
 from fastkd.bench.timing import Work, works
+from fastkd.engine.precision import Precision
 
 DEVICE = default_device()
+PRECISION = Precision("auto", DEVICE)
 ROUNDS = 10
 IDS = {"fastkd": "ours", COMPILED: "ours compiled"}  # "fastkd" in every id would make -k "KD" choose all
 WAYS = ("fastkd", "eager", COMPILED, "compile")
+PARAMETERS = [
+    pytest.param(case, name, mode, id=f"{case.name}-{IDS.get(name, name)}-{mode}")
+    for case in cases(DEVICE)
+    for name in (*WAYS, *case.others)
+    for mode in (("forward", "backward", "both") if case.learners else ("forward",))
+]
 
 
-@functools.lru_cache(maxsize=1)  # the tests of a case follow one another; the tensors of all would not fit
-def prepared(case: Case) -> tuple[dict[str, Callable[..., Tensor]], list[Tensor]]:
-    return ways(case), leaves(case.make(DEVICE, precision(DEVICE)), case.learners)
+@functools.lru_cache(maxsize=1)  # the tests of a way follow one another; the tensors of all would not fit
+def prepared(case: Case, name: str) -> tuple[dict[str, Work], Record]:
+    """The calls by mode, and the verdict on the way."""
+    function, tensors = ways(case)[name], leaves(case.make(DEVICE, PRECISION.dtype), case.learners)
+    return works(function, tensors, case.learners), judge(case, {name: function}, tensors)[name]
 
 
-@functools.lru_cache(maxsize=8)
-def judged(case: Case, name: str) -> Record:
-    functions, tensors = prepared(case)
-    return judge(case, {name: functions[name]}, tensors)[name]
-
-
-def parameters() -> list[Any]:
-    return [
-        pytest.param(case, name, mode, id=f"{case.name}-{IDS.get(name, name)}-{mode}")
-        for case in cases(DEVICE)
-        for name in (*WAYS, *case.others)
-        for mode in (("forward", "backward", "both") if case.learners else ("forward",))
-    ]
-
-
-def timed(work: Work, given: object) -> None:
-    work.run(given)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-@pytest.mark.parametrize(("case", "name", "mode"), parameters())
+@pytest.mark.parametrize(("case", "name", "mode"), PARAMETERS)
 def test_loss(benchmark: Any, case: Case, name: str, mode: str) -> None:
-    verdict = judged(case, name)
+    calls, verdict = prepared(case, name)
     if verdict["status"] == "unavailable":
         pytest.skip(verdict["reason"])
     assert verdict["status"] == "right", verdict["reason"]
-    functions, tensors = prepared(case)
-    work = works(functions[name], tensors, case.learners)[mode]
     benchmark.group = f"{case.name}, {mode}"
-    with autocast(DEVICE):
-        benchmark.pedantic(
-            timed, setup=lambda: ((work, work.prepare()), {}), rounds=ROUNDS, warmup_rounds=2, iterations=1
-        )
+
+    def timed(given: object) -> None:
+        calls[mode].run(given)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    with PRECISION.autocast():
+        benchmark.pedantic(timed, setup=lambda: ((calls[mode].prepare(),), {}), rounds=ROUNDS, warmup_rounds=2)

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from fastkd.data.base import derived_seed, epoch_of, epoch_order, evaluation_slices, training_slices
-from fastkd.data.digits import SHIFT, shifted
+from fastkd.data.base import Shard, derived_seed
+from fastkd.data.digits import SHIFT, DigitsLoader
 from fastkd.errors import UserError
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-FRAME = (32 - 28) // 2  # pixels on each side
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -45,7 +44,7 @@ def read_part(part: str, images: int, folder: Path = FOLDER) -> tuple[Tensor, Te
     if images:
         chosen = first_of_each(target, images // len(CLASSES))
         pictures, target = pictures[chosen], target[chosen]
-    return pad(pictures, (FRAME,) * 4).float().div(255), target
+    return pad(pictures, (2,) * 4).float().div(255), target  # 28 pixels a side become 32
 
 
 def first_of_each(target: Tensor, count: int) -> Tensor:
@@ -55,61 +54,37 @@ def first_of_each(target: Tensor, count: int) -> Tensor:
 
 
 def create_fashion(
-    batch_size: int,
-    device: torch.device,
-    *,
-    seed: int,
-    dtype: torch.dtype,
-    images: tuple[int, int],
-    folder: Path = FOLDER,
+    batch_size: int, device: torch.device, shard: Shard, images: tuple[int, int], folder: Path = FOLDER
 ) -> tuple["FashionLoader", "FashionLoader"]:
     """The training and the evaluation loader, of `images` images each; 0: all."""
     parts = [read_part(part, count, folder) for part, count in zip(("train", "t10k"), images, strict=True)]
     std, mean = torch.std_mean(parts[0][0])
-    loaders = []
-    for (pictures, target), train in zip(parts, (True, False), strict=True):
+
+    def loader(pictures: Tensor, target: Tensor, train: bool) -> FashionLoader:
         # padded before normalising: what a shift brings in is background
-        pictures = pad(pictures, (SHIFT,) * 4).sub(mean).div(std).to(device, dtype)
-        slices = (training_slices if train else evaluation_slices)(len(pictures), batch_size, 0, 1)
-        loaders.append(FashionLoader(pictures, target.to(device), slices, train=train, seed=seed))
-    return loaders[0], loaders[1]
+        pictures = pad(pictures, (SHIFT,) * 4).sub(mean).div(std).to(device, shard.dtype)
+        slices = shard.slices(len(pictures), batch_size, train=train)
+        return FashionLoader(pictures, target.to(device), slices, train=train, seed=shard.seed)
+
+    return loader(*parts[0], train=True), loader(*parts[1], train=False)
 
 
-class FashionLoader:
-    """A Loader (see fastkd/data/base.py) over images [N, 40, 40] and target [N] that are on the device."""
+class FashionLoader(DigitsLoader):
+    """A loader like that of the digits, which also mirrors the training images."""
 
+    name = "fashion"
     classes: tuple[str, ...] = CLASSES
 
-    def __init__(self, images_NHW: Tensor, target: Tensor, slices: list[tuple[int, int]], *, train: bool, seed: int):
-        self.images, self.target, self.slices, self.train, self.seed = images_NHW, target, slices, train, seed
-        self.samples, self.epoch = len(images_NHW), 0
-
-    def __len__(self) -> int:
-        return len(self.slices)
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch = self.epoch
-        order, corners, mirrored = (plan.to(self.images.device) for plan in self._plan(epoch))
-        for step, (start, stop) in enumerate(self.slices):
-            if step == len(self) - 1:
-                self.epoch = epoch + 1
-            chosen = order[start:stop]
-            images = shifted(self.images, chosen, corners[chosen])
-            yield torch.where(mirrored[chosen, None, None, None], images.flip(3), images), self.target[chosen]
+        order, _ = self._plan(self.epoch)
+        mirrored = self._mirrored(self.epoch)[order, None, None, None].to(self.images.device)
+        for (images, target), (start, stop) in zip(super().__iter__(), self.slices, strict=True):
+            yield torch.where(mirrored[start:stop], images.flip(3), images), target
 
-    def _plan(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Order [N], top left corner [N, 2] of each image's crop, and bool [N], on the CPU."""
+    def _mirrored(self, epoch: int) -> Tensor:
+        """bool [N] on the CPU: half of the training images."""
         if not self.train:
-            plain = torch.zeros(self.samples, dtype=torch.bool)
-            return torch.arange(self.samples), torch.full((self.samples, 2), SHIFT), plain
+            return torch.zeros(self.samples, dtype=torch.bool)
         random = torch.Generator().manual_seed(derived_seed(self.seed, epoch, SHIFT))
-        corners = torch.randint(2 * SHIFT + 1, (self.samples, 2), generator=random)
-        mirrored = torch.rand(self.samples, generator=random) < 0.5
-        return epoch_order(self.samples, self.seed, epoch), corners, mirrored
-
-    def state_dict(self) -> dict:
-        return {"loader": "fashion", "epoch": self.epoch} if self.train else {}
-
-    def load_state_dict(self, state: dict) -> None:
-        if self.train:
-            self.epoch = epoch_of(state, "fashion")
+        torch.randint(2 * SHIFT + 1, (self.samples, 2), generator=random)  # the shifts come before
+        return torch.rand(self.samples, generator=random) < 0.5

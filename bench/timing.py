@@ -17,10 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
-
+Times = dict[str, list[float]]  # milliseconds of each call, by name
 Clock = Callable[["Work"], float]
-BOUT = 0.02
-"""Seconds that one function is called again and again before the next one has its turn."""
+BOUT = 0.02  # seconds that one function is called again and again before the next one has its turn
 
 
 class Work(NamedTuple):
@@ -53,8 +52,10 @@ def wall_ms(work: Work) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def event_clock(device: torch.device) -> dict[str, Clock]:
-    """`call` and `graph` of the module's docstring, in milliseconds."""
+def clocks(device: torch.device) -> dict[str, Clock]:
+    """By name: `call`, and on CUDA `graph`; see the module's docstring. In milliseconds."""
+    if device.type != "cuda":
+        return {"call": wall_ms}
     cache = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
 
     def timed(work: Work, idle: bool) -> float:
@@ -70,11 +71,6 @@ def event_clock(device: torch.device) -> dict[str, Clock]:
         return start.elapsed_time(end)
 
     return {"call": lambda work: timed(work, idle=True), "graph": lambda work: timed(work, idle=False)}
-
-
-def clocks(device: torch.device) -> dict[str, Clock]:
-    """The clocks of a device by name: `call`, and on CUDA `graph`."""
-    return event_clock(device) if device.type == "cuda" else {"call": wall_ms}
 
 
 def graphed(work: Work) -> Work:
@@ -100,40 +96,33 @@ def graphed(work: Work) -> Work:
     return Work(before.replay, run)
 
 
-def interleaved(
-    calls: dict[str, T], clock: Callable[[T], float], seconds: float, least: int = 3
-) -> dict[str, list[float]]:
+def interleaved(calls: dict[str, T], clock: Callable[[T], float], seconds: float, least: int = 3) -> Times:
     """Milliseconds of each call, in bouts that take turns: for `seconds`, and at least `least` bouts of each.
 
-    A bout is as many calls of one function as fit into BOUT: a call right after another function's takes up to twice
-    its time.
+    A bout is as many calls of one function as fit into BOUT, at least one: a call right after another function's takes
+    up to twice its time.
     """
     for work in calls.values():
         clock(work)
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found: Times = {name: [] for name in calls}
     names, start, turn = list(calls), time.perf_counter(), 0
-    while turn < least or time.perf_counter() < start + seconds:
+    while calls and (turn < least or time.perf_counter() < start + seconds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            found[name] += bout(calls[name], clock)
+            found[name].append(clock(calls[name]))
+            end = time.perf_counter() + BOUT
+            while time.perf_counter() < end:
+                found[name].append(clock(calls[name]))
         turn += 1
     return found
-
-
-def bout(work: T, clock: Callable[[T], float]) -> list[float]:
-    """Milliseconds of the calls that fit into BOUT, at least one."""
-    times, end = [clock(work)], time.perf_counter() + BOUT
-    while time.perf_counter() < end:
-        times.append(clock(work))
-    return times
 
 
 def copy_rate(device: torch.device, megabytes: int = 512) -> float:
     """Bytes per second, read and written, of copying random numbers."""
     source = torch.randint(256, (megabytes * 10**6,), dtype=torch.uint8, device=device)
     copy = torch.empty_like(source)
-    clock = clocks(device)["call"]
     work = Work(lambda: None, lambda _: copy.copy_(source))
-    return 2 * source.nbytes / (statistics.median(interleaved({"": work}, clock, seconds=0, least=7)[""]) / 1e3)
+    times = interleaved({"": work}, clocks(device)["call"], seconds=0, least=7)[""]
+    return 2 * source.nbytes / (statistics.median(times) / 1e3)
 
 
 SYNCS = (
@@ -157,8 +146,10 @@ class OpCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, result = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(i is not None and i.dtype == torch.bool for i in indices)
         self.operators += name not in FREE
-        self.syncs += name in SYNCS or _by_mask(name, args)
+        self.syncs += name in SYNCS or by_mask
         if "convolution" in name:
             maps = [x for x in tree_leaves((args, result)) if isinstance(x, Tensor) and x.dim() == 4]
             self.convolutions += 1
@@ -166,13 +157,7 @@ class OpCounter(TorchDispatchMode):
         return result
 
 
-def _by_mask(name: str, args: tuple) -> bool:
-    indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-    return any(i is not None and i.dtype == torch.bool for i in indices)
-
-
 def counted(step: Callable[[], object]) -> OpCounter:
-    """The operators of one call."""
     with OpCounter() as counter:
         step()
     return counter

@@ -10,6 +10,7 @@ import torch
 
 from fastkd.bench import fashion
 from fastkd.bench.scripts import accuracy
+from fastkd.data.base import Shard
 from fastkd.errors import UserError
 
 
@@ -30,8 +31,7 @@ def folder(tmp_path_factory):
 
 
 def loaders(folder, seed=0, images=(0, 0)):
-    choice = {"seed": seed, "dtype": torch.float32, "images": images, "folder": folder}
-    return fashion.create_fashion(16, torch.device("cpu"), **choice)
+    return fashion.create_fashion(16, torch.device("cpu"), Shard(seed), images, folder)
 
 
 def test_idx_files_are_read_gzipped_or_not(folder):
@@ -61,7 +61,7 @@ def test_each_epoch_shows_every_image_once_moved_or_mirrored(folder):
     originals = train.images[:, 4:36, 4:36]
     images, target = (torch.cat(parts) for parts in zip(*train, strict=True))
     assert images.shape == (60, 3, 32, 32) and images[0].is_contiguous() is False  # channels-last
-    order, corners, mirrored = train._plan(0)
+    (order, corners), mirrored = train._plan(0), train._mirrored(0)
     assert sorted(order.tolist()) == list(range(60)) and 10 < mirrored.sum() < 50
     assert torch.equal(target, train.target[order])
     for image, i in zip(images, order, strict=True):
@@ -123,8 +123,8 @@ def test_the_picture(tmp_path):
 @pytest.fixture
 def small(folder, monkeypatch):
     """The benchmark on the small files."""
-    made = accuracy.study
-    monkeypatch.setattr(accuracy, "study", lambda *a: made(*a[:3], folder, (0, 0)))
+    made = accuracy.Study
+    monkeypatch.setattr(accuracy, "Study", lambda *a: made(*a[:3], folder, (0, 0)))
     monkeypatch.setattr(accuracy, "TEACHER", "resnet8")
 
 

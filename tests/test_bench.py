@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from fastkd.bench import timing
 from fastkd.bench.losses import baselines
-from fastkd.bench.losses.cases import COMPILED, Case, cases, least_bytes, logits, ways
+from fastkd.bench.losses.cases import COMPILED, Case, cases, logits, ways
 from fastkd.bench.losses.measure import bars_of, judge, measure, notes, ratios, rows, show_losses, verdict
 from fastkd.bench.timing import Work, interleaved, wall_ms
 
@@ -44,7 +45,7 @@ def breaks(student, teacher, target):
 
 
 def case_of(**others) -> Case:
-    return Case("KD 6 x 5", logits(2, 6, 5), baselines.kd, baselines.kd, 1, others)
+    return Case("KD 6 x 5", partial(logits, 2, 6, 5), baselines.kd, baselines.kd, 1, others)
 
 
 @pytest.mark.parametrize("wrong", [wrong_value, wrong_gradient, spoils_its_input, nothing_but_nan])
@@ -58,7 +59,7 @@ def test_a_wrong_contender_is_reported_and_gets_no_time(wrong):
 
 
 def test_when_fastkd_is_wrong_its_row_has_no_number():
-    case = Case("KD 6 x 5", logits(2, 6, 5), wrong_value, baselines.kd, 1)
+    case = Case("KD 6 x 5", partial(logits, 2, 6, 5), wrong_value, baselines.kd, 1)
     record = measure(case, CPU, 0.0, compiled=False, bandwidth=1e9)
     assert rows(record) == [["KD 6 x 5", "-", "-", "-", "-", "wrong", "-"]]
 
@@ -85,8 +86,8 @@ def test_the_data_are_no_zeros_and_the_same_every_time():
 
 
 def test_the_least_bytes_of_kd():
-    tensors = logits(2, 6, 5)(CPU, torch.float32)
-    assert least_bytes(case_of(), tensors) == 3 * 6 * 5 * 4 + 6 * 8  # both logits, the gradient; the labels
+    record = measure(case_of(), CPU, 0.0, compiled=False, bandwidth=1e9)
+    assert record["least_bytes"] == 3 * 6 * 5 * 4 + 6 * 8  # both logits, the gradient; the labels
 
 
 def contender(low: float, median: float, high: float) -> dict:
@@ -212,6 +213,7 @@ def test_the_command_writes_json_and_a_picture(fastkd, tmp_path):
         (["loss", "--plot", "a.jpg"], ["--plot", ".png", "'a.jpg'"]),
         (["loss", "--json", "/dev/null/a.json"], ["--json", "/dev/null"]),
         (["loss", "--json", "/tmp"], ["--json", "'/tmp' is a folder"]),
+        (["loss", "--plot", "a.png", "--json", "a.png"], ["two of --plot, --json", "'a.png'"]),
         (["loss", "--fast"], ["'--fast'"]),
     ],
 )

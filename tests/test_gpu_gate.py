@@ -15,7 +15,9 @@ from fastkd.bench.losses.baselines import kd
 from fastkd.bench.losses.cases import Case, logits
 from fastkd.bench.losses.measure import measure_losses
 from fastkd.bench.scripts import gpu_gate, teacher_forms
-from fastkd.bench.scripts.gpu_gate import CIFAR, IMAGENET, new_record, place, report, run_accuracy, run_step, work_off
+from fastkd.bench.scripts.gpu_gate import CIFAR, IMAGENET, new_record, place, report, run_accuracy, shown, work_off
+from fastkd.bench.steps.measure import measure_step
+from fastkd.bench.steps.report import show_step
 from fastkd.bench.steps.workload import Workload
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +34,7 @@ def short(monkeypatch):
 
 def jobs(done: list[str], **more) -> list:
     """One of each kind that counts, and then those of `more`."""
-    case = Case("KD 6 x 5", logits(2, 6, 5), kd, kd, 1)
+    case = Case("KD 6 x 5", partial(logits, 2, 6, 5), kd, kd, 1)
 
     def tests():
         done.append("tests")
@@ -47,11 +49,11 @@ def jobs(done: list[str], **more) -> list:
 def test_all_of_it_and_the_markdown(tmp_path):
     path, record = tmp_path / "a-gate.json", new_record("CPU", True)
     pair = Workload("kd", "resnet14", "resnet8", (), 4, 16, 10)
-    todo = jobs([], **{pair.name: partial(run_step, pair, CPU, True)})
+    todo = jobs([], **{pair.name: partial(shown, show_step, measure_step, pair, CPU, True, False)})
     todo.append(("accuracy", "fashion", lambda: run_accuracy(tmp_path, path, NEVER)))
     assert work_off(todo, record, path, NEVER) == 0
     kept = json.loads(path.read_text())
-    assert kept == json.loads(json.dumps(record)) and len(kept["losses"]["cases"]) == 1
+    assert kept == json.loads(json.dumps(record)) and [len(run["cases"]) for run in kept["losses"].values()] == [1]
     assert kept["steps"][pair.name]["contenders"]["fastkd eager"]["status"] == "right"
     text = path.with_suffix(".md").read_text()
     assert "| gpu | passed | 1 | 1 passed |" in text and "KD 6 x 5" in text and f"| {pair.name} | fastkd" in text
@@ -107,7 +109,7 @@ def test_what_breaks_is_kept_and_the_others_go_on(tmp_path):
 
 
 def test_a_file_is_of_one_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_gate, "commit", lambda: "new")
+    monkeypatch.setattr("fastkd.bench.commit", lambda: "new")
     old = tmp_path / "2020-01-01-gate.json"
     old.write_text(json.dumps({"commit": "old", "quick": True, "seconds": {}}))
     reinit = place(tmp_path, True)

@@ -4,7 +4,9 @@ fastkd is timed against these functions, and checked against them in float64. Ea
 cases.py) and gives a scalar; `augment` gives the batch. PUBLISHED has them with the arguments of fastkd's functions.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,7 @@ from fastkd.kernels.logit_loss import LogitLoss
 
 def add(terms: Iterable[Tensor]) -> Tensor:
     """The sum of one or more tensors."""
-    first, *rest = terms
-    for term in rest:
-        first = first + term
-    return first
+    return functools.reduce(torch.add, terms)
 
 
 def kl(student: Tensor, teacher: Tensor, T: float = 1.0) -> Tensor:
@@ -35,10 +34,7 @@ def kd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def kd_liger(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """KD with Liger's divergence, which takes log-probabilities.
-
-    The cross-entropy is torch's: Liger's would overwrite the logits that the divergence needs.
-    """
+    """KD with Liger's divergence, and torch's cross-entropy: Liger's would overwrite the logits that are needed."""
     from liger_kernel.transformers import LigerKLDIVLoss
 
     log_s, log_t = F.log_softmax(student / 4, dim=1), F.log_softmax(teacher / 4, dim=1)
@@ -62,12 +58,9 @@ def factor_pair(inheriting: Tensor, exploring: Tensor, teacher: Tensor) -> Tenso
 
 def attention_transfer(*maps: Tensor) -> Tensor:
     """The student's maps, then the teacher's; szagoruyko/attention-transfer."""
-    pairs = zip(maps[: len(maps) // 2], maps[len(maps) // 2 :], strict=True)
-    return add((_attention(s) - _attention(t.detach())).pow(2).mean() for s, t in pairs)
-
-
-def _attention(x: Tensor) -> Tensor:
-    return F.normalize(x.pow(2).mean(1).view(x.shape[0], -1))
+    attention = [F.normalize(x.pow(2).mean(1).view(x.shape[0], -1)) for x in maps]
+    pairs = zip(attention[: len(maps) // 2], attention[len(maps) // 2 :], strict=True)
+    return add((s - t.detach()).pow(2).mean() for s, t in pairs)
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
@@ -85,15 +78,12 @@ def overhaul(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
 def dkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     """megvii-research/mdistiller, which masks the label by subtracting 1000; alpha 1, beta 8, temperature 4."""
     T, label = 4.0, torch.zeros_like(student).scatter_(1, target[:, None], 1)
-    p_s, p_t = (_label_and_rest(F.softmax(z / T, dim=1), label) for z in (student, teacher.detach()))
+    softmaxes, masks = [F.softmax(z / T, dim=1) for z in (student, teacher.detach())], (label, 1 - label)
+    p_s, p_t = (torch.cat([(p * mask).sum(1, keepdim=True) for mask in masks], dim=1) for p in softmaxes)
     tckd = F.kl_div(p_s.log(), p_t, reduction="batchmean") * T * T
     log_r_s = F.log_softmax(student / T - 1000 * label, dim=1)
     r_t = F.softmax(teacher.detach() / T - 1000 * label, dim=1)
     return tckd + 8 * F.kl_div(log_r_s, r_t, reduction="batchmean") * T * T
-
-
-def _label_and_rest(p: Tensor, label: Tensor) -> Tensor:
-    return torch.cat([(p * label).sum(1, keepdim=True), (p * (1 - label)).sum(1, keepdim=True)], dim=1)
 
 
 def dist(student: Tensor, teacher: Tensor) -> Tensor:
@@ -135,40 +125,15 @@ def augment_one_by_one(images: Tensor, boxes: Tensor, flips: Tensor, out: Tensor
     return ((torch.cat(crops) - mean[:, None, None]) / std[:, None, None]).to(out.dtype)
 
 
-def _kd(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    *,
-    temperature: float,
-    ce_weight: float,
-    kd_weight: float,
-    standardize: bool,
-    **_: object,
-) -> KDTerms:
-    if standardize:
-        return kd_loss_reference(
-            student,
-            teacher,
-            target,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            kd_weight=kd_weight,
-            standardize=True,
-        )
-    ce, divergence = ce_weight * F.cross_entropy(student, target), kd_weight * kl(student, teacher, temperature)
+def _kd(student: Tensor, teacher: Tensor, target: Tensor, *, ignore_index: object, **settings: Any) -> KDTerms:
+    if settings["standardize"]:
+        return kd_loss_reference(student, teacher, target, **settings)
+    ce = settings["ce_weight"] * F.cross_entropy(student, target)
+    divergence = settings["kd_weight"] * kl(student, teacher, settings["temperature"])
     return KDTerms(ce + divergence, ce, divergence)
 
 
-def _heads(
-    heads: Sequence[Tensor],
-    target: Tensor,
-    ce_weights: Sequence[float],
-    table: Sequence[Sequence[float]],
-    *,
-    temperature: float = 1.0,
-    **_: object,
-) -> LogitLoss:
+def _heads(heads: list, target: Tensor, ce_weights: list, table: list, temperature: float = 1, **_: Any) -> LogitLoss:
     """Each divergence is computed from the logits, as in the codes of DML, DCM and SOKD."""
     none = torch.zeros((), device=heads[0].device)
     rows = []

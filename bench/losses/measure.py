@@ -4,28 +4,17 @@ Right means that value and gradients agree with the eager formulation in float64
 second, which gets the tensors as the first has left them.
 """
 
-import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastkd.bench import (
-    Record,
-    about_run,
-    first_line,
-    load_average,
-    load_notes,
-    log_rank0,
-    new_figure,
-    save_figure,
-    show_table,
-    summary,
-)
-from fastkd.bench.losses.cases import COMPILED, Case, cases, least_bytes, ways
+from fastkd import bench
+from fastkd.bench import Record
+from fastkd.bench.losses.cases import COMPILED, Case, ways
 from fastkd.bench.timing import Work, clocks, copy_rate, graphed, interleaved, kernels, works
+from fastkd.engine.precision import Precision
 
 Log = Callable[[str], None]
 
@@ -40,18 +29,6 @@ WORDS = (
     f"baseline's; ?: the 80th percentile of one of the two is above {SPREAD:g} times the 20th; % copy: what part of "
     "the speed of copying fastkd reaches, by the bytes that must be moved"
 )
-QUICK = "torch.compile was left out (--quick)"
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """The dtype of logits and maps."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def autocast(device: torch.device) -> AbstractContextManager:
-    """The autocast context of a trainer: with bf16 tensors torch computes softmaxes, norms and sums in fp32."""
-    dtype = precision(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False)
 
 
 def leaves(tensors: list[Tensor], learners: int, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -80,43 +57,48 @@ def difference(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) ->
 
 def judge(case: Case, functions: dict[str, Callable[..., Tensor]], tensors: list[Tensor]) -> dict[str, Record]:
     """For each way its status: right, wrong or unavailable; and the reason."""
-    device, dtype = tensors[0].device, precision(tensors[0].device)
+    precision = Precision("auto", tensors[0].device)
     wanted = results(case.eager, leaves(tensors, case.learners, torch.float64), case.learners)
     verdicts: dict[str, Record] = {}
-    with autocast(device):
+    with precision.autocast():  # as in training: with bf16 tensors torch computes softmaxes, norms and sums in fp32
         for name, function in functions.items():
             copies, reason = leaves(tensors, case.learners), ""
             try:
                 for _ in range(2):
-                    reason = reason or difference(results(function, copies, case.learners), wanted, dtype)
+                    reason = reason or difference(results(function, copies, case.learners), wanted, precision.dtype)
                 verdicts[name] = {"status": "wrong", "reason": reason} if reason else {"status": "right"}
             except Exception as error:  # a missing compiler, an unfit package: the reason is reported
-                verdicts[name] = {"status": "unavailable", "reason": first_line(error)}
+                verdicts[name] = {"status": "unavailable", "reason": bench.first_line(error)}
     return verdicts
 
 
 def measure(case: Case, device: torch.device, seconds: float, compiled: bool, bandwidth: float) -> Record:
-    """The record of a case. `bandwidth`: copy_rate() of the device."""
-    tensors = leaves(case.make(device, precision(device)), case.learners)
-    functions = ways(case, compiled)
-    found = judge(case, functions, tensors)
+    """The record of a case. `bandwidth`: copy_rate() of the device.
+
+    The least bytes to move: each tensor is read once (`augment` writes its batch), each gradient is written once.
+    """
+    precision, functions = Precision("auto", device), ways(case, compiled)
+    tensors = leaves(case.make(device, precision.dtype), case.learners)
+    found, moved = judge(case, functions, tensors), sum(x.nbytes for x in (*tensors, *tensors[: case.learners]))
     right = {name: works(functions[name], tensors, case.learners) for name in found if found[name]["status"] == "right"}
-    record = {"case": case.name, "least_bytes": least_bytes(case, tensors), "contenders": found}
-    if right:
-        with autocast(device):
-            time_all(found, right, device, seconds)
-        add_rates(record, bandwidth)
-    return record
+    with precision.autocast():
+        time_all(found, right, device, seconds)
+    for contender in found.values():
+        if "times" in contender:
+            whole = list(contender["times"].values())[-1]
+            per_second = moved / ((whole.get("graph") or whole["call"])["median"] / 1e3)
+            contender["copy_rate_percent"] = 100 * per_second / bandwidth
+    return {"case": case.name, "least_bytes": moved, "contenders": found}
 
 
 def time_all(found: dict[str, Record], right: dict[str, dict[str, Work]], device: torch.device, seconds: float) -> None:
     """Write `times` [mode][clock] and, on CUDA, the kernels of a call into `found`."""
-    for mode in next(iter(right.values())):
+    for mode in next(iter(right.values()), {}):
         calls = {name: modes[mode] for name, modes in right.items()}
         for kind, clock in clocks(device).items():
             ready = calls if kind == "call" else captured(calls, found)
-            for name, times in (interleaved(ready, clock, seconds) if ready else {}).items():
-                found[name].setdefault("times", {}).setdefault(mode, {})[kind] = summary(times)
+            for name, times in interleaved(ready, clock, seconds).items():
+                found[name].setdefault("times", {}).setdefault(mode, {})[kind] = bench.summary(times)
     if device.type == "cuda":
         for name in right:
             found[name]["kernels"] = kernels(list(right[name].values())[-1])
@@ -130,34 +112,18 @@ def captured(calls: dict[str, Work], found: dict[str, Record]) -> dict[str, Work
             graphs[name] = graphed(work)
         except Exception as error:
             torch.cuda.synchronize()
-            found[name]["no_graph"] = first_line(error)
+            found[name]["no_graph"] = bench.first_line(error)
     return graphs
-
-
-def add_rates(record: Record, bandwidth: float) -> None:
-    """Add the percentage of the bandwidth, by the least bytes that the whole operation moves."""
-    for contender in record["contenders"].values():
-        if "times" in contender:
-            whole = list(contender["times"].values())[-1]
-            seconds = (whole.get("graph") or whole["call"])["median"] / 1e3
-            contender["copy_rate_percent"] = 100 * record["least_bytes"] / seconds / bandwidth
 
 
 def measure_losses(chosen: list[Case], device: torch.device, quick: bool, log: Log) -> Record:
     """The record of a run over the `chosen` cases. `quick`: few rounds, without torch.compile."""
-    rate = copy_rate(device, megabytes=64 if quick else 512)
-    load = load_average()
+    rate, load = copy_rate(device, megabytes=64 if quick else 512), bench.load_average()
     records: list[Record] = []
     for case in chosen:
         log(f"{len(records) + 1}/{len(chosen)}  {case.name}")
         records.append(measure(case, device, 0.05 if quick else 1.0, not quick, rate))
-    return about_run(device, precision(device), load) | {"copy_gb_per_s": rate / 1e9, "quick": quick, "cases": records}
-
-
-def choose(part: str, device: torch.device) -> list[Case]:
-    """The cases in whose name a word begins with `part`: KD does not choose DKD."""
-    begins = re.compile(rf"(?<![\w-]){re.escape(part)}", re.IGNORECASE)
-    return [case for case in cases(device) if begins.search(case.name)]
+    return bench.about_run(device, load) | {"copy_gb_per_s": rate / 1e9, "quick": quick, "cases": records}
 
 
 def times_by_way(record: Record, clock: str) -> dict[str, dict[str, float]]:
@@ -172,14 +138,6 @@ def ratios(record: Record, clock: str) -> dict[str, float]:
     found.pop(COMPILED, None)
     ours = found.pop("fastkd", None)
     return {name: times["median"] / ours["median"] for name, times in found.items()} if ours else {}
-
-
-def compiled_ratio(record: Record, clock: str) -> float | None:
-    """The time of compiled torch as a multiple of compiled fastkd's."""
-    found = times_by_way(record, clock)
-    if not {COMPILED, "compile"} <= found.keys():
-        return None
-    return found["compile"]["median"] / found[COMPILED]["median"]
 
 
 def verdict(record: Record, clock: str) -> str:
@@ -205,40 +163,49 @@ def compared(fused: dict[str, float], other: dict[str, float]) -> str:
 
 
 def bars_of(record: Record, clock: str) -> list[tuple[str, float, str]]:
-    """(label, multiple of fastkd's time, colour) of each baseline: blue if fastkd is faster, red if it is slower."""
-    found, both_compiled = times_by_way(record, clock), compiled_ratio(record, clock)
-    multiples = ratios(record, clock) | ({} if both_compiled is None else {"compile": both_compiled})
-    ours = {name: COMPILED if name == "compile" and both_compiled else "fastkd" for name in multiples}
+    """(label, multiple of fastkd's time, colour) of each baseline: blue if fastkd is faster, red if it is slower.
+
+    Eager baselines are compared with eager fastkd, compiled PyTorch with compiled fastkd.
+    """
+    found, bars = times_by_way(record, clock), []
     colours = {"faster": "C0", "slower": "C3", "even": "grey"}
-    return [
-        (f"{record['case']}, {name}", x, colours[compared(found[ours[name]], found[name])])
-        for name, x in multiples.items()
-    ]
+    eager, compiled = found.pop("fastkd", None), found.pop(COMPILED, None)
+    for name, times in found.items():
+        ours = compiled if name == "compile" and compiled else eager
+        if ours:
+            multiple = times["median"] / ours["median"]
+            bars.append((f"{record['case']}, {name}", multiple, colours[compared(ours, times)]))
+    return bars
 
 
 def rows(record: Record) -> list[list[str]]:
     """One row for the calls and, on CUDA, one for the graphs."""
-    names = ["call", "graph"] if any(times_by_way(record, "graph")) else ["call"]
-    return [row(record, clock) for clock in names]
+    return [row(record, clock) for clock in ("call", "graph")[: 1 + any(times_by_way(record, "graph"))]]
 
 
 def row(record: Record, clock: str) -> list[str]:
     """One row of the table, by COLUMNS."""
     name = record["case"] + " (graph)" * (clock == "graph")
-    ours, others = times_by_way(record, clock).get("fastkd"), ratios(record, clock)
-    both, best = compiled_ratio(record, clock), min(others, key=lambda name: others[name], default=None)
-    compiled = f"{both:.2f}x" if both else "-"
-    if not ours:
+    found, others = times_by_way(record, clock), ratios(record, clock)
+    best, compiled = min(others, key=lambda name: others[name], default=None), "-"
+    if {COMPILED, "compile"} <= found.keys():
+        compiled = f"{found['compile']['median'] / found[COMPILED]['median']:.2f}x"
+    if "fastkd" not in found:
         return [name, "-", "-", compiled, "-", verdict(record, clock), "-"]
     eager = f"{others['eager']:.2f}x" if "eager" in others else "-"
     least = f"{others[best]:.2f}x {best}" if best else "-"
     share = f"{record['contenders']['fastkd']['copy_rate_percent']:.0f}"
-    return [name, f"{ours['median']:.3f}", eager, compiled, least, verdict(record, clock), share]
+    return [name, f"{found['fastkd']['median']:.3f}", eager, compiled, least, verdict(record, clock), share]
 
 
 def notes(run: Record) -> list[str]:
-    """What the table's words mean, what disturbed the figures, and which way got no time and why."""
-    lines = [WORDS, *disturbances(run)] + [QUICK] * run["quick"]
+    """What the table's words mean, signs of other work on the machine, and which way got no time and why."""
+    doubtful = [r["case"] for r in run["cases"] if any(verdict(r, way).endswith("?") for way in ("call", "graph"))]
+    lines = [WORDS, *bench.load_notes(run)]
+    if doubtful:
+        lines.append(f"Other work may have disturbed {', '.join(doubtful)}: measure again")
+    if run["quick"]:
+        lines.append("torch.compile was left out (--quick)")
     for record in run["cases"]:
         for name, contender in record["contenders"].items():
             if "reason" in contender:
@@ -248,15 +215,7 @@ def notes(run: Record) -> list[str]:
     return lines
 
 
-def disturbances(run: Record) -> list[str]:
-    """Signs that other work shared the machine."""
-    doubtful = [r["case"] for r in run["cases"] if any(verdict(r, way).endswith("?") for way in ("call", "graph"))]
-    more = f"Other work may have disturbed {', '.join(doubtful)}: measure again"
-    return load_notes(run) + [more] * bool(doubtful)
-
-
 def heading(run: Record) -> str:
-    """The line above the table."""
     return (
         f"Forward and backward, {run['device']}, {run['dtype']}; copying moves {run['copy_gb_per_s']:.0f} GB/s here; "
         f"load of the machine before: {run['load_average']:.1f} on {run['environment']['cpus']} CPUs. "
@@ -265,24 +224,20 @@ def heading(run: Record) -> str:
 
 
 def show_losses(run: Record) -> None:
-    """Print heading, table and notes."""
-    log_rank0(heading(run))
-    show_table(COLUMNS, [row for record in run["cases"] for row in rows(record)], numbers=6)
-    for note in notes(run):
-        log_rank0(note)
+    bench.log_rank0(heading(run))
+    bench.show_table(COLUMNS, [row for record in run["cases"] for row in rows(record)], numbers=6)
+    bench.log_rank0("\n".join(notes(run)))
 
 
 def draw_losses(run: Record, path: Path) -> None:
-    """Write a PNG with a bar for each case and baseline: its time as a multiple of fastkd's.
-
-    Eager baselines are compared with eager fastkd, compiled PyTorch with compiled fastkd.
-    """
+    """Write a PNG with a bar for each case and baseline: its time as a multiple of fastkd's."""
+    from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     way = "graph" if any(times_by_way(record, "graph") for record in run["cases"]) else "call"
     bars = [bar for record in run["cases"] for bar in bars_of(record, way)]
     bars.reverse()
-    figure = new_figure(9, 1.5 + 0.25 * len(bars))
+    figure = Figure(figsize=(9, 1.5 + 0.25 * len(bars)), layout="constrained")
     axes = figure.subplots()
     axes.barh([name for name, _, _ in bars], [x - 1 for _, x, _ in bars], left=1, color=[shade for *_, shade in bars])
     for place, (_, x, _) in enumerate(bars):
@@ -294,4 +249,4 @@ def draw_losses(run: Record, path: Path) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-    save_figure(figure, path)
+    figure.savefig(path, format="png", dpi=110)

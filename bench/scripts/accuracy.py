@@ -11,7 +11,6 @@ result is the student after the last epoch. Each finished run is written at once
 bench/results/<device>/<date>-accuracy-<data>.json; table and picture are written beside it.
 """
 
-import argparse
 import contextlib
 import datetime
 import hashlib
@@ -22,32 +21,21 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from argparse import Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as on the command line, before torch is loaded
 
 import torch
 from torch import nn
 
-from fastkd.bench import (
-    Record,
-    commit,
-    default_device,
-    environment,
-    load_average,
-    markdown_table,
-    new_figure,
-    results_folder,
-    save_figure,
-    write_json,
-)
+from fastkd import bench
+from fastkd.bench import Record
 from fastkd.bench.fashion import FOLDER, create_fashion
 from fastkd.config import parse
 from fastkd.data import create_loaders
-from fastkd.data.base import Loader
+from fastkd.data.base import Loader, Shard
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError, nearest
 from fastkd.methods import METHODS
@@ -61,53 +49,46 @@ NOT_SETTINGS = ("seed", "out", "resume", "device", "tensorboard")
 NAMES = {"teacher": "teacher", "ce": "student alone"}
 
 
-@dataclass(frozen=True)
 class Study:
-    """What all runs share."""
+    """What all runs share. `epochs`: 0 is the usual number. `images` of Fashion-MNIST, to train and to evaluate."""
 
-    config: Any  # an effective configuration, as config.parse makes it
-    device: torch.device
-    images: tuple[int, int]  # of Fashion-MNIST, to train and to evaluate; 0: all
-    folder: Path = FOLDER
+    def __init__(self, data: str, epochs: int, device: torch.device, folder: Path, images: tuple[int, int] = ON_CPU):
+        words = ["--recipe", "digits", "--method", "ce", "--epochs", str(epochs or EPOCHS[data])]
+        config = parse(words, lambda line: None)
+        self.data, self.train = replace(config.data, data=data), replace(config.train, device=str(device))
+        self.device, self.folder = device, folder
+        self.images = (0, 0) if device.type == "cuda" else images  # 0: all
 
     def loaders(self, seed: int) -> tuple[Loader, Loader]:
-        """The training and the evaluation loader."""
-        dtype, data = Precision("auto", self.device).dtype, self.config.data
-        if data.data == "digits":
-            return create_loaders(data, self.device, seed=seed, dtype=dtype)
-        size, where = data.batch_size, self.device
-        return create_fashion(size, where, seed=seed, dtype=dtype, images=self.images, folder=self.folder)
+        dtype = Precision("auto", self.device).dtype
+        if self.data.data == "digits":
+            return create_loaders(self.data, self.device, seed=seed, dtype=dtype)
+        return create_fashion(self.data.batch_size, self.device, Shard(seed, dtype=dtype), self.images, self.folder)
 
     def settings(self) -> Record:
         """What must be equal in all runs of one table."""
         train, val = self.loaders(0)
-        options = {name: value for name, value in asdict(self.config.train).items() if name not in NOT_SETTINGS}
-        named = {"data": self.config.data.data, "teacher": TEACHER, "student": STUDENT}
-        counts = {"images": [train.samples, val.samples], "batch_size": self.config.data.batch_size}
+        options = {name: value for name, value in asdict(self.train).items() if name not in NOT_SETTINGS}
+        named = {"data": self.data.data, "teacher": TEACHER, "student": STUDENT}
+        counts = {"images": [train.samples, val.samples], "batch_size": self.data.batch_size}
         return dict(json.loads(json.dumps(named | counts | options)))
-
-
-def study(
-    data: str, epochs: int, device: torch.device, folder: Path = FOLDER, images: tuple[int, int] | None = None
-) -> Study:
-    """The study of a data set; 0 epochs are the usual number."""
-    config = parse(["--recipe", "digits", "--method", "ce", "--epochs", str(epochs or EPOCHS[data])], lambda line: None)
-    config = replace(config, data=replace(config.data, data=data), train=replace(config.train, device=str(device)))
-    everything = device.type == "cuda" or data == "digits"
-    return Study(config, device, images or ((0, 0) if everything else ON_CPU), folder)
 
 
 def train_one(this: Study, name: str, seed: int, teacher_file: Path) -> Record:
     """Accuracies of a method's networks after the last epoch, and the time. "teacher" writes `teacher_file`."""
     train, val = this.loaders(seed)
-    network = partial(_network, len(train.classes), seed)
     kind = METHODS["ce" if name == "teacher" else name]
+
+    def network(name: str, number: int = 0, weights: Path | None = None) -> nn.Module:
+        torch.manual_seed(seed + number)  # the same initial weights in all methods; a peer has others
+        return create_model(name, len(train.classes), weights)
+
     teacher = network(TEACHER, weights=teacher_file) if kind.needs_teacher else None
     peers = [network(STUDENT, number=1)] if kind.needs_peers else []
     method = kind(network(TEACHER if name == "teacher" else STUDENT), teacher, kind.Options(), peers)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()) as printed:
-        options = replace(this.config.train, seed=seed, out=f"{out}/run")
+        options = replace(this.train, seed=seed, out=f"{out}/run")
         result = Trainer(method, train, val, options).fit()
         seconds = time.perf_counter() - start
         if name == "teacher":
@@ -119,31 +100,26 @@ def train_one(this: Study, name: str, seed: int, teacher_file: Path) -> Record:
     return found | ({"warnings": warnings} if warnings else {})
 
 
-def _network(classes: int, seed: int, name: str, number: int = 0, weights: Path | None = None) -> nn.Module:
-    torch.manual_seed(seed + number)  # the same initial weights in all methods; a peer has others
-    return create_model(name, classes, weights)
-
-
-def run_all(this: Study, path: Path, names: list[str], seeds: int, minutes: float, again: bool, work: Path) -> Record:
+def run_all(this: Study, path: Path, names: list[str], args: Namespace) -> Record:
     """Run what is missing in the file at `path`, seed by seed, and write each result at once."""
     record = _open(path, this.settings())
     key = hashlib.blake2b(json.dumps(record["settings"]).encode(), digest_size=4).hexdigest()
-    wanted = [(name, seed) for seed in range(seeds) for name in ("teacher", *names)]
+    wanted = [(name, seed) for seed in range(args.seeds) for name in ("teacher", *names)]
     done, start = record["pairs"], time.perf_counter()
     for number, (name, seed) in enumerate(wanted, 1):
-        teacher_file = work / f"{this.config.data.data}-{key}" / f"teacher{seed}.safetensors"
-        there = str(seed) in done.get(name, {}) and not (again and name != "teacher")
+        teacher_file = args.work / f"{args.data}-{key}" / f"teacher{seed}.safetensors"
+        there = str(seed) in done.get(name, {}) and not (args.again and name != "teacher")
         if there and (name != "teacher" or teacher_file.is_file()):
             continue
-        if minutes and time.perf_counter() - start > 60 * minutes:
-            print(f"--minutes {minutes:g} are over; the same command goes on", flush=True)
+        if args.minutes and time.perf_counter() - start > 60 * args.minutes:
+            print(f"--minutes {args.minutes:g} are over; the same command goes on", flush=True)
             break
         try:
             found = train_one(this, name, seed, teacher_file)
         except UserError as error:
             found = {"error": str(error)}
-        done.setdefault(name, {})[str(seed)] = found | {"commit": commit(), "load_average": load_average()}
-        write_json(path, record)
+        done.setdefault(name, {})[str(seed)] = found | {"commit": bench.commit(), "load_average": bench.load_average()}
+        bench.write_json(path, record)
         shown = f"top-1 {found['top1']:6.2f} %  {found['seconds']:6.1f} s" if "top1" in found else found["error"]
         print(f"{number:3}/{len(wanted)}  seed {seed}  {name:12} {shown}", flush=True)
         if "error" in found and name == "teacher":
@@ -154,19 +130,13 @@ def run_all(this: Study, path: Path, names: list[str], seeds: int, minutes: floa
 def _open(path: Path, settings: Record) -> Record:
     """The record at `path`, or a new one. Raises UserError if it has other settings."""
     if not path.is_file():
-        return {"settings": settings, "environment": environment(), "commit": commit(), "pairs": {}}
+        return {"settings": settings, "environment": bench.environment(), "commit": bench.commit(), "pairs": {}}
     record: Record = json.loads(path.read_text())
     if record["settings"] != settings:
         other = [name for name in settings if record["settings"].get(name) != settings[name]]
         raise UserError(f"{path} was made with other settings ({', '.join(other)}): give another --file")
     print(f"{path}: {sum(map(len, record['pairs'].values()))} runs are there already", flush=True)
     return record
-
-
-def place(data: str, device: torch.device) -> Path:
-    """The newest file of this data set and device, or today's."""
-    folder = results_folder(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
-    return max(folder.glob(f"*-accuracy-{data}.json"), default=folder / f"{datetime.date.today()}-accuracy-{data}.json")
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
@@ -194,36 +164,29 @@ def _shown(values: list[float], sign: str = "") -> str:
 
 def order(record: Record) -> list[str]:
     """The names in the order of the table."""
-    known = [name for name in ("teacher", "ce", *METHODS) if name in record["pairs"]]
-    return [*dict.fromkeys(known), *(name for name in record["pairs"] if name not in known)]
+    return [name for name in dict.fromkeys(["teacher", "ce", *METHODS, *record["pairs"]]) if name in record["pairs"]]
 
 
 def table(record: Record) -> str:
-    """As Markdown: mean ± standard deviation over the seeds; the gain is taken seed by seed."""
-    rows = []
+    """As Markdown: mean ± standard deviation over the seeds; the gain is taken seed by seed.
+
+    "beside it": accuracies of the networks trained beside the student, which are peers or an improved teacher.
+    """
+    rows, failed = [], []
     for name in order(record):
-        own = list(scores(record, name).values())
+        own, runs = list(scores(record, name).values()), record["pairs"][name]
         gain = "" if name in NAMES else _shown(gains(record, name), "+")
         seconds = list(scores(record, name, "seconds").values())
-        beside = ", ".join(f"{net} {_shown(values)}" for net, values in others(record, name).items())
+        others = dict.fromkeys(key for run in runs.values() for key in run if key.endswith("_top1"))
+        beside = [f"{key[:-5].replace('_', ' ')} {_shown([*scores(record, name, key).values()])}" for key in others]
         mean = f"{statistics.fmean(seconds):.0f}" if seconds else "-"
-        rows.append([NAMES.get(name, name), str(len(own)), _shown(own), gain, beside, mean])
-    runs = [(name, seed, run) for name, found in record["pairs"].items() for seed, run in found.items()]
-    failed = [f"\n{name}, seed {seed} failed: {run['error']}" for name, seed, run in runs if "error" in run]
-    return "\n".join(
-        [markdown_table(["method", "n", "top-1 %", "gain over alone", "beside it", "s per run"], rows), *failed]
-    )
-
-
-def others(record: Record, name: str) -> dict[str, list[float]]:
-    """Accuracies of the networks trained beside the student: peers, an improved teacher."""
-    runs = record["pairs"][name].values()
-    found = dict.fromkeys(key for run in runs for key in run if key.endswith("_top1"))
-    return {key.removesuffix("_top1").replace("_", " "): list(scores(record, name, key).values()) for key in found}
+        rows.append([NAMES.get(name, name), str(len(own)), _shown(own), gain, ", ".join(beside), mean])
+        failed += [f"\n{name}, seed {seed} failed: {run['error']}" for seed, run in runs.items() if "error" in run]
+    columns = ["method", "n", "top-1 %", "gain over alone", "beside it", "s per run"]
+    return "\n".join([bench.markdown_table(columns, rows), *failed])
 
 
 def heading(record: Record) -> str:
-    """The line above the table."""
     what, where = record["settings"], record["environment"]
     train, test = what["images"]
     return (
@@ -235,8 +198,10 @@ def heading(record: Record) -> str:
 
 def draw(record: Record, path: Path) -> None:
     """Write a PNG: a dot for each method's mean, a bar of one standard deviation, small dots for the seeds."""
+    from matplotlib.figure import Figure
+
     names = [name for name in order(record) if name not in NAMES and scores(record, name)][::-1]
-    figure = new_figure(7, 1.6 + 0.32 * len(names))
+    figure = Figure(figsize=(7, 1.6 + 0.32 * len(names)), layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(names):
         values = list(scores(record, name).values())
@@ -252,11 +217,12 @@ def draw(record: Record, path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=2)  # where no dot can be
-    save_figure(figure, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=110)
 
 
-def arguments(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: list[str] | None = None) -> None:
+    parser = bench.script_parser(__doc__)
     parser.add_argument("--data", choices=("digits", "fashion"), default="digits")
     parser.add_argument("--seeds", type=int, default=5, help="0, 1, ... up to this number of seeds")
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, with commas between")
@@ -267,14 +233,12 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--file", type=Path, help="the JSON, by default the newest there is, or a new one")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the files of Fashion-MNIST")
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="where the teachers are kept")
-    parser.add_argument("--device", default=str(default_device()))
-    return parser.parse_args(words)
-
-
-def main(words: list[str] | None = None) -> None:
-    args = arguments(words)
+    parser.add_argument("--device", default=str(bench.default_device()))
+    args = parser.parse_args(words)
     device = torch.device(args.device)
-    path = args.file or place(args.data, device)
+    folder = bench.results_folder(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
+    today = folder / f"{datetime.date.today()}-accuracy-{args.data}.json"
+    path = args.file or max(folder.glob(f"*-accuracy-{args.data}.json"), default=today)
     if args.table:
         if not path.is_file():
             raise UserError(f"--table: there is no {path}; run without --table first")
@@ -284,11 +248,11 @@ def main(words: list[str] | None = None) -> None:
         for name in names:
             if name not in METHODS:
                 raise UserError(f"--methods: unknown {name!r}{nearest(name, METHODS)}; there are {', '.join(METHODS)}")
-        this = study(args.data, args.epochs, device, args.folder)
-        record = run_all(this, path, names, args.seeds, args.minutes, args.again, args.work)
-    print(f"{heading(record)}\n\n{table(record)}")
+        record = run_all(Study(args.data, args.epochs, device, args.folder), path, names, args)
+    text = f"{heading(record)}\n\n{table(record)}"
+    print(text)
     draw(record, path.with_suffix(".png"))
-    path.with_suffix(".md").write_text(f"{heading(record)}\n\n{table(record)}\n")
+    path.with_suffix(".md").write_text(f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The real launch functions run on tensors without data. Triton is told of a GPU t
 TRITON_INTERPRET must not be set. `spilled` is in bytes; a test holds it at 0.
 """
 
-import argparse
 import datetime
 import json
 import re
@@ -18,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -27,28 +27,22 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from fastkd.bench import markdown_table, results_folder
+from fastkd.bench import markdown_table, results_folder, script_parser
 
 ASSEMBLERS = sorted(Path(triton.backends.nvidia.__file__).parent.glob("bin/ptxas*"))  # each knows some GPUs
-
-
 Figures = dict[str, str | int]
 Call = Callable[[], object]
-
-
-class NoGPU:
-    """What compilation needs of Triton's driver."""
-
-    def __init__(self, capability: int) -> None:
-        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
-        self.get_current_device = lambda: capability  # Triton caches compiled kernels per device
-        self.get_current_stream = lambda device: 0
 
 
 def compiled(call: Call, capability: int) -> list[Figures]:
     """The figures of every kernel that `call` would launch."""
     kernels, run = [], JITFunction.run
-    driver.set_active(NoGPU(capability))
+    no_gpu = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: capability,  # Triton caches compiled kernels per device
+        get_current_stream=lambda device: 0,
+    )
+    driver.set_active(no_gpu)
 
     def compile_only(function: Any, *args: Any, **kwargs: Any) -> None:
         kernels.append(run(function, *args, **kwargs | {"warmup": True}))
@@ -64,34 +58,22 @@ def figures(kernel: Any) -> Figures:
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
         file.write(ptx)
         file.flush()
-        command = ["-v", "-arch=" + _found(r"\.target (\w+)", ptx), file.name, "-o", "/dev/null"]
+        target = re.findall(r"\.target (\w+)", ptx)[0]
+        command = ["-v", f"-arch={target}", file.name, "-o", "/dev/null"]
         reports = [subprocess.run([tool, *command], capture_output=True, text=True).stderr for tool in ASSEMBLERS]
     report = next(report for report in reports if "Used" in report)
-    access = {
-        kind: [width(x) for x in re.findall(rf"{kind}\.global[.\w]*?((?:v\d\.)?b\d+) ", ptx)] for kind in ("ld", "st")
-    }
+    bits = {"ld": 0, "st": 0}  # of the widest access: st.global.v4.b32 has 128
+    for kind, vector, width in re.findall(r"(ld|st)\.global[.\w]*?(?:v(\d)\.)?b(\d+) ", ptx):
+        bits[kind] = max(bits[kind], int(vector or 1) * int(width))
     return {
         "kernel": kernel.metadata.name.strip("_"),
         "warps": kernel.metadata.num_warps,
-        "registers": int(_found(r"Used (\d+) registers", report)),
+        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
         "shared": kernel.metadata.shared,
-        "load bits": max(access["ld"], default=0),
-        "store bits": max(access["st"], default=0),
+        "load bits": bits["ld"],
+        "store bits": bits["st"],
     }
-
-
-def _found(pattern: str, text: str) -> str:
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"{pattern} is not in the compiler's output")
-    return found[1]
-
-
-def width(access: str) -> int:
-    """Bits of an access: v4.b32 -> 128."""
-    vector, _, bits = access.rpartition(".")
-    return int(vector[1:] or 1) * int(bits[1:]) if vector else int(bits[1:])
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -144,23 +126,18 @@ def both(
 
 def cases() -> dict[str, Call]:
     """The shipped configurations by what is computed."""
+    plain = ((128, 100), (256, 1000), (256, 8192), (256, 21841), (8192, 32000))
+    heads = ((2, 128, 100), (3, 256, 1000), (4, 256, 1000))
     return {
-        "KD 128 x 100": logits(2, 1, 128, 100),
-        "KD 256 x 1000": logits(2, 1, 256, 1000),
+        **{f"KD {N} x {C}": logits(2, 1, N, C) for N, C in plain},
         "KD 256 x 1000 standardised": logits(2, 1, 256, 1000, standardize=True),
         "KD 256 x 1000 backward": logits(2, 1, 256, 1000, backward=True),
         "KD 4096 x 1000 fp32": logits(2, 1, 4096, 1000, dtype=torch.float32),
-        "KD 256 x 8192": logits(2, 1, 256, 8192),
-        "KD 256 x 21841": logits(2, 1, 256, 21841),
-        "KD 8192 x 32000": logits(2, 1, 8192, 32000),
         "DML 256 x 1000": logits(2, 2, 256, 1000, temperature=1.0),
         "SOKD 256 x 1000": logits(3, 2, 256, 1000),
-        "DCM 2 x 2 128 x 100": logits(4, 4, 128, 100, temperature=1.0),
-        "DCM 2 x 3 256 x 1000": logits(6, 6, 256, 1000, temperature=1.0),
+        **{f"DCM 2 x {K} {N} x {C}": logits(2 * K, 2 * K, N, C, temperature=1.0) for K, N, C in heads},
         "DCM 2 x 3 256 x 1000 backward": logits(6, 6, 256, 1000, temperature=1.0, backward=True),
-        "DCM 2 x 4 256 x 1000": logits(8, 8, 256, 1000, temperature=1.0),
-        **{f"{name} {shape[0]} x {shape[1]}": call for name, shape, call in more_logits()},
-        **{f"{name} {' x '.join(map(str, shape))}": call for name, shape, call in maps()},
+        **{f"{name} {' x '.join(map(str, shape))}": call for name, shape, call in (*more_logits(), *maps())},
     }
 
 
@@ -211,37 +188,28 @@ def maps() -> Iterator[tuple[str, tuple, Call]]:
     yield "augment", tuple(out.shape), partial(augment.launch, images, boxes, flips, [out], [0.5] * 3, [0.2] * 3)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    names = ["case", *rows[0]["figures"]]
-    return markdown_table(names, [[row["case"], *map(str, row["figures"].values())] for row in rows]) + "\n"
-
-
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = script_parser(__doc__)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--write", action="store_true", help="write the table to bench/results/cpu/<date>-aot.md")
     form.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args()
-
-
-def main() -> None:
-    asked = options()
+    asked = parser.parse_args()
     warnings.simplefilter("ignore")  # Triton warns of a default that will change; it is set here
     rows = [
-        {"case": name, "figures": found}
+        (name, found)
         for name, call in cases().items()
         for capability in (80, 90, 100)
         for found in compiled(call, capability)
     ]
+    table = markdown_table(["case", *rows[0][1]], [[name, *map(str, found.values())] for name, found in rows]) + "\n"
     if asked.json:
-        print(json.dumps(rows))
+        print(json.dumps([{"case": name, "figures": found} for name, found in rows]))
     elif asked.write:
         path = results_folder(None) / f"{datetime.date.today()}-aot.md"
-        path.write_text(table(rows))
+        path.write_text(table)
         print(path)
     else:
-        print(table(rows))
+        print(table)
 
 
 if __name__ == "__main__":

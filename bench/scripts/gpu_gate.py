@@ -10,7 +10,6 @@ the file says what failed); 2 without a GPU; 3 if the time was up, and the same 
 Accuracy needs tyro and the files of Fashion-MNIST. The rest needs torch, triton, torchvision, timm and pytest.
 """
 
-import argparse
 import datetime
 import gc
 import importlib.util
@@ -25,62 +24,54 @@ from pathlib import Path
 
 import torch
 
-from fastkd.bench import (
-    ROOT,
-    Record,
-    commit,
-    environment,
-    first_line,
-    log_rank0,
-    markdown_table,
-    results_folder,
-    write_json,
-)
+from fastkd import bench
+from fastkd.bench import ROOT, Record, log_rank0, markdown_table
 from fastkd.bench.fashion import FOLDER
 from fastkd.bench.losses.cases import cases
 from fastkd.bench.losses.measure import COLUMNS, heading, measure_losses, notes, rows, show_losses
 from fastkd.bench.steps.measure import measure_step
-from fastkd.bench.steps.report import best_baseline, markdown, ours, show_step, speed, timed
-from fastkd.bench.steps.workload import CIFAR, IMAGENET, Workload
+from fastkd.bench.steps.report import best_baseline, markdown, medians, ours, show_step, speed
+from fastkd.bench.steps.workload import CIFAR, IMAGENET
 
 TESTS = {"gpu": ["-m", "gpu or every", "tests"]}
 SEEDS = 3
 GUESS = 60.0  # seconds of a job, if none of its kind has run
 STEPS = ["step", "fastkd", "img/s", "best baseline", "times as fast", "official eager", "timm task", "best compile"]
-Job = tuple[str, str, Callable[[], Record]]
-"""Kind, name and work."""
+Job = tuple[str, str, Callable[[], Record]]  # kind, name and work
 
 
-def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = bench.script_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="few rounds, without torch.compile")
     parser.add_argument("--minutes", type=float, default=0, help="stop after so many; the same line continues")
     parser.add_argument("--file", type=Path, help="the JSON; by default the newest of this commit, or a new one")
     parser.add_argument("--fashion", type=Path, help="folder of the files of Fashion-MNIST")
-    return parser.parse_args(words)
-
-
-def main() -> int:
-    args = arguments()
+    args = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_gate: no CUDA device here; nothing was run", file=sys.stderr)
         return 2
     gpu, end = torch.cuda.get_device_name(), time.perf_counter() + 60 * (args.minutes or float("inf"))
-    path = args.file or place(results_folder(gpu), args.quick)
+    path = args.file or place(bench.results_folder(gpu), args.quick)
     record = json.loads(path.read_text()) if path.is_file() else new_record(gpu, args.quick)
-    device = torch.device("cuda")
+    device, quick = torch.device("cuda"), args.quick
     jobs: list[Job] = [("tests", name, partial(run_tests, words)) for name, words in TESTS.items()]
-    jobs += [("losses", c.name, partial(measure_losses, [c], device, args.quick, log_rank0)) for c in cases(device)]
-    jobs += [("steps", w.name, partial(run_step, w, device, args.quick)) for w in (*CIFAR, *IMAGENET)]
+    jobs += [("losses", c.name, partial(shown, show_losses, measure_losses, [c], device, quick)) for c in cases(device)]
+    steps = partial(shown, show_step, measure_step)
+    jobs += [("steps", w.name, partial(steps, w, device, quick, not quick)) for w in (*CIFAR, *IMAGENET)]
     jobs.append(("forms", "all", partial(run_forms, path)))
     jobs.append(("accuracy", "fashion", partial(run_accuracy, args.fashion, path, end)))
     status = work_off(jobs, record, path, end)
-    log_rank0(f"{verdict(status, record)}; {path}")
+    said = "green" if status == 0 else "something of fastkd is wrong or broke"
+    if status == 3:
+        said = "the time is up, the same line goes on"
+    elif not green(record):
+        said = "a test is red, so nothing was timed"
+    log_rank0(f"{said}; {path}")
     return status
 
 
 def new_record(gpu: str, quick: bool) -> Record:
-    about = {"gpu": gpu, "commit": commit(), "quick": quick, "environment": environment()}
+    about = {"gpu": gpu, "commit": bench.commit(), "quick": quick, "environment": bench.environment()}
     return about | {"tests": {}, "losses": {}, "steps": {}, "forms": {}, "accuracy": {}, "seconds": {}}
 
 
@@ -88,7 +79,7 @@ def place(folder: Path, quick: bool) -> Path:
     """The newest file of this commit and `quick`, or a new one."""
     for path in sorted(folder.glob("*-gate.json"), reverse=True):
         record = json.loads(path.read_text())
-        if "seconds" in record and (record["commit"], record["quick"]) == (commit(), quick):
+        if "seconds" in record and (record["commit"], record["quick"]) == (bench.commit(), quick):
             return path
     now = datetime.datetime.now()
     path = folder / f"{now:%Y-%m-%d}-gate.json"
@@ -103,48 +94,26 @@ def work_off(jobs: list[Job], record: Record, path: Path, end: float) -> int:
             break
         if f"{kind} {name}" in record["seconds"]:
             continue
-        if ran and time.perf_counter() + expected(record, kind) > end:
+        seconds = [s for job, s in record["seconds"].items() if job.split()[0] == kind]
+        if ran and time.perf_counter() + max(seconds, default=GUESS) > end:  # the longest of its kind so far
             return 3
         log_rank0(f"{kind}: {name}")
         start = time.perf_counter()
-        keep(record, kind, name, attempt(work))
-        if not record[kind].get(name, {}).get("unfinished"):
-            record["seconds"][f"{kind} {name}"] = round(time.perf_counter() - start, 1)
-        write_json(path, record)
-        path.with_suffix(".md").write_text(report(record))
-        ran += 1
-        if record[kind].get(name, {}).get("unfinished"):
-            return 3
-    return 0 if green(record) and all_right(record) else 1
-
-
-def expected(record: Record, kind: str) -> float:
-    """Seconds of the longest job of this kind so far."""
-    return max((s for job, s in record["seconds"].items() if job.split()[0] == kind), default=GUESS)
-
-
-def attempt(work: Callable[[], Record]) -> Record:
-    """The job's record, or its error: the other jobs go on."""
-    try:
-        return work()
-    except Exception as error:
-        return {"error": first_line(error)}
-    finally:
+        try:
+            found = work()
+        except Exception as error:  # the other jobs go on
+            found = {"error": bench.first_line(error)}
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def keep(record: Record, kind: str, name: str, found: Record) -> None:
-    """Put the result of a job into the record."""
-    if kind != "losses":
+        torch.cuda.empty_cache()  # does nothing without a GPU
         record[kind][name] = found
-    elif "error" in found:
-        record["losses"].setdefault("errors", {})[name] = found["error"]
-    else:  # all cases are one list
-        before = record["losses"].get("cases", []), record["losses"].get("errors", {})
-        record["losses"] = found | {"cases": [*before[0], *found["cases"]], "errors": before[1]}
-        show_losses(found)
+        if not found.get("unfinished"):
+            record["seconds"][f"{kind} {name}"] = round(time.perf_counter() - start, 1)
+        bench.write_json(path, record)
+        path.with_suffix(".md").write_text(report(record))
+        if found.get("unfinished"):
+            return 3
+        ran += 1
+    return 0 if green(record) and all_right(record) else 1
 
 
 def run_tests(words: list[str]) -> Record:
@@ -153,16 +122,16 @@ def run_tests(words: list[str]) -> Record:
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     start = time.perf_counter()
     run = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    seconds = round(time.perf_counter() - start, 1)
     tail = (run.stdout + run.stderr).strip().splitlines()[-40:] or ["printed nothing"]
     log_rank0(f"pytest {' '.join(words)}: {tail[-1]}")
-    seconds = round(time.perf_counter() - start, 1)
     return {"command": " ".join(command[1:]), "status": run.returncode, "seconds": seconds, "output": tail}
 
 
-def run_step(workload: Workload, device: torch.device, quick: bool) -> Record:
-    """The record of `fastkd bench step`, which is also printed."""
-    found = measure_step(workload, device, quick, not quick, log_rank0)
-    show_step(found)
+def shown(show: Callable[[Record], None], measure: Callable[..., Record], *given: object) -> Record:
+    """The record of `fastkd bench loss` or `step`, which is also printed."""
+    found = measure(*given, log_rank0)
+    show(found)
     return found
 
 
@@ -207,79 +176,62 @@ def green(record: Record) -> bool:
 
 def all_right(record: Record) -> bool:
     """True if no job failed and every way of fastkd gives the right result."""
-    whole = [case["contenders"]["fastkd"] for case in record["losses"].get("cases", [])]
-    for found in record["steps"].values():
-        whole += [way for name, way in found.get("contenders", {}).items() if name.startswith("fastkd")]
-    others = ("tests", "steps", "forms", "accuracy")
-    broken = [run for kind in others for run in record[kind].values() if "error" in run]
-    return not broken and not record["losses"].get("errors") and all(found["status"] == "right" for found in whole)
-
-
-def verdict(status: int, record: Record) -> str:
-    """The last line that is printed."""
-    if status == 3:
-        return "the time is up, the same line goes on"
-    if not green(record):
-        return "a test is red, so nothing was timed"
-    return "green" if status == 0 else "something of fastkd is wrong or broke"
+    kinds = ("tests", "losses", "steps", "forms", "accuracy")
+    if any("error" in run for kind in kinds for run in record[kind].values()):
+        return False
+    ours = [run["cases"][0]["contenders"]["fastkd"] for run in record["losses"].values()]
+    for run in record["steps"].values():
+        ours += [way for name, way in run.get("contenders", {}).items() if name.startswith("fastkd")]
+    return all(way["status"] == "right" for way in ours)
 
 
 def report(record: Record) -> str:
     """The record as Markdown."""
     about = f"{record['gpu']}, commit {(record['commit'] or 'unknown')[:12]}, torch {record['environment']['torch']}"
-    parts = [f"# GPU gate: {about}", tests(record), losses(record), steps(record), forms(record), accuracy(record)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    parts = [f"# GPU gate: {about}", "## Tests", tests(record["tests"])]
+    if record["losses"]:
+        parts += ["## Losses", losses(record["losses"])]
+    if record["steps"]:
+        parts += ["## Steps", steps(record["steps"])]
+    if found := record["forms"].get("all"):
+        parts += ["## Forms of a teacher", "\n".join(found.get("output", [])) + errors(record["forms"])]
+    if found := record["accuracy"].get("fashion"):
+        text = found.get("skipped") or found.get("error") or "\n".join(found["output"])
+        parts += ["## Accuracy on Fashion-MNIST", text]
+    return "\n\n".join(parts) + "\n"
 
 
-def tests(record: Record) -> str:
+def tests(runs: Record) -> str:
     lines = [[name, "passed" if run["status"] == 0 else "failed", f"{run['seconds']:.0f}", run["output"][-1]]
-             for name, run in record["tests"].items() if "status" in run]  # fmt: skip
-    return "## Tests\n\n" + markdown_table(["tests", "result", "s", "said"], lines) + errors(record["tests"])
+             for name, run in runs.items() if "status" in run]  # fmt: skip
+    return markdown_table(["tests", "result", "s", "said"], lines) + errors(runs)
 
 
-def losses(record: Record) -> str:
-    found = record["losses"]
-    if not found.get("cases"):
-        return ""
-    lines = [row for case in found["cases"] for row in rows(case)]
-    said = "\n".join(f"- {note}" for note in notes(found))
-    return f"## Losses\n\n{heading(found)}\n\n{markdown_table(COLUMNS, lines)}\n\n{said}"
+def losses(runs: Record) -> str:
+    """One table of all cases, under the heading of the first."""
+    measured = [run for run in runs.values() if "cases" in run]
+    if not measured:
+        return errors(runs).strip()
+    whole = measured[0] | {"cases": [case for run in measured for case in run["cases"]]}
+    table = markdown_table(COLUMNS, [row for case in whole["cases"] for row in rows(case)])
+    said = "\n".join(f"- {note}" for note in notes(whole))
+    return f"{heading(whole)}\n\n{table}{errors(runs)}\n\n{said}"
 
 
-def steps(record: Record) -> str:
+def steps(runs: Record) -> str:
     """A row for each workload, then its tables."""
-    measured = {name: found for name, found in record["steps"].items() if "contenders" in found}
-    if not record["steps"]:
-        return ""
-    lines = [step_row(name, found) for name, found in measured.items()]
+    measured = {name: found for name, found in runs.items() if "contenders" in found}
+    lines = []
+    for name, found in measured.items():
+        row, mine, other = ["-"] * 7, ours(found), best_baseline(found)
+        if mine:
+            compiled = next((way for way in medians(found) if way.startswith("compile")), "")
+            ratios = [speed(found, mine, way) for way in (other, "official eager", "timm task", compiled)]
+            row = [mine, f"{found['contenders'][mine]['img_per_s']:,.0f}", other or "-"]
+            row += [f"{ratio:.2f}x" if ratio else "-" for ratio in ratios]
+        lines.append([name, *row])
     more = "\n".join(markdown(found) for found in measured.values())
-    return f"## Steps\n\n{markdown_table(STEPS, lines)}{errors(record['steps'])}\n\n{more}".rstrip()
-
-
-def step_row(name: str, found: Record) -> list[str]:
-    mine, other = ours(found), best_baseline(found)
-    if not mine:
-        return [name, "-", *["-"] * 6]
-    compiled = [way for way in timed(found) if way.startswith("compile")]
-    fastest = max(compiled, key=lambda way: found["contenders"][way]["img_per_s"], default="")
-    ratios = [speed(found, mine, way) for way in (other, "official eager", "timm task", fastest)]
-    shown = [f"{ratio:.2f}x" if ratio else "-" for ratio in ratios]
-    return [name, mine, f"{found['contenders'][mine]['img_per_s']:,.0f}", other or "-", *shown]
-
-
-def forms(record: Record) -> str:
-    found = record["forms"].get("all")
-    if not found:
-        return ""
-    return "## Forms of a teacher\n\n" + "\n".join(found.get("output", [])) + errors(record["forms"])
-
-
-def accuracy(record: Record) -> str:
-    found = record["accuracy"].get("fashion")
-    if not found:
-        return ""
-    text = found.get("skipped") or found.get("error") or "\n".join(found["output"])
-    return f"## Accuracy on Fashion-MNIST\n\n{text}"
+    return f"{markdown_table(STEPS, lines)}{errors(runs)}\n\n{more}".rstrip()
 
 
 def errors(found: Record) -> str:

@@ -19,20 +19,19 @@ import argparse
 import os
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from fastkd.bench import Record, environment, summary, write_json
+from fastkd.bench import environment, script_parser, show_table, summary, write_json
 from fastkd.data import DataOptions
 from fastkd.data.dali import DaliLoader
 from fastkd.data.folder import FolderLoader
@@ -79,38 +78,34 @@ def recipe(split: Split, options: DataOptions, device: torch.device) -> DataLoad
     )
 
 
-def folder(split: Split, options: DataOptions, device: torch.device) -> FolderLoader:
-    return FolderLoader(split, options, device, train=True)
-
-
-def dali(split: Split, options: DataOptions, device: torch.device) -> DaliLoader:
-    return DaliLoader(split, options, device, train=True)
-
-
-WAYS: dict[str, Callable[..., Iterable[Any]]] = {"recipe": recipe, "folder": folder, "dali": dali}
+WAYS: dict[str, Callable[..., Iterable[Any]]] = {
+    "recipe": recipe,
+    "folder": partial(FolderLoader, train=True),
+    "dali": partial(DaliLoader, train=True),
+}
 
 
 def images_per_second(loader: Iterable[Any], device: torch.device, seconds: float) -> float:
     """Over at least `seconds` of one epoch, after its first batches; each batch has reached the device."""
-    batches = iter(loader)
-    for _ in range(WARM_BATCHES):
-        _arrived(next(batches), device)
-    images, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        images += _arrived(next(batches), device)
+    images, start, elapsed = 0, 0.0, 0.0
+    for number, batch in enumerate(loader, 1):
+        images += len(batch[0].to(device, non_blocking=True))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number == WARM_BATCHES:
+            images, start = 0, time.perf_counter()
+        elapsed = time.perf_counter() - start
+        if number > WARM_BATCHES and elapsed >= seconds:
+            break
     return images / elapsed
-
-
-def _arrived(batch: Sequence[Tensor], device: torch.device) -> int:
-    images = batch[0].to(device, non_blocking=True)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return len(images)
 
 
 def measure(split: Split, args: argparse.Namespace) -> dict[str, list[float]]:
     """Images per second of each way, one number a round."""
-    found: dict[str, list[float]] = defaultdict(list)
+    # the same files over and over, so that no window meets the end of an epoch (20,000 images/s at most)
+    times = -(-int(args.seconds * 20_000 + WARM_BATCHES * args.batch_size) // len(split.files))
+    split = Split(split.classes, split.files * times, split.labels * times)
+    found: dict[str, list[float]] = {name: [] for name in WAYS}
     names, device = list(WAYS), torch.device(args.device)
     options = DataOptions(batch_size=args.batch_size, image_size=224, workers=args.threads)
     for turn in range(args.rounds):
@@ -119,29 +114,8 @@ def measure(split: Split, args: argparse.Namespace) -> dict[str, list[float]]:
     return found
 
 
-def long_epoch(split: Split, args: argparse.Namespace) -> Split:
-    """The same files over and over, so that no window meets the end of an epoch (20,000 images/s at most)."""
-    times = -(-int(args.seconds * 20_000 + WARM_BATCHES * args.batch_size) // len(split.files))
-    return Split(split.classes, split.files * times, split.labels * times)
-
-
-def report(found: dict[str, list[float]], args: argparse.Namespace, kilobytes: float) -> Record:
-    """Print the table; gives its figures."""
-    figures = {name: summary(found[name]) for name in WAYS}
-    print(
-        f"{args.images} made JPEGs, mean {kilobytes:.0f} KB; batch {args.batch_size}, 224 px, to {args.device}; ",
-        end="",
-    )
-    print(f"{args.threads} workers or threads, {len(os.sched_getaffinity(0))} CPUs")
-    print(f"{'loader':10}{'img/s median':>14}{'p20':>8}{'p80':>8}{'n':>4}{'dali is':>10}")
-    ratios = {name: figures["dali"]["median"] / row["median"] for name, row in figures.items()}
-    for name, row in figures.items():
-        print(f"{name:10}{row['median']:14.0f}{row['p20']:8.0f}{row['p80']:8.0f}{row['n']:4}{ratios[name]:9.2f}x")
-    return {"images_per_second": figures, "dali_is_faster_by": ratios}
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = script_parser(__doc__)
     parser.add_argument("--images", type=int, default=256, help="files made")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of one window")
     parser.add_argument("--rounds", type=int, default=5, help="windows of each loader")
@@ -151,19 +125,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: DALI then decodes on the GPU")
     parser.add_argument("--json", help="where to write the figures")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = arguments()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         make_images(Path(root), args.images)
         split = scan(root)
         kilobytes = sum(os.path.getsize(file) for file in split.files) / len(split.files) / 1000
-        found = measure(long_epoch(split, args), args)
-    result = report(found, args, kilobytes)
+        figures = {name: summary(values) for name, values in measure(split, args).items()}
+    ratios = {name: figures["dali"]["median"] / row["median"] for name, row in figures.items()}
+    print(
+        f"{args.images} made JPEGs, mean {kilobytes:.0f} KB; batch {args.batch_size}, 224 px, to {args.device}; "
+        f"{args.threads} workers or threads, {len(os.sched_getaffinity(0))} CPUs"
+    )
+    rows = [[name, *(f"{row[key]:.0f}" for key in ("median", "p20", "p80", "n")), f"{ratios[name]:.2f}x"]
+            for name, row in figures.items()]  # fmt: skip
+    show_table(["loader", "img/s median", "p20", "p80", "n", "dali is"], rows, numbers=5)
     if args.json:
-        write_json(args.json, {"environment": environment(), "options": vars(args), "kilobytes": kilobytes, **result})
+        about = {"environment": environment(), "options": vars(args), "kilobytes": kilobytes}
+        write_json(args.json, about | {"images_per_second": figures, "dali_is_faster_by": ratios})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ one or several kernels, one of fastkd is one kernel, and an update of all weight
 images changes nothing. `--file` also writes a .md with the table. Takes some minutes.
 """
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from fastkd.bench import ROOT, commit, environment, file_argument, log_rank0, markdown_table, write_json
-from fastkd.bench.steps.baselines import as_published, by_hand, options
+from fastkd.bench.steps.baselines import by_hand, options
 from fastkd.bench.steps.workload import CIFAR, IMAGENET, Workload
 from fastkd.bench.timing import counted
 from fastkd.engine import Step, choose_form
@@ -52,15 +53,9 @@ class Trace(NamedTuple):
 def trace(call: Callable[[], object]) -> Trace:
     """The sequence of files that `call` enters."""
     sequence: list[str] = []
-    names: dict[str, str | None] = {}
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
-        if event != "call":
-            return
-        code = frame.f_code
-        if code.co_filename not in names:
-            names[code.co_filename] = _relative(code.co_filename)
-        name = names[code.co_filename]
+        name = _relative(frame.f_code.co_filename) if event == "call" else None
         if name and (not sequence or sequence[-1] != name):
             sequence.append(name)
 
@@ -74,23 +69,12 @@ def trace(call: Callable[[], object]) -> Trace:
     return Trace(sequence)
 
 
+@functools.cache
 def _relative(file: str) -> str | None:
     """The path below the repository if the file is one of OURS, without symbolic links; else None."""
     path = Path(file).resolve()
-    if not path.is_relative_to(ROOT):
-        return None
-    relative = path.relative_to(ROOT)
-    return str(relative) if relative.parts[0] in OURS else None
-
-
-def trace_step() -> Trace:
-    """The trace of the step that the module's docstring describes."""
-    workload = Workload("kd", "resnet20", "resnet8", batch_size=8).filled(CPU)
-    batch = workload.batch(CPU)
-    step = Step(workload.build(CPU), options(), CPU)
-    for _ in range(WARM_UP):
-        step(*batch)
-    return trace(lambda: step(*batch))
+    ours = any(path.is_relative_to(ROOT / folder) for folder in OURS)
+    return str(path.relative_to(ROOT)) if ours else None
 
 
 def count(workload: Workload) -> dict[str, int | None]:
@@ -110,7 +94,7 @@ def count(workload: Workload) -> dict[str, int | None]:
         return step
 
     return {
-        "as published": operators(lambda method: as_published(method, CPU)),
+        "as published": operators(lambda method: by_hand(method, CPU, published=True)),
         "by hand": operators(lambda method: by_hand(method, CPU)),
         "fastkd": operators(lambda method: Step(method, options(), CPU)),
         "fastkd, fused teacher": operators(fused) if workload.build(CPU).asks_teacher else None,
@@ -119,23 +103,33 @@ def count(workload: Workload) -> dict[str, int | None]:
 
 def table(workloads: dict[str, dict[str, int | None]]) -> str:
     """The counts as Markdown."""
-    rows = []
-    for name, found in workloads.items():
-        cells = ("-" if found[way] is None else f"{found[way]:,}" for way in WAYS)
-        rows.append([name.replace("|", "and"), *cells])
+    rows = [
+        [name.replace("|", "and"), *("-" if found[way] is None else f"{found[way]:,}" for way in WAYS)]
+        for name, found in workloads.items()
+    ]
     return markdown_table(["workload", *WAYS], rows, numbers=len(WAYS)) + "\n"
 
 
 def show_files() -> None:
-    """Print the sequence and the two numbers."""
-    found = trace_step()
+    """Print the sequence of the step that the module's docstring describes, and the two numbers."""
+    workload = Workload("kd", "resnet20", "resnet8", batch_size=8).filled(CPU)
+    batch = workload.batch(CPU)
+    step = Step(workload.build(CPU), options(), CPU)
+    for _ in range(WARM_UP):
+        step(*batch)
+    found = trace(lambda: step(*batch))
     for number, name in enumerate(found.sequence):
         print("return" if name in found.sequence[:number] else "enter ", name)
     print(f"{found.files} files, {found.returns} returns")
 
 
-def show_operators(path: Path | None) -> None:
-    """Print the table of all workloads, and write it to `path` if it is given."""
+def main() -> None:
+    what = sys.argv[1] if len(sys.argv) > 1 else ""
+    path = file_argument(__doc__, sys.argv[1 + (what in ("files", "operators")) :])
+    if what == "files":
+        return show_files()
+    if what != "operators":
+        sys.exit("step_counts: say what to count, files or operators")
     found = {}
     for workload in (*CIFAR, *IMAGENET):
         log_rank0(workload.name)
@@ -144,17 +138,6 @@ def show_operators(path: Path | None) -> None:
     if path:
         write_json(path, {"environment": environment(), "commit": commit(), "operators": found})
         path.with_suffix(".md").write_text(table(found))
-
-
-def main() -> None:
-    what = sys.argv[1] if len(sys.argv) > 1 else ""
-    path = file_argument(__doc__ or "", sys.argv[1 + (what in ("files", "operators")) :])
-    if what == "files":
-        show_files()
-    elif what == "operators":
-        show_operators(path)
-    else:
-        sys.exit("step_counts: say what to count, files or operators")
 
 
 if __name__ == "__main__":

@@ -9,20 +9,11 @@ also writes a .md with the table. Weights are random, BatchNorm statistics are t
 import statistics
 
 import torch
+from torch.optim.swa_utils import update_bn
 
-from fastkd.bench import (
-    Record,
-    commit,
-    default_device,
-    environment,
-    file_argument,
-    first_line,
-    load_average,
-    log_rank0,
-    markdown_table,
-    write_json,
-)
-from fastkd.bench.steps.workload import Workload, settle
+from fastkd import bench
+from fastkd.bench import Record
+from fastkd.bench.steps.workload import Workload
 from fastkd.engine.precision import Precision
 from fastkd.engine.teacher_forms import FORMS, try_forms
 from fastkd.methods.frozen import FrozenTeacher
@@ -43,8 +34,8 @@ def measure(name: str, device: torch.device) -> dict[str, Record]:
     workload = Workload("ce", student=name, batch_size=IMAGES[device.type][size], image_size=size).filled(device)
     images, _ = workload.batch(device)
     torch.manual_seed(0)
-    net = create_model(name, workload.classes).to(device).to(memory_format=torch.channels_last)
-    settle(net, images[:32].float())
+    net = create_model(name, workload.classes).to(device).to(memory_format=torch.channels_last).eval()
+    update_bn([images[:32].float()], net)
     runs = [
         try_forms(FrozenTeacher(net), images, "auto", Precision("auto", device), wants_features=False)
         for _ in range(TRIES)
@@ -62,22 +53,22 @@ def table(found: dict[str, dict[str, Record]]) -> str:
     for name, forms in found.items():
         cells = (f"{forms[form]['ratio']:.2f}x" if "ratio" in forms.get(form, {}) else "-" for form in FORMS[1:])
         rows.append([name, f"{forms['plain']['ms']:.1f}", *cells])
-    return markdown_table(["teacher", "plain ms", *FORMS[1:]], rows, numbers=len(FORMS)) + "\n"
+    return bench.markdown_table(["teacher", "plain ms", *FORMS[1:]], rows, numbers=len(FORMS)) + "\n"
 
 
 def main() -> None:
-    path, device, load = file_argument(__doc__ or ""), default_device(), load_average()
+    path, device, load = bench.file_argument(__doc__), bench.default_device(), bench.load_average()
     found, errors = {}, {}
     for name in NETWORKS:
-        log_rank0(name)
+        bench.log_rank0(name)
         try:
             found[name] = measure(name, device)
         except Exception as error:  # such as too little memory: the others are measured
-            errors[name] = first_line(error)
+            errors[name] = bench.first_line(error)
     print(table(found), *(f"{name} failed: {error}\n" for name, error in errors.items()), sep="")
     if path:
-        about = {"environment": environment(), "commit": commit(), "load_average": load, "device": device.type}
-        write_json(path, about | {"forms": found, "errors": errors})
+        about = {"environment": bench.environment(), "commit": bench.commit(), "load_average": load}
+        bench.write_json(path, about | {"device": device.type, "forms": found, "errors": errors})
         path.with_suffix(".md").write_text(table(found))
 
 

@@ -6,16 +6,14 @@ bf16 on CUDA, fp32 on the CPU) and SGD with momentum.
 
 import copy
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastkd.losses.features as features
-import fastkd.losses.logits as logits
 from fastkd.bench.losses.baselines import PUBLISHED, add
 from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.engine import Step, TrainOptions, choose_form, graphed
@@ -25,12 +23,12 @@ from fastkd.errors import UserError
 from fastkd.kernels.factor_distance import FactorDistance
 from fastkd.kernels.kd_loss import KDTerms
 from fastkd.kernels.logit_loss import LogitLoss
+from fastkd.losses import features, logits
 from fastkd.methods import METHODS
 from fastkd.methods.base import Method
 
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
-BOUNDS = ("constant gradient", "student only")
-"""Steps with no loss or another loss: bounds of the time, whose loss is not compared."""
+BOUNDS = ("constant gradient", "student only")  # no loss or another loss: bounds of the time, not compared
 LOGITS = ("kd_loss", "logit_loss", "dkd_loss", "dist_loss")
 FEATURES = ("attention_transfer", "factor_distance", "hint_distance", "overhaul_distance", "rkd_loss", "sp_loss")
 
@@ -39,53 +37,33 @@ Notes = list[str]
 Forward = Callable[[Tensor, Tensor, Hashable], Tensor]
 
 
-class Way(Protocol):
-    """A way to run training steps."""
-
-    def __call__(self, images: Tensor, target: Tensor, plan: Hashable) -> None: ...
-
-    def loss(self) -> float:
-        """The loss of the steps since the last call. Waits for the device."""
-
-    def close(self) -> None:
-        """Free graphs and compiled code."""
-
-
 class Fastkd:
     """A runner of fastkd."""
 
     def __init__(self, runner: Runner):
         self.runner, self.step = runner, runner if isinstance(runner, Step) else runner.step
+        self.close = runner.close
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable) -> None:
         self.runner(images, target, plan)
 
     def loss(self) -> float:
+        """The loss of the steps since the last call. Waits for the device."""
         terms = self.step.meter.read()
         self.step.meter.reset()
         return sum(terms.values())
-
-    def close(self) -> None:
-        self.runner.close()
 
 
 class Loop:
     """A training loop as people write it. `reads_loss`: it reads the loss at every step, which waits for the device."""
 
-    def __init__(
-        self,
-        forward: Forward,
-        groups: list[dict[str, Any]],
-        device: torch.device,
-        losses: Callable[[], AbstractContextManager] = nullcontext,
-        reads_loss: bool = False,
-    ):
-        self.forward, self.losses, self.reads_loss = forward, losses, reads_loss
+    def __init__(self, forward: Forward, groups: list[dict], device: torch.device, reads_loss: bool = False):
+        self.forward, self.reads_loss = forward, reads_loss
         self.precision = Precision("auto", device)
         self.optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, foreach=True)
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable) -> None:
-        with self.precision.autocast(), self.losses():
+        with self.precision.autocast():
             self.last = self.forward(images, target, plan)
         self.optimizer.zero_grad()
         self.last.backward()
@@ -94,10 +72,16 @@ class Loop:
             self.last.item()
 
     def loss(self) -> float:
+        """The loss of the last step. Waits for the device."""
         return self.last.item()
 
     def close(self) -> None:
         torch._dynamo.reset()  # compiled code may hold graphs; other ways compile again when they warm up
+
+
+Way = Fastkd | Loop
+"""A way to run training steps: `way(images, target, plan)`. `way.close()` frees graphs and compiled code."""
+Makers = dict[str, Callable[[Notes], Way]]
 
 
 def options(**more: Any) -> TrainOptions:
@@ -110,17 +94,17 @@ def eager_step(method: Method, device: torch.device) -> Step:
     return Step(copy.deepcopy(method), options(), device)
 
 
-def makers(method: Method, batch: Batch, compiled: bool) -> dict[str, Callable[[Notes], Way]]:
+def makers(method: Method, batch: Batch, compiled: bool) -> Makers:
     """The maker of each way by name, fastkd's first. A maker may raise, and adds its choices to the notes."""
     images, device = batch[0], batch[0].device
-    found: dict[str, Callable[[Notes], Way]] = {"fastkd eager": lambda notes: Fastkd(eager_step(method, device))}
+    found: Makers = {"fastkd eager": lambda notes: Fastkd(eager_step(method, device))}
     if method.asks_teacher:
         found["fastkd best teacher form"] = lambda notes: Fastkd(best_form(method, images, notes))
     if device.type == "cuda":
         found["fastkd graph"] = lambda notes: Fastkd(as_graph(method, images, notes))
         if compiled:
             found["fastkd compiled graph"] = lambda notes: Fastkd(as_graph(method, images, notes, compile=True))
-    found["official eager"] = lambda notes: as_published(method, device)
+    found["official eager"] = lambda notes: by_hand(method, device, published=True)
     found["eager channels-last"] = lambda notes: by_hand(method, device)
     if compiled:
         found["compile"] = lambda notes: by_hand(method, device, "default")
@@ -147,27 +131,22 @@ def as_graph(method: Method, images: Tensor, notes: Notes, **more: Any) -> Runne
     return graphed(best_form(method, images, notes, **more), "on", images.device, 1, notes.append)
 
 
-def as_published(method: Method, device: torch.device) -> Loop:
-    """As the papers' codes: NCHW, the teacher under no_grad in fp32 or autocast, the loss read at every step."""
-    own = copy.deepcopy(method).to(memory_format=torch.contiguous_format)
+def by_hand(method: Method, device: torch.device, mode: str = "", published: bool = False) -> Loop:
+    """A careful user's loop: channels-last, the teacher cast once; with `mode`, networks and loss are compiled.
 
-    def forward(images: Tensor, target: Tensor, plan: Hashable) -> Tensor:
-        return add(own(images.contiguous(), target, plan).values())
-
-    return Loop(forward, own.param_groups(LR), device, published_losses, reads_loss=True)
-
-
-def by_hand(method: Method, device: torch.device, mode: str = "") -> Loop:
-    """A careful user's loop: channels-last, the teacher cast once; with `mode`, networks and loss are compiled."""
+    `published`: as the papers' codes. NCHW, the teacher under no_grad in fp32 or autocast, the loss read at every step.
+    """
     own = copy.deepcopy(method)
-    if own.teacher is not None:
+    if published:
+        own.to(memory_format=torch.contiguous_format)
+    elif own.teacher is not None:
         own.teacher.net.to(Precision("auto", device).dtype)
 
     def forward(images: Tensor, target: Tensor, plan: Hashable) -> Tensor:
-        return add(own(images, target, plan).values())
+        return add(own(images.contiguous() if published else images, target, plan).values())
 
     function = torch.compile(forward, dynamic=False, mode=mode) if mode else forward
-    return Loop(function, own.param_groups(LR), device, published_losses)
+    return Loop(published_losses()(function), own.param_groups(LR), device, reads_loss=published)
 
 
 def timm_task(method: Method, device: torch.device) -> Loop:
@@ -211,37 +190,31 @@ def patch_losses(homes: list[tuple[ModuleType, dict[str, Any]]]) -> Iterator[Non
             vars(home).update(own)
 
 
-def published_losses() -> AbstractContextManager[None]:
+@contextmanager
+def published_losses() -> Iterator[None]:
     """Within the block the losses are those of the papers' codes, differentiated by autograd."""
-    homes = [(logits, LOGITS), (features, FEATURES)]
-    return patch_losses(
-        [(home, {name: PUBLISHED[name] for name in names if name in PUBLISHED}) for home, names in homes]
-    )
+    homes = ((logits, LOGITS), (features, FEATURES))
+    with patch_losses([(home, {n: PUBLISHED[n] for n in names if n in PUBLISHED}) for home, names in homes]):
+        yield
 
 
-class NoLoss:
-    """`with no_loss: method(...)` computes no loss; `backward()` then sends fixed gradients into the losses' inputs."""
+class WithoutLoss(Step):
+    """fastkd's step with fixed gradients into logits and maps in place of the loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, method: Method, settings: TrainOptions, device: torch.device):
+        super().__init__(method, settings, device)
         self.learners: dict[int, Tensor] = {}
         self.gradients: dict[tuple, Tensor] = {}
-        self.zeros: dict[tuple, Tensor] = {}
         homes = ((logits, LOGITS), (features, FEATURES), (F, ("cross_entropy",)))
         self.homes = [(home, {name: getattr(self, name, self.scalar) for name in names}) for home, names in homes]
 
-    def __enter__(self) -> None:
-        self.learners.clear()
-        self.patch = patch_losses(self.homes)
-        self.patch.__enter__()
-
-    def __exit__(self, *problem: Any) -> None:
-        self.patch.__exit__(*problem)
-
-    def backward(self) -> None:
-        """Send the fixed gradients."""
+    def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:
+        with self.precision.autocast(), patch_losses(self.homes):
+            terms = self.module(images, target, plan)
         tensors = list(self.learners.values())
         torch.autograd.backward(tensors, [self._gradient(x) for x in tensors])
         self.learners.clear()
+        self.meter.add(terms, weight=len(images))
 
     def scalar(self, student: Tensor, *_: Any, **__: Any) -> Tensor:
         """Stands for every loss without a method of its own here."""
@@ -261,10 +234,7 @@ class NoLoss:
 
     def _take(self, tensors: list[Tensor], shape: tuple[int, ...] = ()) -> Tensor:
         self.learners |= {id(x): x for x in tensors if x.requires_grad}
-        key = (shape, tensors[0].device)
-        if key not in self.zeros:
-            self.zeros[key] = torch.zeros(shape, device=tensors[0].device)
-        return self.zeros[key]
+        return torch.zeros(shape, device=tensors[0].device)
 
     def _gradient(self, x: Tensor) -> Tensor:
         """Noise as large as the gradient of a mean over the batch; made once."""
@@ -272,17 +242,3 @@ class NoLoss:
         if key not in self.gradients:
             self.gradients[key] = torch.randn_like(x) / x.numel()
         return self.gradients[key]
-
-
-class WithoutLoss(Step):
-    """fastkd's step with fixed gradients into logits and maps in place of the loss."""
-
-    def __init__(self, method: Method, settings: TrainOptions, device: torch.device):
-        super().__init__(method, settings, device)
-        self.no_loss = NoLoss()
-
-    def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:
-        with self.precision.autocast(), self.no_loss:
-            terms = self.module(images, target, plan)
-        self.no_loss.backward()
-        self.meter.add(terms, weight=len(images))

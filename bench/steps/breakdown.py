@@ -5,8 +5,8 @@ the part that it waits for.
 """
 
 import time
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastkd.bench import summary
 from fastkd.bench.steps.baselines import Batch
 from fastkd.bench.steps.workload import Plans
-from fastkd.engine import Step, TrainOptions
+from fastkd.engine import Step
 from fastkd.engine.mixup import Mixup
 from fastkd.engine.step import Meter
 from fastkd.losses.base import Loss
@@ -36,18 +36,15 @@ PARTS = {
 
 
 class Marks:
-    """`with marks.part(name)`: the time in the block counts for `name`, without the time of blocks inside it."""
+    """Time stamps. `with marks.part(name)`: the time in the block counts for `name`, without that of inner blocks."""
 
     def __init__(self, device: torch.device):
-        self.device, self.recording = device, False
+        self.device = device
         self.inside: list[str] = []
         self.stamps: list[tuple[Any, str | None]] = []
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        if not self.recording:
-            yield
-            return
         self.inside.append(name)
         self._stamp()
         yield
@@ -74,88 +71,45 @@ class Marks:
         self.stamps.append((moment, self.inside[-1] if self.inside else None))
 
 
-class MarkedMeter(Meter):
-    """Counts as the part "optimizer"."""
-
-    def __init__(self, marks: Marks):
-        super().__init__()
-        self.marks = marks
-
-    def add(self, values: dict[str, Tensor], weight: float) -> None:
-        with self.marks.part("optimizer"):
-            super().add(values, weight)
-
-
-class MarkedStep(Step):
-    """The engine's step, which writes time stamps while `marks.recording`."""
-
-    def __init__(self, method: Method, options: TrainOptions, device: torch.device):
-        super().__init__(method, options, device)
-        self.marks = Marks(device)
-        self.meter = MarkedMeter(self.marks)
-        self.module.forward = self._marked(self.module.forward)
-
-    def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
-        with self.marks.part("optimizer"):
-            super().__call__(images, target, plan)
-
-    def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:
-        with self.marks.part("backward"):
-            super()._backward(images, target, plan, share)
-
-    def _marked(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def marked(*inputs: Any) -> Any:
-            with self.marks.part("loss"):
-                return forward(*inputs)
-
-        return marked
-
-
-def marked_networks(marks: Marks) -> AbstractContextManager[Any]:
-    """Within the block each forward pass of a network counts as the part "teacher" or "student"."""
+@contextmanager
+def marked(step: Step, marks: Marks) -> Iterator[None]:
+    """Within the block the inner parts of `step` are marked."""
     run = ForwardCache._run
 
-    def marked(cache: ForwardCache, net: nn.Module) -> tuple[Tensor, list[Tensor]]:
+    def run_network(cache: ForwardCache, net: nn.Module) -> tuple[Tensor, list[Tensor]]:
         if net in cache._memo:
             return run(cache, net)
         with marks.part("teacher" if isinstance(net, FrozenTeacher) else "student"):
             return run(cache, net)
 
-    return patch.object(ForwardCache, "_run", marked)
+    calls: list[tuple[Any, str, str]] = [(module, "forward", "added") for module in additions(step.method)]
+    calls += [(step, "_backward", "backward"), (step.module, "forward", "loss"), (step.meter, "add", "optimizer")]
+    with ExitStack() as stack, patch.object(ForwardCache, "_run", run_network):
+        for owner, name, part in calls:
+            stack.enter_context(patch.object(owner, name, marks.part(part)(getattr(owner, name))))
+        yield
 
 
-def marked_additions(method: Method, marks: Marks) -> list[Any]:
-    """Hooks on what the method adds to its networks: the outermost modules with weights that hold no loss."""
+def additions(method: Method) -> list[nn.Module]:
+    """What the method adds to its networks: the outermost modules with weights that hold no loss."""
     networks = (method.student, *method.peers)
-    own = {module for net in networks for module in net.modules()} | {method.teacher}
-    entered: list[AbstractContextManager[None] | None] = []
-
-    def is_added(module: nn.Module) -> bool:
+    known = {module for net in networks for module in net.modules()} | {method.teacher}
+    found: list[nn.Module] = []
+    for module in method.modules():  # outer modules come first
         container = isinstance(module, (nn.ModuleList, nn.ModuleDict, Method))
         holds_loss = any(isinstance(inner, Loss) for inner in module.modules())
-        return module not in own and not container and not holds_loss and any(True for _ in module.parameters())
-
-    def before(module: nn.Module, inputs: Any) -> None:
-        entered.append(None if entered else marks.part("added"))
-        if part := entered[-1]:
-            part.__enter__()
-
-    def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        if part := entered.pop():
-            part.__exit__(None, None, None)
-
-    added = filter(is_added, method.modules())
-    return [hook for m in added for hook in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
+        if module not in known and not container and not holds_loss and any(True for _ in module.parameters()):
+            found.append(module)
+            known |= set(module.modules())
+    return found
 
 
-def breakdown(step: MarkedStep, mixup: Mixup, batch: Batch, steps: list[Plans], rounds: int) -> dict[str, dict]:
-    """Milliseconds per step of every part, and of `whole`: the same step without time stamps. The two take turns."""
+def breakdown(step: Step, mixup: Mixup, batch: Batch, steps: list[Plans], rounds: int) -> dict[str, dict]:
+    """Milliseconds per step of every part, and of `whole`: the same step without inner marks. The two take turns."""
     device = batch[0].device
-    pinned = device.type == "cuda"
-    host = [x.cpu().pin_memory() if pinned else x.clone() for x in batch]
+    host = [x.cpu().pin_memory() if device.type == "cuda" else x.clone() for x in batch]
     inputs, plans = [x.clone() for x in batch], [plan for plans in steps for plan in plans]
-    whole = Marks(device)
-    whole.recording = True
+    marks = Marks(device)
     found: dict[str, list[float]] = {name: [] for name in (*PARTS, "whole")}
 
     def load() -> Batch:
@@ -164,25 +118,17 @@ def breakdown(step: MarkedStep, mixup: Mixup, batch: Batch, steps: list[Plans], 
         return mixup(inputs[0], inputs[1], 0)
 
     for number in range(rounds + 1):
-        cut = _run_marked(step, load, plans)
-        for plan in plans:
-            with whole.part("data"):
-                step(*load(), plan)
-        cut["whole"] = whole.read()["data"]
-        for name, milliseconds in cut.items() if number else ():  # the first round warms up
-            found[name].append(milliseconds / len(plans))
-    return {name: summary(times) for name, times in found.items()}
-
-
-def _run_marked(step: MarkedStep, load: Callable[[], Batch], plans: list[Hashable]) -> dict[str, float]:
-    marks, hooks = step.marks, marked_additions(step.method, step.marks)
-    marks.recording = True
-    with marked_networks(marks):
+        with marked(step, marks):
+            for plan in plans:
+                with marks.part("data"):
+                    loaded = load()
+                with marks.part("optimizer"):
+                    step(*loaded, plan)
+        times = marks.read()
         for plan in plans:
             with marks.part("data"):
-                batch = load()
-            step(*batch, plan)
-    marks.recording = False
-    for hook in hooks:
-        hook.remove()
-    return marks.read()
+                step(*load(), plan)
+        times["whole"] = marks.read()["data"]
+        for name, milliseconds in times.items() if number else ():  # the first round warms up
+            found[name].append(milliseconds / len(plans))
+    return {name: summary(times) for name, times in found.items()}

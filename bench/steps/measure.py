@@ -4,23 +4,21 @@ The data are noise on the device. A way whose loss differs from fastkd's, at the
 time.
 """
 
-import copy
 import gc
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from fastkd.bench import Record, about_run, first_line, load_average, summary
-from fastkd.bench.steps.baselines import BOUNDS, Batch, Notes, Way, eager_step, makers, options
-from fastkd.bench.steps.breakdown import MarkedStep, breakdown
+from fastkd.bench.steps.baselines import BOUNDS, Batch, Makers, Notes, Way, eager_step, makers
+from fastkd.bench.steps.breakdown import breakdown
 from fastkd.bench.steps.workload import Plans, Workload, cycle
 from fastkd.bench.timing import interleaved, per_step
 from fastkd.engine.mixup import Mixup
-from fastkd.engine.precision import Precision
-from fastkd.methods.base import Method
 
 Log = Callable[[str], None]
 QUICK, FULL = 2.0, 20.0  # seconds, of all ways together
@@ -33,34 +31,33 @@ WARM_UP = 6  # steps at least, enough for fastkd's graphs to be captured and rep
 AT_ONCE = {"cuda": 10, "cpu": 1}  # rounds that are timed together: the host may run ahead, as in training
 
 
-def measure_step(
-    workload: Workload, device: torch.device, quick: bool, compiled: bool, log: Log = lambda line: None
-) -> Record:
+def measure_step(workload: Workload, device: torch.device, quick: bool, compiled: bool, log: Log = print) -> Record:
     """The record of a run. `quick`: few rounds; `compiled`: with torch.compile."""
     workload, load = workload.filled(device), load_average()
     torch.backends.cudnn.benchmark = True  # as in fastkd train
     torch._dynamo.reset()
     method, batch = workload.build(device), workload.batch(device)
-    steps, record = cycle(method), about_run(device, Precision("auto", device).dtype, load) | _sizes(workload)
+    steps = cycle(method)
+    record = about_run(device, load) | {"pair": workload.name} | asdict(workload)
+    if not workload.kind.needs_teacher:
+        record["teacher"] = None
     record |= {"quick": quick, "compiled": compiled, "steps_in_turn": len(steps)}
     log(f"{workload.name}: parts of a step")
     mixup = Mixup(0.0, 0.0, 0.0, workload.classes)
-    record["parts"] = breakdown(marked_step(method, device), mixup, batch, steps, 3 if quick else 10)
-    ways = makers(method, batch, compiled)
+    record["parts"] = breakdown(eager_step(method, device), mixup, batch, steps, 3 if quick else 10)
+    ways, seconds = makers(method, batch, compiled), QUICK if quick else FULL
     with torch._dynamo.config.patch(recompile_limit=64):  # one per path
-        record["contenders"] = measure_ways(ways, batch, steps, QUICK if quick else FULL, workload.name, log)
-    return record
+        found = measure_ways(ways, batch, steps, seconds, lambda name: log(f"{workload.name}: {name}"))
+    return record | {"contenders": found}
 
 
-def measure_ways(
-    ways: dict[str, Callable[[Notes], Way]], batch: Batch, steps: list[Plans], seconds: float, title: str, log: Log
-) -> dict[str, Record]:
+def measure_ways(ways: Makers, batch: Batch, steps: list[Plans], seconds: float, log: Log) -> dict[str, Record]:
     """The record of each way. A way that does not fit into the memory beside the others is timed by itself."""
     found: dict[str, Record] = {}
     runs: dict[str, Way] = {}
     alone, device = [], batch[0].device
     for name, make in ways.items():
-        log(f"{title}: {name}")
+        log(name)
         found[name], run = prepared(make, batch, steps)
         if run and crowded(found, device):
             alone.append(name)
@@ -75,27 +72,11 @@ def measure_ways(
         runs.popitem()[1].close()
     for name in (name for name in alone if name in right):
         found[name]["notes"].append("timed by itself: the memory does not hold it beside the others")
-        _, run = prepared(ways[name], batch, steps)
-        time_steps(found, {name: run} if run else {}, batch, steps, seconds / len(ways))
-        if run:
+        if run := prepared(ways[name], batch, steps)[1]:
+            time_steps(found, {name: run}, batch, steps, seconds / len(ways))
             run.close()
         run = None
     return found
-
-
-def marked_step(method: Method, device: torch.device) -> MarkedStep:
-    """fastkd's eager step with time stamps, on a copy of the method."""
-    return MarkedStep(copy.deepcopy(method), options(), device)
-
-
-def _sizes(workload: Workload) -> Record:
-    names = ("method", "student", "batch_size", "image_size", "classes")
-    return {
-        "pair": workload.name,
-        **{name: getattr(workload, name) for name in names},
-        "teacher": workload.teacher if workload.kind.needs_teacher else None,
-        "peers": list(workload.peers),
-    }
 
 
 def trace(workload: Workload, device: torch.device, path: Path) -> None:
@@ -120,29 +101,27 @@ def prepared(make: Callable[[Notes], Way], batch: Batch, steps: list[Plans]) -> 
     notes: Notes = []
     try:
         run = make(notes)
-        losses = [first_loss(run, batch, steps), later_loss(run, batch, steps)]
-        found: Record = {"status": "right", "losses": losses, "notes": notes}
+        found: Record = {"status": "right", "losses": first_and_later_loss(run, batch, steps), "notes": notes}
         if device.type == "cuda":
-            found["peak_mb"] = peak(run, batch, steps, device) - before
+            memory(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            for plan in steps[0]:
+                run(*batch, plan)
+            found["peak_mb"] = torch.cuda.max_memory_reserved(device) / 2**20 - before  # with the memory of its graphs
         return found, run
     except Exception as error:  # a missing compiler, an unfit network: the reason is reported
         return {"status": "unavailable", "reason": first_line(error), "notes": notes}, None
 
 
-def first_loss(run: Way, batch: Batch, steps: list[Plans]) -> float:
-    """The loss of the first step."""
-    run(*batch, steps[0][0])
-    return run.loss()
-
-
-def later_loss(run: Way, batch: Batch, steps: list[Plans]) -> float:
-    """The loss of the last step of some rounds, enough for graphs to be captured."""
+def first_and_later_loss(run: Way, batch: Batch, steps: list[Plans]) -> list[float]:
+    """The loss of the first step, and of the last step of some rounds, enough for graphs to be captured."""
     plans = [plan for plans in steps for plan in plans]
-    for _ in range(max(3, math.ceil(WARM_UP / len(plans)))):
-        for plan in plans:
-            run.loss()
-            run(*batch, plan)
-    return run.loss()
+    run(*batch, plans[0])
+    first = run.loss()
+    for plan in plans * max(3, math.ceil(WARM_UP / len(plans))):
+        run.loss()
+        run(*batch, plan)
+    return [first, run.loss()]
 
 
 def memory(device: torch.device) -> float:
@@ -154,16 +133,7 @@ def memory(device: torch.device) -> float:
     return torch.cuda.memory_reserved(device) / 2**20
 
 
-def peak(run: Way, batch: Batch, steps: list[Plans], device: torch.device) -> float:
-    """Largest MB during a step, with the memory of its graphs."""
-    memory(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    for plan in steps[0]:
-        run(*batch, plan)
-    return torch.cuda.max_memory_reserved(device) / 2**20
-
-
-def crowded(found: dict[str, Record], device: torch.device) -> bool:
+def crowded(found: Record, device: torch.device) -> bool:
     """True if the memory in use now and that of the largest step would fill the device."""
     if device.type != "cuda":
         return False
@@ -195,9 +165,7 @@ def difference(losses: list[float], right: list[float], dtype: torch.dtype) -> s
     return ""
 
 
-def time_steps(
-    found: dict[str, Record], right: dict[str, Way], batch: Batch, steps: list[Plans], seconds: float
-) -> None:
+def time_steps(found: Record, right: dict[str, Way], batch: Batch, steps: list[Plans], seconds: float) -> None:
     """Write `times` (ms per step), `img_per_s` and the counts of a step into `found`."""
     device, plans = batch[0].device, [plan for plans in steps for plan in plans]
     at_once = AT_ONCE[device.type]
@@ -209,20 +177,17 @@ def time_steps(
 
         return go
 
+    def milliseconds(call: Callable[[], None]) -> float:  # until the device has finished
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) * 1e3
+
     calls = {name: rounds(run, at_once) for name, run in right.items()}
-    timed = interleaved(calls, lambda call: steady_ms(call, device), seconds) if calls else {}
-    for name, times in timed.items():
+    for name, times in interleaved(calls, milliseconds, seconds).items():
         found[name]["times"] = summary([ms / (at_once * len(plans)) for ms in times])
         images = len(batch[0]) * len(steps) / len(plans)  # per step: a batch may take several
         found[name]["img_per_s"] = 1e3 * images / found[name]["times"]["median"]
         if device.type == "cuda" or not name.startswith("compile"):
             found[name] |= per_step(rounds(right[name], 1), len(plans), device)
-
-
-def steady_ms(call: Callable[[], None], device: torch.device) -> float:
-    """Milliseconds of a call by the wall clock, until the device has finished."""
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) * 1e3

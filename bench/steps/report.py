@@ -1,9 +1,8 @@
 """The report of a step: two tables, notes, a picture, and the same as Markdown."""
 
 from pathlib import Path
-from typing import Any
 
-from fastkd.bench import Record, load_notes, log_rank0, markdown_table, new_figure, save_figure, show_table
+from fastkd.bench import Record, load_notes, log_rank0, markdown_table, show_table
 from fastkd.bench.steps.baselines import BOUNDS
 from fastkd.bench.steps.breakdown import PARTS
 
@@ -16,33 +15,26 @@ WORDS = (
 )
 
 
-def timed(record: Record) -> dict[str, Record]:
-    """The ways that have times."""
-    return {name: found for name, found in record["contenders"].items() if "times" in found}
+def medians(record: Record) -> dict[str, float]:
+    """Milliseconds of a step, of the ways that have times; the fastest first."""
+    found = {name: way["times"]["median"] for name, way in record["contenders"].items() if "times" in way}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def ours(record: Record) -> str | None:
     """The name of fastkd's fastest way, or None."""
-    names = [name for name in timed(record) if name.startswith("fastkd")]
-    return min(names, key=lambda name: median(record, name), default=None)
+    return next((name for name in medians(record) if name.startswith("fastkd")), None)
 
 
 def best_baseline(record: Record) -> str | None:
     """The name of the fastest other way that is not a bound, or None."""
-    names = [name for name in timed(record) if not name.startswith("fastkd") and name not in BOUNDS]
-    return min(names, key=lambda name: median(record, name), default=None)
-
-
-def median(record: Record, name: str) -> float:
-    """The median time of a way's step in milliseconds."""
-    return record["contenders"][name]["times"]["median"]
+    return next((name for name in medians(record) if not name.startswith("fastkd") and name not in BOUNDS), None)
 
 
 def speed(record: Record, name: str, other: str | None) -> float | None:
     """How many times as fast `name` is as `other`; None if one of them has no time."""
-    if other and {name, other} <= timed(record).keys():
-        return median(record, other) / median(record, name)
-    return None
+    found = medians(record)
+    return found[other] / found[name] if other and {name, other} <= found.keys() else None
 
 
 def part_rows(record: Record) -> list[list[str]]:
@@ -54,34 +46,29 @@ def part_rows(record: Record) -> list[list[str]]:
     return [[name, what, f"{ms:.2f}", f"{100 * ms / total:.1f}"] for name, what, ms in (*shown, *sums)]
 
 
-def count_name(record: Record) -> str:
-    return "operators" if record["device"] == "cpu" else "kernels"
-
-
 def columns(record: Record) -> list[str]:
-    """The columns of the table of ways."""
-    memory = ["peak MB"] if record["device"] != "cpu" else []
-    return ["contender", "img/s", "ms a step", "20-80 %", "x fastkd", count_name(record), "syncs", *memory]
+    counts = ["operators", "syncs"] if record["device"] == "cpu" else ["kernels", "syncs", "peak MB"]
+    return ["contender", "img/s", "ms a step", "20-80 %", "x fastkd", *counts]
 
 
 def rows(record: Record) -> list[list[str]]:
     """The rows of the table of ways."""
-    return [row(record, name, found) for name, found in record["contenders"].items()]
-
-
-def row(record: Record, name: str, found: Record) -> list[str]:
-    memory = [f"{found['peak_mb']:,.0f}"] if "peak_mb" in found else [] if record["device"] == "cpu" else ["-"]
-    if "times" not in found:
-        return [name, "-", found["status"], "-", "-", "-", "-", *memory]
-    times, best = found["times"], ours(record)
-    ratio = f"{times['median'] / median(record, best):.2f}x" if best else "-"
-    spread = f"{times['p20']:.4g}-{times['p80']:.4g}"
-    counts = [f"{found[what]:,g}" if what in found else "-" for what in (count_name(record), "syncs")]
-    return [name, f"{found['img_per_s']:,.0f}", f"{times['median']:.2f}", spread, ratio, *counts, *memory]
+    best, lines = ours(record), []
+    for name, found in record["contenders"].items():
+        shown: dict[str, str] = {key: f"{found[key]:,g}" for key in ("operators", "kernels", "syncs") if key in found}
+        if "peak_mb" in found:
+            shown["peak MB"] = f"{found['peak_mb']:,.0f}"
+        line = [name, "-", found["status"], "-", "-"]
+        if times := found.get("times"):
+            ratio = f"{speed(record, best, name):.2f}x" if best else "-"
+            spread = f"{times['p20']:.4g}-{times['p80']:.4g}"
+            line = [name, f"{found['img_per_s']:,.0f}", f"{times['median']:.2f}", spread, ratio]
+        lines.append([*line, *(shown.get(column, "-") for column in columns(record)[5:])])
+    return lines
 
 
 def notes(record: Record) -> list[str]:
-    """What the table's words mean, the comparisons, and which way got no time and why."""
+    """What the table's words mean, the comparisons, which way got no time, and signs of other work on the machine."""
     lines = [WORDS]
     if loss := speed(record, "fastkd eager", "constant gradient"):
         low = [record["contenders"][name]["times"]["p20"] for name in ("constant gradient", "fastkd eager")]
@@ -98,48 +85,45 @@ def notes(record: Record) -> list[str]:
         lines += [f"{name}: {note}" for note in found["notes"]]
     if not record["compiled"]:
         lines.append("torch.compile took no part; --compile asks for it")
-    return lines + disturbances(record)
-
-
-def disturbances(record: Record) -> list[str]:
-    """Signs that other work shared the machine."""
-    unsteady = [name for name, found in timed(record).items() if found["times"]["p80"] > BUSY * found["times"]["p20"]]
-    more = f"Unsteady, the 80th percentile is above {BUSY:g} times the 20th: {', '.join(unsteady)}"
-    return load_notes(record) + [more] * bool(unsteady)
+    lines += load_notes(record)
+    timed = {name: found["times"] for name, found in record["contenders"].items() if "times" in found}
+    unsteady = [name for name, times in timed.items() if times["p80"] > BUSY * times["p20"]]
+    if unsteady:
+        lines.append(f"Unsteady, the 80th percentile is above {BUSY:g} times the 20th: {', '.join(unsteady)}")
+    return lines
 
 
 def heading(record: Record) -> str:
-    """The line above the tables."""
     shape = f"{record['batch_size']} images of {record['image_size']} px, {record['classes']} classes"
     return f"{record['pair']}, {shape}, {record['device']}, {record['dtype']}, noise for data"
 
 
 def show_step(record: Record) -> None:
-    """Print heading, tables and notes."""
     log_rank0(heading(record))
     show_table(PART_COLUMNS, part_rows(record), numbers=2)
     show_table(columns(record), rows(record), numbers=len(columns(record)) - 1)
-    for note in notes(record):
-        log_rank0(note)
+    log_rank0("\n".join(notes(record)))
 
 
 def markdown(record: Record) -> str:
     """The same as Markdown."""
-    tables = [(PART_COLUMNS, part_rows(record)), (columns(record), rows(record))]
-    parts = [
-        f"### {heading(record)}",
-        *(markdown_table(*both) for both in tables),
-        *(f"- {note}" for note in notes(record)),
-    ]
-    return "\n\n".join(parts[:3]) + "\n\n" + "\n".join(parts[3:]) + "\n"
+    tables = markdown_table(PART_COLUMNS, part_rows(record)), markdown_table(columns(record), rows(record))
+    said = "\n".join(f"- {note}" for note in notes(record))
+    return "\n\n".join([f"### {heading(record)}", *tables, said]) + "\n"
 
 
 def draw_step(record: Record, path: Path) -> None:
     """Write a PNG: the parts of fastkd's eager step as a stacked bar, and below a bar of images/s for each way."""
-    found = timed(record)
-    figure = new_figure(9, 3.2 + 0.3 * len(found))
+    from matplotlib.figure import Figure
+
+    found, start = {name: way for name, way in record["contenders"].items() if "times" in way}, 0.0
+    figure = Figure(figsize=(9, 3.2 + 0.3 * len(found)), layout="constrained")
     upper, lower = figure.subplots(2, height_ratios=[1.2, 0.6 + 0.3 * len(found)])
-    stack(upper, record["parts"])
+    for number, name in enumerate(PARTS):
+        if width := record["parts"][name]["median"]:
+            upper.barh(0, width, left=start, color=f"C{number}", label=f"{name} {width:.2f}")
+            start += width
+    upper.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=4, frameon=False)
     upper.set(title=heading(record), xlabel="ms, fastkd's eager step", yticks=[])
     names = list(found)[::-1]
     colours = ["C0" if name.startswith("fastkd") else "lightgrey" if name in BOUNDS else "grey" for name in names]
@@ -147,14 +131,4 @@ def draw_step(record: Record, path: Path) -> None:
     lower.bar_label(bars, fmt="{:,.0f}", padding=3)
     lower.margins(x=0.12)
     lower.set(xlabel="images/s")
-    save_figure(figure, path)
-
-
-def stack(axes: Any, parts: Record) -> None:
-    """Draw the parts one after another."""
-    start = 0.0
-    for number, name in enumerate(PARTS):
-        if width := parts[name]["median"]:
-            axes.barh(0, width, left=start, color=f"C{number}", label=f"{name} {width:.2f}")
-            start += width
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=4, frameon=False)
+    figure.savefig(path, format="png", dpi=110)

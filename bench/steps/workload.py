@@ -4,14 +4,15 @@ The teacher is not trained. Its BatchNorm statistics are those of noise: without
 network grow from layer to layer until nothing can be compared.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
+from fastkd.data.base import EpochCounter
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError
 from fastkd.methods import find_method
@@ -19,9 +20,7 @@ from fastkd.methods.base import Method
 from fastkd.methods.context import RunContext
 from fastkd.models import create_model
 
-T = TypeVar("T")
-Plans = tuple[Hashable, ...]
-"""The plans of the updates that are made with one batch."""
+Plans = tuple[Hashable, ...]  # of the updates that are made with one batch
 CYCLE = 4  # steps in turn, if the method draws something for each step
 SETTLE = 32  # images from which the teacher's statistics are taken, at most
 
@@ -43,7 +42,8 @@ class Workload:
     classes: int = 0
 
     def __post_init__(self) -> None:
-        _named("--method", self.method, find_method, self.method)
+        with _naming("--method", self.method):
+            find_method(self.method)
         least = {"batch_size": 2, "image_size": 16, "classes": 2}
         for name, value in least.items():
             if getattr(self, name) and getattr(self, name) < value:
@@ -53,7 +53,6 @@ class Workload:
 
     @property
     def kind(self) -> type[Method]:
-        """The class of the method."""
         return find_method(self.method)
 
     @property
@@ -87,24 +86,28 @@ class Workload:
         kind, (images, target) = self.kind, self.batch(device)
         student = self._network("--student", self.student)
         peers = [self._network("--peers", name, number) for number, name in enumerate(self.peers, 1)]
-        teacher = self._network("--teacher", self.teacher).to(device) if kind.needs_teacher else None
+        teacher = self._network("--teacher", self.teacher).to(device).eval() if kind.needs_teacher else None
         if teacher is not None:
-            settle(teacher, images[:SETTLE].float())
+            update_bn([images[:SETTLE].float()], teacher)
+        # auto-encoders train for one epoch: their time is not measured
+        epochs = {option.name: 1 for option in fields(kind.Options) if option.name.endswith("ae_epochs")}
         torch.manual_seed(0)
-        method = kind(student, teacher, _cheap_options(kind), peers).to(device).to(memory_format=torch.channels_last)
+        method = kind(student, teacher, kind.Options(**epochs), peers).to(device).to(memory_format=torch.channels_last)
         run = RunContext(epochs=100, steps_per_epoch=1000, drops=(50.0,), device=device)
         method.prepare(Batches(images[:SETTLE].float(), target[:SETTLE]), run)
         return method.train()
 
     def _network(self, option: str, name: str, number: int = 0) -> nn.Module:
         torch.manual_seed(number)
-        return _named(option, name, create_model, name, self.classes)
+        with _naming(option, name):
+            return create_model(name, self.classes)
 
 
-class Batches:
+class Batches(EpochCounter):
     """A Loader of one batch, for `Method.prepare`."""
 
     classes: tuple[str, ...] = ()
+    train = False  # it has no state
 
     def __init__(self, images: Tensor, target: Tensor):
         self.batch, self.samples = (images, target), len(images)
@@ -115,39 +118,14 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter([self.batch])
 
-    def state_dict(self) -> dict:
-        return {}
 
-    def load_state_dict(self, state: dict) -> None:
-        pass
-
-
-def _named(option: str, value: str, function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)`, with the option before the message of a UserError."""
+@contextmanager
+def _naming(option: str, value: str) -> Iterator[None]:
+    """Put the option before the message of a UserError."""
     try:
-        return function(*arguments)
+        yield
     except UserError as error:
         raise UserError(f"{option} {value}: {error}") from None
-
-
-def _cheap_options(kind: type[Method]) -> Any:
-    """The default options, with one epoch for auto-encoders, whose time is not measured."""
-    names = [option.name for option in fields(kind.Options)]
-    return kind.Options(**{name: 1 for name in names if name == "ae_epochs" or name.endswith("_ae_epochs")})
-
-
-@torch.no_grad()
-def settle(net: nn.Module, images: Tensor) -> None:
-    """Set the running statistics of every BatchNorm to those of `images`."""
-    norms = [module for module in net.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over the batches seen
-    net.train()(images)
-    net.eval()
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 def cycle(method: Method) -> list[Plans]:

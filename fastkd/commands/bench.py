@@ -1,5 +1,7 @@
 """`fastkd bench loss` and `fastkd bench step`: measure, show the tables, write the files."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -70,33 +72,36 @@ class StepOptions:
 
 
 def run(arguments: list[str]) -> None:
-    """The command: dispatch to its two targets."""
+    """The command: parse the options of one of its two targets, and run it."""
     if arguments and arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return
-    targets = {"loss": bench_loss, "step": bench_step}
+    targets: dict[str, tuple[type, Callable[[Any], None]]]
+    targets = {"loss": (LossOptions, bench_loss), "step": (StepOptions, bench_step)}
     if not arguments or arguments[0] not in targets:
         asked = f"unknown target {arguments[0]!r}{nearest(arguments[0], targets)}" if arguments else "which target?"
         raise UserError(f"bench: {asked}; there are: {', '.join(targets)}; see `fastkd bench --help`")
-    targets[arguments[0]](arguments[1:])
+    from ..parser import run_parser
+
+    name, *rest = arguments
+    kind, target = targets[name]
+    section = make_dataclass("Bench", [("bench", kind)], frozen=True)
+    target(run_parser(section, rest, f"fastkd bench {name}").bench)
 
 
-def bench_loss(arguments: list[str]) -> None:
+def bench_loss(options: LossOptions) -> None:
     """`fastkd bench loss`."""
-    options = _parse(LossOptions, arguments, "fastkd bench loss")
-    from ..bench import check_plot, default_device, log_rank0, make_room, write_json
+    from ..bench import default_device, log_rank0, make_room, write_json
     from ..bench.losses.cases import cases
-    from ..bench.losses.measure import choose, draw_losses, measure_losses, show_losses
+    from ..bench.losses.measure import draw_losses, measure_losses, show_losses
 
     device = default_device()
-    chosen = choose(options.cases, device)
+    begins = re.compile(rf"(?<![\w-]){re.escape(options.cases)}", re.IGNORECASE)  # KD does not choose DKD
+    chosen = [case for case in cases(device) if begins.search(case.name)]
     if not chosen:
         names = ", ".join(case.name for case in cases(device))
         raise UserError(f"--cases {options.cases!r} matches nothing; choose from: {names}")
-    check_plot(options.plot)
-    for flag, file in (("--plot", options.plot), ("--json", options.json)):
-        if file:
-            make_room(flag, Path(file))
+    make_room({"--plot": options.plot, "--json": options.json})
     record = measure_losses(chosen, device, options.quick, log_rank0)
     show_losses(record)
     if options.plot:
@@ -105,17 +110,16 @@ def bench_loss(arguments: list[str]) -> None:
         write_json(options.json, record)
 
 
-def bench_step(arguments: list[str]) -> None:
+def bench_step(options: StepOptions) -> None:
     """`fastkd bench step`."""
-    options = _parse(StepOptions, arguments, "fastkd bench step")
-    from ..bench import default_device, log_rank0, write_json
+    from ..bench import default_device, log_rank0, make_room, write_json
     from ..bench.steps.measure import measure_step, trace
     from ..bench.steps.report import draw_step, show_step
     from ..bench.steps.workload import Workload
 
     o, device = options, default_device()
     workload = Workload(o.method, o.teacher, o.student, o.peers, o.batch_size, o.image_size, o.classes)
-    _check_files(options)
+    make_room({"--plot": options.plot, "--json": options.json, "--trace": options.trace})
     record = measure_step(workload, device, o.quick, o.compile or device.type == "cuda" and not o.quick, log_rank0)
     show_step(record)
     if options.plot:
@@ -124,24 +128,3 @@ def bench_step(arguments: list[str]) -> None:
         write_json(options.json, record)
     if options.trace:
         trace(workload, device, Path(options.trace))
-
-
-def _check_files(options: StepOptions) -> None:
-    """Raise UserError if a file cannot be written, or two options name the same one."""
-    from ..bench import check_plot, make_room
-
-    check_plot(options.plot)
-    files = {"--plot": options.plot, "--json": options.json, "--trace": options.trace}
-    given = [file for file in files.values() if file]
-    if len(given) > len(set(given)):
-        raise UserError(f"two of {', '.join(files)} name one file, {max(given, key=given.count)!r}; give each its own")
-    for flag, file in files.items():
-        if file:
-            make_room(flag, Path(file))
-
-
-def _parse(kind: type, arguments: list[str], command: str) -> Any:
-    from ..parser import run_parser
-
-    section = make_dataclass("Bench", [("bench", kind)], frozen=True)
-    return run_parser(section, arguments, command).bench
