@@ -135,19 +135,25 @@ class FusedOp:
         """One for each student; None if it needs none."""
         if torch.is_grad_enabled():
             raise RuntimeError(f"{self.name} has no second derivative; fastkd.kernels.{self.reference} has one")
-        count, tensors = len(ctx.dtypes), ctx.saved_tensors
-        students = list(tensors[:count]) if ctx.many else tensors[0]
-        inputs = self.Inputs(students, *tensors[count : count + self.constants], *ctx.settings)
-        saved, needs_grad = tensors[count + self.constants :], inputs.needs_grad if ctx.many else [True]
+        settings = dict(zip(self.Inputs._fields[1 + self.constants :], ctx.settings, strict=True))
+        needs_grad = settings["needs_grad"] if ctx.many else [True]
         if all(gradient is None for gradient in grad_outputs) or not any(needs_grad):
-            return [None] * count
+            return [None] * len(ctx.dtypes)
         grads, ctx.grads = ctx.grads, None  # only the first backward pass gets it, because it may write it
         if not can_bypass_dispatcher(grad_outputs):
+            inputs, saved = self._saved(ctx)
             grads = self.backward_op(*inputs, *saved, *grad_outputs)
-        elif grads is None or not scale_in_place(grads, *grad_outputs, counts=getattr(inputs, self.counts, ())):
-            grads = self.backward(inputs, saved, grad_outputs, grads)
+        elif grads is None or not scale_in_place(grads, *grad_outputs, counts=settings.get(self.counts, ())):
+            grads = self.backward(*self._saved(ctx), grad_outputs, grads)
         rows = iter(grads.unbind() if ctx.many else [grads])
         return [next(rows).to(dtype) if need else None for dtype, need in zip(ctx.dtypes, needs_grad, strict=True)]
+
+    def _saved(self, ctx: Any) -> tuple[Any, Tensors]:
+        """(inputs, saved outputs). Only where they are needed: torch refuses tensors that were changed since."""
+        count, tensors = len(ctx.dtypes), ctx.saved_tensors
+        students = list(tensors[:count]) if ctx.many else tensors[0]
+        saved_from = count + self.constants
+        return self.Inputs(students, *tensors[count:saved_from], *ctx.settings), tensors[saved_from:]
 
     def _allocate(self, inputs: Any, write_grads: bool) -> tuple[bool, Any, Tensor | None, tuple[Tensor, ...]]:
         """(on_gpu, inputs, grads, outputs). Unless grads are written, they are None and no student of a list learns."""

@@ -18,7 +18,6 @@ from fastkd.bench.steps.baselines import Batch
 from fastkd.bench.steps.workload import Plans
 from fastkd.engine import Step
 from fastkd.engine.mixup import Mixup
-from fastkd.engine.step import Meter
 from fastkd.losses.base import Loss
 from fastkd.methods.base import Method
 from fastkd.methods.forwards import ForwardCache

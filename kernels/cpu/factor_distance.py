@@ -31,7 +31,7 @@ def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: T
     rows, w = math.ceil(N / chunks), terms.new_tensor(weights)
     factors = _factors(w, p, N * D, terms, grad_outputs) if grad_outputs else w / (N * D)
     slots = iter(out.unbind())
-    outs = [next(slots) if learner else None for learner in needs_grad]
+    outs = [next(slots, None) if learner else None for learner in needs_grad]
     sums = []
     for start in range(0, N, rows):
         some = slice(start, start + rows) if rows < N else ...

@@ -139,7 +139,7 @@ MUTATIONS = [
     ("gpu/map_distance", "factor *= given", "factor *= 1.0"),
     ("gpu/map_distance", "tl.where((t < margin) | (margin != margin), margin, t)", "t"),
     ("cpu/map_distance", "torch.maximum(t, margin)", "t"),
-    ("cpu/map_distance", "2 * scale * grad_output", "2 * scale"),
+    ("cpu/map_distance", "2 * scale * grad_outputs[0]", "2 * scale"),
     ("gpu/dist_loss", "a * (gamma / C)", "a * gamma"),
     ("gpu/dist_loss", "gamma * (1 - tl.sum(everything, 0) / C)", "gamma * (1 - tl.sum(everything, 0))"),
     ("gpu/attention_transfer", "scale * (e - a * pull)", "scale * e"),
