@@ -8,10 +8,10 @@ Departures: none. In pre-activation networks (Wide ResNet) the map is the sum be
 code.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import AttentionTransferLoss
 from ..models.stages.shapes import check_stage_shapes
@@ -43,13 +43,9 @@ class AT(Method):
     teacher: FrozenTeacher
     options: ATOptions
 
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, options: ATOptions | None = None, peers: Sequence[nn.Module] = ()
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         check_stage_shapes(self.student, self.teacher.net, "AT")
-        self.request_features(self.student)
-        self.request_features(self.teacher)
+        self.request_features(self.student, self.teacher)
         self.loss = AttentionTransferLoss(self.options.attention_weight)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:

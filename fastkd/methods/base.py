@@ -70,9 +70,10 @@ class Method(OptionalHooks):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define losses()")
 
-    def request_features(self, net: nn.Module) -> None:
-        """Make `out.features(net)` available to `losses`; `net` is one of the method's networks."""
-        self.staged_views[net] = staged(net.net if isinstance(net, FrozenTeacher) else net)
+    def request_features(self, *nets: nn.Module) -> None:
+        """Make `out.features(net)` available to `losses` for each of `nets`, networks of the method."""
+        for net in nets:
+            self.staged_views[net] = staged(net.net if isinstance(net, FrozenTeacher) else net)
 
     def check(self, run: RunContext) -> None:
         """Raise UserError if the options do not fit the run. Called before a teacher is trained for it."""

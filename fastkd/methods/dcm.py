@@ -13,7 +13,7 @@ two networks, the divergences are divided by the number of other networks.
 Departures: none known.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import cast
 
@@ -60,20 +60,12 @@ class DCM(Method):
 
     options: DCMOptions
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: None = None,
-        options: DCMOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         nets = (self.student, *self.peers)
         heads = [auxiliary_heads(net) for net in nets]
         self.heads = nn.ModuleList(heads)
         self.loss = self.options.loss(1 + max(map(len, heads)))
-        for net in nets:
-            self.request_features(net)
+        self.request_features(*nets)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         nets = (self.student, *self.peers)

@@ -7,10 +7,10 @@ Defaults: all 1.
 Departures: none known; it was not compared with the authors' code.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import DISTLoss
 from .base import Method, check_temperature, check_weights, cross_entropy
@@ -45,14 +45,7 @@ class DIST(Method):
     teacher: FrozenTeacher
     options: DISTOptions
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        options: DISTOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         self.loss = DISTLoss(self.options.beta, self.options.gamma, self.options.temperature)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ Departures: one phase, as in that comparison; the original has two, first the hi
 regressor has no ReLU, because a stage may end before one, and starts from He initialisation.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -49,16 +49,8 @@ class FitNet(Method):
     teacher: FrozenTeacher
     options: FitNetOptions
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        options: FitNetOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
-        self.request_features(self.student)
-        self.request_features(self.teacher)
+    def build(self) -> None:
+        self.request_features(self.student, self.teacher)
         self.stage = self._stage()
         ours, theirs = check_stage_shapes(self.student, self.teacher.net, "FitNet", self.stage)
         cin, cout = ours[self.stage][0], theirs[self.stage][0]

@@ -12,11 +12,11 @@ error, learning rate 0.1 and weight decay. Ours: IE-KD's encoder for both, with 
 Departures: student and translator share one optimizer, with one momentum and weight decay.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from ..losses import FactorTransferLoss
@@ -69,15 +69,11 @@ class FT(Method):
     teacher: FrozenTeacher
     options: FTOptions
 
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, options: FTOptions | None = None, peers: Sequence[nn.Module] = ()
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         mine, theirs = (shapes[-1][0] for shapes in check_stage_shapes(self.student, self.teacher.net, "FT", -1))
         if theirs < 2:
             raise UserError(f"FT halves the teacher's channels; its last stage has {theirs}")
-        self.request_features(self.student)
-        self.request_features(self.teacher)
+        self.request_features(self.student, self.teacher)
         self.translator = Coder(mine, theirs // 2)
         self.paraphraser = FrozenTeacher(Coder(theirs, theirs // 2))
         self.loss = FactorTransferLoss(self.options.p, self.options.factor_weight)

@@ -13,7 +13,7 @@ auto-encoder: the other network changes with every step, so its map itself is th
 Departures: none known. A distance of weight 0 is left out.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import cast
 
@@ -57,20 +57,12 @@ class IEDML(Method):
 
     options: IEDMLOptions
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: None = None,
-        options: IEDMLOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         self.mutual = MutualLoss(kl_weight=self.options.kl_weight)
         weights = (self.options.inheritance_weight, self.options.exploration_weight)
         self.loss = InheritanceExplorationLoss(self.options.p, *weights)
         one, other = self._channels()
-        self.request_features(self.student)
-        self.request_features(self.peers[0])
+        self.request_features(self.student, self.peers[0])
         self.encoders = nn.ModuleList([_encoders(one, other, *weights), _encoders(other, one, *weights)])
 
     def _channels(self) -> tuple[int, int]:

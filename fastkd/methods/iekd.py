@@ -19,7 +19,7 @@ decoders that are not trained. We do none of this. In Wide ResNets the last stag
 weight 0 is left out.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -102,14 +102,7 @@ class IEKD(Method):
     halves: "Factors | Attention | Overhaul | None"
     order: Tensor  # the channels, those that inherit first; with --split random
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        options: IEKDOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         self.kd = KDLoss(self.options.temperature, self.options.ce_weight, self.options.kd_weight)
         self.halves = None
         if any(self.options.weights):
@@ -119,8 +112,7 @@ class IEKD(Method):
         mine, theirs = (shapes[-1][0] for shapes in check_stage_shapes(self.student, self.teacher.net, "IE-KD", -1))
         if min(mine, theirs) < 2:
             raise UserError(f"IE-KD halves channels; the last stages of student and teacher have {mine} and {theirs}")
-        self.request_features(self.student)
-        self.request_features(self.teacher)
+        self.request_features(self.student, self.teacher)
         self.inheriting = mine // 2
         if self.options.split == "random":
             self.register_buffer("order", _permutation(mine, seed=0))

@@ -9,7 +9,7 @@ Departures: the teacher is in eval mode; the code leaves it in train mode. The m
 ResNet) pass their BatchNorm once; in the code twice (see fastkd/models/stages/preactivation.py).
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -46,10 +46,7 @@ class OFD(Method):
     teacher: FrozenTeacher
     options: OFDOptions
 
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, options: OFDOptions | None = None, peers: Sequence[nn.Module] = ()
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         ours, theirs = check_stage_shapes(self.student, self.teacher.net, "OFD")
         view = PreActivation(self.teacher.net)
         self.staged_views[self.student] = PreActivation(self.student)

@@ -16,7 +16,7 @@ but does not update the running statistics. Ours: the feature losses, which the 
 """
 
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,14 +86,7 @@ class SOKD(Method):
     options: SOKDOptions
     improved: nn.Module  # the teacher with the bridge as its top; not registered: it shares modules with both
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        options: SOKDOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         self.loss = self.options.loss()
         if self.options.teacher_bn == "batch":
             self.teacher.batch_statistics = True
