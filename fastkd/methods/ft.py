@@ -25,12 +25,10 @@ from .base import Method, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache
 from .frozen import FrozenTeacher
-from .parts.autoencoder import Coder, check_auto_encoder, fit_teacher_encoder
+from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder
 
 if TYPE_CHECKING:
     from ..data.base import Loader
-
-FILE = "paraphraser.safetensors"
 
 
 @dataclass(frozen=True)
@@ -75,18 +73,13 @@ class FT(Method):
             raise UserError(f"FT halves the teacher's channels; its last stage has {theirs}")
         self.request_features(self.student, self.teacher)
         self.translator = Coder(mine, theirs // 2)
-        self.paraphraser = FrozenTeacher(Coder(theirs, theirs // 2))
+        self.paraphraser = TeacherEncoder(theirs)
         self.loss = FactorTransferLoss(self.options.p, self.options.factor_weight)
-        self.ready = False
 
     def prepare(self, loader: "Loader", run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
-        teacher, view = self.teacher.net, self.staged_views[self.teacher]
-        fit_teacher_encoder(self.paraphraser.net, teacher, view, loader, self.options, FILE, run)
-        self.ready = True
+        self.paraphraser.fit(self, loader, "paraphraser.safetensors", run)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        if not self.ready:
-            raise UserError("the teacher's auto-encoder is not trained yet: call prepare(loader) before the first step")
         mine = self.translator(out.features(self.student)[-1])
         theirs = self.paraphraser(out.features(self.teacher)[-1])
         return {"ce": cross_entropy(out(self.student), target, self.options.ce_weight), "ft": self.loss(mine, theirs)}

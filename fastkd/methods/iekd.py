@@ -35,7 +35,7 @@ from .base import Method, check_temperature, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache
 from .frozen import FrozenTeacher
-from .parts.autoencoder import Coder, check_auto_encoder, fit_teacher_encoder
+from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder
 
 if TYPE_CHECKING:
     from ..data.base import Loader
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 Variant = Literal["factor", "attention", "overhaul"]
 Split = Literal["natural", "random"]
 ATTENTION_SCALE, OVERHAUL_SCALE = 1000 / 50, 1e-3 / 50
-FILE = "autoencoder.safetensors"
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,7 @@ class IEKD(Method):
         if self.halves is not None and self.options.split == "random":
             self.order.copy_(_permutation(len(self.order), run.seed))  # the same again when a run is resumed
         if isinstance(self.halves, Factors):
-            teacher, view = self.teacher.net, self.staged_views[self.teacher]
-            fit_teacher_encoder(self.halves.teacher.net, teacher, view, loader, self.options, FILE, run)
-            self.halves.ready = True
+            self.halves.teacher.fit(self, loader, "autoencoder.safetensors", run)
 
     def split(self, maps_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The channels that inherit and those that explore."""
@@ -159,13 +156,10 @@ class Factors(nn.Module):
         inheritance_weight, exploration_weight = options.weights
         self.inheritance = Coder(inheriting, teacher // 2) if inheritance_weight else None
         self.exploration = Coder(exploring, teacher // 2) if exploration_weight else None
-        self.teacher = FrozenTeacher(Coder(teacher, teacher // 2))
+        self.teacher = TeacherEncoder(teacher)
         self.loss = InheritanceExplorationLoss(options.p, inheritance_weight, exploration_weight)
-        self.ready = False
 
     def forward(self, inheritance: Tensor, exploration: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        if not self.ready:
-            raise UserError("the teacher's auto-encoder is not trained yet: call prepare(loader) before the first step")
         mine = self.inheritance(inheritance) if self.inheritance else None
         new = self.exploration(exploration) if self.exploration else None
         return self.loss.terms(mine, new, self.teacher(teacher))
