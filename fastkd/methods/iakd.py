@@ -30,7 +30,7 @@ from .base import Method, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache, StagedView
 from .frozen import FrozenTeacher
-from .parts.gates import Gate, Swapped, adapted, adapters, gates_of
+from .parts.gates import Gate, Swapped, adapted, gates_of
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ class IAKD(Method):
         gates = gates_of(self.student, self.teacher.net, o.gates)
         if len(o.p) not in (1, len(gates)):
             raise UserError(f"--p has {len(o.p)} probabilities for {len(gates)} gates; give 1 or {len(gates)}")
-        self.adapters = adapters(self.student, self.teacher.net, gates, allowed=o.adapters)
-        gates = adapted(gates, self.adapters)
+        gates, self.adapters = adapted(self.student, self.teacher.net, gates, allowed=o.adapters)
         self.__dict__.update(gates=gates, view=staged(self.student), run=RunContext())  # views of registered modules
         self.first = o.p * (len(gates) // len(o.p))
         self.kd = KDLoss(o.temperature, ce_weight=1.0, kd_weight=o.kd_weight)
