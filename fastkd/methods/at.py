@@ -17,7 +17,6 @@ from ..losses import AttentionTransferLoss
 from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,6 @@ class AT(Method):
     paper = "arXiv:1612.03928"
     needs_stages = "both staged, equal H x W at every stage"
 
-    teacher: FrozenTeacher
     options: ATOptions
 
     def build(self) -> None:

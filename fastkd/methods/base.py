@@ -39,7 +39,7 @@ class Method(OptionalHooks):
     find_unused_parameters = False  # a step may leave weights without a gradient; they are then not updated at all
 
     student: nn.Module
-    teacher: FrozenTeacher | None
+    teacher: Any  # a FrozenTeacher, or None
     options: Any
 
     def __init__(

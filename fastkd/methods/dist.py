@@ -15,7 +15,6 @@ from torch import Tensor
 from ..losses import DISTLoss
 from .base import Method, check_temperature, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class DIST(Method):
     Options = DISTOptions
     paper = "arXiv:2205.10536"
 
-    teacher: FrozenTeacher
     options: DISTOptions
 
     def build(self) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..losses import DKDLoss
 from .base import Method, check_temperature, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class DKD(Method):
     Options = DKDOptions
     paper = "arXiv:2203.08679"
 
-    teacher: FrozenTeacher
     options: DKDOptions
 
     def build(self) -> None:

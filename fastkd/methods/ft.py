@@ -24,7 +24,6 @@ from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder
 
 if TYPE_CHECKING:
@@ -64,7 +63,6 @@ class FT(Method):
     paper = "arXiv:1802.04977"
     needs_stages = "both staged, equal last H x W"
 
-    teacher: FrozenTeacher
     options: FTOptions
 
     def build(self) -> None:

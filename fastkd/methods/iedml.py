@@ -58,15 +58,6 @@ class IEDML(Method):
     options: IEDMLOptions
 
     def build(self) -> None:
-        self.mutual = MutualLoss(kl_weight=self.options.kl_weight)
-        weights = (self.options.inheritance_weight, self.options.exploration_weight)
-        self.loss = InheritanceExplorationLoss(self.options.p, *weights)
-        one, other = self._channels()
-        self.request_features(self.student, self.peers[0])
-        self.encoders = nn.ModuleList([_encoders(one, other, *weights), _encoders(other, one, *weights)])
-
-    def _channels(self) -> tuple[int, int]:
-        """The channels of the last stages of student and peer."""
         if len(self.peers) != 1:
             raise UserError(f"IE-DML needs exactly two networks, the student and one peer; got {len(self.peers)} peers")
         one, other = (stage_shapes(net)[-1] for net in (self.student, self.peers[0]))
@@ -77,7 +68,11 @@ class IEDML(Method):
                 f"channels or more; for 64 x 64 images (C, H, W) is {one} in the student {names[0]} and {other} in the "
                 f"peer {names[1]}: use networks with equal resolutions, or dml"
             )
-        return one[0], other[0]
+        self.mutual = MutualLoss(kl_weight=self.options.kl_weight)
+        weights = (self.options.inheritance_weight, self.options.exploration_weight)
+        self.loss = InheritanceExplorationLoss(self.options.p, *weights)
+        self.request_features(self.student, self.peers[0])
+        self.encoders = nn.ModuleList([_encoders(one[0], other[0], *weights), _encoders(other[0], one[0], *weights)])
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         nets = (self.student, self.peers[0])

@@ -20,7 +20,6 @@ from ..models.nets.init import he_init
 from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ class OFD(Method):
     paper = "arXiv:1904.01866"
     needs_stages = "both ResNet, WRN, VGG-BN or MobileNet, equal H x W at every stage"
 
-    teacher: FrozenTeacher
     options: OFDOptions
 
     def build(self) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..losses import RKDLoss
 from .base import Method, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class RKD(Method):
     paper = "arXiv:1904.05068"
     needs_stages = "both staged, any shapes"
 
-    teacher: FrozenTeacher
     options: RKDOptions
 
     def build(self) -> None:

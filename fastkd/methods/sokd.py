@@ -27,7 +27,6 @@ from ..losses import AttentionTransferLoss, BridgeLoss, FactorTransferLoss, Hint
 from ..models import stage_shapes, staged
 from .base import Method
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 from .parts.autoencoder import Coder
 from .parts.reinit import reinit
 
@@ -82,16 +81,18 @@ class SOKD(Method):
     ce_option = "ce_s"
     needs_stages = "teacher staged; for feature losses the student too, with equal last H x W"
 
-    teacher: FrozenTeacher
     options: SOKDOptions
     improved: nn.Module  # the teacher with the bridge as its top; not registered: it shares modules with both
 
     def build(self) -> None:
         self.loss = self.options.loss()
-        if self.options.teacher_bn == "batch":
-            self.teacher.batch_statistics = True
+        self.teacher.batch_statistics |= self.options.teacher_bn == "batch"
         self.request_features(self.teacher)
-        self.__dict__["improved"] = _with_copied_top(self.teacher.net)
+        net, view = self.teacher.net, staged(self.teacher.net)
+        if len(view.stages) < 2:
+            raise UserError(f"SOKD needs a teacher of two stages or more, {type(net).__name__} has {len(view.stages)}")
+        bottom = [module for shared in (view.stem, *list(view.stages)[:-1]) for module in shared.modules()]
+        self.__dict__["improved"] = copy.deepcopy(net, {id(module): module for module in bottom})
         view = staged(self.improved)
         self.bridge = nn.ModuleDict({"stage": view.stages[-1], "head": view.head}).requires_grad_(True)
         if self.options.bridge_init == "random":
@@ -130,12 +131,3 @@ class SOKD(Method):
 
     def networks(self) -> dict[str, nn.Module]:
         return super().networks() | ({"improved_teacher": self.improved} if self.options.export_teacher else {})
-
-
-def _with_copied_top(net: nn.Module) -> nn.Module:
-    """A copy of `net` that shares the modules up to the penultimate stage with `net`."""
-    view = staged(net)
-    if len(view.stages) < 2:
-        raise UserError(f"SOKD needs a teacher of two stages or more, {type(net).__name__} has {len(view.stages)}")
-    bottom = [module for shared in (view.stem, *list(view.stages)[:-1]) for module in shared.modules()]
-    return copy.deepcopy(net, {id(module): module for module in bottom})

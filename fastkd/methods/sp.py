@@ -15,7 +15,6 @@ from torch import Tensor
 from ..losses import SPLoss
 from .base import Method, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class SP(Method):
     paper = "arXiv:1907.09682"
     needs_stages = "both staged, any shapes"
 
-    teacher: FrozenTeacher
     options: SPOptions
 
     def build(self) -> None:
