@@ -36,10 +36,9 @@ class AT(Method):
     """Attention maps of all stages (Zagoruyko and Komodakis 2017)."""
 
     Options = ATOptions
+    options: ATOptions
     paper = "arXiv:1612.03928"
     needs_stages = "both staged, equal H x W at every stage"
-
-    options: ATOptions
 
     def build(self) -> None:
         check_stage_shapes(self.student, self.teacher.net, "AT")

@@ -178,7 +178,7 @@ def _check_ce_options(options: Any, kinds: dict[str, type[Method]]) -> None:
     first, *others = [name for name, kind in kinds.items() if kind.ce_option is not None] or [""]
     for name in others:
         option = kinds[name].ce_option or ""
-        default = getattr(kinds[name].Options, option, None)
+        default = {o.name: o.default for o in fields(kinds[name].Options)}.get(option)
         if default is not None and getattr(options, f"{name}_{option}") != default:
             raise UserError(
                 f"--{name}-{option.replace('_', '-')} has no effect: in a sum the student's cross-entropy is counted "

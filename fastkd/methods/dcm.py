@@ -47,12 +47,11 @@ class DCM(Method):
     """Every head of one network teaches every head of the others (Yao, Sun 2020)."""
 
     Options = DCMOptions
+    options: DCMOptions
     paper = "arXiv:2008.07816"
     needs_teacher, needs_peers = False, True
     ce_option = ""
     needs_stages = "all staged"
-
-    options: DCMOptions
 
     def build(self) -> None:
         o, nets = self.options, (self.student, *self.peers)

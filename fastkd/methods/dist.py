@@ -39,9 +39,8 @@ class DIST(Method):
     """Correlation with the teacher per sample and per class (Huang et al. 2022)."""
 
     Options = DISTOptions
-    paper = "arXiv:2205.10536"
-
     options: DISTOptions
+    paper = "arXiv:2205.10536"
 
     def build(self) -> None:
         self.loss = DISTLoss(self.options.beta, self.options.gamma, self.options.temperature)

@@ -41,9 +41,8 @@ class DKD(Method):
     """Separate terms for the true class and the others (Zhao et al. 2022)."""
 
     Options = DKDOptions
-    paper = "arXiv:2203.08679"
-
     options: DKDOptions
+    paper = "arXiv:2203.08679"
 
     def build(self) -> None:
         self.loss = DKDLoss(self.options.alpha, self.options.beta, self.options.temperature)

@@ -42,10 +42,9 @@ class FitNet(Method):
     """A hint: the teacher's map of one stage (Romero et al. 2015)."""
 
     Options = FitNetOptions
+    options: FitNetOptions
     paper = "arXiv:1412.6550"
     needs_stages = "both staged, equal H x W at the hint's stage"
-
-    options: FitNetOptions
 
     def build(self) -> None:
         self.request_features(self.student, self.teacher)

@@ -60,10 +60,9 @@ class FT(Method):
     """Factors of the last stage's maps (Kim et al. 2018)."""
 
     Options = FTOptions
+    options: FTOptions
     paper = "arXiv:1802.04977"
     needs_stages = "both staged, equal last H x W"
-
-    options: FTOptions
 
     def build(self) -> None:
         mine, theirs = (shapes[-1][0] for shapes in check_stage_shapes(self.student, self.teacher.net, "FT", -1))

@@ -68,11 +68,11 @@ class IAKD(Method):
     """Teacher blocks are swapped into the student at random while it learns (2020)."""
 
     Options = IAKDOptions
+    options: IAKDOptions
     paper = "arXiv:2007.01476"
     needs_stages = "both staged, equal shapes at the gates (or --adapters)"
     find_unused_parameters = True
 
-    options: IAKDOptions
     view: Staged
 
     def build(self) -> None:

@@ -51,11 +51,10 @@ class IEDML(Method):
     """DML whose halves inherit from the other network or explore (after Huang et al. 2021)."""
 
     Options = IEDMLOptions
+    options: IEDMLOptions
     paper = "arXiv:2107.00181"
     needs_teacher, needs_peers = False, True
     needs_stages = "two networks, both staged, equal last H x W"
-
-    options: IEDMLOptions
 
     def build(self) -> None:
         if len(self.peers) != 1:

@@ -92,10 +92,10 @@ class IEKD(Method):
     """Half of the student inherits from the teacher, half explores (Huang et al. 2021)."""
 
     Options = IEKDOptions
+    options: IEKDOptions
     paper = "arXiv:2107.00181"
     needs_stages = "both staged, equal last H x W; overhaul: a teacher that OFD can use"
 
-    options: IEKDOptions
     halves: "Factors | Maps | None"
     order: Tensor  # the channels, those that inherit first; with --split random
 

@@ -39,10 +39,9 @@ class OFD(Method):
     """The teacher's maps before the ReLU, above a margin (Heo et al. 2019)."""
 
     Options = OFDOptions
+    options: OFDOptions
     paper = "arXiv:1904.01866"
     needs_stages = "both ResNet, WRN, VGG-BN or MobileNet, equal H x W at every stage"
-
-    options: OFDOptions
 
     def build(self) -> None:
         ours, theirs = check_stage_shapes(self.student, self.teacher.net, "OFD")

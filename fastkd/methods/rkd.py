@@ -37,10 +37,9 @@ class RKD(Method):
     """Distances and angles between samples (Park et al. 2019)."""
 
     Options = RKDOptions
+    options: RKDOptions
     paper = "arXiv:1904.05068"
     needs_stages = "both staged, any shapes"
-
-    options: RKDOptions
 
     def build(self) -> None:
         self.request_features(self.student, self.teacher)

@@ -77,11 +77,11 @@ class SOKD(Method):
     """A bridge learns from the frozen teacher and the student, the student from the bridge (2021)."""
 
     Options = SOKDOptions
+    options: SOKDOptions
     paper = "arXiv:2111.11747"
     ce_option = "ce_s"
     needs_stages = "teacher staged; for feature losses the student too, with equal last H x W"
 
-    options: SOKDOptions
     improved: nn.Module  # the teacher with the bridge as its top; not registered: it shares modules with both
 
     def build(self) -> None:

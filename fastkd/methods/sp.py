@@ -34,10 +34,9 @@ class SP(Method):
     """Similarities between samples (Tung and Mori 2019)."""
 
     Options = SPOptions
+    options: SPOptions
     paper = "arXiv:1907.09682"
     needs_stages = "both staged, any shapes"
-
-    options: SPOptions
 
     def build(self) -> None:
         self.request_features(self.student, self.teacher)
