@@ -18,6 +18,8 @@ from ..kernels import (
 from ..kernels.check import check_tensors
 from .base import Loss, check_order, check_weight
 
+Maps = Tensor | Sequence[Tensor]  # of one stage, or of every stage
+
 
 @dataclass(eq=False, repr=False)
 class FactorTransferLoss(Loss):
@@ -95,7 +97,7 @@ class AttentionTransferLoss(Loss):
     weight: float = 1000.0
     checks = {"weight": check_weight}
 
-    def forward(self, student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, student_maps: Maps, teacher_maps: Maps) -> Tensor:
         return _sum_over_stages(attention_transfer, (student_maps, teacher_maps), self.weight)
 
 
@@ -118,12 +120,7 @@ class OverhaulLoss(Loss):
             raise TypeError(f"margins needs a list of BatchNorms, one for each map, got one {type(norms).__name__}")
         return [bn_margin(cast(Tensor, norm.weight), cast(Tensor, norm.bias)) for norm in norms]
 
-    def forward(
-        self,
-        student_maps: Tensor | Sequence[Tensor],
-        teacher_maps: Tensor | Sequence[Tensor],
-        margins: Tensor | Sequence[Tensor],
-    ) -> Tensor:
+    def forward(self, student_maps: Maps, teacher_maps: Maps, margins: Maps) -> Tensor:
         return _sum_over_stages(overhaul_distance, (student_maps, teacher_maps, margins), self.weight, base=2)
 
 
@@ -171,9 +168,7 @@ class SPLoss(Loss):
         return self.weight * sp_loss(student_map, teacher_map)
 
 
-def _sum_over_stages(
-    distance: Callable[..., Tensor], maps: Iterable[Tensor | Sequence[Tensor]], weight: float, base: int = 1
-) -> Tensor:
+def _sum_over_stages(distance: Callable[..., Tensor], maps: Iterable[Maps], weight: float, base: int = 1) -> Tensor:
     """The sum of weight * base^-(L-l) * distance over L stages l. An error names the stage, if there are several."""
     for stages in maps:
         if not isinstance(stages, Iterable):

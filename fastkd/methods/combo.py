@@ -16,20 +16,18 @@ from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
 from textwrap import dedent
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..data.base import Loader
 from ..errors import UserError, check_number
 from ..models import PreActivation
 from .base import Method
 from .context import RunContext
 from .forwards import ForwardCache, StagedView
 from .frozen import FrozenTeacher
-
-if TYPE_CHECKING:
-    from ..data.base import Loader
 
 
 class Combo(Method):
@@ -89,7 +87,7 @@ class Combo(Method):
             with _errors_name_the_sum(name):
                 method.check(run)
 
-    def prepare(self, loader: "Loader", run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
+    def prepare(self, loader: Loader, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
         """Each method is prepared as if it were alone: from the same random state, on the same batches."""
         random = torch.get_rng_state()
         for method in self.methods.values():

@@ -14,10 +14,11 @@ Departures: student and translator share one optimizer, with one momentum and we
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import Tensor
 
+from ..data.base import Loader
 from ..errors import UserError
 from ..losses import FactorTransferLoss
 from ..models.stages.shapes import check_stage_shapes
@@ -25,9 +26,6 @@ from .base import Method, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache
 from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder
-
-if TYPE_CHECKING:
-    from ..data.base import Loader
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class FT(Method):
         self.paraphraser = TeacherEncoder(theirs)
         self.loss = FactorTransferLoss(self.options.p, self.options.factor_weight)
 
-    def prepare(self, loader: "Loader", run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
+    def prepare(self, loader: Loader, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
         self.paraphraser.fit(self, loader, "paraphraser.safetensors", run)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:

@@ -21,11 +21,12 @@ weight 0 is left out.
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..data.base import Loader
 from ..errors import UserError
 from ..losses import AttentionTransferLoss, InheritanceExplorationLoss, KDLoss, OverhaulLoss
 from ..models import PreActivation
@@ -35,9 +36,6 @@ from .base import Method, check_temperature, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache
 from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder
-
-if TYPE_CHECKING:
-    from ..data.base import Loader
 
 Variant = Literal["factor", "attention", "overhaul"]
 Split = Literal["natural", "random"]
@@ -120,7 +118,7 @@ class IEKD(Method):
         else:
             self.halves = Factors(channels, theirs, o) if o.variant == "factor" else Maps(channels, theirs, o)
 
-    def prepare(self, loader: "Loader", run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
+    def prepare(self, loader: Loader, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
         if self.halves is not None and self.options.split == "random":
             self.order.copy_(_permutation(len(self.order), run.seed))  # the same again when a run is resumed
         if isinstance(self.halves, Factors):

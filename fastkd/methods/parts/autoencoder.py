@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,14 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import checkpoint, distributed
+from ...data.base import Loader
 from ...errors import UserError, check_number
 from ...models.nets.init import he_init
 from ..base import Method
 from ..context import RunContext
 from ..frozen import FrozenTeacher
-
-if TYPE_CHECKING:
-    from ...data.base import Loader
 
 SLOPE = 0.1  # of all leaky ReLUs
 ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
@@ -79,7 +77,7 @@ class TeacherEncoder(FrozenTeacher):
         super().__init__(Coder(channels, channels // 2))
         self.is_fitted = False
 
-    def fit(self, method: Method, loader: "Loader", name: str, run: RunContext) -> None:
+    def fit(self, method: Method, loader: Loader, name: str, run: RunContext) -> None:
         """`fit_encoder` on the maps of the method's teacher, with the options of the method."""
         teacher = method.teacher
         assert teacher is not None

@@ -29,12 +29,12 @@ def auxiliary_heads(net: nn.Module) -> nn.ModuleList:
     Returns one head fewer than there are stages, in order: new modules, trainable, in train mode, with the device and
     dtype of `net`. Raises UserError if the stages are not known or a module has no way to draw new weights.
     """
-    view = staged(net)
     if isinstance(net, WideResNet):
         heads = _wide_heads(net)
     elif isinstance(net, CifarMobileNet):
         heads = _mobile_heads(net)
     else:
+        view = staged(net)
         later = [list(view.stages)[k:] for k in range(1, len(view.stages))]
         later[:1] = [[_halved(stage) for stage in rest] for rest in later[:1]]
         heads = [reinit(nn.Sequential(*rest, view.head)) for rest in later]
