@@ -4,8 +4,7 @@
     a = l2norm(flatten(mean_c f^2)), f: the output of the stage
 
 Defaults: ce_weight 1 and attention_weight 1000, as in the code of DKD's comparison.
-Departures: none. In pre-activation networks (Wide ResNet) the map is the sum before the activation, as in the authors'
-code.
+Departures: none. As in the authors' code, the map of a Wide ResNet (pre-activation) is the sum before the activation.
 """
 
 from collections.abc import Hashable

@@ -10,8 +10,7 @@ momentum, no statistics. The student alone is evaluated and saved.
 
 Source: no code was released and only the abstract could be read. From it: random swapping, no feature matching. The
 rest is ours: what a gate is, the schedules of p and their defaults, and the optional KD term.
-Departures: unknown, see above. The draws depend on seed and step alone, so they are equal in all processes and after a
-resume.
+Departures: unknown, see above. The draws depend on seed and step alone: all processes and resumed runs draw the same.
 """
 
 import math

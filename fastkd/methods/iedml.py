@@ -4,8 +4,7 @@
     L_inh,i = ( sum |F^_inh,i - F^_j|^p / N_el )^(1/p),   L_exp,i = -( sum |F^_exp,i - F^_j|^p / N_el )^(1/p)
 
 F_j: the last stage's map of the other network, a constant. F_inh,i and F_exp,i: the first half of network i's channels
-at its last stage and the rest, each passed through a separate encoder with as many output channels as F_j. x^ and N_el
-as in IE-KD.
+at its last stage and the rest, each encoded to as many channels as F_j by a separate encoder. x^, N_el: as in IE-KD.
 
 From second-hand notes on IE-KD's paper (arXiv:2107.00181): each of two networks has both halves, compared with the
 other's factor, together with DML's KL. Weights 50 and p = 1 are those of IE-KD. The rest is ours. There is no

@@ -14,9 +14,8 @@ Ours: the formulas of two variants, with the same two signs. `attention` (IE-AT)
 (IE-OD): each half passes a 1x1 convolution and BatchNorm, then OFD's partial squared error from the teacher's pre-ReLU
 map. Both distances are scaled so that the weight 50 gives AT's 1000 and OFD's 1e-3. In IE-OD the exploring half's
 BatchNorm has no scale and shift, because with them the negative distance would have no lower bound.
-Departures: the code swaps the names of teacher and student, lets gradients flow into the frozen network and runs
-decoders that are not trained. We do none of this. In Wide ResNets the last stage's map is not activated. A term of
-weight 0 is left out.
+Departures: we do not swap the names of teacher and student, send gradients into the frozen network or run untrained
+decoders, as the code does. In Wide ResNets the last stage's map is not activated. A term of weight 0 is left out.
 """
 
 from collections.abc import Hashable

@@ -6,9 +6,8 @@ of the teacher's penultimate stage, detached. With KD(a <- b) = T^2 KL(sg p_b ||
     L_S = ce_s CE(z_S, y) + kd_sa KD(S <- A)
     L_A = ce_a CE(z_A, y) + kd_at KD(A <- T) + kd_as KD(A <- S)
 
-There is one backward pass and one optimizer, in which the bridge has a separate learning rate. The student learns from
-the bridge and the labels only; the teacher is frozen. The teacher's bottom and the bridge form an improved teacher,
-which is saved too.
+There is one backward pass and one optimizer, in which the bridge has its own learning rate. The student learns from
+the bridge and the labels only; the teacher is frozen. Its bottom and the bridge form an improved teacher, saved too.
 
 From the authors' code: T = 4, weights 1, bridge_lr 0.1, the random initialisation of the bridge.
 Departures: the teacher's BatchNorm stays in eval mode. `--teacher-bn batch` normalises with the batch as the code does,

@@ -4,8 +4,7 @@ Maps [N, C, H, W] <-> factors [N, C/2, H, W]. The auto-encoder is trained once p
 in the run's folder. All processes get equal weights.
 
 Source: Huang et al., CVPR 2021, arXiv:2107.00181, as in the authors' code; the idea of factors is that of FT (Kim et
-al. 2018, arXiv:1802.04977). From the code too: 30 epochs, SGD at 0.1 with momentum 0.9 (Nesterov) and weight decay
-5e-4, and the mean absolute error.
+al. 2018, arXiv:1802.04977). From the code too: 30 epochs, SGD at 0.1 (momentum 0.9, Nesterov, weight decay 5e-4), L1.
 Departures: none known. The learning rate is constant, because no schedule was found in the sources.
 """
 
@@ -111,9 +110,8 @@ def fit_encoder(encoder: nn.Module, maps: Maps, options: Any, about: dict, name:
     """Train an auto-encoder on `maps` and load its first half into `encoder`, a Coder.
 
     `options` has ae_epochs, ae_lr and ae_error. The weights are saved as the file `name` in `run.folder`. A later call
-    with equal settings loads them instead of training. `about`: further settings that the result depends on, as JSON
-    values. All processes end with equal weights; only rank 0 reads and writes the file. Raises UserError if the
-    auto-encoder diverges.
+    with equal settings loads them instead of training. `about`: further settings of the result, as JSON values. All
+    processes end with equal weights; only rank 0 reads and writes the file. UserError if the auto-encoder diverges.
     """
     about = about | {key: getattr(options, key) for key in ("ae_epochs", "ae_lr", "ae_error")} | {"seed": run.seed}
     path = run.folder / name if run.folder else None
