@@ -51,7 +51,8 @@ class InheritanceLoss(FactorTransferLoss):
 class ExplorationLoss(FactorTransferLoss):
     """-( mean |f^_exp - f^_t|^p )^(1/p): explore, away from the teacher; IE-KD, arXiv:2107.00181.
 
-    Factors as in InheritanceLoss, of the exploring half. The value is negative; minimising it increases the distance.
+    student_factor and teacher_factor: as in InheritanceLoss, but from the exploring half of the channels. The value is
+    negative, so that minimising it increases the distance.
     """
 
     weight: float = field(default=-1.0, init=False)
