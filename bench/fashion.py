@@ -63,28 +63,24 @@ def create_fashion(
     def loader(pictures: Tensor, target: Tensor, train: bool) -> FashionLoader:
         # padded before normalising: what a shift brings in is background
         pictures = pad(pictures, (SHIFT,) * 4).sub(mean).div(std).to(device, shard.dtype)
-        slices = shard.slices(len(pictures), batch_size, train=train)
-        return FashionLoader(pictures, target.to(device), slices, train=train, seed=shard.seed)
+        return FashionLoader(pictures, target.to(device), batch_size, shard, train=train)
 
     return loader(*parts[0], train=True), loader(*parts[1], train=False)
 
 
 class FashionLoader(DigitsLoader):
-    """A loader like that of the digits, which also mirrors the training images."""
+    """A loader like that of the digits, which also mirrors every second training image."""
 
     name = "fashion"
-    classes: tuple[str, ...] = CLASSES
+    labels = CLASSES
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order, _ = self._plan(self.epoch)
-        mirrored = self._mirrored(self.epoch)[order, None, None, None].to(self.images.device)
-        for (images, target), (start, stop) in zip(super().__iter__(), self.slices, strict=True):
-            yield torch.where(mirrored[start:stop], images.flip(3), images), target
-
-    def _mirrored(self, epoch: int) -> Tensor:
-        """bool [N] on the CPU: half of the training images."""
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.train:
-            return torch.zeros(self.samples, dtype=torch.bool)
+            yield from super().batches(epoch)
+            return
         random = torch.Generator().manual_seed(derived_seed(self.seed, epoch, SHIFT))
         torch.randint(2 * SHIFT + 1, (self.samples, 2), generator=random)  # the shifts come before
-        return torch.rand(self.samples, generator=random) < 0.5
+        is_mirrored = torch.rand(self.samples, generator=random) < 0.5
+        chosen = is_mirrored[self.order(epoch), None, None, None].to(self.images.device)
+        for (images, target), (start, stop) in zip(super().batches(epoch), self.slices, strict=True):
+            yield torch.where(chosen[start:stop], images.flip(3), images), target

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from fastkd.data.base import EpochCounter
+from fastkd.data.base import ONE_PROCESS, EpochLoader
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError
 from fastkd.methods import find_method
@@ -94,7 +94,7 @@ class Workload:
         torch.manual_seed(0)
         method = kind(student, teacher, kind.Options(**epochs), peers).to(device).to(memory_format=torch.channels_last)
         run = RunContext(epochs=100, steps_per_epoch=1000, drops=(50.0,), device=device)
-        method.prepare(Batches(images[:SETTLE].float(), target[:SETTLE]), run)
+        method.prepare(OneBatch(images[:SETTLE].float(), target[:SETTLE]), run)
         return method.train()
 
     def _network(self, option: str, name: str, number: int = 0) -> nn.Module:
@@ -103,19 +103,14 @@ class Workload:
             return create_model(name, self.classes)
 
 
-class Batches(EpochCounter):
+class OneBatch(EpochLoader):
     """A Loader of one batch, for `Method.prepare`."""
 
-    classes: tuple[str, ...] = ()
-    train = False  # it has no state
-
     def __init__(self, images: Tensor, target: Tensor):
-        self.batch, self.samples = (images, target), len(images)
+        super().__init__((), len(images), len(images), ONE_PROCESS, train=False)
+        self.batch = images, target
 
-    def __len__(self) -> int:
-        return 1
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         return iter([self.batch])
 
 

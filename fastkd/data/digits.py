@@ -57,9 +57,10 @@ class DigitsLoader(EpochLoader):
     """A Loader (see base.py) over images [N, 40, 40] and target [N] on the device."""
 
     name = "digits"
+    labels: tuple[str, ...] = tuple("0123456789")
 
     def __init__(self, images_NHW: Tensor, target: Tensor, batch_size: int, shard: Shard, *, train: bool):
-        super().__init__(tuple("0123456789"), len(images_NHW), batch_size, shard, train=train)
+        super().__init__(self.labels, len(images_NHW), batch_size, shard, train=train)
         self.images, self.target = images_NHW, target
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

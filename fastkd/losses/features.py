@@ -1,6 +1,7 @@
 """Losses from feature maps [N, C, H, W] (channels-last is the fast layout) and from pooled features [N, D]."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 from torch import Tensor, nn
@@ -15,26 +16,27 @@ from ..kernels import (
     sp_loss,
 )
 from ..kernels.check import check_tensors
-from .base import Checks, Loss
-from .checks import check_order, check_weight
+from .base import Loss, check_order, check_weight
+
+Maps = Tensor | Sequence[Tensor]  # of one stage, or of every stage
 
 
+@dataclass(eq=False, repr=False)
 class FactorTransferLoss(Loss):
     """weight * ( mean |f^_s - f^_t|^p )^(1/p), f^ = the factor divided by its norm per sample; FT, arXiv:1802.04977.
 
     student_factor and teacher_factor: [N, C, H, W], the outputs of the translator and the paraphraser. p is 1 or 2.
     """
 
-    checks: Checks = {"p": check_order, "weight": check_weight}
-
-    def __init__(self, p: int = 1, weight: float = 500.0):
-        super().__init__()
-        self.p, self.weight = p, weight
+    p: int = 1
+    weight: float = 500.0
+    checks = {"p": check_order, "weight": check_weight}
 
     def forward(self, student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
         return factor_distance([student_factor], teacher_factor, [self.weight], self.p).loss
 
 
+@dataclass(eq=False, repr=False)
 class InheritanceLoss(FactorTransferLoss):
     """( mean |f^_inh - f^_t|^p )^(1/p) over all elements: inherit from the teacher; IE-KD, arXiv:2107.00181.
 
@@ -42,27 +44,21 @@ class InheritanceLoss(FactorTransferLoss):
     the teacher's map, encoded by its auto-encoder. Only the student gets a gradient. p is 1 or 2.
     """
 
-    def __init__(self, p: int = 1):
-        super().__init__(p, weight=1.0)
+    weight: float = field(default=1.0, init=False)
 
 
-class ExplorationLoss(Loss):
+@dataclass(eq=False, repr=False)
+class ExplorationLoss(FactorTransferLoss):
     """-( mean |f^_exp - f^_t|^p )^(1/p): explore, away from the teacher; IE-KD, arXiv:2107.00181.
 
     student_factor and teacher_factor: as in InheritanceLoss, but from the exploring half of the channels. The value is
     negative, so that minimising it increases the distance.
     """
 
-    checks: Checks = {"p": check_order}
-
-    def __init__(self, p: int = 1):
-        super().__init__()
-        self.p = p
-
-    def forward(self, student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
-        return factor_distance([student_factor], teacher_factor, [-1.0], self.p).loss
+    weight: float = field(default=-1.0, init=False)
 
 
+@dataclass(eq=False, repr=False)
 class InheritanceExplorationLoss(Loss):
     """inheritance_weight * L_inh + exploration_weight * L_exp, both in one pass over the teacher's factor; IE-KD.
 
@@ -70,11 +66,10 @@ class InheritanceExplorationLoss(Loss):
     whose weight is 0 may be None.
     """
 
-    checks: Checks = {"p": check_order, "inheritance_weight": check_weight, "exploration_weight": check_weight}
-
-    def __init__(self, p: int = 1, inheritance_weight: float = 50.0, exploration_weight: float = 50.0):
-        super().__init__()
-        self.p, self.inheritance_weight, self.exploration_weight = p, inheritance_weight, exploration_weight
+    p: int = 1
+    inheritance_weight: float = 50.0
+    exploration_weight: float = 50.0
+    checks = {"p": check_order, "inheritance_weight": check_weight, "exploration_weight": check_weight}
 
     def terms(self, inheritance: Tensor | None, exploration: Tensor | None, teacher: Tensor) -> dict[str, Tensor]:
         """The weighted terms by name; their sum is the loss. A term of weight 0 is left out."""
@@ -92,23 +87,21 @@ class InheritanceExplorationLoss(Loss):
         return sum(self.terms(inheritance, exploration, teacher).values(), teacher.new_zeros(()))
 
 
+@dataclass(eq=False, repr=False)
 class AttentionTransferLoss(Loss):
     """weight * sum over stages of mean (a_s - a_t)^2, a = l2norm(flatten(mean_c f^2)); AT, arXiv:1612.03928.
 
     student_maps [N, Cs, H, W] and teacher_maps [N, Ct, H, W]: the maps of one stage, or lists with one map per stage.
     """
 
-    checks: Checks = {"weight": check_weight}
+    weight: float = 1000.0
+    checks = {"weight": check_weight}
 
-    def __init__(self, weight: float = 1000.0):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, student_maps: Tensor | Sequence[Tensor], teacher_maps: Tensor | Sequence[Tensor]) -> Tensor:
-        stages = _stages(student_maps, teacher_maps)
-        return _sum_over_stages(attention_transfer, stages, [self.weight] * len(stages))
+    def forward(self, student_maps: Maps, teacher_maps: Maps) -> Tensor:
+        return _sum_over_stages(attention_transfer, (student_maps, teacher_maps), self.weight)
 
 
+@dataclass(eq=False, repr=False)
 class OverhaulLoss(Loss):
     """weight * sum over L stages l of 2^-(L-l) partial-L2(f_s, max(f_t, margin)); OFD, arXiv:1904.01866.
 
@@ -117,11 +110,8 @@ class OverhaulLoss(Loss):
     loss is a sum over elements and a mean over the batch.
     """
 
-    checks: Checks = {"weight": check_weight}
-
-    def __init__(self, weight: float = 1e-3):
-        super().__init__()
-        self.weight = weight
+    weight: float = 1e-3
+    checks = {"weight": check_weight}
 
     @staticmethod
     def margins(norms: Iterable[nn.Module]) -> list[Tensor]:
@@ -130,33 +120,25 @@ class OverhaulLoss(Loss):
             raise TypeError(f"margins needs a list of BatchNorms, one for each map, got one {type(norms).__name__}")
         return [bn_margin(cast(Tensor, norm.weight), cast(Tensor, norm.bias)) for norm in norms]
 
-    def forward(
-        self,
-        student_maps: Tensor | Sequence[Tensor],
-        teacher_maps: Tensor | Sequence[Tensor],
-        margins: Tensor | Sequence[Tensor],
-    ) -> Tensor:
-        stages = _stages(student_maps, teacher_maps, margins)
-        weights = [self.weight / 2**later for later in reversed(range(len(stages)))]
-        return _sum_over_stages(overhaul_distance, stages, weights)
+    def forward(self, student_maps: Maps, teacher_maps: Maps, margins: Maps) -> Tensor:
+        return _sum_over_stages(overhaul_distance, (student_maps, teacher_maps, margins), self.weight, base=2)
 
 
+@dataclass(eq=False, repr=False)
 class HintLoss(Loss):
     """weight * mean (f_s - f_t)^2 over all elements of one stage; FitNets, arXiv:1412.6550.
 
     student_map: the output of the student's regressor. teacher_map: the teacher's map. Both are [N, C, H, W].
     """
 
-    checks: Checks = {"weight": check_weight}
-
-    def __init__(self, weight: float = 100.0):
-        super().__init__()
-        self.weight = weight
+    weight: float = 100.0
+    checks = {"weight": check_weight}
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         return hint_distance(student_map, teacher_map, weight=self.weight)
 
 
+@dataclass(eq=False, repr=False)
 class RKDLoss(Loss):
     """distance_weight * mean_ij h(d_s, d_t) + angle_weight * mean_ijk h(a_s, a_t); Park et al. 2019, arXiv:1904.05068.
 
@@ -164,51 +146,41 @@ class RKDLoss(Loss):
     and teacher_features [N, D2] are pooled features.
     """
 
-    checks: Checks = {"distance_weight": check_weight, "angle_weight": check_weight}
-
-    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0):
-        super().__init__()
-        self.distance_weight, self.angle_weight = distance_weight, angle_weight
+    distance_weight: float = 25.0
+    angle_weight: float = 50.0
+    checks = {"distance_weight": check_weight, "angle_weight": check_weight}
 
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        weights = {"distance_weight": self.distance_weight, "angle_weight": self.angle_weight}
-        return rkd_loss(student_features, teacher_features, **weights)
+        return rkd_loss(student_features, teacher_features, **self.settings())
 
 
+@dataclass(eq=False, repr=False)
 class SPLoss(Loss):
     """weight * |G_s - G_t|_F^2 / N^2, G the row-normalised Gram matrix of the batch; SP, arXiv:1907.09682.
 
     student_map, teacher_map: maps or features [N, ...]; only N must be equal.
     """
 
-    checks: Checks = {"weight": check_weight}
-
-    def __init__(self, weight: float = 3000.0):
-        super().__init__()
-        self.weight = weight
+    weight: float = 3000.0
+    checks = {"weight": check_weight}
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         return self.weight * sp_loss(student_map, teacher_map)
 
 
-def _stages(*maps: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+def _sum_over_stages(distance: Callable[..., Tensor], maps: Iterable[Maps], weight: float, base: int = 1) -> Tensor:
+    """The sum of weight * base^-(L-l) * distance over L stages l. An error names the stage, if there are several."""
     for stages in maps:
         if not isinstance(stages, Iterable):
             raise TypeError(f"maps and margins must be a tensor or a list of tensors, got {type(stages).__name__}")
     lists = [[stages] if isinstance(stages, Tensor) else list(stages) for stages in maps]
-    if not lists[0] or len({len(stages) for stages in lists}) > 1:
+    L = len(lists[0])
+    if not L or any(len(stages) != L for stages in lists):
         raise ValueError(f"give one or more maps, equally many of each: got {[len(stages) for stages in lists]}")
-    return list(zip(*lists, strict=True))
-
-
-def _sum_over_stages(distance: Callable[..., Tensor], stages: list[tuple[Tensor, ...]], weights: list[float]) -> Tensor:
-    """The sum of the weighted distances. An error names the stage, if there are several."""
-    total: Tensor | None = None
-    for number, (maps, weight) in enumerate(zip(stages, weights, strict=True), 1):
+    values = []
+    for number, tensors in enumerate(zip(*lists, strict=True), 1):
         try:
-            value = distance(*maps, weight=weight)
+            values.append(distance(*tensors, weight=weight / base ** (L - number)))
         except (TypeError, ValueError) as error:
-            raise type(error)(f"stage {number} of {len(stages)}: {error}" if len(stages) > 1 else str(error)) from None
-        total = value if total is None else total + value
-    assert total is not None  # `_stages` returns at least one
-    return total
+            raise type(error)(f"stage {number} of {L}: {error}" if L > 1 else str(error)) from None
+    return sum(values[1:], values[0])

@@ -1,17 +1,15 @@
 """Losses from logits [N, C]. Most of them are one call of the fused kernel in kernels/logit_loss.py."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ..kernels import dist_loss, dkd_loss, kd_loss, logit_loss
 from ..kernels.check import check_tensors
-from .base import Checks, Loss
-from .checks import check_ignored, check_pairs, check_positive, check_smoothing, check_weight
-
-if TYPE_CHECKING:
-    from ..kernels.logit_loss import LogitLoss
+from ..kernels.logit_loss import LogitLoss
+from .base import Checks, Loss, check_ignored, check_pairs, check_positive, check_smoothing, check_weight
 
 
 class LogitLossModule(Loss):
@@ -69,6 +67,7 @@ class KDLoss(LogitLossModule):
         return kd_loss(student_logits, teacher_logits, target, **self.settings()).loss
 
 
+@dataclass(eq=False, repr=False)
 class MutualLoss(LogitLossModule):
     """Networks that teach one another: DML (arXiv:1706.00384), or DCM with several heads each (arXiv:2008.07816).
 
@@ -80,44 +79,35 @@ class MutualLoss(LogitLossModule):
     floating. Every head that requires a gradient gets one; as a target of other heads it is a constant.
     """
 
-    checks: Checks = {
+    temperature: float = 1.0
+    ce_weight: float = 1.0
+    kl_weight: float = 1.0
+    pair_weights: Sequence[Sequence[float]] | Tensor | None = None
+    label_smoothing: float = 0.0
+    ignore_index: int | None = None
+    checks = {
         **LogitLossModule.checks,
         "ce_weight": check_weight,
         "kl_weight": check_weight,
         "pair_weights": check_pairs,
     }
 
-    def __init__(
-        self,
-        temperature: float = 1.0,
-        ce_weight: float = 1.0,
-        kl_weight: float = 1.0,
-        pair_weights: Sequence[Sequence[float]] | Tensor | None = None,
-        label_smoothing: float = 0.0,
-        ignore_index: int | None = None,
-    ):
-        super().__init__(temperature, label_smoothing, ignore_index)
-        self.ce_weight, self.kl_weight = ce_weight, kl_weight
-        self.pair_weights = pair_weights  # stored as list[list[float]] | None, see check_pairs
-
-    def fused(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> "LogitLoss":
+    def fused(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> LogitLoss:
         """`loss`, a scalar, and `terms` [H, 1 + H] of all H heads, those of the first network first."""
         counts = _counts(heads)
-        if self.pair_weights is not None and len(self.pair_weights) != max(counts):
-            K = len(self.pair_weights)
+        K = max(counts)
+        pairs = [[1.0] * K] * K if self.pair_weights is None else self.pair_weights
+        if len(pairs) != K:
             raise ValueError(
-                f"pair_weights is [{K}, {K}]; networks with {counts} heads need [{max(counts)}, {max(counts)}]"
+                f"pair_weights is [{len(pairs)}, {len(pairs)}]; networks with {counts} heads need [{K}, {K}]"
             )
-        places = [(n, k) for n, net in enumerate(heads) for k in range(len(net))]
-        table = [[self._weight(*i, *j, networks=len(heads)) for j in places] for i in places]
+        places = [(n, k) for n, count in enumerate(counts) for k in range(count)]
+        table = [
+            [0.0 if n == m else self.kl_weight * float(pairs[k][j]) / (len(counts) - 1) for m, j in places]
+            for n, k in places
+        ]
         every = [z for net in heads for z in net]
         return logit_loss(every, target, [self.ce_weight] * len(every), table, **self.settings())
-
-    def _weight(self, n: int, k: int, m: int, other_k: int, networks: int) -> float:
-        if n == m:
-            return 0.0
-        pair = 1.0 if self.pair_weights is None else float(self.pair_weights[k][other_k])
-        return self.kl_weight * pair / (networks - 1)
 
     def terms(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> dict[str, Tensor]:
         """ce1, kl1, ce2, kl2, ...: the weighted terms of each network, summed over its heads."""
@@ -150,6 +140,7 @@ def _counts(heads: Sequence[Sequence[Tensor]]) -> list[int]:
     return counts
 
 
+@dataclass(eq=False, repr=False)
 class BridgeLoss(LogitLossModule):
     """SOKD (arXiv:2111.11747): the student S learns from the bridge A, the bridge from the teacher T and the student.
 
@@ -159,26 +150,17 @@ class BridgeLoss(LogitLossModule):
     student gets the gradient of L_S only, the bridge that of L_A only, and the teacher none.
     """
 
-    checks: Checks = {
-        **LogitLossModule.checks,
-        **dict.fromkeys(("ce_s", "kd_sa", "ce_a", "kd_at", "kd_as"), check_weight),
-    }
+    temperature: float = 4.0
+    ce_s: float = 1.0
+    kd_sa: float = 1.0
+    ce_a: float = 1.0
+    kd_at: float = 1.0
+    kd_as: float = 1.0
+    label_smoothing: float = 0.0
+    ignore_index: int | None = None
+    checks = {**LogitLossModule.checks, **dict.fromkeys(("ce_s", "kd_sa", "ce_a", "kd_at", "kd_as"), check_weight)}
 
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        ce_s: float = 1.0,
-        kd_sa: float = 1.0,
-        ce_a: float = 1.0,
-        kd_at: float = 1.0,
-        kd_as: float = 1.0,
-        label_smoothing: float = 0.0,
-        ignore_index: int | None = None,
-    ):
-        super().__init__(temperature, label_smoothing, ignore_index)
-        self.ce_s, self.kd_sa, self.ce_a, self.kd_at, self.kd_as = ce_s, kd_sa, ce_a, kd_at, kd_as
-
-    def fused(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor) -> "LogitLoss":
+    def fused(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor) -> LogitLoss:
         """`loss`, a scalar, and `terms` [3, 4] of student, bridge and teacher."""
         check_tensors(student=student, bridge=bridge, teacher=teacher, target=target)
         table = [[0.0, self.kd_sa, 0.0], [self.kd_as, 0.0, self.kd_at], [0.0, 0.0, 0.0]]
@@ -194,6 +176,7 @@ class BridgeLoss(LogitLossModule):
         return self.fused(student, bridge, teacher, target).loss
 
 
+@dataclass(eq=False, repr=False)
 class DKDLoss(Loss):
     """T^2 (alpha TCKD + beta NCKD), decoupled distillation; Zhao et al. 2022, arXiv:2203.08679. No cross-entropy.
 
@@ -202,31 +185,28 @@ class DKDLoss(Loss):
     may diverge at beta 8 and a high learning rate.
     """
 
-    checks: Checks = {"alpha": check_weight, "beta": check_weight, "temperature": check_positive}
-
-    def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0):
-        super().__init__()
-        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+    alpha: float = 1.0
+    beta: float = 8.0
+    temperature: float = 4.0
+    checks = {"alpha": check_weight, "beta": check_weight, "temperature": check_positive}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
         check_tensors(student_logits=student_logits, teacher_logits=teacher_logits, target=target)
-        settings = {"alpha": self.alpha, "beta": self.beta, "temperature": self.temperature}
-        return dkd_loss(student_logits, teacher_logits, target, **settings)
+        return dkd_loss(student_logits, teacher_logits, target, **self.settings())
 
 
+@dataclass(eq=False, repr=False)
 class DISTLoss(Loss):
     """T^2 [beta (1 - mean row correlation) + gamma (1 - mean column correlation)] of the softmaxes; arXiv:2205.10536.
 
     student_logits, teacher_logits: [N, C]. Only the student gets a gradient. No cross-entropy.
     """
 
-    checks: Checks = {"beta": check_weight, "gamma": check_weight, "temperature": check_positive}
-
-    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0):
-        super().__init__()
-        self.beta, self.gamma, self.temperature = beta, gamma, temperature
+    beta: float = 1.0
+    gamma: float = 1.0
+    temperature: float = 1.0
+    checks = {"beta": check_weight, "gamma": check_weight, "temperature": check_positive}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         check_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
-        settings = {"beta": self.beta, "gamma": self.gamma, "temperature": self.temperature}
-        return dist_loss(student_logits, teacher_logits, **settings)
+        return dist_loss(student_logits, teacher_logits, **self.settings())

@@ -1,4 +1,4 @@
-"""The methods by name. A new method is a file in this folder and a line in METHODS."""
+"""The methods by name. A new method is a file in this folder and its class in KINDS."""
 
 from ..errors import UserError, nearest
 from .at import AT
@@ -23,24 +23,8 @@ from .rkd import RKD
 from .sokd import SOKD
 from .sp import SP
 
-METHODS: dict[str, type[Method]] = {
-    "ce": CE,
-    "kd": KD,
-    "dml": DML,
-    "iekd": IEKD,
-    "iedml": IEDML,
-    "iakd": IAKD,
-    "sokd": SOKD,
-    "dcm": DCM,
-    "at": AT,
-    "fitnet": FitNet,
-    "ft": FT,
-    "ofd": OFD,
-    "dkd": DKD,
-    "dist": DIST,
-    "rkd": RKD,
-    "sp": SP,
-}
+KINDS = (CE, KD, DML, IEKD, IEDML, IAKD, SOKD, DCM, AT, FitNet, FT, OFD, DKD, DIST, RKD, SP)
+METHODS: dict[str, type[Method]] = {kind.__name__.lower(): kind for kind in KINDS}  # "fitnet": FitNet
 
 
 def find_method(name: str) -> type[Method]:

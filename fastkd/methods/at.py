@@ -4,20 +4,18 @@
     a = l2norm(flatten(mean_c f^2)), f: the output of the stage
 
 Defaults: ce_weight 1 and attention_weight 1000, as in the code of DKD's comparison.
-Departures: none. In pre-activation networks (Wide ResNet) the map is the sum before the activation, as in the authors'
-code.
+Departures: none. As in the authors' code, the map of a Wide ResNet (pre-activation) is the sum before the activation.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import AttentionTransferLoss
 from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -37,19 +35,13 @@ class AT(Method):
     """Attention maps of all stages (Zagoruyko and Komodakis 2017)."""
 
     Options = ATOptions
+    options: ATOptions
     paper = "arXiv:1612.03928"
     needs_stages = "both staged, equal H x W at every stage"
 
-    teacher: FrozenTeacher
-    options: ATOptions
-
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, options: ATOptions | None = None, peers: Sequence[nn.Module] = ()
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         check_stage_shapes(self.student, self.teacher.net, "AT")
-        self.request_features(self.student)
-        self.request_features(self.teacher)
+        self.request_features(self.student, self.teacher)
         self.loss = AttentionTransferLoss(self.options.attention_weight)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:

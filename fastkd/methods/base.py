@@ -6,7 +6,7 @@ A subclass writes `losses`, and overrides the rest only as it needs. docs/method
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class Method(OptionalHooks):
     find_unused_parameters = False  # a step may leave weights without a gradient; they are then not updated at all
 
     student: nn.Module
-    teacher: FrozenTeacher | None
+    teacher: FrozenTeacher  # None in a method without a teacher
     staged_views: dict[nn.Module, StagedView]
     options: Any
 
@@ -53,7 +53,8 @@ class Method(OptionalHooks):
         super().__init__()
         self._check_networks(student, teacher, peers)
         self.student = student
-        self.teacher = teacher if teacher is None or isinstance(teacher, FrozenTeacher) else FrozenTeacher(teacher)
+        frozen = teacher if teacher is None or isinstance(teacher, FrozenTeacher) else FrozenTeacher(teacher)
+        self.teacher = cast(FrozenTeacher, frozen)
         self.peers = nn.ModuleList(peers)
         self.options = options or self.Options()
         self.__dict__["staged_views"] = {}  # not registered: a view shares its network's parameters
@@ -71,9 +72,10 @@ class Method(OptionalHooks):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define losses()")
 
-    def request_features(self, net: nn.Module) -> None:
-        """Make `out.features(net)` available to `losses`; `net` is one of the method's networks."""
-        self.staged_views[net] = staged(net.net if isinstance(net, FrozenTeacher) else net)
+    def request_features(self, *nets: nn.Module) -> None:
+        """Make `out.features(net)` available to `losses` for each of `nets`, networks of the method."""
+        for net in nets:
+            self.staged_views[net] = staged(net.net if isinstance(net, FrozenTeacher) else net)
 
     def check(self, run: RunContext) -> None:
         """Raise UserError if the options do not fit the run. Called before a teacher is trained for it."""

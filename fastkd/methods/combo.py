@@ -16,20 +16,18 @@ from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
 from textwrap import dedent
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..data.base import Loader
 from ..errors import UserError, check_number
 from ..models import PreActivation
 from .base import Method
 from .context import RunContext
 from .forwards import ForwardCache, StagedView
 from .frozen import FrozenTeacher
-
-if TYPE_CHECKING:
-    from ..data.base import Loader
 
 
 class Combo(Method):
@@ -38,42 +36,33 @@ class Combo(Method):
     kinds: dict[str, type[Method]] = {}  # by name; `combine` makes a subclass that has some
 
     def build(self) -> None:
-        self.parts = nn.ModuleDict({name: self._make(name, kind) for name, kind in self.kinds.items()})
-        self.weights = {name: getattr(self.options, f"{name}_weight") for name in self.parts}
-        self.find_unused_parameters = any(method.find_unused_parameters for method in self.methods.values())
-        self._check_options()
-        for net in {net for method in self.methods.values() for net in method.staged_views}:
-            self._check_views(net)
-
-    @property
-    def methods(self) -> dict[str, Method]:
-        """The summed methods by name."""
-        return {name: cast(Method, method) for name, method in self.parts.items()}
-
-    def _make(self, name: str, kind: type[Method]) -> Method:
-        teacher = self.teacher if kind.needs_teacher else None
-        peers = list(self.peers) if kind.needs_peers else ()
-        return kind(self.student, teacher, _options_of(self.options, name, kind), peers)
-
-    def _check_options(self) -> None:
-        methods = self.methods.items()
-        for name, method in methods:
-            if len(method.plans(0)) > 1:
+        self.methods: dict[str, Method] = {}
+        for name, kind in self.kinds.items():
+            teacher = self.teacher if kind.needs_teacher else None
+            peers = list(self.peers) if kind.needs_peers else ()
+            self.methods[name] = kind(self.student, teacher, _options_of(self.options, name, kind), peers)
+            if len(self.methods[name].plans(0)) > 1:
                 raise UserError(f"--{name}-alternate makes several updates with a batch: that cannot be summed")
-        norms = {name: m.options.teacher_bn for name, m in methods if hasattr(m.options, "teacher_bn")}
+        self.parts = nn.ModuleDict(self.methods)
+        self.weights = {name: getattr(self.options, f"{name}_weight") for name in self.methods}
+        self.find_unused_parameters = any(method.find_unused_parameters for method in self.methods.values())
+        options = {name: method.options for name, method in self.methods.items()}
+        norms = {name: o.teacher_bn for name, o in options.items() if hasattr(o, "teacher_bn")}
         if len(set(norms.values())) > 1:
             given = " and ".join(f"--{name}-teacher-bn {norm}" for name, norm in norms.items())
             raise UserError(f"{given}: there is one teacher in a sum; give both the same")
+        for net in {net for method in self.methods.values() for net in method.staged_views}:
+            self._check_views(net)
 
     def _check_views(self, net: nn.Module) -> None:
         """One forward pass gives a network's feature maps either before the activation or after it."""
-        methods = self.methods.items()
-        before = [name for name, method in methods if isinstance(method.staged_views.get(net), PreActivation)]
-        after = [
-            name
-            for name, method in methods
-            if name not in before and (net in method.staged_views or net is self.student and _chooses_views(method))
-        ]
+        before, after = [], []
+        for name, method in self.methods.items():
+            chooses_views = type(method).staged_views_for is not Method.staged_views_for
+            if isinstance(method.staged_views.get(net), PreActivation):
+                before.append(name)
+            elif net in method.staged_views or net is self.student and chooses_views:
+                after.append(name)
         if before and after:
             kind = type(net.net if isinstance(net, FrozenTeacher) else net).__name__
             raise UserError(
@@ -98,7 +87,7 @@ class Combo(Method):
             with _errors_name_the_sum(name):
                 method.check(run)
 
-    def prepare(self, loader: "Loader", run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
+    def prepare(self, loader: Loader, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
         """Each method is prepared as if it were alone: from the same random state, on the same batches."""
         random = torch.get_rng_state()
         for method in self.methods.values():
@@ -140,10 +129,6 @@ class Combo(Method):
     def _with_plans(self, plan: Hashable) -> list[tuple[Method, Hashable]]:
         plans = plan if isinstance(plan, tuple) and plan else [None] * len(self.parts)
         return list(zip(self.methods.values(), plans, strict=True))
-
-
-def _chooses_views(method: Method) -> bool:
-    return type(method).staged_views_for is not Method.staged_views_for
 
 
 def combine(kinds: dict[str, type[Method]], name: str) -> type[Combo]:

@@ -13,7 +13,7 @@ two networks, the divergences are divided by the number of other networks.
 Departures: none known.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import cast
 
@@ -42,53 +42,39 @@ class DCMOptions:
         check_weights(same_stage=self.same_stage, cross_stage=self.cross_stage)
         check_weights(ce_weight=self.ce_weight, kl_weight=self.kl_weight)
 
-    def loss(self, heads: int) -> MutualLoss:
-        """`heads`: the largest number of heads of a network."""
-        pairs = [[self.same_stage if k == j else self.cross_stage for j in range(heads)] for k in range(heads)]
-        dense = self.same_stage == self.cross_stage == 1
-        return MutualLoss(ce_weight=self.ce_weight, kl_weight=self.kl_weight, pair_weights=None if dense else pairs)
-
 
 class DCM(Method):
     """Every head of one network teaches every head of the others (Yao, Sun 2020)."""
 
     Options = DCMOptions
+    options: DCMOptions
     paper = "arXiv:2008.07816"
     needs_teacher, needs_peers = False, True
     ce_option = ""
     needs_stages = "all staged"
 
-    options: DCMOptions
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: None = None,
-        options: DCMOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
-        nets = (self.student, *self.peers)
+    def build(self) -> None:
+        o, nets = self.options, (self.student, *self.peers)
+        self.request_features(*nets)
         heads = [auxiliary_heads(net) for net in nets]
         self.heads = nn.ModuleList(heads)
-        self.loss = self.options.loss(1 + max(map(len, heads)))
-        for net in nets:
-            self.request_features(net)
+        K = 1 + max(map(len, heads))
+        pairs = [[o.same_stage if k == j else o.cross_stage for j in range(K)] for k in range(K)]
+        dense = o.same_stage == o.cross_stage == 1
+        self.loss = MutualLoss(ce_weight=o.ce_weight, kl_weight=o.kl_weight, pair_weights=None if dense else pairs)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         nets = (self.student, *self.peers)
         heads = [self.logits(out, net, cast(nn.ModuleList, each)) for net, each in zip(nets, self.heads, strict=True)]
         tables = self.loss.fused(heads, target).terms.split([len(each) for each in heads])
-        ends = ["", *(f"_peer{number}" for number in range(1, len(heads)))]
-        networks = zip(ends, tables, strict=True)
-        return {name + end: term for end, table in networks for name, term in _terms(table).items()}
+        terms = {}
+        for end, table in zip(["", *(f"_peer{number}" for number in range(1, len(heads)))], tables, strict=True):
+            terms[f"ce{end}"] = table[-1, 0]  # each row: the CE of a head, then its KL terms; the classifier is last
+            if len(table) > 1:
+                terms[f"ce_heads{end}"] = table[:-1, 0].sum()
+            terms[f"kl{end}"] = table[:, 1:].sum()
+        return terms
 
     def logits(self, out: ForwardCache, net: nn.Module, heads: nn.ModuleList) -> list[Tensor]:
         """Logits [N, C] of the auxiliary heads of a network, the earliest first, and of its classifier."""
         return [*(head(maps) for head, maps in zip(heads, out.features(net)[:-1], strict=True)), out(net)]
-
-
-def _terms(table: Tensor) -> dict[str, Tensor]:
-    """The terms of one network from its rows [heads, 1 + all heads]: CE of the classifier, of the heads, and KL."""
-    ce, kl = table[:, 0], table[:, 1:].sum()
-    return {"ce": ce[-1]} | ({"ce_heads": ce[:-1].sum()} if len(ce) > 1 else {}) | {"kl": kl}

@@ -7,15 +7,14 @@ Defaults: all 1.
 Departures: none known; it was not compared with the authors' code.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import DISTLoss
 from .base import Method, check_temperature, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,10 @@ class DIST(Method):
     """Correlation with the teacher per sample and per class (Huang et al. 2022)."""
 
     Options = DISTOptions
+    options: DISTOptions
     paper = "arXiv:2205.10536"
 
-    teacher: FrozenTeacher
-    options: DISTOptions
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        options: DISTOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         self.loss = DISTLoss(self.options.beta, self.options.gamma, self.options.temperature)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:

@@ -9,15 +9,14 @@ Departures: the terms have their full weight from the first step; the code incre
 Ours: with soft labels (mixup, CutMix, smoothing), y is the class with the largest probability.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import DKDLoss
 from .base import Method, check_temperature, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,10 @@ class DKD(Method):
     """Separate terms for the true class and the others (Zhao et al. 2022)."""
 
     Options = DKDOptions
+    options: DKDOptions
     paper = "arXiv:2203.08679"
 
-    teacher: FrozenTeacher
-    options: DKDOptions
-
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, options: DKDOptions | None = None, peers: Sequence[nn.Module] = ()
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         self.loss = DKDLoss(self.options.alpha, self.options.beta, self.options.temperature)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:

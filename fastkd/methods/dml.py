@@ -36,10 +36,9 @@ class DML(Method):
     """Networks that teach one another from scratch (Zhang et al. 2018)."""
 
     Options = DMLOptions
+    options: DMLOptions
     paper = "arXiv:1706.00384"
     needs_teacher, needs_peers = False, True
-
-    options: DMLOptions
 
     def build(self) -> None:
         self.loss = MutualLoss(kl_weight=self.options.kl_weight)

@@ -7,7 +7,7 @@ Departures: one phase, as in that comparison; the original has two, first the hi
 regressor has no ReLU, because a stage may end before one, and starts from He initialisation.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from ..models.nets.init import he_init
 from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -43,37 +42,23 @@ class FitNet(Method):
     """A hint: the teacher's map of one stage (Romero et al. 2015)."""
 
     Options = FitNetOptions
+    options: FitNetOptions
     paper = "arXiv:1412.6550"
     needs_stages = "both staged, equal H x W at the hint's stage"
 
-    teacher: FrozenTeacher
-    options: FitNetOptions
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        options: FitNetOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
-        self.request_features(self.student)
-        self.request_features(self.teacher)
-        self.stage = self._stage()
-        ours, theirs = check_stage_shapes(self.student, self.teacher.net, "FitNet", self.stage)
-        cin, cout = ours[self.stage][0], theirs[self.stage][0]
-        self.regressor = nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout))
-        he_init(self.regressor)
-        self.loss = HintLoss(self.options.hint_weight)
-
-    def _stage(self) -> int:
-        """The index of the stage, the same in both networks."""
+    def build(self) -> None:
+        self.request_features(self.student, self.teacher)
         counts = [len(staged(net).stages) for net in (self.student, self.teacher.net)]
         if self.options.stage > min(counts):
             raise UserError(
                 f"--stage {self.options.stage}: the student has {counts[0]} stages, the teacher {counts[1]}"
             )
-        return (self.options.stage or (min(counts) + 1) // 2) - 1
+        self.stage = (self.options.stage or (min(counts) + 1) // 2) - 1  # an index, the same in both networks
+        ours, theirs = check_stage_shapes(self.student, self.teacher.net, "FitNet", self.stage)
+        cin, cout = ours[self.stage][0], theirs[self.stage][0]
+        self.regressor = nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout))
+        he_init(self.regressor)
+        self.loss = HintLoss(self.options.hint_weight)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ce = cross_entropy(out(self.student), target, self.options.ce_weight)

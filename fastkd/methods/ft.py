@@ -12,25 +12,20 @@ error, learning rate 0.1 and weight decay. Ours: IE-KD's encoder for both, with 
 Departures: student and translator share one optimizer, with one momentum and weight decay.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..data.base import Loader
 from ..errors import UserError
 from ..losses import FactorTransferLoss
 from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
-from .parts.autoencoder import Coder, check_auto_encoder, fit_teacher_encoder
-
-if TYPE_CHECKING:
-    from ..data.base import Loader
-
-FILE = "paraphraser.safetensors"
+from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder
 
 
 @dataclass(frozen=True)
@@ -63,34 +58,23 @@ class FT(Method):
     """Factors of the last stage's maps (Kim et al. 2018)."""
 
     Options = FTOptions
+    options: FTOptions
     paper = "arXiv:1802.04977"
     needs_stages = "both staged, equal last H x W"
 
-    teacher: FrozenTeacher
-    options: FTOptions
-
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, options: FTOptions | None = None, peers: Sequence[nn.Module] = ()
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         mine, theirs = (shapes[-1][0] for shapes in check_stage_shapes(self.student, self.teacher.net, "FT", -1))
         if theirs < 2:
             raise UserError(f"FT halves the teacher's channels; its last stage has {theirs}")
-        self.request_features(self.student)
-        self.request_features(self.teacher)
+        self.request_features(self.student, self.teacher)
         self.translator = Coder(mine, theirs // 2)
-        self.paraphraser = FrozenTeacher(Coder(theirs, theirs // 2))
+        self.paraphraser = TeacherEncoder(theirs)
         self.loss = FactorTransferLoss(self.options.p, self.options.factor_weight)
-        self.ready = False
 
-    def prepare(self, loader: "Loader", run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
-        teacher, view = self.teacher.net, self.staged_views[self.teacher]
-        fit_teacher_encoder(self.paraphraser.net, teacher, view, loader, self.options, FILE, run)
-        self.ready = True
+    def prepare(self, loader: Loader, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
+        self.paraphraser.fit(self, loader, "paraphraser.safetensors", run)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        if not self.ready:
-            raise UserError("the teacher's auto-encoder is not trained yet: call prepare(loader) before the first step")
         mine = self.translator(out.features(self.student)[-1])
         theirs = self.paraphraser(out.features(self.teacher)[-1])
         return {"ce": cross_entropy(out(self.student), target, self.options.ce_weight), "ft": self.loss(mine, theirs)}

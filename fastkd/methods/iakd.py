@@ -10,8 +10,7 @@ momentum, no statistics. The student alone is evaluated and saved.
 
 Source: no code was released and only the abstract could be read. From it: random swapping, no feature matching. The
 rest is ours: what a gate is, the schedules of p and their defaults, and the optional KD term.
-Departures: unknown, see above. The draws depend on seed and step alone, so they are equal in all processes and after a
-resume.
+Departures: unknown, see above. The draws depend on seed and step alone: all processes and resumed runs draw the same.
 """
 
 import math
@@ -29,8 +28,7 @@ from ..models import Staged, staged
 from .base import Method, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache, StagedView
-from .frozen import FrozenTeacher
-from .parts.gates import Gate, Swapped, adapted, adapters, gates_of
+from .parts.gates import Swapped, adapted, gates_of
 
 
 @dataclass(frozen=True)
@@ -69,26 +67,22 @@ class IAKD(Method):
     """Teacher blocks are swapped into the student at random while it learns (2020)."""
 
     Options = IAKDOptions
+    options: IAKDOptions
     paper = "arXiv:2007.01476"
     needs_stages = "both staged, equal shapes at the gates (or --adapters)"
     find_unused_parameters = True
 
-    teacher: FrozenTeacher
-    options: IAKDOptions
-    gates: list[Gate]
     view: Staged
-    run: RunContext
 
     def build(self) -> None:
         o = self.options
-        if o.teacher_bn == "batch":
-            self.teacher.batch_statistics = True
+        self.teacher.batch_statistics |= o.teacher_bn == "batch"
         gates = gates_of(self.student, self.teacher.net, o.gates)
         if len(o.p) not in (1, len(gates)):
             raise UserError(f"--p has {len(o.p)} probabilities for {len(gates)} gates; give 1 or {len(gates)}")
-        self.adapters = adapters(self.student, self.teacher.net, gates, allowed=o.adapters)
-        gates = adapted(gates, self.adapters)
-        self.__dict__.update(gates=gates, view=staged(self.student), run=RunContext())  # views of registered modules
+        gates, self.adapters = adapted(self.student, self.teacher.net, gates, allowed=o.adapters)
+        self.gates, self.run = gates, RunContext()
+        self.__dict__["view"] = staged(self.student)  # not registered: its modules are the student's
         self.first = o.p * (len(gates) // len(o.p))
         self.kd = KDLoss(o.temperature, ce_weight=1.0, kd_weight=o.kd_weight)
 
@@ -113,7 +107,7 @@ class IAKD(Method):
 
     def prepare(self, loader: object, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
         self.check(run)
-        self.__dict__["run"] = run
+        self.run = run
 
     def plan(self, step: int) -> tuple[bool, ...]:
         """For every gate, True if the student's block runs in this step."""
@@ -122,19 +116,15 @@ class IAKD(Method):
 
     def probabilities(self, step: int) -> list[float]:
         """p_i of every gate in this step."""
-        start, end = self._schedule_bounds(step / self.run.steps_per_epoch)
-        if self.options.schedule == "uniform":
+        o, steps_per_epoch = self.options, self.run.steps_per_epoch
+        ends = [0.0, *(self.run.drops if o.schedule == "review" else ()), float(self.run.epochs)]
+        place = min(bisect_right(ends, step / steps_per_epoch), len(ends) - 1)
+        ends[-1] -= o.finish_epochs
+        start, end = (math.ceil(epoch * steps_per_epoch) for epoch in ends[place - 1 : place + 1])
+        if o.schedule == "uniform":
             return [1.0] * len(self.gates) if step >= end else list(self.first)
         done = min(1.0, (step - start) / max(1, end - start - 1))  # 0 at the first step of the period, 1 at its last
         return [p + (1 - p) * done for p in self.first]
-
-    def _schedule_bounds(self, epoch: float) -> tuple[int, int]:
-        """The steps from which and up to which p rises, for the period of the schedule that holds `epoch`."""
-        ends = [0.0, *(self.run.drops if self.options.schedule == "review" else ()), float(self.run.epochs)]
-        place = min(bisect_right(ends, epoch), len(ends) - 1)
-        ends[-1] -= self.options.finish_epochs
-        start, end = (math.ceil(at * self.run.steps_per_epoch) for at in ends[place - 1 : place + 1])
-        return start, end
 
     def staged_views_for(self, plan: Hashable) -> Mapping[nn.Module, StagedView]:
         """The student runs along the path `plan`: tuple[bool, ...], one for each gate; None: its own blocks alone."""

@@ -4,8 +4,7 @@
     L_inh,i = ( sum |F^_inh,i - F^_j|^p / N_el )^(1/p),   L_exp,i = -( sum |F^_exp,i - F^_j|^p / N_el )^(1/p)
 
 F_j: the last stage's map of the other network, a constant. F_inh,i and F_exp,i: the first half of network i's channels
-at its last stage and the rest, each passed through a separate encoder with as many output channels as F_j. x^ and N_el
-as in IE-KD.
+at its last stage and the rest, each encoded to as many channels as F_j by a separate encoder. x^, N_el: as in IE-KD.
 
 From second-hand notes on IE-KD's paper (arXiv:2107.00181): each of two networks has both halves, compared with the
 other's factor, together with DML's KL. Weights 50 and p = 1 are those of IE-KD. The rest is ours. There is no
@@ -13,7 +12,7 @@ auto-encoder: the other network changes with every step, so its map itself is th
 Departures: none known. A distance of weight 0 is left out.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import cast
 
@@ -51,30 +50,12 @@ class IEDML(Method):
     """DML whose halves inherit from the other network or explore (after Huang et al. 2021)."""
 
     Options = IEDMLOptions
+    options: IEDMLOptions
     paper = "arXiv:2107.00181"
     needs_teacher, needs_peers = False, True
     needs_stages = "two networks, both staged, equal last H x W"
 
-    options: IEDMLOptions
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: None = None,
-        options: IEDMLOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
-        self.mutual = MutualLoss(kl_weight=self.options.kl_weight)
-        weights = (self.options.inheritance_weight, self.options.exploration_weight)
-        self.loss = InheritanceExplorationLoss(self.options.p, *weights)
-        one, other = self._channels()
-        self.request_features(self.student)
-        self.request_features(self.peers[0])
-        self.encoders = nn.ModuleList([_encoders(one, other, *weights), _encoders(other, one, *weights)])
-
-    def _channels(self) -> tuple[int, int]:
-        """The channels of the last stages of student and peer."""
+    def build(self) -> None:
         if len(self.peers) != 1:
             raise UserError(f"IE-DML needs exactly two networks, the student and one peer; got {len(self.peers)} peers")
         one, other = (stage_shapes(net)[-1] for net in (self.student, self.peers[0]))
@@ -85,7 +66,11 @@ class IEDML(Method):
                 f"channels or more; for 64 x 64 images (C, H, W) is {one} in the student {names[0]} and {other} in the "
                 f"peer {names[1]}: use networks with equal resolutions, or dml"
             )
-        return one[0], other[0]
+        self.mutual = MutualLoss(kl_weight=self.options.kl_weight)
+        weights = (self.options.inheritance_weight, self.options.exploration_weight)
+        self.loss = InheritanceExplorationLoss(self.options.p, *weights)
+        self.request_features(self.student, self.peers[0])
+        self.encoders = nn.ModuleList([_encoders(one[0], other[0], *weights), _encoders(other[0], one[0], *weights)])
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         nets = (self.student, self.peers[0])

@@ -14,18 +14,18 @@ Ours: the formulas of two variants, with the same two signs. `attention` (IE-AT)
 (IE-OD): each half passes a 1x1 convolution and BatchNorm, then OFD's partial squared error from the teacher's pre-ReLU
 map. Both distances are scaled so that the weight 50 gives AT's 1000 and OFD's 1e-3. In IE-OD the exploring half's
 BatchNorm has no scale and shift, because with them the negative distance would have no lower bound.
-Departures: the code swaps the names of teacher and student, lets gradients flow into the frozen network and runs
-decoders that are not trained. We do none of this. In Wide ResNets the last stage's map is not activated. A term of
-weight 0 is left out.
+Departures: we do not swap the names of teacher and student, send gradients into the frozen network or run untrained
+decoders, as the code does. In Wide ResNets the last stage's map is not activated. A term of weight 0 is left out.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..data.base import Loader
 from ..errors import UserError
 from ..losses import AttentionTransferLoss, InheritanceExplorationLoss, KDLoss, OverhaulLoss
 from ..models import PreActivation
@@ -34,16 +34,11 @@ from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_temperature, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
-from .parts.autoencoder import Coder, check_auto_encoder, fit_teacher_encoder
-
-if TYPE_CHECKING:
-    from ..data.base import Loader
+from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder
 
 Variant = Literal["factor", "attention", "overhaul"]
 Split = Literal["natural", "random"]
 ATTENTION_SCALE, OVERHAUL_SCALE = 1000 / 50, 1e-3 / 50
-FILE = "autoencoder.safetensors"
 
 
 @dataclass(frozen=True)
@@ -94,53 +89,39 @@ class IEKD(Method):
     """Half of the student inherits from the teacher, half explores (Huang et al. 2021)."""
 
     Options = IEKDOptions
+    options: IEKDOptions
     paper = "arXiv:2107.00181"
     needs_stages = "both staged, equal last H x W; overhaul: a teacher that OFD can use"
 
-    teacher: FrozenTeacher
-    options: IEKDOptions
-    halves: "Factors | Attention | Overhaul | None"
+    halves: "Factors | Maps | None"
     order: Tensor  # the channels, those that inherit first; with --split random
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        options: IEKDOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
-        self.kd = KDLoss(self.options.temperature, self.options.ce_weight, self.options.kd_weight)
+    def build(self) -> None:
+        o = self.options
+        self.kd = KDLoss(o.temperature, o.ce_weight, o.kd_weight)
         self.halves = None
-        if any(self.options.weights):
-            self._compare()
-
-    def _compare(self) -> None:
+        if not any(o.weights):
+            return
         mine, theirs = (shapes[-1][0] for shapes in check_stage_shapes(self.student, self.teacher.net, "IE-KD", -1))
         if min(mine, theirs) < 2:
             raise UserError(f"IE-KD halves channels; the last stages of student and teacher have {mine} and {theirs}")
-        self.request_features(self.student)
-        self.request_features(self.teacher)
+        self.request_features(self.student, self.teacher)
         self.inheriting = mine // 2
-        if self.options.split == "random":
+        if o.split == "random":
             self.register_buffer("order", _permutation(mine, seed=0))
-        exploring = mine - self.inheriting
-        if self.options.variant == "overhaul":
+        channels = (self.inheriting, mine - self.inheriting)
+        if o.variant == "overhaul":
             view = PreActivation(self.teacher.net)
             self.staged_views[self.teacher] = view
-            self.halves = Overhaul(self.inheriting, exploring, theirs, self.options, view.norms[-1])
-        elif self.options.variant == "factor":
-            self.halves = Factors(self.inheriting, exploring, theirs, self.options)
+            self.halves = Maps(channels, theirs, o, view.norms[-1])
         else:
-            self.halves = Attention(self.options)
+            self.halves = Factors(channels, theirs, o) if o.variant == "factor" else Maps(channels, theirs, o)
 
-    def prepare(self, loader: "Loader", run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
+    def prepare(self, loader: Loader, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
         if self.halves is not None and self.options.split == "random":
             self.order.copy_(_permutation(len(self.order), run.seed))  # the same again when a run is resumed
         if isinstance(self.halves, Factors):
-            teacher, view = self.teacher.net, self.staged_views[self.teacher]
-            fit_teacher_encoder(self.halves.teacher.net, teacher, view, loader, self.options, FILE, run)
-            self.halves.ready = True
+            self.halves.teacher.fit(self, loader, "autoencoder.safetensors", run)
 
     def split(self, maps_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The channels that inherit and those that explore."""
@@ -162,57 +143,44 @@ class IEKD(Method):
 class Factors(nn.Module):
     """IE-FT: each half is encoded by its encoder, the teacher's map by a frozen one."""
 
-    def __init__(self, inheriting: int, exploring: int, teacher: int, options: IEKDOptions):
+    def __init__(self, channels: tuple[int, int], teacher: int, options: IEKDOptions):
         super().__init__()
         inheritance_weight, exploration_weight = options.weights
-        self.inheritance = Coder(inheriting, teacher // 2) if inheritance_weight else None
-        self.exploration = Coder(exploring, teacher // 2) if exploration_weight else None
-        self.teacher = FrozenTeacher(Coder(teacher, teacher // 2))
+        self.inheritance = Coder(channels[0], teacher // 2) if inheritance_weight else None
+        self.exploration = Coder(channels[1], teacher // 2) if exploration_weight else None
+        self.teacher = TeacherEncoder(teacher)
         self.loss = InheritanceExplorationLoss(options.p, inheritance_weight, exploration_weight)
-        self.ready = False
 
     def forward(self, inheritance: Tensor, exploration: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        if not self.ready:
-            raise UserError("the teacher's auto-encoder is not trained yet: call prepare(loader) before the first step")
         mine = self.inheritance(inheritance) if self.inheritance else None
         new = self.exploration(exploration) if self.exploration else None
         return self.loss.terms(mine, new, self.teacher(teacher))
 
 
-class Attention(nn.Module):
-    """IE-AT: the attention map of each half is compared with the teacher's."""
+class Maps(nn.Module):
+    """IE-AT: the attention map of each half is compared with the teacher's.
 
-    def __init__(self, options: IEKDOptions):
+    IE-OD, with `norm`: each half passes a connector and is compared with the teacher's pre-ReLU map.
+    """
+
+    margin: Tensor | None
+
+    def __init__(self, channels: tuple[int, int], teacher: int, options: IEKDOptions, norm: nn.Module | None = None):
         super().__init__()
-        self.losses = [AttentionTransferLoss(ATTENTION_SCALE * weight) for weight in options.weights]
+        loss, scale = (OverhaulLoss, OVERHAUL_SCALE) if norm else (AttentionTransferLoss, ATTENTION_SCALE)
+        self.register_buffer("margin", OverhaulLoss.margins([norm])[0] if norm else None, persistent=False)
+        self.losses = {}
+        for name, cin, weight in zip(("inheritance", "exploration"), channels, options.weights, strict=True):
+            if weight:
+                self.losses[name] = loss(scale * weight)
+                self.add_module(name, _connector(cin, teacher, name == "inheritance") if norm else nn.Identity())
 
     def forward(self, inheritance: Tensor, exploration: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        inherit, explore = self.losses
-        terms = {"inheritance": inherit(inheritance, teacher)} if inherit.weight else {}
-        return terms | ({"exploration": -explore(exploration, teacher)} if explore.weight else {})
-
-
-class Overhaul(nn.Module):
-    """IE-OD: each half passes a connector to the teacher's channels; compared with the teacher's pre-ReLU map."""
-
-    margin: Tensor
-
-    def __init__(self, inheriting: int, exploring: int, teacher: int, options: IEKDOptions, norm: nn.Module):
-        super().__init__()
-        self.losses = [OverhaulLoss(OVERHAUL_SCALE * weight) for weight in options.weights]
-        inheritance_weight, exploration_weight = options.weights
-        self.inheritance = _connector(inheriting, teacher, affine=True) if inheritance_weight else None
-        self.exploration = _connector(exploring, teacher, affine=False) if exploration_weight else None
-        self.register_buffer("margin", OverhaulLoss.margins([norm])[0], persistent=False)
-
-    def forward(self, inheritance: Tensor, exploration: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        inherit, explore = self.losses
-        terms = {}
-        if self.inheritance:
-            terms["inheritance"] = inherit(self.inheritance(inheritance), teacher, self.margin)
-        if self.exploration:
-            terms["exploration"] = -explore(self.exploration(exploration), teacher, self.margin)
-        return terms
+        maps, wanted = {"inheritance": inheritance, "exploration": exploration}, [teacher]
+        if self.margin is not None:
+            wanted.append(self.margin)
+        terms = {name: loss(getattr(self, name)(maps[name]), *wanted) for name, loss in self.losses.items()}
+        return {name: -term if name == "exploration" else term for name, term in terms.items()}
 
 
 def _connector(channels: int, wanted: int, affine: bool) -> nn.Module:

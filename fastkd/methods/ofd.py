@@ -9,7 +9,7 @@ Departures: the teacher is in eval mode; the code leaves it in train mode. The m
 ResNet) pass their BatchNorm once; in the code twice (see fastkd/models/stages/preactivation.py).
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from ..models.nets.init import he_init
 from ..models.stages.shapes import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,11 @@ class OFD(Method):
     """The teacher's maps before the ReLU, above a margin (Heo et al. 2019)."""
 
     Options = OFDOptions
+    options: OFDOptions
     paper = "arXiv:1904.01866"
     needs_stages = "both ResNet, WRN, VGG-BN or MobileNet, equal H x W at every stage"
 
-    teacher: FrozenTeacher
-    options: OFDOptions
-
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, options: OFDOptions | None = None, peers: Sequence[nn.Module] = ()
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         ours, theirs = check_stage_shapes(self.student, self.teacher.net, "OFD")
         view = PreActivation(self.teacher.net)
         self.staged_views[self.student] = PreActivation(self.student)

@@ -8,15 +8,14 @@ Departures: the features are the means of the last stage's maps. In ResNets thes
 networks with layers between the last stage and the pool (a Wide ResNet's BatchNorm and ReLU) they are taken before.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import RKDLoss
 from .base import Method, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,12 @@ class RKD(Method):
     """Distances and angles between samples (Park et al. 2019)."""
 
     Options = RKDOptions
+    options: RKDOptions
     paper = "arXiv:1904.05068"
     needs_stages = "both staged, any shapes"
 
-    teacher: FrozenTeacher
-    options: RKDOptions
-
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, options: RKDOptions | None = None, peers: Sequence[nn.Module] = ()
-    ):
-        super().__init__(student, teacher, options, peers)
-        self.request_features(self.student)
-        self.request_features(self.teacher)
+    def build(self) -> None:
+        self.request_features(self.student, self.teacher)
         self.loss = RKDLoss(self.options.distance_weight, self.options.angle_weight)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:

@@ -6,9 +6,8 @@ of the teacher's penultimate stage, detached. With KD(a <- b) = T^2 KL(sg p_b ||
     L_S = ce_s CE(z_S, y) + kd_sa KD(S <- A)
     L_A = ce_a CE(z_A, y) + kd_at KD(A <- T) + kd_as KD(A <- S)
 
-There is one backward pass and one optimizer, in which the bridge has a separate learning rate. The student learns from
-the bridge and the labels only; the teacher is frozen. The teacher's bottom and the bridge form an improved teacher,
-which is saved too.
+There is one backward pass and one optimizer, in which the bridge has its own learning rate. The student learns from
+the bridge and the labels only; the teacher is frozen. Its bottom and the bridge form an improved teacher, saved too.
 
 From the authors' code: T = 4, weights 1, bridge_lr 0.1, the random initialisation of the bridge.
 Departures: the teacher's BatchNorm stays in eval mode. `--teacher-bn batch` normalises with the batch as the code does,
@@ -16,7 +15,7 @@ but does not update the running statistics. Ours: the feature losses, which the 
 """
 
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +26,6 @@ from ..losses import AttentionTransferLoss, BridgeLoss, FactorTransferLoss, Hint
 from ..models import stage_shapes, staged
 from .base import Method
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 from .parts.autoencoder import Coder
 from .parts.reinit import reinit
 
@@ -78,27 +76,22 @@ class SOKD(Method):
     """A bridge learns from the frozen teacher and the student, the student from the bridge (2021)."""
 
     Options = SOKDOptions
+    options: SOKDOptions
     paper = "arXiv:2111.11747"
     ce_option = "ce_s"
     needs_stages = "teacher staged; for feature losses the student too, with equal last H x W"
 
-    teacher: FrozenTeacher
-    options: SOKDOptions
     improved: nn.Module  # the teacher with the bridge as its top; not registered: it shares modules with both
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        options: SOKDOptions | None = None,
-        peers: Sequence[nn.Module] = (),
-    ):
-        super().__init__(student, teacher, options, peers)
+    def build(self) -> None:
         self.loss = self.options.loss()
-        if self.options.teacher_bn == "batch":
-            self.teacher.batch_statistics = True
+        self.teacher.batch_statistics |= self.options.teacher_bn == "batch"
         self.request_features(self.teacher)
-        self.__dict__["improved"] = _with_copied_top(self.teacher.net)
+        net, view = self.teacher.net, staged(self.teacher.net)
+        if len(view.stages) < 2:
+            raise UserError(f"SOKD needs a teacher of two stages or more, {type(net).__name__} has {len(view.stages)}")
+        bottom = [module for shared in (view.stem, *list(view.stages)[:-1]) for module in shared.modules()]
+        self.__dict__["improved"] = copy.deepcopy(net, {id(module): module for module in bottom})
         view = staged(self.improved)
         self.bridge = nn.ModuleDict({"stage": view.stages[-1], "head": view.head}).requires_grad_(True)
         if self.options.bridge_init == "random":
@@ -137,12 +130,3 @@ class SOKD(Method):
 
     def networks(self) -> dict[str, nn.Module]:
         return super().networks() | ({"improved_teacher": self.improved} if self.options.export_teacher else {})
-
-
-def _with_copied_top(net: nn.Module) -> nn.Module:
-    """A copy of `net` that shares the modules up to the penultimate stage with `net`."""
-    view = staged(net)
-    if len(view.stages) < 2:
-        raise UserError(f"SOKD needs a teacher of two stages or more, {type(net).__name__} has {len(view.stages)}")
-    bottom = [module for shared in (view.stem, *list(view.stages)[:-1]) for module in shared.modules()]
-    return copy.deepcopy(net, {id(module): module for module in bottom})

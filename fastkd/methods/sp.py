@@ -7,15 +7,14 @@ Defaults: ce_weight 1 and similarity_weight 3000, as in the code of DKD's compar
 Departures: none known.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import SPLoss
 from .base import Method, check_weights, cross_entropy
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -35,18 +34,12 @@ class SP(Method):
     """Similarities between samples (Tung and Mori 2019)."""
 
     Options = SPOptions
+    options: SPOptions
     paper = "arXiv:1907.09682"
     needs_stages = "both staged, any shapes"
 
-    teacher: FrozenTeacher
-    options: SPOptions
-
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module, options: SPOptions | None = None, peers: Sequence[nn.Module] = ()
-    ):
-        super().__init__(student, teacher, options, peers)
-        self.request_features(self.student)
-        self.request_features(self.teacher)
+    def build(self) -> None:
+        self.request_features(self.student, self.teacher)
         self.loss = SPLoss(self.options.similarity_weight)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:

@@ -4,16 +4,15 @@ Maps [N, C, H, W] <-> factors [N, C/2, H, W]. The auto-encoder is trained once p
 in the run's folder. All processes get equal weights.
 
 Source: Huang et al., CVPR 2021, arXiv:2107.00181, as in the authors' code; the idea of factors is that of FT (Kim et
-al. 2018, arXiv:1802.04977). From the code too: 30 epochs, SGD at 0.1 with momentum 0.9 (Nesterov) and weight decay
-5e-4, and the mean absolute error.
+al. 2018, arXiv:1802.04977). From the code too: 30 epochs, SGD at 0.1 (momentum 0.9, Nesterov, weight decay 5e-4), L1.
 Departures: none known. The learning rate is constant, because no schedule was found in the sources.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,29 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import checkpoint, distributed
+from ...data.base import Loader
 from ...errors import UserError, check_number
 from ...models.nets.init import he_init
+from ..base import Method
 from ..context import RunContext
-from ..forwards import StagedView
-
-if TYPE_CHECKING:
-    from ...data.base import Loader
+from ..frozen import FrozenTeacher
 
 SLOPE = 0.1  # of all leaky ReLUs
-Distance = Callable[[Tensor, Tensor], Tensor]
-ERRORS: dict[str, Distance] = {"l1": F.l1_loss, "l2": F.mse_loss}
+ERRORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
 Maps = Callable[[], Iterable[Tensor]]  # each call gives one epoch of maps [N, C, H, W], without a graph
-
-
-class AutoEncoderOptions(Protocol):
-    """The options of a method that trains an auto-encoder."""
-
-    @property
-    def ae_epochs(self) -> int: ...
-    @property
-    def ae_lr(self) -> float: ...
-    @property
-    def ae_error(self) -> str: ...
 
 
 class Coder(nn.Sequential):
@@ -74,7 +60,7 @@ class AutoEncoder(nn.Module):
         return self.decoder(self.encoder(maps_NCHW))
 
 
-def check_auto_encoder(options: AutoEncoderOptions) -> None:
+def check_auto_encoder(options: Any) -> None:
     """Raise UserError unless an auto-encoder can be trained with ae_epochs, ae_lr and ae_error."""
     if options.ae_epochs < 1:
         raise UserError(f"--ae-epochs must be 1 or more, got {options.ae_epochs}")
@@ -83,46 +69,32 @@ def check_auto_encoder(options: AutoEncoderOptions) -> None:
         raise UserError(f"--ae-error must be one of {', '.join(ERRORS)}, got {options.ae_error!r}")
 
 
-def fit_teacher_encoder(
-    encoder: nn.Module,
-    teacher: nn.Module,
-    view: StagedView,
-    loader: "Loader",
-    options: AutoEncoderOptions,
-    name: str,
-    run: RunContext,
-) -> None:
-    """`fit_encoder` on the maps of the last stage of `teacher`, which `view` gives for the images of `loader`."""
+class TeacherEncoder(FrozenTeacher):
+    """A frozen Coder of a teacher's last maps: [N, channels, H, W] -> factors [N, channels/2, H, W]."""
 
-    def maps() -> Iterator[Tensor]:
-        for images, _ in loader:
-            with torch.no_grad(), run.autocast():
-                last = view.features(images.to(run.device, non_blocking=True))[1][-1]
-            yield last.float() if last.dtype == torch.float16 else last  # see _train
+    def __init__(self, channels: int):
+        super().__init__(Coder(channels, channels // 2))
+        self.is_fitted = False
 
-    about = {"teacher": fingerprint(teacher), "batches": len(loader)}
-    fit_encoder(encoder, maps, options, about, name, run)
+    def fit(self, method: Method, loader: Loader, name: str, run: RunContext) -> None:
+        """`fit_encoder` on the maps of the method's teacher, with the options of the method."""
+        teacher = method.teacher
+        assert teacher is not None
 
+        def maps() -> Iterator[Tensor]:
+            for images, _ in loader:
+                with torch.no_grad(), run.autocast():
+                    last = method.staged_views[teacher].features(images.to(run.device, non_blocking=True))[1][-1]
+                yield last.float() if last.dtype == torch.float16 else last  # see train_auto_encoder
 
-def fit_encoder(
-    encoder: nn.Module, maps: Maps, options: AutoEncoderOptions, about: dict, name: str, run: RunContext
-) -> None:
-    """Train an auto-encoder on `maps` and load its first half into `encoder`, a Coder.
+        about = {"teacher": fingerprint(teacher.net), "batches": len(loader)}
+        fit_encoder(self.net, maps, method.options, about, name, run)
+        self.is_fitted = True
 
-    The weights are saved as the file `name` in `run.folder`. A later call with equal settings loads them instead of
-    training. `about`: further settings that the result depends on, as JSON values. All processes end with equal
-    weights; only rank 0 reads and writes the file. Raises UserError if the auto-encoder diverges.
-    """
-    about = about | {key: getattr(options, key) for key in ("ae_epochs", "ae_lr", "ae_error")} | {"seed": run.seed}
-    path = run.folder / name if run.folder else None
-    known = distributed.from_rank_zero(_load, encoder, path, about, run.log)
-    if not known:
-        _train(encoder, maps, options, run)
-    _send_from_rank_zero(encoder)
-    if not all(tensor.isfinite().all() for tensor in encoder.state_dict().values()):
-        raise UserError(f"the auto-encoder diverged: its weights are not finite; lower --ae-lr {options.ae_lr:g}")
-    if not known and path and distributed.rank() == 0:
-        checkpoint.save_network(path, encoder, about)
+    def forward(self, maps_NCHW: Tensor) -> Tensor:
+        if not self.is_fitted:
+            raise UserError("the teacher's auto-encoder is not trained yet: call prepare(loader) before the first step")
+        return super().forward(maps_NCHW)
 
 
 def fingerprint(net: nn.Module) -> str:
@@ -134,76 +106,74 @@ def fingerprint(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def train_auto_encoder(
-    auto_encoder: nn.Module,
-    maps: Maps,
-    epochs: int,
-    lr: float = 0.1,
-    error: str = "l1",
-    track: Callable[[Sequence[int], str], Iterable[int]] = lambda steps, title: steps,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> list[float]:
-    """Train in place; returns the mean reconstruction error of each epoch, over all elements of all its maps.
+def fit_encoder(encoder: nn.Module, maps: Maps, options: Any, about: dict, name: str, run: RunContext) -> None:
+    """Train an auto-encoder on `maps` and load its first half into `encoder`, a Coder.
 
-    `auto_encoder`: an `AutoEncoder`, or DDP around one; it ends in train mode, without gradients. `error`: "l1", the
-    mean absolute error, or "l2", the mean squared error, in fp32 or fp64. `track(epochs, title)`: a progress bar.
-    `autocast()`: entered for every forward pass. No step synchronises with the device. Raises UserError for an unknown
-    error and for an epoch without maps.
+    `options` has ae_epochs, ae_lr and ae_error. The weights are saved as the file `name` in `run.folder`. A later call
+    with equal settings loads them instead of training. `about`: further settings of the result, as JSON values. All
+    processes end with equal weights; only rank 0 reads and writes the file. UserError if the auto-encoder diverges.
     """
-    if error not in ERRORS:
-        raise UserError(f"error is {error!r}: 'l1' (mean absolute) or 'l2' (mean squared)")
-    optimizer = torch.optim.SGD(auto_encoder.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    optimizer.zero_grad()
-    auto_encoder.train()
-    means = [
-        _epoch(auto_encoder, maps(), optimizer, ERRORS[error], autocast)
-        for _ in track(range(epochs), "Training the auto-encoder")
-    ]
-    return torch.stack(means).tolist() if means else []
+    about = about | {key: getattr(options, key) for key in ("ae_epochs", "ae_lr", "ae_error")} | {"seed": run.seed}
+    path = run.folder / name if run.folder else None
+    known = distributed.from_rank_zero(_load, encoder, path, about, run.log)
+    if not known:
+        _train(encoder, maps, options, run)
+    if dist.is_initialized():
+        for tensor in encoder.state_dict().values():
+            dist.broadcast(tensor, 0)
+    if not all(tensor.isfinite().all() for tensor in encoder.state_dict().values()):
+        raise UserError(f"the auto-encoder diverged: its weights are not finite; lower --ae-lr {options.ae_lr:g}")
+    if not known and path and distributed.rank() == 0:
+        checkpoint.save_network(path, encoder, about)
 
 
-def _epoch(
-    auto_encoder: nn.Module,
-    batches: Iterable[Tensor],
-    optimizer: torch.optim.Optimizer,
-    distance: Distance,
-    autocast: Callable[[], AbstractContextManager],
-) -> Tensor:
-    """The epoch's mean error, a scalar on the device; batches are weighted by their sizes."""
-    total: Tensor | float = 0.0
-    images = 0
-    for maps in batches:
-        dtype = torch.promote_types(maps.dtype, torch.float32)
-        with autocast():
-            reconstruction = auto_encoder(maps)
-        loss = distance(reconstruction.to(dtype), maps.to(dtype))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        total, images = total + loss.detach() * len(maps), images + len(maps)
-    if not images:
-        raise UserError("an epoch of the auto-encoder has no maps: each call must give a new iterator")
-    return torch.as_tensor(total / images)
-
-
-def _train(encoder: nn.Module, maps: Maps, options: AutoEncoderOptions, run: RunContext) -> None:
+def _train(encoder: nn.Module, maps: Maps, options: Any, run: RunContext) -> None:
     convolutions = [module.weight for module in encoder.modules() if isinstance(module, nn.Conv2d)]
     first, last = convolutions[0], convolutions[-1]
     channels_last = first.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     auto_encoder = AutoEncoder(first.shape[1], last.shape[0]).to(run.device, first.dtype).to(memory_format=layout)
-    autocast = nullcontext if _is_fp16(run) else run.autocast  # fp16 would need a gradient scaler
-    settings = (options.ae_epochs, options.ae_lr, options.ae_error, run.track, autocast)
+    settings = (options.ae_epochs, options.ae_lr, options.ae_error, run)
     errors = train_auto_encoder(run.parallel(auto_encoder), maps, *settings)
     run.log(f"mean {options.ae_error} error of the auto-encoder: {errors[0]:.4g} at first, {errors[-1]:.4g} at last")
     encoder.load_state_dict(auto_encoder.encoder.state_dict())
     distributed.average_buffers(encoder)
 
 
-def _is_fp16(run: RunContext) -> bool:
-    kind = run.device.type
+def train_auto_encoder(
+    auto_encoder: nn.Module, maps: Maps, epochs: int, lr: float, error: str, run: RunContext
+) -> list[float]:
+    """Train in place; returns the mean reconstruction error of each epoch, over all elements of all its maps.
+
+    `auto_encoder`: an `AutoEncoder`, or DDP around one; it ends in train mode, without gradients. `error`: "l1", the
+    mean absolute error, or "l2", the mean squared error, in fp32 or fp64. `run` gives device, autocast and progress
+    bar. No step synchronises with the device. Raises UserError for an unknown error and for an epoch without maps.
+    """
+    if error not in ERRORS:
+        raise UserError(f"error is {error!r}: 'l1' (mean absolute) or 'l2' (mean squared)")
     with run.autocast():
-        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        kind = run.device.type
+        is_fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    autocast = nullcontext if is_fp16 else run.autocast  # fp16 would need a gradient scaler
+    optimizer = torch.optim.SGD(auto_encoder.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    optimizer.zero_grad()
+    auto_encoder.train()
+    means = []
+    for _ in run.track(range(epochs), "Training the auto-encoder"):
+        total, images = torch.zeros((), device=run.device), 0
+        for batch in maps():
+            dtype = torch.promote_types(batch.dtype, torch.float32)
+            with autocast():
+                reconstruction = auto_encoder(batch)
+            loss = ERRORS[error](reconstruction.to(dtype), batch.to(dtype))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            total, images = total + loss.detach() * len(batch), images + len(batch)
+        if not images:
+            raise UserError("an epoch of the auto-encoder has no maps: each call must give a new iterator")
+        means.append(total / images)
+    return torch.stack(means).tolist() if means else []
 
 
 def _load(encoder: nn.Module, path: Path | None, about: dict, log: Callable[[str], None]) -> bool:
@@ -221,10 +191,3 @@ def _load(encoder: nn.Module, path: Path | None, about: dict, log: Callable[[str
     log(f"the auto-encoder of this teacher and these settings is loaded from {path}")
     encoder.load_state_dict(weights)
     return True
-
-
-@torch.no_grad()
-def _send_from_rank_zero(encoder: nn.Module) -> None:
-    if dist.is_initialized():
-        for tensor in encoder.state_dict().values():
-            dist.broadcast(tensor, 0)

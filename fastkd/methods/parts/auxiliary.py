@@ -19,7 +19,7 @@ from torch import nn
 from ...models.nets.init import he_init
 from ...models.nets.mobilenet import CifarMobileNet, stage
 from ...models.nets.resnet import WideBlock, WideGroup, WideResNet
-from ...models.stages.staged import Staged, staged
+from ...models.stages.staged import staged
 from .reinit import reinit
 
 
@@ -29,13 +29,15 @@ def auxiliary_heads(net: nn.Module) -> nn.ModuleList:
     Returns one head fewer than there are stages, in order: new modules, trainable, in train mode, with the device and
     dtype of `net`. Raises UserError if the stages are not known or a module has no way to draw new weights.
     """
-    view = staged(net)
     if isinstance(net, WideResNet):
         heads = _wide_heads(net)
     elif isinstance(net, CifarMobileNet):
         heads = _mobile_heads(net)
     else:
-        heads = _replayed_heads(view)
+        view = staged(net)
+        later = [list(view.stages)[k:] for k in range(1, len(view.stages))]
+        later[:1] = [[_halved(stage) for stage in rest] for rest in later[:1]]
+        heads = [reinit(nn.Sequential(*rest, view.head)) for rest in later]
     return nn.ModuleList(heads).to(next(net.parameters()))
 
 
@@ -65,13 +67,6 @@ def _mobile_heads(net: CifarMobileNet) -> list[nn.Module]:
         nn.Sequential(stage(cin, widths), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1][0], classes))
         for cin, widths in zip((256, 512), blocks, strict=True)
     ]
-
-
-def _replayed_heads(view: Staged) -> list[nn.Module]:
-    stages = list(view.stages)
-    later = [stages[k + 1 :] for k in range(len(stages) - 1)]
-    later[:1] = [[_halved(stage) for stage in rest] for rest in later[:1]]
-    return [reinit(nn.Sequential(*rest, view.head)) for rest in later]
 
 
 def _halved(stage: nn.Module) -> nn.Module:

@@ -1,11 +1,11 @@
 """Gates of IAKD: the places where a block of the teacher can replace a block of the student."""
 
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...models.stages.shapes import SIZE, output_shapes
+from ...models.stages.shapes import Shapes, output_shapes
 from ...models.stages.staged import Staged, staged
 
 
@@ -58,20 +58,19 @@ def _blocks(stage: str, module: nn.Module) -> list[nn.Module]:
     return list(module)
 
 
-def gate_shapes(student: nn.Module, teacher: nn.Module, gates: list[Gate], size: int = SIZE) -> list[tuple]:
-    """For every gate ((C, H, W) before, after) of the student, then of the teacher, for an image [3, size, size]."""
-    ours = output_shapes(student, [staged(student).stem, *(gate.student for gate in gates)], size)
-    theirs = output_shapes(teacher, [staged(teacher).stem, *(gate.teacher for gate in gates)], size)
-    return [((ours[i], ours[i + 1]), (theirs[i], theirs[i + 1])) for i in range(len(gates))]
+def adapted(
+    student: nn.Module, teacher: nn.Module, gates: list[Gate], allowed: bool
+) -> tuple[list[Gate], nn.ModuleList]:
+    """The gates with adapters around the teacher's module where channels differ, and [before, after] for every gate.
 
-
-def adapters(student: nn.Module, teacher: nn.Module, gates: list[Gate], allowed: bool) -> nn.ModuleList:
-    """[before, after] for every gate: 1x1 convolution and BN if the channels differ, else an identity.
-
-    Raises UserError if H x W differ at a gate, or if the channels differ and adapters are not `allowed`.
+    An adapter is a 1x1 convolution and BN, or an identity if the channels agree. Raises UserError if H x W differ at a
+    gate, or if the channels differ and adapters are not `allowed`.
     """
-    pairs = nn.ModuleList()
-    for gate, (ours, theirs) in zip(gates, gate_shapes(student, teacher, gates), strict=True):
+    mine = output_shapes(student, [staged(student).stem, *(gate.student for gate in gates)])
+    others = output_shapes(teacher, [staged(teacher).stem, *(gate.teacher for gate in gates)])
+    result, pairs = [], nn.ModuleList()
+    for i, gate in enumerate(gates):
+        ours, theirs = mine[i : i + 2], others[i : i + 2]  # (C, H, W) before and after the gate
         sizes_agree = all(a[1:] == b[1:] for a, b in zip(ours, theirs, strict=True))
         if ours != theirs and not (allowed and sizes_agree):
             hint = "use --adapters, or another pair" if sizes_agree else "choose a pair of equal H x W at every gate"
@@ -79,43 +78,27 @@ def adapters(student: nn.Module, teacher: nn.Module, gates: list[Gate], allowed:
                 f"{gate.name}: the student's block takes {_named(ours)} and the teacher's {_named(theirs)} (C x H x W "
                 f"for a 64 x 64 image), so they cannot be swapped; {hint}"
             )
-        pairs.append(nn.ModuleList([_adapter(ours[0][0], theirs[0][0]), _adapter(theirs[1][0], ours[1][0])]))
-    return pairs
+        pair = nn.ModuleList([_adapter(ours[0][0], theirs[0][0]), _adapter(theirs[1][0], ours[1][0])])
+        pairs.append(pair)
+        fits = ours == theirs
+        result.append(gate if fits else gate._replace(teacher=nn.Sequential(pair[0], gate.teacher, pair[1])))
+    return result, pairs
 
 
-def _named(shapes: tuple) -> str:
+def _named(shapes: Shapes) -> str:
     return " to ".join(" x ".join(map(str, shape)) for shape in shapes)
 
 
-def adapted(gates: list[Gate], pairs: nn.ModuleList) -> list[Gate]:
-    """The gates with the adapters before and after the teacher's module, if they are not identities."""
-    result = []
-    for gate, pair in zip(gates, pairs, strict=True):
-        before, after = cast(nn.ModuleList, pair)
-        same = isinstance(before, nn.Identity) and isinstance(after, nn.Identity)
-        result.append(gate if same else gate._replace(teacher=nn.Sequential(before, gate.teacher, after)))
-    return result
-
-
 def _adapter(cin: int, cout: int) -> nn.Module:
-    if cin == cout:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout))
+    return nn.Identity() if cin == cout else nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout))
 
 
-class Swapped(nn.Module):
-    """The student along one path: gate i runs the student's module if `path[i]`, else the teacher's.
-
-    The modules are not registered: they belong to the two networks.
-    """
+class Swapped(NamedTuple):
+    """The student along one path: gate i runs the student's module if `path[i]`, else the teacher's."""
 
     view: Staged
     gates: list[Gate]
     path: tuple[bool, ...]
-
-    def __init__(self, view: Staged, gates: list[Gate], path: tuple[bool, ...]):
-        super().__init__()
-        self.__dict__.update(view=view, gates=gates, path=path)
 
     def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Images [N, 3, H, W] -> logits [N, classes] and the output of every stage, as Staged.features."""

@@ -32,26 +32,16 @@ def reinit(module: nn.Module) -> nn.Module:
         for parameter in twin.parameters():
             parameter.fill_(torch.nan)  # to find the parameters that no reset sets
         for inner in reversed(list(twin.modules())):  # inner modules first: an outer one may set them differently
-            _reset(inner)
+            if callable(reset := getattr(inner, "reset_parameters", None)):
+                reset()
+            for name, parameter in inner.named_parameters(recurse=False):
+                if (constant := CONSTANTS.get((type(inner).__name__, name))) is not None:
+                    parameter.fill_(constant)
         he_init(twin)
-    _check_all_set(twin)
-    return twin.requires_grad_(True).train()
-
-
-def _reset(module: nn.Module) -> None:
-    if callable(reset := getattr(module, "reset_parameters", None)):
-        reset()
-    for name, parameter in module.named_parameters(recurse=False):
-        constant = CONSTANTS.get((type(module).__name__, name))
-        if constant is not None:
-            nn.init.constant_(parameter, constant)
-
-
-def _check_all_set(twin: nn.Module) -> None:
-    left = [name for name, parameter in twin.named_parameters() if parameter.isnan().any()]
-    if left:
+    if left := [name for name, parameter in twin.named_parameters() if parameter.isnan().any()]:
         more = [f"+{len(left) - SHOWN} more"] if len(left) > SHOWN else []
         raise UserError(
             f"{type(twin).__name__} cannot get new random weights: no reset_parameters() sets "
             f"{', '.join(left[:SHOWN] + more)}; add such a method to the module that owns them"
         )
+    return twin.requires_grad_(True).train()

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastkd.errors import UserError
+from fastkd.methods import RunContext
 from fastkd.methods.parts.autoencoder import AutoEncoder, Coder, train_auto_encoder
 
 
@@ -51,7 +52,7 @@ def test_the_decoder_has_the_channels_reversed():
 def test_training_lowers_the_error(error):
     torch.manual_seed(0)
     net = AutoEncoder(6, 3)
-    errors = train_auto_encoder(net, lambda: iter(maps().split(4)), 15, error=error)
+    errors = train_auto_encoder(net, lambda: iter(maps().split(4)), 15, 0.1, error, RunContext())
     assert len(errors) == 15 and all(isinstance(value, float) for value in errors) and errors[-1] < 0.8 * errors[0]
     assert net.training and all(p.grad is None for p in net.parameters())
 
@@ -69,7 +70,8 @@ def test_one_epoch_is_sgd_with_nesterov_momentum_and_weight_decay():
         loss.backward()
         optimizer.step()
         values.append(loss.item() * len(batch))
-    assert train_auto_encoder(net, lambda: maps().split(5), 1, lr=0.05) == pytest.approx([sum(values) / 8])
+    errors = train_auto_encoder(net, lambda: maps().split(5), 1, 0.05, "l1", RunContext())
+    assert errors == pytest.approx([sum(values) / 8])
     for a, b in zip(net.state_dict().values(), twin.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -87,10 +89,10 @@ def test_progress_autocast_and_no_epochs():
         with torch.autocast("cpu", torch.bfloat16):
             yield
 
-    net = AutoEncoder(6, 3)
-    errors = train_auto_encoder(net, lambda: [maps(4).bfloat16()], 2, track=track, autocast=autocast)
-    assert len(errors) == 2 and len(seen) == 1 and len(entered) == 2
-    assert train_auto_encoder(net, lambda: [], 0) == []
+    net, run = AutoEncoder(6, 3), RunContext(track=track, autocast=autocast)
+    errors = train_auto_encoder(net, lambda: [maps(4).bfloat16()], 2, 0.1, "l1", run)
+    assert len(errors) == 2 and len(seen) == 1 and len(entered) == 1 + 2  # first to read its dtype
+    assert train_auto_encoder(net, lambda: [], 0, 0.1, "l1", run) == []
 
 
 class Unread(torch.utils._python_dispatch.TorchDispatchMode):
@@ -105,7 +107,7 @@ class Unread(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_no_step_reads_the_device():
     with Unread() as mode:
-        train_auto_encoder(AutoEncoder(6, 3), lambda: maps().split(1), 3)
+        train_auto_encoder(AutoEncoder(6, 3), lambda: maps().split(1), 3, 0.1, "l1", RunContext())
         assert mode.reads == 0  # the list at the end is one copy, `tolist`
         torch.ones(1).item()
     assert mode.reads == 1
@@ -113,7 +115,7 @@ def test_no_step_reads_the_device():
 
 def test_errors():
     with pytest.raises(UserError, match="error is 'l3'"):
-        train_auto_encoder(AutoEncoder(6, 3), lambda: [], 1, error="l3")
+        train_auto_encoder(AutoEncoder(6, 3), lambda: [], 1, 0.1, "l3", RunContext())
     once = iter([maps()])
     with pytest.raises(UserError, match="no maps"):
-        train_auto_encoder(AutoEncoder(6, 3), lambda: once, 2)
+        train_auto_encoder(AutoEncoder(6, 3), lambda: once, 2, 0.1, "l1", RunContext())
