@@ -10,7 +10,7 @@ import torch
 
 from fastkd.bench import fashion
 from fastkd.bench.scripts import accuracy
-from fastkd.data.base import Shard
+from fastkd.data.base import Shard, derived_seed, epoch_order
 from fastkd.errors import UserError
 
 
@@ -61,7 +61,9 @@ def test_each_epoch_shows_every_image_once_moved_or_mirrored(folder):
     originals = train.images[:, 4:36, 4:36]
     images, target = (torch.cat(parts) for parts in zip(*train, strict=True))
     assert images.shape == (60, 3, 32, 32) and images[0].is_contiguous() is False  # channels-last
-    (order, corners), mirrored = train._plan(0), train._mirrored(0)
+    random = torch.Generator().manual_seed(derived_seed(0, 0, 4))
+    corners, mirrored = torch.randint(9, (60, 2), generator=random), torch.rand(60, generator=random) < 0.5
+    order = epoch_order(60, 0, 0)
     assert sorted(order.tolist()) == list(range(60)) and 10 < mirrored.sum() < 50
     assert torch.equal(target, train.target[order])
     for image, i in zip(images, order, strict=True):

@@ -125,7 +125,7 @@ def augment_one_by_one(images: Tensor, boxes: Tensor, flips: Tensor, out: Tensor
     return ((torch.cat(crops) - mean[:, None, None]) / std[:, None, None]).to(out.dtype)
 
 
-def _kd(student: Tensor, teacher: Tensor, target: Tensor, *, ignore_index: object, **settings: Any) -> KDTerms:
+def _kd(student: Tensor, teacher: Tensor, target: Tensor, *, ignore_index: object = None, **settings: Any) -> KDTerms:
     if settings["standardize"]:
         return kd_loss_reference(student, teacher, target, **settings)
     ce = settings["ce_weight"] * F.cross_entropy(student, target)

@@ -24,7 +24,7 @@ from fastkd.kernels.factor_distance import FactorDistance
 from fastkd.kernels.kd_loss import KDTerms
 from fastkd.kernels.logit_loss import LogitLoss
 from fastkd.losses import features, logits
-from fastkd.methods import METHODS
+from fastkd.methods import METHODS, kd
 from fastkd.methods.base import Method
 
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
@@ -193,7 +193,7 @@ def patch_losses(homes: list[tuple[ModuleType, dict[str, Any]]]) -> Iterator[Non
 @contextmanager
 def published_losses() -> Iterator[None]:
     """Within the block the losses are those of the papers' codes, differentiated by autograd."""
-    homes = ((logits, LOGITS), (features, FEATURES))
+    homes = ((kd, ("kd_loss",)), (logits, LOGITS), (features, FEATURES))
     with patch_losses([(home, {n: PUBLISHED[n] for n in names if n in PUBLISHED}) for home, names in homes]):
         yield
 
@@ -205,7 +205,7 @@ class WithoutLoss(Step):
         super().__init__(method, settings, device)
         self.learners: dict[int, Tensor] = {}
         self.gradients: dict[tuple, Tensor] = {}
-        homes = ((logits, LOGITS), (features, FEATURES), (F, ("cross_entropy",)))
+        homes = ((kd, ("kd_loss",)), (logits, LOGITS), (features, FEATURES), (F, ("cross_entropy",)))
         self.homes = [(home, {name: getattr(self, name, self.scalar) for name in names}) for home, names in homes]
 
     def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:
