@@ -99,9 +99,9 @@ class FusedOp:
 
     def forward(self, inputs: Any, write_grads: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """(outputs, grads)"""
-        first = _flat(inputs[0])[0]
-        with _no_autocast(first):
-            on_gpu, inputs, grads, outputs = self._allocate(inputs, write_grads)
+        first, (on_gpu, dtype) = _flat(inputs[0])[0], _device_and_dtype(inputs)
+        with _context(first.device, on_gpu):
+            inputs, grads, outputs = self._allocate(inputs, dtype, write_grads and self.writes_grads(inputs, on_gpu))
             self.check(inputs)
             if first.numel():
                 (self.launch if on_gpu else self.closed_form)(inputs, outputs, grads)
@@ -115,7 +115,7 @@ class FusedOp:
         on_gpu, dtype = _device_and_dtype(inputs, saved)
         written, grads = grads is not None, self.grads(inputs, dtype) if grads is None else grads
         outputs = [*[None] * self.saved_from, *saved]
-        with _no_autocast(grads):
+        with _context(grads.device, on_gpu):
             if on_gpu and grads.numel():
                 self.launch(inputs, outputs, grads, grad_outputs, written)
             elif grads.numel():
@@ -155,22 +155,25 @@ class FusedOp:
         saved_from = count + self.constants
         return self.Inputs(students, *tensors[count:saved_from], *ctx.settings), tensors[saved_from:]
 
-    def _allocate(self, inputs: Any, write_grads: bool) -> tuple[bool, Any, Tensor | None, tuple[Tensor, ...]]:
-        """(on_gpu, inputs, grads, outputs). Unless grads are written, they are None and no student of a list learns."""
-        on_gpu, dtype = _device_and_dtype(inputs)
-        write_grads, many = write_grads and self.writes_grads(inputs, on_gpu), not isinstance(inputs[0], Tensor)
+    def _allocate(
+        self, inputs: Any, dtype: torch.dtype, write_grads: bool
+    ) -> tuple[Any, Tensor | None, tuple[Tensor, ...]]:
+        """(inputs, grads, outputs). Unless grads are written, they are None and no student of a list learns."""
+        many = not isinstance(inputs[0], Tensor)
         if many and not write_grads:
             inputs = inputs._replace(needs_grad=[False] * len(inputs[0]))
         grads = self.grads(inputs, dtype) if many or write_grads else None
         new = functools.partial(torch.empty, dtype=dtype, device=_flat(inputs[0])[0].device)
-        return on_gpu, inputs, grads, self.outputs(inputs, new)
+        return inputs, grads, self.outputs(inputs, new)
 
     def _operator(self, *given: Any) -> tuple[Tensor, ...]:
         outputs, grads = self.forward(self.Inputs(*given[:-1]), given[-1])
         return (*outputs, outputs[0].new_empty(0) if grads is None else grads)
 
     def _fake(self, *given: Any) -> tuple[Tensor, ...]:
-        _, _, grads, outputs = self._allocate(self.Inputs(*given[:-1]), given[-1])
+        inputs = self.Inputs(*given[:-1])
+        on_gpu, dtype = _device_and_dtype(inputs)
+        _, grads, outputs = self._allocate(inputs, dtype, given[-1] and self.writes_grads(inputs, on_gpu))
         return (*outputs, outputs[0].new_empty(0) if grads is None else grads)
 
     def _backward_operator(self, *given: Any) -> Tensor:
@@ -257,10 +260,11 @@ def _flat(students: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (students,) if isinstance(students, Tensor) else tuple(students)
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Outside of the caller's autocast, which would multiply matrices in 16 bits."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+def _context(device: torch.device, on_gpu: bool) -> AbstractContextManager[object]:
+    """Makes the GPU the current one; a closed form gets rid of the caller's autocast, which would multiply in 16 bits."""
+    if on_gpu and device.type == "cuda":
+        return torch.cuda.device(device)
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def can_bypass_dispatcher(tensors: Iterable[Tensor | None]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention_transfer import Inputs
 from ..op import Tensors
-from .host import common_unit, on_device, power_of_2, programs
+from .host import common_unit, power_of_2, programs
 from .reduce import ticket, total
 
 
@@ -199,18 +199,17 @@ def launch(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors =
     places, (channels_s, channels_t) = _tile([s, t])
     pieces, block, grid = math.ceil(HW / places), min(2048, max(16, power_of_2(HW))), programs(N, 8, device)
     q, partials = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((2, N, HW), (grid, 2)))
-    with on_device(device):
-        _mean_square_kernel[(programs(N * pieces, 8, device),)](
-            s.f_NCHW, t.f_NCHW, s.divided(unit_s), t.divided(unit_t), q,
-            N, pieces, HW // unit_hw, Cs // part_s, Ct // part_t,
-            PLACES=places, CHANNELS_S=channels_s, CHANNELS_T=channels_t, UNIT_S=unit_s, UNIT_T=unit_t,
-            PART_S=part_s, PART_T=part_t, UNIT_HW=unit_hw, LAST_S=s.last, LAST_T=t.last,
-            enable_fp_fusion=True, num_warps=8,
-        )  # fmt: skip
-        _loss_kernel[(grid,)](
-            q, k, partials, ticket(device), loss, N, HW, weight / (N * HW), 4 * weight / (Cs * N * HW),
-            BLOCK=block, SLOTS=2, ROWS=1024, num_warps=8, enable_fp_fusion=False,  # equal maps differ by exactly 0
-        )  # fmt: skip
+    _mean_square_kernel[(programs(N * pieces, 8, device),)](
+        s.f_NCHW, t.f_NCHW, s.divided(unit_s), t.divided(unit_t), q,
+        N, pieces, HW // unit_hw, Cs // part_s, Ct // part_t,
+        PLACES=places, CHANNELS_S=channels_s, CHANNELS_T=channels_t, UNIT_S=unit_s, UNIT_T=unit_t,
+        PART_S=part_s, PART_T=part_t, UNIT_HW=unit_hw, LAST_S=s.last, LAST_T=t.last,
+        enable_fp_fusion=True, num_warps=8,
+    )  # fmt: skip
+    _loss_kernel[(grid,)](
+        q, k, partials, ticket(device), loss, N, HW, weight / (N * HW), 4 * weight / (Cs * N * HW),
+        BLOCK=block, SLOTS=2, ROWS=1024, num_warps=8, enable_fp_fusion=False,  # equal maps differ by exactly 0
+    )  # fmt: skip
 
 
 def _launch_backward(student: Tensor, k: Tensor, grad_output: Tensor, grads: Tensor) -> None:
@@ -222,12 +221,11 @@ def _launch_backward(student: Tensor, k: Tensor, grad_output: Tensor, grads: Ten
     unit, unit_hw = min(f.unit, g.unit), common_unit(HW)
     places, (channels,) = _tile([f])
     pieces = math.ceil(HW / places)
-    with on_device(device):
-        _backward_kernel[(programs(N * pieces, 8, device),)](
-            f.f_NCHW, g.f_NCHW, f.divided(unit), g.divided(unit), k, grad_output,
-            N, pieces, HW // unit_hw, C // (unit if f.last else 1),
-            PLACES=places, CHANNELS=channels, UNIT=unit, UNIT_HW=unit_hw, LAST=f.last,
-            enable_fp_fusion=True, num_warps=8,
-        )  # fmt: skip
+    _backward_kernel[(programs(N * pieces, 8, device),)](
+        f.f_NCHW, g.f_NCHW, f.divided(unit), g.divided(unit), k, grad_output,
+        N, pieces, HW // unit_hw, C // (unit if f.last else 1),
+        PLACES=places, CHANNELS=channels, UNIT=unit, UNIT_HW=unit_hw, LAST=f.last,
+        enable_fp_fusion=True, num_warps=8,
+    )  # fmt: skip
     if g.f_NCHW is not grads:
         grads.copy_(g.f_NCHW)

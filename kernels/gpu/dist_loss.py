@@ -10,32 +10,20 @@ from torch import Tensor
 
 from ..dist_loss import Inputs
 from ..op import Tensors
-from .host import common_unit, contiguous_rows, most_registers, on_device, programs, row_shape
+from .host import common_unit, contiguous_rows, most_registers, programs, row_shape
 from .reduce import ticket, total
-
-
-@triton.jit
-def _load(row, cols, C):
-    return tl.load(row + cols, mask=cols < C, other=-float("inf")).to(tl.float32)
+from .rows import load, long_row
 
 
 @triton.jit
 def _softmax_statistics(row, C, inverse, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr):
-    """(max, 1 / sum of exp) of a row. In pieces, the sum is rescaled whenever the maximum grows."""
-    cols = tl.arange(0, BLOCK)
+    """(max, 1 / sum of exp) of a row."""
     if ONE_PASS:
-        z = _load(row, cols, C)
+        z = load(row, tl.arange(0, BLOCK), C)
         top = tl.max(z, 0)
         at_t = tl.sum(tl.exp((z - top) * inverse), 0)
     else:
-        top, at_t = -float("inf"), 0.0
-        while tl.min(cols) < C:
-            z = _load(row, cols, C)
-            new = tl.maximum(top, tl.max(z, 0))
-            shift = tl.where(new == -float("inf"), 0.0, new)  # all -inf so far: -inf - -inf would be NaN
-            at_t = at_t * tl.exp((top - shift) * inverse) + tl.sum(tl.exp((z - shift) * inverse), 0)
-            top = new
-            cols += BLOCK
+        top, at_t = long_row(row, -1, C, inverse, BLOCK)
     return top, 1 / at_t
 
 
@@ -58,8 +46,8 @@ def _correlation(xx, yy, xy):
 def _sums_of_classes(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse):
     """Sums of x^2, y^2 and x y over these classes; x = p_s - 1 / C, y = p_t - 1 / C."""
     inside = cols < C
-    x = tl.where(inside, _p(_load(s, cols, C), top_s, inv_s, inverse) - 1.0 / C, 0.0)
-    y = tl.where(inside, _p(_load(t, cols, C), top_t, inv_t, inverse) - 1.0 / C, 0.0)
+    x = tl.where(inside, _p(load(s, cols, C), top_s, inv_s, inverse) - 1.0 / C, 0.0)
+    y = tl.where(inside, _p(load(t, cols, C), top_t, inv_t, inverse) - 1.0 / C, 0.0)
     return tl.sum(x * x, 0), tl.sum(y * y, 0), tl.sum(x * y, 0)
 
 
@@ -190,8 +178,8 @@ def _columns_kernel(
 def _pull(s, t, rows, columns, cols, row, C, N, inverse):
     """(p_s, G): the student's probabilities and the gradient of the mean correlations with respect to them."""
     place = rows + row
-    p_s = _p(_load(s, cols, C), tl.load(place), tl.load(place + N), inverse)
-    p_t = _p(_load(t, cols, C), tl.load(place + 2 * N), tl.load(place + 3 * N), inverse)
+    p_s = _p(load(s, cols, C), tl.load(place), tl.load(place + N), inverse)
+    p_t = _p(load(t, cols, C), tl.load(place + 2 * N), tl.load(place + 3 * N), inverse)
     inside = cols < C
     G = tl.load(place + 4 * N) * (p_s - 1.0 / C) + tl.load(place + 5 * N) * (p_t - 1.0 / C)
     G += tl.load(columns + 2 * C + cols, inside, 0.0) * (p_s - tl.load(columns + cols, inside, 0.0))
@@ -244,21 +232,19 @@ def launch(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors =
     networks, unit = _networks(student, teacher)
     block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
     if grad_outputs:
-        with on_device(device):
-            _gradient_kernel[(programs(N, warps, device),)](
-                *networks, rows, columns, *grad_outputs, grads, N, C // unit, temperature, ONE_PASS=block >= C,
-                UNIT=unit, BLOCK=block, enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
-            )  # fmt: skip
+        _gradient_kernel[(programs(N, warps, device),)](
+            *networks, rows, columns, *grad_outputs, grads, N, C // unit, temperature, ONE_PASS=block >= C,
+            UNIT=unit, BLOCK=block, enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
+        )  # fmt: skip
         return
     wide = 16 if C <= 4096 else 64  # enough programs for few classes, whole cache lines for many
     grids = programs(N, warps, device), math.ceil(C / wide)
     row_sum, *partials = (torch.empty(n, dtype=torch.float32, device=device) for n in (1, *grids))
-    with on_device(device):
-        _rows_kernel[grids[:1]](
-            *networks, rows, row_sum, partials[0], ticket(device), N, C // unit, beta, temperature,
-            ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps, enable_fp_fusion=True, num_warps=warps,
-        )  # fmt: skip
-        _columns_kernel[grids[1:]](
-            *networks, rows, row_sum, columns, loss, partials[1], ticket(device), N, C // unit, beta, gamma,
-            temperature, UNIT=unit, TALL=1024 // wide, WIDE=wide, ROWS=128, enable_fp_fusion=True, num_warps=4,
-        )  # fmt: skip
+    _rows_kernel[grids[:1]](
+        *networks, rows, row_sum, partials[0], ticket(device), N, C // unit, beta, temperature,
+        ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps, enable_fp_fusion=True, num_warps=warps,
+    )  # fmt: skip
+    _columns_kernel[grids[1:]](
+        *networks, rows, row_sum, columns, loss, partials[1], ticket(device), N, C // unit, beta, gamma,
+        temperature, UNIT=unit, TALL=1024 // wide, WIDE=wide, ROWS=128, enable_fp_fusion=True, num_warps=4,
+    )  # fmt: skip

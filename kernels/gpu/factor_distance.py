@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..factor_distance import Inputs
 from ..op import Tensors
-from .host import common_unit, contiguous_rows, on_device, power_of_2, programs
+from .host import common_unit, contiguous_rows, power_of_2, programs
 from .reduce import ticket, total
 
 
@@ -247,20 +247,18 @@ def launch(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensor
         grad_terms = None if grad_terms is None else grad_terms.contiguous()
         block = min(2048, max(16, power_of_2(D)))
         pieces = math.ceil(D / block)
-        with on_device(device):
-            _backward_kernel[(programs(N * pieces, 8, device),)](
-                maps, strides, grads, weights, statistics, terms, grad_loss, grad_terms, N, D // unit, pieces,
-                1 / (N * D), LEARNER=learner, SKIP_ONES=written, P=inputs.p, UNIT=unit, BLOCK=block, num_warps=8,
-                enable_fp_fusion=False,
-            )  # fmt: skip
+        _backward_kernel[(programs(N * pieces, 8, device),)](
+            maps, strides, grads, weights, statistics, terms, grad_loss, grad_terms, N, D // unit, pieces,
+            1 / (N * D), LEARNER=learner, SKIP_ONES=written, P=inputs.p, UNIT=unit, BLOCK=block, num_warps=8,
+            enable_fp_fusion=False,
+        )  # fmt: skip
         return
     block, warps = _shape(D, len(maps))
     slots, grid = max(2, power_of_2(K)), programs(N, warps, device)
     partials = torch.empty((grid, slots), dtype=torch.float32, device=device)
-    with on_device(device):
-        _kernel[(grid,)](
-            maps, strides, grads, weights, statistics, partials, ticket(device), loss, terms, N, D // unit, 1 / (N * D),
-            LEARNER=learner, GRADIENTS=len(grads) > 0, P=inputs.p, ONE_PASS=block >= D, UNIT=unit,
-            BLOCK=block, SLOTS=slots, ROWS=max(1, 256 * warps // slots),
-            num_warps=warps, enable_fp_fusion=False,  # fused, x^ - t^ of equal factors is a rounding error with a sign
-        )  # fmt: skip
+    _kernel[(grid,)](
+        maps, strides, grads, weights, statistics, partials, ticket(device), loss, terms, N, D // unit, 1 / (N * D),
+        LEARNER=learner, GRADIENTS=len(grads) > 0, P=inputs.p, ONE_PASS=block >= D, UNIT=unit,
+        BLOCK=block, SLOTS=slots, ROWS=max(1, 256 * warps // slots),
+        num_warps=warps, enable_fp_fusion=False,  # fused, x^ - t^ of equal factors is a rounding error with a sign
+    )  # fmt: skip

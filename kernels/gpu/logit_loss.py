@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..logit_loss import Inputs
 from ..op import Tensors
-from .host import common_unit, contiguous_rows, most_registers, on_device, power_of_2, programs
+from .host import common_unit, contiguous_rows, most_registers, power_of_2, programs
 from .logit_terms import (
     add_dots,
     add_terms,
@@ -180,16 +180,15 @@ def launch(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensor
     kept = None if ignore_index is None else (target != ignore_index).sum()
     partials = torch.empty((grid, slots), dtype=torch.float32, device=device) if forward else None
     order = iter(range(H))
-    with on_device(device):
-        _kernel[(grid,)](
-            tuple(heads), tuple(head.stride(0) // unit for head in heads), grads, target,
-            target.stride(0) if soft else 1, tuple(weights), kept, grad_loss, grad_terms,
-            partials, ticket(device) if forward else None, *outputs,
-            N, C // unit, temperature, smoothing, ignore_index or 0,
-            USED=tuple(weight != 0 for weight in weights),
-            LEARNER=tuple(next(order) if learner else -1 for learner in needs_grad),
-            SOFT=soft, SMOOTH=smoothing > 0, IGNORE=ignore_index is not None, STANDARDIZE=standardize,
-            COLD=temperature == 1 and not standardize,  # one softmax serves labels and teachers
-            FORWARD=forward, SKIP_ONES=written, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, SLOTS=slots,
-            ROWS=max(1, 256 * warps // slots), enable_fp_fusion=True, num_warps=warps, maxnreg=registers,
-        )  # fmt: skip
+    _kernel[(grid,)](
+        tuple(heads), tuple(head.stride(0) // unit for head in heads), grads, target,
+        target.stride(0) if soft else 1, tuple(weights), kept, grad_loss, grad_terms,
+        partials, ticket(device) if forward else None, *outputs,
+        N, C // unit, temperature, smoothing, ignore_index or 0,
+        USED=tuple(weight != 0 for weight in weights),
+        LEARNER=tuple(next(order) if learner else -1 for learner in needs_grad),
+        SOFT=soft, SMOOTH=smoothing > 0, IGNORE=ignore_index is not None, STANDARDIZE=standardize,
+        COLD=temperature == 1 and not standardize,  # one softmax serves labels and teachers
+        FORWARD=forward, SKIP_ONES=written, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, SLOTS=slots,
+        ROWS=max(1, 256 * warps // slots), enable_fp_fusion=True, num_warps=warps, maxnreg=registers,
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..map_distance import Inputs
 from ..op import Tensors
-from .host import common_unit, on_device, programs
+from .host import common_unit, programs
 from .reduce import ticket, total
 
 
@@ -87,9 +87,8 @@ def launch(
     period, inner = (C // unit, 1) if last else (C * H * W // unit, max(1, H * W // unit))
     margin = margin if margin is None else margin.contiguous()
     partials = torch.empty((grid, 1), dtype=torch.float32, device=device) if forward else None
-    with on_device(device):
-        _kernel[(grid,)](
-            student, teacher, margin, grads, grad_value, partials, ticket(device) if forward else None, *outputs,
-            units, max(1, period), inner, grid * block % max(1, period), scale,
-            LAST=last, SKIP_ONE=written, UNIT=unit, BLOCK=block, ROWS=256, enable_fp_fusion=True, num_warps=warps,
-        )  # fmt: skip
+    _kernel[(grid,)](
+        student, teacher, margin, grads, grad_value, partials, ticket(device) if forward else None, *outputs,
+        units, max(1, period), inner, grid * block % max(1, period), scale,
+        LAST=last, SKIP_ONE=written, UNIT=unit, BLOCK=block, ROWS=256, enable_fp_fusion=True, num_warps=warps,
+    )  # fmt: skip
