@@ -14,7 +14,6 @@ A sample of zeros has a = 0 and gradient 0. Departure: the weight multiplies the
 of norms is another scale. The usual weight with this mean is 1000.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,32 +56,22 @@ def attention_transfer(student: Tensor, teacher: Tensor, weight: float = 1.0) ->
 
     student [N, Cs, H, W], teacher [N, Ct, H, W]: the numbers of channels may differ. An empty batch gives 0.
     """
-    _check(student, teacher)
-    if is_compiled_for_cpu(student):
-        return attention_transfer_reference(student, teacher, weight)
-    return _attention_transfer(Inputs(student, teacher.detach(), float(weight)))[0]
-
-
-def _check(student: Tensor, teacher: Tensor) -> None:
     check_floating(student_map=student, teacher_map=teacher)
     s, t = list(student.shape), list(teacher.shape)
     if len(s) != 4 or len(t) != 4 or s[0] != t[0] or s[2:] != t[2:]:
         raise ValueError(f"maps must be [N, C, H, W], alike but for the channels; got student {s} and teacher {t}")
     if s[1] == 0 or t[1] == 0:
         raise ValueError(f"maps without channels have no mean: student {s}, teacher {t}")
-
-
-def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    """Loss; k [N, HW], of which the backward pass makes the gradient."""
-    N, _, H, W = inputs.student.shape
-    return new(()), new((N, H * W))
+    if is_compiled_for_cpu(student):
+        return attention_transfer_reference(student, teacher, weight)
+    return _attention_transfer(Inputs(student, teacher.detach(), float(weight)))[0]
 
 
 _attention_transfer = FusedOp(
     "attention_transfer",
     Inputs,
     names=("loss", "k"),
-    outputs=_outputs,
+    outputs=lambda inputs, new: (new(()), new((len(inputs.student), inputs.student[0, 0].numel()))),  # k: [N, HW]
     keeps_constants=False,
     grads=lambda inputs, dtype: torch.empty_like(inputs.student),
     writes_grads=lambda inputs, on_gpu: False,

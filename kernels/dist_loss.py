@@ -13,7 +13,6 @@ T^2 is the official code's; at temperature 1, the paper's setting, it changes no
 column of the student has correlation 0 and no gradient; the official code gives it one of 1e8 y'.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -88,16 +87,11 @@ def dist_loss(
     return _dist_loss(Inputs(student, teacher.detach(), float(beta), float(gamma), float(temperature)))[0]
 
 
-def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss; the kernels' statistics of rows [6, N] and columns [4, C], for their backward pass."""
-    N, C = inputs.student.shape
-    return new(()), new((6, N)), new((4, C))
-
-
 _dist_loss = FusedOp(
     "dist_loss",
     Inputs,
     names=("loss", "rows", "columns"),
-    outputs=_outputs,
+    # the kernels' statistics of rows and columns, for their backward pass
+    outputs=lambda inputs, new: (new(()), new((6, len(inputs.student))), new((4, inputs.student.shape[1]))),
     writes_grads=lambda inputs, on_gpu: not on_gpu,  # a kernel has the sums over the batch only at its end
 )

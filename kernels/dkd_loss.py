@@ -37,7 +37,8 @@ def dkd_loss_reference(
     is_label = torch.arange(C, device=target.device) == target[:, None]
     x_s, log_sum_s, d_s = _rest(student.to(dtype) / temperature, is_label)
     x_t, log_sum_t, d_t = _rest(teacher.detach().to(dtype) / temperature, is_label)
-    tckd = _weighted(F.logsigmoid(d_t), F.logsigmoid(d_s)) + _weighted(F.logsigmoid(-d_t), F.logsigmoid(-d_s))
+    pairs = [(F.logsigmoid(t), F.logsigmoid(s)) for t, s in ((d_t, d_s), (-d_t, -d_s))]  # log p_y, log (1 - p_y)
+    tckd = sum(torch.where(t.exp() == 0, 0, t.exp() * (t - s)) for t, s in pairs)
     r_t = torch.where(is_label, 0, (x_t - log_sum_t[:, None]).exp())
     nckd = torch.where(r_t == 0, 0, r_t * (x_t - x_s)).sum(1)
     nckd = nckd + torch.where(log_sum_t == -torch.inf, 0, log_sum_s - log_sum_t)
@@ -51,11 +52,6 @@ def _rest(z_NC: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = z_NC - torch.where(top == -torch.inf, 0, top)
     log_sum = torch.where(is_label, 0, x.exp()).sum(1).log()
     return x, log_sum, torch.where(is_label, x, 0).sum(1) - log_sum
-
-
-def _weighted(log_t: Tensor, log_s: Tensor) -> Tensor:
-    """p_t (log p_t - log p_s), 0 where p_t is 0."""
-    return torch.where(log_t.exp() == 0, 0, log_t.exp() * (log_t - log_s))
 
 
 class Inputs(NamedTuple):
@@ -89,8 +85,10 @@ def dkd_loss(
     return _dkd_loss(Inputs(student, teacher.detach(), target, float(alpha), float(beta), float(temperature)))[0]
 
 
-def _check_labels(inputs: Inputs) -> None:
-    check_labels(inputs.target, inputs.student.shape[1], None, "leave rows without a label out")
-
-
-_dkd_loss = FusedOp("dkd_loss", Inputs, check=_check_labels)
+_dkd_loss = FusedOp(
+    "dkd_loss",
+    Inputs,
+    check=lambda inputs: check_labels(
+        inputs.target, inputs.student.shape[1], unlabelled="leave rows without a label out"
+    ),
+)

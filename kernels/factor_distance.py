@@ -15,7 +15,7 @@ torch.compile, where the gradients are left to the backward pass.
 Departures: a part of norm 1e-12 or less gets gradient 0, where autograd gives g / 1e-12; p = 2 at distance 0 likewise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -121,12 +121,6 @@ def _rows(maps: Tensor, is_NCHW: bool) -> Tensor:
     return (maps if is_NCHW else maps.movedim(-3, -1)).flatten(-3)
 
 
-def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, terms, statistics [2 K + 1, N]: K + 1 norms of a sample, then K <x^, direction>."""
-    K = len(inputs.factors)
-    return new(()), new((K,)), new((2 * K + 1, len(inputs.teacher)))
-
-
 def _grads(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     """[factors that need a gradient, N, C, H, W] in the memory layout of the factors."""
     grads = empty_grads(inputs, dtype)
@@ -139,7 +133,12 @@ _factor_distance = FusedOp(
     "factor_distance",
     Inputs,
     names=("loss", "terms", "statistics"),
-    outputs=_outputs,
+    # statistics: K + 1 norms of a sample, then K <x^, direction>
+    outputs=lambda inputs, new: (
+        new(()),
+        new((len(inputs.factors),)),
+        new((2 * len(inputs.factors) + 1, len(inputs.teacher))),
+    ),
     values=2,
     saved_from=1,
     grads=_grads,

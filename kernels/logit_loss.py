@@ -17,7 +17,7 @@ of the row's own, T (std + 1e-7). Classes with logit -inf take no part in mean a
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -169,16 +169,13 @@ def logit_loss(
     return LogitLoss(*_logit_loss(Inputs(list(heads), target, *settings)))
 
 
-def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    H = len(inputs.heads)
-    return new(()), new((H, H + 1))
-
-
-def check_labels(target: Tensor, classes: int, ignore_index: int | None, unlabelled: str) -> None:
-    """ValueError if a label is no class; on the CPU, elsewhere if FASTKD_DEBUG=1: there such a label makes NaN.
-
-    unlabelled: what to do about rows that have none.
-    """
+def check_labels(
+    target: Tensor,
+    classes: int,
+    ignore_index: int | None = None,
+    unlabelled: str = "pass ignore_index for rows without a label",
+) -> None:
+    """ValueError if a label is no class; on the CPU, elsewhere if FASTKD_DEBUG=1: there such a label makes NaN."""
     is_read = target.device.type == "cpu" or os.environ.get("FASTKD_DEBUG") == "1"
     if target.is_floating_point() or not is_read or not target.numel():
         return
@@ -200,18 +197,13 @@ def check_labels(target: Tensor, classes: int, ignore_index: int | None, unlabel
         )
 
 
-def _check_labels(inputs: Inputs) -> None:
-    unlabelled = "pass ignore_index for rows without a label"
-    check_labels(inputs.target, inputs.heads[0].shape[1], inputs.ignore_index, unlabelled)
-
-
 _logit_loss = FusedOp(
     "logit_loss",
     Inputs,
     names=("loss", "terms"),
-    outputs=_outputs,
+    outputs=lambda inputs, new: (new(()), new((len(inputs.heads), len(inputs.heads) + 1))),
     values=2,
-    check=_check_labels,
+    check=lambda inputs: check_labels(inputs.target, inputs.heads[0].shape[1], inputs.ignore_index),
     counts="weights",
     reference="logit_loss_reference (for KD: kd_loss_reference)",
 )

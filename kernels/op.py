@@ -261,7 +261,7 @@ def _flat(students: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _context(device: torch.device, on_gpu: bool) -> AbstractContextManager[object]:
-    """Makes the GPU the current one; a closed form gets rid of the caller's autocast, which would multiply in 16 bits."""
+    """The GPU is the current one; a closed form is outside of autocast, which would multiply matrices in 16 bits."""
     if on_gpu and device.type == "cuda":
         return torch.cuda.device(device)
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

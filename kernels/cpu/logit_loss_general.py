@@ -4,6 +4,7 @@ All heads lie in one [H, N, C] buffer: one log-softmax for all of them, the pair
 product per row, the gradients as one product with the [H, H] table.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -63,14 +64,13 @@ class Rows:
         return (cross.diagonal(dim1=1, dim2=2)[:, :, None] - cross).mean(0).T  # cross [N, j, i]: sum_c p_j log p_i
 
     def careful_divergences(self) -> Tensor:
-        """The same for every case."""
-        H = len(self.p)
-        return torch.stack([torch.stack([self._divergence(i, j) for j in range(H)]) for i in range(H)])
-
-    def _divergence(self, i: int, j: int) -> Tensor:
-        """A class of probability 0 adds 0, not 0 * inf."""
-        log_ratio = self.scaled[j] - self.scaled[i] + (self.log_sum[i] - self.log_sum[j])[:, None]
-        return torch.where(self.p[j] == 0, 0, self.p[j] * log_ratio).sum() / len(log_ratio)
+        """The same for every case; a class of probability 0 adds 0, not 0 * inf."""
+        H, N = self.log_sum.shape
+        pairs = torch.empty(H, H, dtype=self.p.dtype, device=self.p.device)
+        for i, j in itertools.product(range(H), repeat=2):
+            log_ratio = self.scaled[j] - self.scaled[i] + (self.log_sum[i] - self.log_sum[j])[:, None]
+            pairs[i, j] = torch.where(self.p[j] == 0, 0, self.p[j] * log_ratio).sum() / N
+        return pairs
 
 
 def _terms(rows: Rows, labels: "Labels", table: Tensor, temperature: float) -> Tensor:

@@ -26,7 +26,11 @@ def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor | None, grad_out
     for s, t, *g in zip(*pieces, strict=True):
         residual = _residual(s.to(dtype), t.to(dtype), margin)
         if value is not None:
-            flat = residual.permute(0, 2, 3, 1).flatten() if _is_last(residual) else residual.flatten()
+            flat = (
+                residual.permute(0, 2, 3, 1).flatten()
+                if residual.is_contiguous(memory_format=torch.channels_last)
+                else residual.flatten()
+            )
             sums.append(torch.dot(flat, flat))
         if g and g[0].dtype == dtype:
             torch.mul(residual, factor, out=g[0])
@@ -34,10 +38,6 @@ def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor | None, grad_out
             g[0].copy_(residual.mul_(factor))  # half the time of out= where the dtype is another
     if value is not None:
         value.copy_(scale * torch.stack(sums).sum())
-
-
-def _is_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _residual(s: Tensor, t: Tensor, margin: Tensor | None) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..dist_loss import Inputs
 from ..op import Tensors
@@ -218,18 +217,13 @@ def _gradient_kernel(
         row += tl.num_programs(0)
 
 
-def _networks(student: Tensor, teacher: Tensor) -> tuple[tuple[Tensor, int, Tensor, int], int]:
-    """The first arguments of the kernels, and the unit in which classes and strides are counted."""
-    student, teacher = contiguous_rows(student), contiguous_rows(teacher)
-    unit = common_unit(student.shape[1], student.stride(0), teacher.stride(0))
-    return (student, student.stride(0) // unit, teacher, teacher.stride(0) // unit), unit
-
-
 def launch(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors = (), written: bool = False) -> None:
     """See FusedOp. The forward pass writes the loss, `rows` and `columns`, of which the backward pass makes grads."""
     student, teacher, beta, gamma, temperature = inputs
     (N, C), device, (loss, rows, columns) = student.shape, student.device, outputs
-    networks, unit = _networks(student, teacher)
+    student, teacher = contiguous_rows(student), contiguous_rows(teacher)
+    unit = common_unit(C, student.stride(0), teacher.stride(0))
+    networks = student, student.stride(0) // unit, teacher, teacher.stride(0) // unit
     block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
     if grad_outputs:
         _gradient_kernel[(programs(N, warps, device),)](

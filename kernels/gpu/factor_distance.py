@@ -164,16 +164,6 @@ def _kernel(
 
 
 @triton.jit
-def _grad_output(grad_loss, grad_terms, k: tl.constexpr):
-    grad_output = 0.0
-    if grad_loss is not None:
-        grad_output += tl.load(grad_loss).to(tl.float32)
-    if grad_terms is not None:
-        grad_output += tl.load(grad_terms + k).to(tl.float32)
-    return grad_output
-
-
-@triton.jit
 def _backward_factors(
     weights, terms, grad_loss, grad_terms, inverse_elements, LEARNER: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
@@ -181,7 +171,11 @@ def _backward_factors(
     factors = ()
     changed = 0
     for k in tl.static_range(len(weights)):
-        grad_output = _grad_output(grad_loss, grad_terms, k)
+        grad_output = tl.zeros([], tl.float32)
+        if grad_loss is not None:
+            grad_output += tl.load(grad_loss).to(tl.float32)
+        if grad_terms is not None:
+            grad_output += tl.load(grad_terms + k).to(tl.float32)
         factor = weights[k] * inverse_elements * grad_output
         if P == 2:  # over the distance, which is term / weight
             term = tl.load(terms + k)

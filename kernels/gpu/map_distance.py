@@ -14,15 +14,6 @@ from .reduce import ticket, total
 
 
 @triton.jit
-def _channels(place, unit, lane, period, inner, UNIT: tl.constexpr, LAST: tl.constexpr):
-    """Channels of the elements of a block, which begins at `place` of the period. All is counted in units."""
-    unit = (place + unit) % period
-    if LAST:
-        return unit * UNIT + lane
-    return unit // inner + 0 * lane
-
-
-@triton.jit
 def _residual(s, t, margin):
     """s - t; with a margin s - t' where it counts, else 0. NaN in any of the three stays."""
     if margin is not None:
@@ -56,7 +47,9 @@ def _kernel(
         t = tl.load(teacher + offsets, mask=mask, other=0.0).to(tl.float32)
         floor = None
         if margin is not None:
-            floor = tl.load(margin + _channels(place, unit, lane, period, inner, UNIT, LAST)).to(tl.float32)
+            channel = (place + unit) % period  # in units
+            channel = channel * UNIT + lane if LAST else channel // inner + 0 * lane
+            floor = tl.load(margin + channel).to(tl.float32)
         residual = tl.where(mask, _residual(s, t, floor), 0.0)
         if grad_output is None:
             squares += residual * residual
