@@ -4,12 +4,11 @@
     a = q / max(||q||_2, 1e-12) per sample over HW,   q = mean over channels of f^2
     dL/df_s = k f_s,   k = 4 weight / (Cs N HW) * (e - a_s <a_s, e>) / ||q_s||,   e = a_s - a_t;   [N, HW]
 
-Shapes: student [N, Cs, H, W], teacher [N, Ct, H, W], any floating dtype. Computed in fp32 (in fp64 where an input is
-fp64, by the closed form in torch operations), which holds up to values of about 1e9: their fourth powers are summed.
-Only the student gets a gradient. Channels-last and NCHW maps are read as they lie, slices of the batch or of the
-channels too; what has gaps between rows or columns is copied first.
-Two launches forward: one reads both maps and leaves q, one reads that and leaves k; one launch backward reads f_s and
-writes its gradient. Bytes per element of the map in bf16: 2 (teacher), 6 (student: two reads, one write).
+Shapes: student [N, Cs, H, W], teacher [N, Ct, H, W], any floating dtype. fp32 holds up to values of about 1e9: their
+fourth powers are summed. Only the student gets a gradient. Channels-last and NCHW maps are read as they lie, slices of
+the batch or of the channels too; a map with gaps between rows or columns is copied first.
+Two launches forward: one reads both maps and leaves q, one reads that and leaves k. Bytes per element of the map in
+bf16: 2 (teacher), 6 (student: two reads, one write).
 A sample of zeros has a = 0 and gradient 0. Departure: the weight multiplies the mean; the paper's beta / 2 times a sum
 of norms is another scale. The usual weight with this mean is 1000.
 """
@@ -43,8 +42,6 @@ def _attention(f_NCHW: Tensor) -> Tensor:
 
 
 class Inputs(NamedTuple):
-    """What the operator takes."""
-
     student: Tensor
     teacher: Tensor | None
     """None in the backward pass, which does not need it."""

@@ -4,13 +4,10 @@
     dL/dz_i = [ c_i (p_i - y) + T (w_i p_i^T - sum_j W_ij p_j^T) ] / N,   w_i = sum_j W_ij
 
 W_ij is how much head i learns from head j; targets are constants. The diagonal of W must be 0.
-
 Shapes: heads [N, C] each, any floating dtype and row stride; target [N] int64 or a distribution [N, C].
-Computed in fp32 (in fp64 where a head is fp64, by the closed form in torch operations). One launch forward: it reads
-every logit once and leaves every term and the gradients. One launch backward, which ends at once if the
-upstream gradients are 1 and otherwise computes the gradients anew with them. Bytes per logit for two heads in bf16,
-one learning: 6 (read, read, write); 10 above 8,192 classes, where a row no longer fits into the registers and is read
-twice. With two learners that is above 2,048 classes, with four or six above 1,024, with eight above 512.
+One launch forward: it reads every logit once and leaves every term and the gradients. Bytes per logit for two heads in
+bf16, one learning: 6 (read, read, write); 10 above 8,192 classes, where a row no longer fits into the registers and is
+read twice. With two learners that is above 2,048 classes, with four or six above 1,024, with eight above 512.
 
 `standardize` (arXiv:2403.01427) divides a row's z-score by T. The softmax ignores the mean, so this is a temperature
 of the row's own, T (std + 1e-7). Classes with logit -inf take no part in mean and std.
@@ -204,6 +201,5 @@ _logit_loss = FusedOp(
     outputs=lambda inputs, new: (new(()), new((len(inputs.heads), len(inputs.heads) + 1))),
     values=2,
     check=lambda inputs: check_labels(inputs.target, inputs.heads[0].shape[1], inputs.ignore_index),
-    counts="weights",
     reference="logit_loss_reference (for KD: kd_loss_reference)",
 )

@@ -1,4 +1,4 @@
-"""attention_transfer.py where there is no GPU: one pass over each map, the rest is small. Also the path of fp64."""
+"""attention_transfer.py where there is no GPU: one pass over each map, the rest is small."""
 
 from typing import Any
 

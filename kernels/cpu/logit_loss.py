@@ -54,7 +54,7 @@ scratch = _Scratch()
 
 
 def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensors = ()) -> None:
-    """See FusedOp. It is also the path of fp64 on every device."""
+    """See FusedOp."""
     on_cpu = inputs.target.device.type == "cpu"
     if on_cpu and grad_outputs:  # reading what comes from above costs nothing here: it becomes a part of the weights
         grad_loss, grad_terms = grad_outputs

@@ -15,18 +15,6 @@ from .rows import load, long_row
 
 
 @triton.jit
-def _softmax_statistics(row, C, inverse, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr):
-    """(max, 1 / sum of exp) of a row."""
-    if ONE_PASS:
-        z = load(row, tl.arange(0, BLOCK), C)
-        top = tl.max(z, 0)
-        at_t = tl.sum(tl.exp((z - top) * inverse), 0)
-    else:
-        top, at_t = long_row(row, -1, C, inverse, BLOCK)
-    return top, 1 / at_t
-
-
-@triton.jit
 def _p(z, top, inverse_sum, inverse):
     return tl.exp((z - top) * inverse) * inverse_sum
 
@@ -42,33 +30,25 @@ def _correlation(xx, yy, xy):
 
 
 @triton.jit
-def _sums_of_classes(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse):
-    """Sums of x^2, y^2 and x y over these classes; x = p_s - 1 / C, y = p_t - 1 / C."""
-    inside = cols < C
-    x = tl.where(inside, _p(load(s, cols, C), top_s, inv_s, inverse) - 1.0 / C, 0.0)
-    y = tl.where(inside, _p(load(t, cols, C), top_t, inv_t, inverse) - 1.0 / C, 0.0)
-    return tl.sum(x * x, 0), tl.sum(y * y, 0), tl.sum(x * y, 0)
-
-
-@triton.jit
-def _sums_of_row(s, t, C, top_s, inv_s, top_t, inv_t, inverse, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr):
+def _sums_of_row(s, t, C, top_s, inv_s, top_t, inv_t, inverse, BLOCK: tl.constexpr):
+    """Sums over the classes of x^2, y^2 and x y; x = p_s - 1 / C, y = p_t - 1 / C."""
+    xx, yy, xy = 0.0, 0.0, 0.0
     cols = tl.arange(0, BLOCK)
-    xx, yy, xy = _sums_of_classes(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse)
-    if not ONE_PASS:
+    while tl.min(cols) < C:
+        inside = cols < C
+        x = tl.where(inside, _p(load(s, cols, C), top_s, inv_s, inverse) - 1.0 / C, 0.0)
+        y = tl.where(inside, _p(load(t, cols, C), top_t, inv_t, inverse) - 1.0 / C, 0.0)
+        xx += tl.sum(x * x, 0)
+        yy += tl.sum(y * y, 0)
+        xy += tl.sum(x * y, 0)
         cols += BLOCK
-        while tl.min(cols) < C:
-            more_xx, more_yy, more_xy = _sums_of_classes(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse)
-            xx += more_xx
-            yy += more_yy
-            xy += more_xy
-            cols += BLOCK
     return xx, yy, xy
 
 
 @triton.jit(do_not_specialize=["N"])
 def _rows_kernel(
     student, student_stride, teacher, teacher_stride, rows, row_sum, partials, ticket, N, c_units, weight, temperature,
-    ONE_PASS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows [6, N]: max and 1 / sum of exp of student and teacher; weight / N times the coefficients of dr/dx."""
     C = c_units * UNIT
@@ -78,16 +58,15 @@ def _rows_kernel(
     while row < N:
         s = student + row * (student_stride * UNIT)
         t = teacher + row * (teacher_stride * UNIT)
-        top_s, inv_s = _softmax_statistics(s, C, inverse, ONE_PASS, BLOCK)
-        top_t, inv_t = _softmax_statistics(t, C, inverse, ONE_PASS, BLOCK)
-        xx, yy, xy = _sums_of_row(s, t, C, top_s, inv_s, top_t, inv_t, inverse, ONE_PASS, BLOCK)
-        r, a, b = _correlation(xx, yy, xy)
+        top_s, sum_s = long_row(s, -1, C, inverse, BLOCK)
+        top_t, sum_t = long_row(t, -1, C, inverse, BLOCK)
+        r, a, b = _correlation(*_sums_of_row(s, t, C, top_s, 1 / sum_s, top_t, 1 / sum_t, inverse, BLOCK))
         sums += r
         place = rows + row
         tl.store(place, top_s)
-        tl.store(place + N, inv_s)
+        tl.store(place + N, 1 / sum_s)
         tl.store(place + 2 * N, top_t)
-        tl.store(place + 3 * N, inv_t)
+        tl.store(place + 3 * N, 1 / sum_t)
         tl.store(place + 4 * N, a * (weight / N))
         tl.store(place + 5 * N, b * (weight / N))
         row += tl.num_programs(0)
@@ -236,7 +215,7 @@ def launch(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors =
     row_sum, *partials = (torch.empty(n, dtype=torch.float32, device=device) for n in (1, *grids))
     _rows_kernel[grids[:1]](
         *networks, rows, row_sum, partials[0], ticket(device), N, C // unit, beta, temperature,
-        ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps, enable_fp_fusion=True, num_warps=warps,
+        UNIT=unit, BLOCK=block, ROWS=32 * warps, enable_fp_fusion=True, num_warps=warps,
     )  # fmt: skip
     _columns_kernel[grids[1:]](
         *networks, rows, row_sum, columns, loss, partials[1], ticket(device), N, C // unit, beta, gamma,

@@ -13,17 +13,6 @@ from .host import common_unit, programs
 from .reduce import ticket, total
 
 
-@triton.jit
-def _residual(s, t, margin):
-    """s - t; with a margin s - t' where it counts, else 0. NaN in any of the three stays."""
-    if margin is not None:
-        t = tl.where((t < margin) | (margin != margin), margin, t)
-    residual = s - t
-    if margin is not None:
-        residual = tl.where((t <= 0) & (residual <= 0), 0.0, residual)
-    return residual
-
-
 @triton.jit(do_not_specialize=["units", "period", "inner", "step"])
 def _kernel(
     student, teacher, margin, grad, grad_output, partials, ticket, value, units, period, inner, step, scale,
@@ -45,12 +34,14 @@ def _kernel(
         mask = start + unit < units
         s = tl.load(student + offsets, mask=mask, other=0.0).to(tl.float32)
         t = tl.load(teacher + offsets, mask=mask, other=0.0).to(tl.float32)
-        floor = None
         if margin is not None:
             channel = (place + unit) % period  # in units
             channel = channel * UNIT + lane if LAST else channel // inner + 0 * lane
             floor = tl.load(margin + channel).to(tl.float32)
-        residual = tl.where(mask, _residual(s, t, floor), 0.0)
+            t = tl.where((t < floor) | (floor != floor), floor, t)  # NaN stays
+        residual = tl.where(mask, s - t, 0.0)
+        if margin is not None:
+            residual = tl.where((t <= 0) & (residual <= 0), 0.0, residual)
         if grad_output is None:
             squares += residual * residual
         if grad is not None:
