@@ -68,7 +68,7 @@ _attention_transfer = FusedOp(
     "attention_transfer",
     Inputs,
     names=("loss", "k"),
-    outputs=lambda inputs, new: (new(()), new((len(inputs.student), inputs.student[0, 0].numel()))),  # k: [N, HW]
+    outputs=lambda inputs, new: (new(()), new((len(inputs.student), inputs.student.shape[2:].numel()))),  # k: [N, HW]
     keeps_constants=False,
     grads=lambda inputs, dtype: torch.empty_like(inputs.student),
     writes_grads=lambda inputs, on_gpu: False,

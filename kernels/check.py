@@ -8,16 +8,24 @@ from torch import Tensor
 
 
 def check_tensors(**given: object) -> None:
-    """Raises TypeError, with what came, unless everything given is a tensor."""
+    """Raises TypeError, with what came and what to do, unless everything given is a tensor."""
     for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise _no_tensor(name, x)
+        if isinstance(x, Tensor):
+            continue
+        hint = "; make one with torch.as_tensor()" if hasattr(x, "__array__") else ""
+        if isinstance(x, dict):
+            hint = f" with the keys {list(x)}; take the tensor out of it, as in output['logits']"
+        elif isinstance(x, list | tuple):
+            hint = f" of {len(x)}; take the tensor out of it, as in output[0], or make one with torch.as_tensor()"
+        elif isinstance(getattr(x, "logits", None), Tensor):
+            hint = "; take the tensor out of it: output.logits"
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}{hint}")
 
 
 def check_floating(**given: object) -> None:
     """Raises TypeError unless everything given is a tensor, ValueError unless floating point and on one device."""
     check_tensors(**given)
-    _check_numbers(", ".join(given), [x for x in given.values() if isinstance(x, Tensor)])
+    _check_numbers(" and ".join(given), [x for x in given.values() if isinstance(x, Tensor)])
 
 
 def _check_numbers(names: str, tensors: Sequence[Tensor]) -> None:
@@ -27,17 +35,6 @@ def _check_numbers(names: str, tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"{names} must be on one device, got {', '.join(str(x.device) for x in tensors)}")
 
 
-def _no_tensor(name: str, x: object) -> TypeError:
-    hint = "; make one with torch.as_tensor()" if hasattr(x, "__array__") else ""
-    if isinstance(x, dict):
-        hint = f" with the keys {list(x)}; take the tensor out of it, as in output['logits']"
-    elif isinstance(x, list | tuple):
-        hint = f" of {len(x)}; take the tensor out of it, as in output[0], or make one with torch.as_tensor()"
-    elif isinstance(getattr(x, "logits", None), Tensor):
-        hint = "; take the tensor out of it: output.logits"
-    return TypeError(f"{name} must be a tensor, got {type(x).__name__}{hint}")
-
-
 def check_logits(heads: Sequence[Tensor], temperature: float, names: Sequence[str] = ()) -> None:
     """Raises TypeError unless heads are a list of tensors, ValueError unless they are [N, C] alike."""
     if not isinstance(heads, list | tuple):
@@ -45,8 +42,7 @@ def check_logits(heads: Sequence[Tensor], temperature: float, names: Sequence[st
     if not heads:
         raise ValueError("no logits given")
     for k, head in enumerate(heads):
-        if not isinstance(head, Tensor):
-            raise _no_tensor(names[k] if names else "logits", head)
+        check_tensors(**{names[k] if names else "logits": head})
     shape = heads[0].shape
     if any(head.dim() != 2 or head.shape != shape for head in heads):
         raise ValueError(_unlike([list(head.shape) for head in heads]))
@@ -59,8 +55,7 @@ def check_logits(heads: Sequence[Tensor], temperature: float, names: Sequence[st
 
 def check_target(target: Tensor, logits: Tensor) -> None:
     """Raises TypeError unless the target is a tensor, ValueError unless it fits logits [N, C]."""
-    if not isinstance(target, Tensor):
-        raise _no_tensor("target", target)
+    check_tensors(target=target)
     shape, soft = logits.shape, target.is_floating_point()
     if target.shape != (shape if soft else shape[:1]) or not (soft or target.dtype == torch.int64):
         raise ValueError(

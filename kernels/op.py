@@ -96,7 +96,7 @@ class FusedOp:
         if not can_bypass_dispatcher((*tensors, *constants)):
             return self.op(tensors if many else tensors[0], *others, False)[: self.values]
         write_grads = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        return _Eager.apply(self, many, others, write_grads, *tensors)
+        return FusedLoss.apply(self, many, others, write_grads, *tensors)
 
     def forward(self, inputs: Any, write_grads: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """(outputs, grads)"""
@@ -210,7 +210,7 @@ def _register(name: str, function: Callable[..., Any], parameters: dict[str, Any
     return torch.library.custom_op(f"fastkd::{name}", operator, mutates_args=())
 
 
-class _Eager(torch.autograd.Function):
+class FusedLoss(torch.autograd.Function):
     """The same autograd without the operator."""
 
     @staticmethod
