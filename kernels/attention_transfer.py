@@ -4,17 +4,15 @@
     a = q / max(||q||_2, 1e-12) per sample over HW,   q = mean over channels of f^2
     dL/df_s = k f_s,   k = 4 weight / (Cs N HW) * (e - a_s <a_s, e>) / ||q_s||,   e = a_s - a_t;   [N, HW]
 
-Shapes: student [N, Cs, H, W], teacher [N, Ct, H, W], any floating dtype. Computed in fp32 (in fp64 where an input is
-fp64, by the closed form in torch operations), which holds up to values of about 1e9: their fourth powers are summed.
-Only the student gets a gradient. Channels-last and NCHW maps are read as they lie, slices of the batch or of the
-channels too; what has gaps between rows or columns is copied first.
-Two launches forward: one reads both maps and leaves q, one reads that and leaves k; one launch backward reads f_s and
-writes its gradient. Bytes per element of the map in bf16: 2 (teacher), 6 (student: two reads, one write).
+Shapes: student [N, Cs, H, W], teacher [N, Ct, H, W], any floating dtype. fp32 holds up to values of about 1e9: their
+fourth powers are summed. Only the student gets a gradient. Channels-last and NCHW maps are read as they lie, slices of
+the batch or of the channels too; a map with gaps between rows or columns is copied first.
+Two launches forward: one reads both maps and leaves q, one reads that and leaves k. Bytes per element of the map in
+bf16: 2 (teacher), 6 (student: two reads, one write).
 A sample of zeros has a = 0 and gradient 0. Departure: the weight multiplies the mean; the paper's beta / 2 times a sum
 of norms is another scale. The usual weight with this mean is 1000.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,8 +42,6 @@ def _attention(f_NCHW: Tensor) -> Tensor:
 
 
 class Inputs(NamedTuple):
-    """What the operator takes."""
-
     student: Tensor
     teacher: Tensor | None
     """None in the backward pass, which does not need it."""
@@ -57,32 +53,22 @@ def attention_transfer(student: Tensor, teacher: Tensor, weight: float = 1.0) ->
 
     student [N, Cs, H, W], teacher [N, Ct, H, W]: the numbers of channels may differ. An empty batch gives 0.
     """
-    _check(student, teacher)
-    if is_compiled_for_cpu(student):
-        return attention_transfer_reference(student, teacher, weight)
-    return _attention_transfer(Inputs(student, teacher.detach(), float(weight)))[0]
-
-
-def _check(student: Tensor, teacher: Tensor) -> None:
     check_floating(student_map=student, teacher_map=teacher)
     s, t = list(student.shape), list(teacher.shape)
     if len(s) != 4 or len(t) != 4 or s[0] != t[0] or s[2:] != t[2:]:
         raise ValueError(f"maps must be [N, C, H, W], alike but for the channels; got student {s} and teacher {t}")
     if s[1] == 0 or t[1] == 0:
         raise ValueError(f"maps without channels have no mean: student {s}, teacher {t}")
-
-
-def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    """Loss; k [N, HW], of which the backward pass makes the gradient."""
-    N, _, H, W = inputs.student.shape
-    return new(()), new((N, H * W))
+    if is_compiled_for_cpu(student):
+        return attention_transfer_reference(student, teacher, weight)
+    return _attention_transfer(Inputs(student, teacher.detach(), float(weight)))[0]
 
 
 _attention_transfer = FusedOp(
     "attention_transfer",
     Inputs,
     names=("loss", "k"),
-    outputs=_outputs,
+    outputs=lambda inputs, new: (new(()), new((len(inputs.student), inputs.student.shape[2:].numel()))),  # k: [N, HW]
     keeps_constants=False,
     grads=lambda inputs, dtype: torch.empty_like(inputs.student),
     writes_grads=lambda inputs, on_gpu: False,

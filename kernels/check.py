@@ -8,16 +8,24 @@ from torch import Tensor
 
 
 def check_tensors(**given: object) -> None:
-    """Raises TypeError, with what came, unless everything given is a tensor."""
+    """Raises TypeError, with what came and what to do, unless everything given is a tensor."""
     for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise _no_tensor(name, x)
+        if isinstance(x, Tensor):
+            continue
+        hint = "; make one with torch.as_tensor()" if hasattr(x, "__array__") else ""
+        if isinstance(x, dict):
+            hint = f" with the keys {list(x)}; take the tensor out of it, as in output['logits']"
+        elif isinstance(x, list | tuple):
+            hint = f" of {len(x)}; take the tensor out of it, as in output[0], or make one with torch.as_tensor()"
+        elif isinstance(getattr(x, "logits", None), Tensor):
+            hint = "; take the tensor out of it: output.logits"
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}{hint}")
 
 
 def check_floating(**given: object) -> None:
     """Raises TypeError unless everything given is a tensor, ValueError unless floating point and on one device."""
     check_tensors(**given)
-    _check_numbers(", ".join(given), [x for x in given.values() if isinstance(x, Tensor)])
+    _check_numbers(" and ".join(given), [x for x in given.values() if isinstance(x, Tensor)])
 
 
 def _check_numbers(names: str, tensors: Sequence[Tensor]) -> None:
@@ -27,41 +35,27 @@ def _check_numbers(names: str, tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"{names} must be on one device, got {', '.join(str(x.device) for x in tensors)}")
 
 
-def _no_tensor(name: str, x: object) -> TypeError:
-    return TypeError(f"{name} must be a tensor, got {type(x).__name__}{_way_to_tensor(x)}")
-
-
-def _way_to_tensor(x: object) -> str:
-    if isinstance(x, dict):
-        return f" with the keys {list(x)}; take the tensor out of it, as in output['logits']"
-    if isinstance(x, list | tuple):
-        return f" of {len(x)}; take the tensor out of it, as in output[0], or make one with torch.as_tensor()"
-    if isinstance(getattr(x, "logits", None), Tensor):
-        return "; take the tensor out of it: output.logits"
-    return "; make one with torch.as_tensor()" if hasattr(x, "__array__") else ""
-
-
-def check_logits(heads: Sequence[Tensor], names: Sequence[str] = ()) -> None:
+def check_logits(heads: Sequence[Tensor], temperature: float, names: Sequence[str] = ()) -> None:
     """Raises TypeError unless heads are a list of tensors, ValueError unless they are [N, C] alike."""
     if not isinstance(heads, list | tuple):
         raise TypeError(f"heads must be a list of logits [N, C], got {type(heads).__name__}")
     if not heads:
         raise ValueError("no logits given")
     for k, head in enumerate(heads):
-        if not isinstance(head, Tensor):
-            raise _no_tensor(names[k] if names else "logits", head)
+        check_tensors(**{names[k] if names else "logits": head})
     shape = heads[0].shape
     if any(head.dim() != 2 or head.shape != shape for head in heads):
         raise ValueError(_unlike([list(head.shape) for head in heads]))
     _check_numbers("logits", heads)
     if shape[1] < 2:
         raise ValueError(f"logits of {shape[1]} class(es), {list(shape)}: a softmax needs 2 or more")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
 
 
 def check_target(target: Tensor, logits: Tensor) -> None:
     """Raises TypeError unless the target is a tensor, ValueError unless it fits logits [N, C]."""
-    if not isinstance(target, Tensor):
-        raise _no_tensor("target", target)
+    check_tensors(target=target)
     shape, soft = logits.shape, target.is_floating_point()
     if target.shape != (shape if soft else shape[:1]) or not (soft or target.dtype == torch.int64):
         raise ValueError(
@@ -102,11 +96,6 @@ def _way_to_target(target: Tensor, N: int, C: int) -> str:
     return f"a distribution is over the {C} classes of the logits"
 
 
-def check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-
-
 def check_logit_loss(
     heads: Sequence[Tensor],
     target: Tensor,
@@ -117,9 +106,8 @@ def check_logit_loss(
     names: Sequence[str],
 ) -> list[float]:
     """Raises TypeError or ValueError on what does not fit; the weights of all terms, row by row [H, 1 + H]."""
-    check_logits(heads, names)
+    check_logits(heads, temperature, names)
     check_target(target, heads[0])
-    check_temperature(temperature)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
     H = len(heads)

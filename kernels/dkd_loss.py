@@ -7,10 +7,7 @@
 
 Everything follows from d = z_y / T - logsumexp(z_rest / T): log p_y = -softplus(-d), log(1 - p_y) = -softplus(d), exact
 where p_y rounds to 0 or 1. Shapes: student and teacher [N, C], any floating dtype and row stride; target [N] int64.
-Computed in fp32 (in fp64 where an input is fp64, by the closed form in torch operations). One launch forward leaves
-loss and gradient; one launch backward ends at once if the upstream gradient is 1, else computes the gradient anew.
-Bytes per logit in bf16: 6 (read, read, write), 10 above 8,192 classes.
-
+One launch forward leaves loss and gradient. Bytes per logit in bf16: 6 (read, read, write), 10 above 8,192 classes.
 Departures: the official code takes the label out of the softmax by subtracting 1000 from its logit; here it takes no
 part. Where a row's other logits are all -inf, r is 0 in place of 0 / 0.
 """
@@ -21,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .check import check_logits, check_target, check_temperature
+from .check import check_logits, check_target
 from .logit_loss import check_labels
 from .op import FusedOp, acc_dtype, is_compiled_for_cpu
 
@@ -37,7 +34,8 @@ def dkd_loss_reference(
     is_label = torch.arange(C, device=target.device) == target[:, None]
     x_s, log_sum_s, d_s = _rest(student.to(dtype) / temperature, is_label)
     x_t, log_sum_t, d_t = _rest(teacher.detach().to(dtype) / temperature, is_label)
-    tckd = _weighted(F.logsigmoid(d_t), F.logsigmoid(d_s)) + _weighted(F.logsigmoid(-d_t), F.logsigmoid(-d_s))
+    pairs = [(F.logsigmoid(t), F.logsigmoid(s)) for t, s in ((d_t, d_s), (-d_t, -d_s))]  # log p_y, log (1 - p_y)
+    tckd = sum(torch.where(t.exp() == 0, 0, t.exp() * (t - s)) for t, s in pairs)
     r_t = torch.where(is_label, 0, (x_t - log_sum_t[:, None]).exp())
     nckd = torch.where(r_t == 0, 0, r_t * (x_t - x_s)).sum(1)
     nckd = nckd + torch.where(log_sum_t == -torch.inf, 0, log_sum_s - log_sum_t)
@@ -53,14 +51,7 @@ def _rest(z_NC: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x, log_sum, torch.where(is_label, x, 0).sum(1) - log_sum
 
 
-def _weighted(log_t: Tensor, log_s: Tensor) -> Tensor:
-    """p_t (log p_t - log p_s), 0 where p_t is 0."""
-    return torch.where(log_t.exp() == 0, 0, log_t.exp() * (log_t - log_s))
-
-
 class Inputs(NamedTuple):
-    """What the operator takes."""
-
     student: Tensor
     teacher: Tensor
     target: Tensor
@@ -79,18 +70,19 @@ def dkd_loss(
     does. Raises ValueError on shapes, dtypes or devices that do not fit, temperature <= 0 and, on the CPU or with
     FASTKD_DEBUG=1, labels that are no class; on a GPU and under torch.compile such a label makes the loss NaN.
     """
-    check_logits([student, teacher])
+    check_logits([student, teacher], temperature)
     check_target(target, student)
     if target.is_floating_point():
         raise ValueError(f"dkd_loss needs labels int64 [N], got {target.dtype} {list(target.shape)}")
-    check_temperature(temperature)
     if is_compiled_for_cpu(student):
         return dkd_loss_reference(student, teacher, target, alpha=alpha, beta=beta, temperature=temperature)
     return _dkd_loss(Inputs(student, teacher.detach(), target, float(alpha), float(beta), float(temperature)))[0]
 
 
-def _check_labels(inputs: Inputs) -> None:
-    check_labels(inputs.target, inputs.student.shape[1], None, "leave rows without a label out")
-
-
-_dkd_loss = FusedOp("dkd_loss", Inputs, check=_check_labels)
+_dkd_loss = FusedOp(
+    "dkd_loss",
+    Inputs,
+    check=lambda inputs: check_labels(
+        inputs.target, inputs.student.shape[1], unlabelled="leave rows without a label out"
+    ),
+)

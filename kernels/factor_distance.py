@@ -5,17 +5,15 @@
     d distance / dx = (g - x^ <x^, g>) / ||x||,   g = sign(x^ - t^) / N_el  or  (x^ - t^) / (N_el distance)  for p = 2
 
 Shapes: every part and the teacher's factor [N, C, H, W], any floating dtype; D = C H W, N_el = N D, the elements of the
-whole batch. Computed in fp32 (in fp64 where an input is fp64, by the closed form in torch operations); norms up to
-1.8e19 fit. Only factors get a gradient. Maps are read as rows of D numbers: the layout of the first part (channels-last
-or NCHW, batch of any stride) is everyone's, and what lies otherwise is copied first.
-One launch forward, which reads the teacher once for all factors and for p = 1 leaves the gradients; one backward, which
-for p = 1 ends at once if the upstream gradients are 1. Bytes for a pair in bf16: 10 per element of the factor (3 reads,
-2 writes) and, above 8,192 elements a sample, two more sweeps that come from the L2 cache; 16 for p = 2 and inside
-torch.compile, where the gradients are left to the backward pass.
+whole batch. Norms up to 1.8e19 fit. Only factors get a gradient. Maps are read as rows of D numbers in the layout of
+the first part (channels-last or NCHW, batch of any stride); a map of another layout is copied first.
+One launch forward reads the teacher once for all factors and for p = 1 leaves the gradients. Bytes for a pair in bf16:
+10 per element of the factor (3 reads, 2 writes) and, above 8,192 elements a sample, two more sweeps that come from the
+L2 cache; 16 for p = 2 and inside torch.compile, where the gradients are left to the backward pass.
 Departures: a part of norm 1e-12 or less gets gradient 0, where autograd gives g / 1e-12; p = 2 at distance 0 likewise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,8 +41,12 @@ def factor_distance_reference(
     """
     dtype, is_NCHW = acc_dtype([*factors, teacher]), _is_NCHW(factors)
     *rows, t = (_unit_rows(_rows(x, is_NCHW).to(dtype)) for x in (*factors, teacher.detach()))
-    zero = t.new_zeros(())
-    terms = [w * _mean_distance(x - t, p) if w else zero for x, w in zip(rows, weights, strict=True)]
+    zero, elements, terms = t.new_zeros(()), max(t.numel(), 1), []
+    for x, w in zip(rows, weights, strict=True):
+        mean = ((x - t).abs() if p == 1 else (x - t).square()).sum() / elements
+        if p == 2:  # no gradient at distance 0
+            mean = torch.where(mean == 0, 0, torch.where(mean == 0, 1, mean).sqrt())
+        terms.append(w * mean if w else zero)
     return FactorDistance(sum(terms, zero), torch.stack(terms))
 
 
@@ -56,17 +58,7 @@ def _unit_rows(x_ND: Tensor) -> Tensor:
     return torch.where(no_norm, x_ND.detach() / 1e-12, unit)
 
 
-def _mean_distance(difference: Tensor, p: int) -> Tensor:
-    elements = max(difference.numel(), 1)
-    if p == 1:
-        return difference.abs().sum() / elements
-    mean = difference.square().sum() / elements
-    return torch.where(mean == 0, 0, torch.where(mean == 0, 1, mean).sqrt())  # no gradient at distance 0
-
-
 class Inputs(NamedTuple):
-    """What the operator takes."""
-
     factors: Sequence[Tensor]
     teacher: Tensor
     weights: Sequence[float]
@@ -85,29 +77,22 @@ def factor_distance(factors: list[Tensor], teacher: Tensor, weights: list[float]
     factors: K student factors [N, C, H, W] shaped like the teacher's; weights: K numbers, a 0 switches its factor off;
     p: 1 or 2. An empty batch gives 0.
     """
-    _check(factors, teacher, weights, p)
-    if is_compiled_for_cpu(teacher):
-        return factor_distance_reference(factors, teacher, weights, p)
-    weights = [float(w) for w in weights]
-    needs_grad = [torch.is_grad_enabled() and x.requires_grad and w != 0 for x, w in zip(factors, weights, strict=True)]
-    return FactorDistance(*_factor_distance(Inputs(list(factors), teacher.detach(), weights, p, needs_grad)))
-
-
-def _check(factors: list[Tensor], teacher: Tensor, weights: list[float], p: int) -> None:
     if not factors or len(factors) != len(weights):
-        raise ValueError(
-            f"one weight for each of 1 or more student factors: got {len(factors)} factors and weights {weights}"
-        )
+        given = f"got {len(factors)} factors and weights {weights}"
+        raise ValueError(f"one weight for each of 1 or more student factors: {given}")
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p}")
     for k, x in enumerate(factors, 1):
         which = "student_factor" if len(factors) == 1 else f"student_factor {k} of {len(factors)}"
         check_floating(**{which: x, "teacher_factor": teacher})
         if x.dim() != 4 or x.shape != teacher.shape:
-            raise ValueError(
-                f"{which} and teacher_factor must be [N, C, H, W] of one shape, got {list(x.shape)} and "
-                f"{list(teacher.shape)}"
-            )
+            shapes = f"{list(x.shape)} and {list(teacher.shape)}"
+            raise ValueError(f"{which} and teacher_factor must be [N, C, H, W] of one shape, got {shapes}")
+    if is_compiled_for_cpu(teacher):
+        return factor_distance_reference(factors, teacher, weights, p)
+    weights = [float(w) for w in weights]
+    needs_grad = [torch.is_grad_enabled() and x.requires_grad and w != 0 for x, w in zip(factors, weights, strict=True)]
+    return FactorDistance(*_factor_distance(Inputs(list(factors), teacher.detach(), weights, p, needs_grad)))
 
 
 def _is_NCHW(factors: Sequence[Tensor]) -> bool:
@@ -119,12 +104,6 @@ def _is_NCHW(factors: Sequence[Tensor]) -> bool:
 def _rows(maps: Tensor, is_NCHW: bool) -> Tensor:
     """[..., C, H, W] -> [..., D] with contiguous elements, a view if the memory layout allows it."""
     return (maps if is_NCHW else maps.movedim(-3, -1)).flatten(-3)
-
-
-def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, terms, statistics [2 K + 1, N]: K + 1 norms of a sample, then K <x^, direction>."""
-    K = len(inputs.factors)
-    return new(()), new((K,)), new((2 * K + 1, len(inputs.teacher)))
 
 
 def _grads(inputs: Inputs, dtype: torch.dtype) -> Tensor:
@@ -139,10 +118,10 @@ _factor_distance = FusedOp(
     "factor_distance",
     Inputs,
     names=("loss", "terms", "statistics"),
-    outputs=_outputs,
+    # statistics: K + 1 norms of a sample, then K <x^, direction>
+    outputs=lambda inputs, new: (new(()), new(len(inputs.factors)), new((2 * len(inputs[0]) + 1, len(inputs.teacher)))),
     values=2,
     saved_from=1,
     grads=_grads,
     writes_grads=lambda inputs, on_gpu: inputs.p == 1,
-    counts="needs_grad",
 )

@@ -4,8 +4,8 @@
     dL/dz_s = [ ce_weight (p_s - y) + kd_weight T (p_s^T - p_t^T) ] / N
 
 Shapes: student and teacher logits [N, C], any floating dtype and strides; target [N] int64 or a distribution [N, C].
-Computed in fp32, or in fp64 when an input is fp64. Only the student's logits get a gradient. On a GPU no host sync
-and no data-dependent branch, so it compiles without a break and can be captured in a CUDA graph.
+Only the student's logits get a gradient. On a GPU there is no host sync and no data-dependent branch, so it compiles
+without a break and can be captured in a CUDA graph.
 `standardize` is logit standardisation (Sun et al. 2024, arXiv:2403.01427): z-score of each row, eps 1e-7, before the
 softmax. `kd_loss_reference` says what is computed; `kd_loss` is the case of two heads of logit_loss.py, one pass over
 the logits: 6 bytes per pair of logits in bf16 where the reference moves 76.

@@ -4,20 +4,17 @@
     dL/dz_i = [ c_i (p_i - y) + T (w_i p_i^T - sum_j W_ij p_j^T) ] / N,   w_i = sum_j W_ij
 
 W_ij is how much head i learns from head j; targets are constants. The diagonal of W must be 0.
-
 Shapes: heads [N, C] each, any floating dtype and row stride; target [N] int64 or a distribution [N, C].
-Computed in fp32 (in fp64 where a head is fp64, by the closed form in torch operations). One launch forward: it reads
-every logit once and leaves every term and the gradients. One launch backward, which ends at once if the
-upstream gradients are 1 and otherwise computes the gradients anew with them. Bytes per logit for two heads in bf16,
-one learning: 6 (read, read, write); 10 above 8,192 classes, where a row no longer fits into the registers and is read
-twice. With two learners that is above 2,048 classes, with four or six above 1,024, with eight above 512.
+One launch forward: it reads every logit once and leaves every term and the gradients. Bytes per logit for two heads in
+bf16, one learning: 6 (read, read, write); 10 above 8,192 classes, where a row no longer fits into the registers and is
+read twice. With two learners that is above 2,048 classes, with four or six above 1,024, with eight above 512.
 
 `standardize` (arXiv:2403.01427) divides a row's z-score by T. The softmax ignores the mean, so this is a temperature
 of the row's own, T (std + 1e-7). Classes with logit -inf take no part in mean and std.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -157,28 +154,26 @@ def logit_loss(
     have a weight. A weight of 0 switches its term off, whatever its value.
     """
     weights = check_logit_loss(heads, target, ce_weights, table, temperature, label_smoothing, names)
-    needs_grad = []
+    needs_grad, given = [], []
     for head, ce_weight, row in zip(heads, ce_weights, table, strict=True):
         needs_grad.append(torch.is_grad_enabled() and head.requires_grad and any((ce_weight, *row)))
+        given.append(head if needs_grad[-1] else head.detach())
     if is_compiled_for_cpu(target):
         return logit_loss_reference(
-            heads, target, ce_weights, table, temperature=temperature, label_smoothing=label_smoothing,
+            given, target, ce_weights, table, temperature=temperature, label_smoothing=label_smoothing,
             ignore_index=ignore_index, standardize=standardize,
         )  # fmt: skip
     settings = (weights, float(temperature), float(label_smoothing), ignore_index, standardize, needs_grad)
-    return LogitLoss(*_logit_loss(Inputs(list(heads), target, *settings)))
+    return LogitLoss(*_logit_loss(Inputs(given, target, *settings)))
 
 
-def _outputs(inputs: Inputs, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    H = len(inputs.heads)
-    return new(()), new((H, H + 1))
-
-
-def check_labels(target: Tensor, classes: int, ignore_index: int | None, unlabelled: str) -> None:
-    """ValueError if a label is no class; on the CPU, elsewhere if FASTKD_DEBUG=1: there such a label makes NaN.
-
-    unlabelled: what to do about rows that have none.
-    """
+def check_labels(
+    target: Tensor,
+    classes: int,
+    ignore_index: int | None = None,
+    unlabelled: str = "pass ignore_index for rows without a label",
+) -> None:
+    """ValueError if a label is no class; on the CPU, elsewhere if FASTKD_DEBUG=1: there such a label makes NaN."""
     is_read = target.device.type == "cpu" or os.environ.get("FASTKD_DEBUG") == "1"
     if target.is_floating_point() or not is_read or not target.numel():
         return
@@ -200,18 +195,12 @@ def check_labels(target: Tensor, classes: int, ignore_index: int | None, unlabel
         )
 
 
-def _check_labels(inputs: Inputs) -> None:
-    unlabelled = "pass ignore_index for rows without a label"
-    check_labels(inputs.target, inputs.heads[0].shape[1], inputs.ignore_index, unlabelled)
-
-
 _logit_loss = FusedOp(
     "logit_loss",
     Inputs,
     names=("loss", "terms"),
-    outputs=_outputs,
+    outputs=lambda inputs, new: (new(()), new((len(inputs.heads), len(inputs.heads) + 1))),
     values=2,
-    check=_check_labels,
-    counts="weights",
+    check=lambda inputs: check_labels(inputs.target, inputs.heads[0].shape[1], inputs.ignore_index),
     reference="logit_loss_reference (for KD: kd_loss_reference)",
 )

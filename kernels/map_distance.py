@@ -7,12 +7,9 @@
 OFD's maps are those before the ReLU. Where the teacher is silent (t' <= 0) a student below t' is silent too: no error.
 The margin is what the teacher says on average where it is silent, E[x | x < 0], which `bn_margin` gives.
 
-Shapes: student and teacher [N, C, H, W], any floating dtypes and strides; margin [C], negative.
-Computed in fp32 (in fp64 where a map is fp64, by the closed form in torch operations). One launch forward: it reads
-both maps once and leaves the value and the gradient. One launch backward, which ends at once if the upstream gradient
-is 1 and otherwise computes the gradient anew with it: what underflows in fp16 is not lost to a loss scale from above.
-Bytes per element in bf16: 6 (read, read, write). A student that is not dense, and a teacher in another memory format
-than the student's, are copied first.
+Shapes: student and teacher [N, C, H, W], any floating dtypes and strides; margin [C], negative. One launch forward
+reads both maps once and leaves the value and the gradient. Bytes per element in bf16: 6 (read, read, write). A student
+that is not dense, and a teacher in another memory format than the student's, are copied first.
 """
 
 import math
@@ -44,8 +41,6 @@ def overhaul_distance_reference(student: Tensor, teacher: Tensor, margin: Tensor
 
 
 class Inputs(NamedTuple):
-    """What the operator takes."""
-
     student: Tensor
     teacher: Tensor
     margin: Tensor | None
@@ -62,8 +57,8 @@ class Inputs(NamedTuple):
 def hint_distance(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> Tensor:
     """weight * mean of (student - teacher)^2 over all elements, a scalar (FitNets, arXiv:1412.6550).
 
-    student, teacher: [N, C, H, W] of any floating dtypes. Returns fp32 (fp64 where a map is). Gradient to the student
-    only. An empty batch gives 0; NaN propagates. ValueError on shapes, devices or dtypes that do not fit.
+    student, teacher: [N, C, H, W] of any floating dtypes. Gradient to the student only. An empty batch gives 0; NaN
+    propagates. ValueError on shapes, devices or dtypes that do not fit.
     """
     _check(student, teacher, None)
     if is_compiled_for_cpu(student):
@@ -75,8 +70,8 @@ def overhaul_distance(student: Tensor, teacher: Tensor, margin: Tensor, *, weigh
     """weight / N * sum of (student - t')^2 where student > t' or t' > 0, with t' = max(teacher, margin) (OFD).
 
     student, teacher: [N, C, H, W] before the ReLU, of any floating dtypes; margin: [C] as `bn_margin` gives it.
-    Returns fp32 (fp64 where a map is). Gradient to the student only. An empty batch gives 0; NaN propagates.
-    ValueError on shapes, devices or dtypes that do not fit. Source: Heo et al. 2019, arXiv:1904.01866, section 3.
+    Gradient to the student only. An empty batch gives 0; NaN propagates. ValueError on shapes, devices or dtypes that
+    do not fit. Source: Heo et al. 2019, arXiv:1904.01866, section 3.
     """
     _check(student, teacher, margin)
     if is_compiled_for_cpu(student):
@@ -91,10 +86,8 @@ def bn_margin(weight: Tensor, bias: Tensor) -> Tensor:
     returned in weight's dtype, fp32 at least. ValueError unless both are floating point of one shape [C].
     """
     if weight.dim() != 1 or weight.shape != bias.shape or not (weight.is_floating_point() and bias.is_floating_point()):
-        raise ValueError(
-            f"weight and bias must be floating point [C], got {weight.dtype} {list(weight.shape)} "
-            f"and {bias.dtype} {list(bias.shape)}"
-        )
+        given = f"{weight.dtype} {list(weight.shape)} and {bias.dtype} {list(bias.shape)}"
+        raise ValueError(f"weight and bias must be floating point [C], got {given}")
     mean, std = bias.detach().double(), weight.detach().double().abs()
     ratio = mean / std
     chance = torch.special.ndtr(-ratio)
@@ -106,26 +99,19 @@ def bn_margin(weight: Tensor, bias: Tensor) -> Tensor:
 
 def _check(student: Tensor, teacher: Tensor, margin: Tensor | None) -> None:
     check_floating(student_map=student, teacher_map=teacher, **({} if margin is None else {"margin": margin}))
-    if student.dim() != 4 or student.shape != teacher.shape:
-        raise ValueError(_unlike(list(student.shape), list(teacher.shape)))
-    if margin is not None and margin.shape != student.shape[1:2]:
-        raise ValueError(f"margin must be [C] for maps {list(student.shape)}, got {list(margin.shape)}")
-
-
-def _unlike(s: list[int], t: list[int]) -> str:
-    """Which rule maps of these shapes break, and what to do."""
+    s, t = list(student.shape), list(teacher.shape)
     if len(s) != 4 or len(t) != 4:
-        return f"maps must both be [N, C, H, W], got {s} and {t}"
+        raise ValueError(f"maps must both be [N, C, H, W], got {s} and {t}")
     if s[0] != t[0]:
-        return f"maps must be of one batch, got student {s} and teacher {t}; N differs"
+        raise ValueError(f"maps must be of one batch, got student {s} and teacher {t}; N differs")
     if s[2:] != t[2:]:
-        return (
-            f"maps must be of one height and width, got student {s} and teacher {t}; compare stages of one resolution"
-        )
-    return (
-        f"maps must have as many channels, got student {s} and teacher {t}; put a regressor (a connector) on the "
-        f"student: Conv2d({s[1]}, {t[1]}, 1)"
-    )
+        hint = "compare stages of one resolution"
+        raise ValueError(f"maps must be of one height and width, got student {s} and teacher {t}; {hint}")
+    if s != t:
+        hint = f"put a regressor (a connector) on the student: Conv2d({s[1]}, {t[1]}, 1)"
+        raise ValueError(f"maps must have as many channels, got student {s} and teacher {t}; {hint}")
+    if margin is not None and margin.shape != student.shape[1:2]:
+        raise ValueError(f"margin must be [C] for maps {s}, got {list(margin.shape)}")
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -8,6 +8,11 @@ rest of the story once: autograd, compilers, and eager calls.
 - Anything that has to see operators (a compiler, a dispatch mode, a function transform, a tensor subclass): the
   registered operator is called. Its backward pass computes the gradient, because such a pass may run twice over what
   it has saved.
+
+All losses are computed in fp32 by the kernels in gpu/, and in fp64 by the closed forms in cpu/ if student or teacher is
+fp64, on every device. On a GPU a backward pass is one launch. It ends at once if the gradients from above are 1 and the
+forward pass has left the gradient; else it computes the gradient anew: what underflows in fp16 is not lost to a loss
+scale from above.
 """
 
 import functools
@@ -51,8 +56,7 @@ class FusedOp:
     None. On a GPU, `launch` of gpu/<name>.py takes its place. Its last argument `written` says that grads hold the
     gradient for grad_outputs of 1.
     grads(inputs, dtype) -> the gradient, uninitialised. writes_grads(inputs, on_gpu): True if the forward pass can
-    write it. check(inputs) may look at values.
-    counts: the setting that is false for a term (of the second value) without a gradient.
+    write it. check(inputs) may look at values. A second value holds terms, whose factors are the setting `weights`.
     """
 
     def __init__(
@@ -68,13 +72,11 @@ class FusedOp:
         grads: Callable[[Any, torch.dtype], Tensor] = empty_grads,
         writes_grads: Callable[[Any, bool], bool] = lambda inputs, on_gpu: True,
         check: Callable[[Any], None] = lambda inputs: None,
-        counts: str = "",
         reference: str = "",
     ):
         self.name, self.Inputs, self.outputs, self.grads = name, Inputs, outputs, grads
         self.values, self.saved_from, self.keeps_constants = values, saved_from or values, keeps_constants
-        self.writes_grads, self.check = writes_grads, check
-        self.counts, self.reference = counts, reference or f"{name}_reference"
+        self.writes_grads, self.check, self.reference = writes_grads, check, reference or f"{name}_reference"
         hints = get_type_hints(Inputs)
         self.constants = sum(hint in (Tensor, Tensor | None) for hint in list(hints.values())[1:])
         results = tuple.__class_getitem__((Tensor,) * (len(names) + 1))
@@ -84,8 +86,7 @@ class FusedOp:
         saved = dict.fromkeys(names[self.saved_from :], Tensor)
         above = {f"grad_{value}": Tensor | None if values > 1 else Tensor for value in names[:values]}
         self.backward_op = _register(f"{name}_backward", self._backward_operator, {**hints, **saved, **above}, Tensor)
-        self.backward_op.register_fake(self._fake_backward)
-        self.eager = _eager_function(self)
+        self.backward_op.register_fake(functools.partial(self._backward_operator, fake=True))
 
     def __call__(self, inputs: Any) -> tuple[Tensor, ...]:
         """The values."""
@@ -95,13 +96,13 @@ class FusedOp:
         if not can_bypass_dispatcher((*tensors, *constants)):
             return self.op(tensors if many else tensors[0], *others, False)[: self.values]
         write_grads = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        return self.eager.apply(many, others, write_grads, *tensors)
+        return FusedLoss.apply(self, many, others, write_grads, *tensors)
 
     def forward(self, inputs: Any, write_grads: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """(outputs, grads)"""
-        first = _flat(inputs[0])[0]
-        with _no_autocast(first):
-            on_gpu, inputs, grads, outputs = self._allocate(inputs, write_grads)
+        first, (on_gpu, dtype) = _flat(inputs[0])[0], _device_and_dtype(inputs)
+        with _context(first.device, on_gpu):
+            inputs, grads, outputs = self._allocate(inputs, dtype, write_grads and self.writes_grads(inputs, on_gpu))
             self.check(inputs)
             if first.numel():
                 (self.launch if on_gpu else self.closed_form)(inputs, outputs, grads)
@@ -115,7 +116,7 @@ class FusedOp:
         on_gpu, dtype = _device_and_dtype(inputs, saved)
         written, grads = grads is not None, self.grads(inputs, dtype) if grads is None else grads
         outputs = [*[None] * self.saved_from, *saved]
-        with _no_autocast(grads):
+        with _context(grads.device, on_gpu):
             if on_gpu and grads.numel():
                 self.launch(inputs, outputs, grads, grad_outputs, written)
             elif grads.numel():
@@ -143,7 +144,7 @@ class FusedOp:
         if not can_bypass_dispatcher(grad_outputs):
             inputs, saved = self._saved(ctx)
             grads = self.backward_op(*inputs, *saved, *grad_outputs)
-        elif grads is None or not scale_in_place(grads, *grad_outputs, counts=settings.get(self.counts, ())):
+        elif grads is None or not scale_in_place(grads, *grad_outputs, weights=settings.get("weights", ())):
             grads = self.backward(*self._saved(ctx), grad_outputs, grads)
         rows = iter(grads.unbind() if ctx.many else [grads])
         return [next(rows).to(dtype) if need else None for dtype, need in zip(ctx.dtypes, needs_grad, strict=True)]
@@ -155,35 +156,31 @@ class FusedOp:
         saved_from = count + self.constants
         return self.Inputs(students, *tensors[count:saved_from], *ctx.settings), tensors[saved_from:]
 
-    def _allocate(self, inputs: Any, write_grads: bool) -> tuple[bool, Any, Tensor | None, tuple[Tensor, ...]]:
-        """(on_gpu, inputs, grads, outputs). Unless grads are written, they are None and no student of a list learns."""
-        on_gpu, dtype = _device_and_dtype(inputs)
-        write_grads, many = write_grads and self.writes_grads(inputs, on_gpu), not isinstance(inputs[0], Tensor)
+    def _allocate(self, inputs: Any, dtype: torch.dtype, write_grads: bool) -> tuple[Any, Tensor | None, tuple]:
+        """(inputs, grads, outputs). Unless grads are written, they are None and no student of a list learns."""
+        many = not isinstance(inputs[0], Tensor)
         if many and not write_grads:
             inputs = inputs._replace(needs_grad=[False] * len(inputs[0]))
         grads = self.grads(inputs, dtype) if many or write_grads else None
         new = functools.partial(torch.empty, dtype=dtype, device=_flat(inputs[0])[0].device)
-        return on_gpu, inputs, grads, self.outputs(inputs, new)
+        return inputs, grads, self.outputs(inputs, new)
 
     def _operator(self, *given: Any) -> tuple[Tensor, ...]:
         outputs, grads = self.forward(self.Inputs(*given[:-1]), given[-1])
         return (*outputs, outputs[0].new_empty(0) if grads is None else grads)
 
     def _fake(self, *given: Any) -> tuple[Tensor, ...]:
-        _, _, grads, outputs = self._allocate(self.Inputs(*given[:-1]), given[-1])
+        inputs = self.Inputs(*given[:-1])
+        on_gpu, dtype = _device_and_dtype(inputs)
+        _, grads, outputs = self._allocate(inputs, dtype, given[-1] and self.writes_grads(inputs, on_gpu))
         return (*outputs, outputs[0].new_empty(0) if grads is None else grads)
 
-    def _backward_operator(self, *given: Any) -> Tensor:
-        inputs, rest = self._split(given)
-        return self.backward(inputs, rest[: -self.values], rest[-self.values :])
-
-    def _fake_backward(self, *given: Any) -> Tensor:
-        inputs, rest = self._split(given)
-        return self.grads(inputs, _device_and_dtype(inputs, rest[: -self.values])[1])
-
-    def _split(self, given: tuple) -> tuple[Any, tuple]:
+    def _backward_operator(self, *given: Any, fake: bool = False) -> Tensor:
         fields = len(self.Inputs._fields)
-        return self.Inputs(*given[:fields]), given[fields:]
+        inputs, saved = self.Inputs(*given[:fields]), given[fields : -self.values]
+        if fake:
+            return self.grads(inputs, _device_and_dtype(inputs, saved)[1])
+        return self.backward(inputs, saved, given[-self.values :])
 
     def _setup(self, ctx: Any, inputs: tuple, output: Tensors) -> None:
         students, constants, settings = inputs[0], inputs[1 : 1 + self.constants], inputs[1 + self.constants : -1]
@@ -213,38 +210,38 @@ def _register(name: str, function: Callable[..., Any], parameters: dict[str, Any
     return torch.library.custom_op(f"fastkd::{name}", operator, mutates_args=())
 
 
-def _eager_function(op: FusedOp) -> type[torch.autograd.Function]:
-    class Eager(torch.autograd.Function):
-        """The same autograd without the operator."""
+class FusedLoss(torch.autograd.Function):
+    """The same autograd without the operator."""
 
-        @staticmethod
-        def forward(ctx: Any, many: bool, others: tuple, write_grads: bool, *students: Tensor) -> tuple[Tensor, ...]:
-            inputs = op.Inputs(list(students) if many else students[0], *others)
-            outputs, grads = op.forward(inputs, write_grads)
-            op._setup(ctx, (*inputs, write_grads), (*outputs, None))
-            if grads is not None and grads.numel():  # not a saved tensor: the first backward pass overwrites it
-                ctx.grads = grads
-            return outputs[: op.values]
+    @staticmethod
+    def forward(
+        ctx: Any, op: FusedOp, many: bool, others: tuple, write_grads: bool, *students: Tensor
+    ) -> tuple[Tensor, ...]:
+        inputs = op.Inputs(list(students) if many else students[0], *others)
+        outputs, grads = op.forward(inputs, write_grads)
+        op._setup(ctx, (*inputs, write_grads), (*outputs, None))
+        if grads is not None and grads.numel():  # not a saved tensor: the first backward pass overwrites it
+            ctx.grads = grads
+        ctx.op = op
+        return outputs[: op.values]
 
-        @staticmethod
-        def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
-            return None, None, None, *op.gradients(ctx, grad_outputs)
-
-    return Eager
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
+        return None, None, None, None, *ctx.op.gradients(ctx, grad_outputs)
 
 
 def scale_in_place(
-    grads: Tensor, grad_loss: Tensor | None, grad_terms: Tensor | None = None, *, counts: Sequence[object]
+    grads: Tensor, grad_loss: Tensor | None, grad_terms: Tensor | None = None, *, weights: Sequence[float]
 ) -> bool:
     """Scale the saved gradient in place if one factor is enough. Returns True if done; always False off the CPU.
 
-    grad_terms: the gradient of each term. counts: a false value marks a term that has no gradient.
+    grad_terms: the gradient of each term. weights: those of the terms; one of weight 0 has no gradient.
     """
     first, *both = (gradient for gradient in (grad_loss, grad_terms) if gradient is not None)
     if first.device.type != "cpu":  # reading values would wait for the device
         return False
     given = (first + both[0] if both else first).flatten().tolist()
-    factors = set(given if grad_terms is None else itertools.compress(given, counts))
+    factors = set(given if grad_terms is None else itertools.compress(given, weights))
     if factors <= {1.0}:
         return True
     if len(factors) > 1 or grads.dtype.itemsize < 4:  # 16 bits may have lost what a large factor would have kept
@@ -257,10 +254,11 @@ def _flat(students: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (students,) if isinstance(students, Tensor) else tuple(students)
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Outside of the caller's autocast, which would multiply matrices in 16 bits."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+def _context(device: torch.device, on_gpu: bool) -> AbstractContextManager[object]:
+    """The GPU is the current one; a closed form is outside of autocast, which would multiply matrices in 16 bits."""
+    if on_gpu and device.type == "cuda":
+        return torch.cuda.device(device)
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def can_bypass_dispatcher(tensors: Iterable[Tensor | None]) -> bool:

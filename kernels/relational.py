@@ -33,14 +33,9 @@ def rkd_loss(
     The gradient goes to the student. A batch of no or one sample, or of equal ones, gives 0 from its own relations.
     ValueError on features that are not floating point [N, D] on one device.
     """
-    _check(student_features, teacher_features)
-    if student_features.dim() != 2 or teacher_features.dim() != 2:
-        shapes = list(student_features.shape), list(teacher_features.shape)
-        raise ValueError(f"pool the features to [N, D], got {shapes[0]} and {shapes[1]}")
+    _check(student_features, teacher_features, pooled=True)
     with torch.autocast(student_features.device.type, enabled=False):
-        squares_s = _squared_distances(student_features)
-        with torch.no_grad():
-            squares_t = _squared_distances(teacher_features)
+        squares_s, squares_t = _squared_distances(student_features), _squared_distances(teacher_features.detach())
         loss = squares_s.sum() * 0
         if len(student_features) and distance_weight:
             loss = loss + distance_weight * _huber(_distances, squares_s, squares_t)
@@ -50,9 +45,7 @@ def rkd_loss(
 
 
 def _huber(relation: Callable[[Tensor], Tensor], squares_s: Tensor, squares_t: Tensor) -> Tensor:
-    with torch.no_grad():
-        teacher = relation(squares_t)
-    student = relation(squares_s)
+    student, teacher = relation(squares_s), relation(squares_t)
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     return F.smooth_l1_loss(student.to(dtype), teacher.to(dtype))
 
@@ -92,9 +85,7 @@ def sp_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     """
     _check(student_map, teacher_map)
     with torch.autocast(student_map.device.type, enabled=False):
-        with torch.no_grad():
-            teacher = _normalised_gram(teacher_map)
-        difference = _normalised_gram(student_map) - teacher
+        difference = _normalised_gram(student_map) - _normalised_gram(teacher_map.detach())
         return difference.square().sum() / max(len(student_map), 1) ** 2
 
 
@@ -108,9 +99,10 @@ def _normalised_gram(map_N: Tensor) -> Tensor:
     return (gram / length.masked_fill(empty, 1)).masked_fill(empty, 0)
 
 
-def _check(student: Tensor, teacher: Tensor) -> None:
+def _check(student: Tensor, teacher: Tensor, pooled: bool = False) -> None:
     check_floating(student_features=student, teacher_features=teacher)
+    shapes = f"got {list(student.shape)} and {list(teacher.shape)}"
     if student.dim() < 2 or teacher.dim() < 2 or len(student) != len(teacher):
-        raise ValueError(
-            f"features must be [N, ...] with the same N, got {list(student.shape)} and {list(teacher.shape)}"
-        )
+        raise ValueError(f"features must be [N, ...] with the same N, {shapes}")
+    if pooled and (student.dim() > 2 or teacher.dim() > 2):
+        raise ValueError(f"pool the features to [N, D], {shapes}")

@@ -1,9 +1,8 @@
-"""attention_transfer.py where there is no GPU: one pass over each map, the rest is small. Also the path of fp64."""
+"""attention_transfer.py where there is no GPU: one pass over each map, the rest is small."""
 
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..attention_transfer import Inputs
 from ..op import Tensors
@@ -12,11 +11,16 @@ from ..op import Tensors
 def closed_form(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors = ()) -> None:
     """See FusedOp."""
     (student, teacher, weight), (loss, k) = inputs, outputs
-    if loss is None or teacher is None:
-        _write_gradient(student, k, grads, grad_outputs[0])
+    (N, HW), (_, C, H, W) = k.shape, student.shape
+    if teacher is None:
+        scale = (k * grad_outputs[0]).view(N, 1, H, W)
+        if student.dtype == k.dtype:
+            torch.mul(student, scale, out=grads)
+        else:
+            grads.copy_(student.to(k.dtype) * scale)
         return
-    (N, HW), C = k.shape, student.shape[1]
-    q_s, q_t = (_mean_square(f, k.dtype) for f in (student, teacher))
+    norms = (torch.linalg.vector_norm(f, dim=1, dtype=k.dtype) for f in (student, teacher))
+    q_s, q_t = (q.square_().div_(f.shape[1]).flatten(1) for q, f in zip(norms, (student, teacher), strict=True))
     norm_s, norm_t = (torch.linalg.vector_norm(q, dim=1, keepdim=True) for q in (q_s, q_t))
     inverse = 1 / norm_s.clamp(min=1e-12)
     a = q_s * inverse
@@ -25,16 +29,3 @@ def closed_form(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tens
     # where the norm is clamped it is a constant and has no gradient of its own
     pull = torch.where(norm_s < 1e-12, 0, (a * e).sum(1, keepdim=True))
     k.copy_((4 * weight / (C * N * HW)) * inverse * (e - a * pull))
-
-
-def _mean_square(f_NCHW: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(f_NCHW, dim=1, dtype=dtype).square_().div_(f_NCHW.shape[1]).flatten(1)
-
-
-def _write_gradient(student: Tensor, k: Tensor, grads: Tensor, grad_loss: Tensor) -> None:
-    N, _, H, W = student.shape
-    scale = (k * grad_loss).view(N, 1, H, W)
-    if student.dtype == k.dtype:
-        torch.mul(student, scale, out=grads)
-    else:
-        grads.copy_(student.to(k.dtype) * scale)

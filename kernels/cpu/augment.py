@@ -33,8 +33,7 @@ def closed_form(
     scales, shifts = torch.tensor([1 / (255 * s) for s in std]).split(3), torch.tensor(shift).split(3)
     outputs = [output.permute(0, 2, 3, 1) for output in outputs]
     for n, (box, flip) in enumerate(zip(boxes.tolist(), flips.tolist(), strict=True)):
-        whole = all(float(edge).is_integer() for edge in box)
-        crop = _resize_whole(images[n], box, size) if whole else _resize(images[n], box, size)
+        crop = resized_crop(images[n], box, size, torch.float32)
         if flip:
             crop = crop.flip(1)
         for output, scale, shift in zip(outputs, scales, shifts, strict=True):
@@ -44,26 +43,19 @@ def closed_form(
                 output[n] = torch.addcmul(shift, crop, scale)
 
 
-def _resize_whole(image: Tensor, box: list[float], size: tuple[int, int]) -> Tensor:
-    """[h, w, 3], 0 to 255, of a box without fractions."""
-    top, left, height, width = map(int, box)
-    crop = image[top : top + height, left : left + width].float().permute(2, 0, 1)[None]
-    return F.interpolate(crop, size, mode="bilinear")[0].permute(1, 2, 0)
-
-
-def _resize(image: Tensor, box: list[float], size: tuple[int, int]) -> Tensor:
-    """[h, w, 3], 0 to 255, of any box: rows first, then columns."""
+def resized_crop(image: Tensor, box: list[float], size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """[h, w, 3], 0 to 255: torch's interpolation of a whole box; else rows first, then columns."""
+    if all(float(edge).is_integer() for edge in box):
+        top, left, height, width = map(int, box)
+        crop = image[top : top + height, left : left + width].to(dtype).permute(2, 0, 1)[None]
+        return F.interpolate(crop, size, mode="bilinear")[0].permute(1, 2, 0)
     for axis in range(2):
-        first, second, weight = _taps(size[axis], box[axis], box[axis + 2], image.shape[axis])
-        a, b = (image.index_select(axis, index).float() for index in (first, second))
+        extent, limit = box[axis + 2], image.shape[axis]
+        begin = min(box[axis], limit - extent)
+        place = (torch.arange(size[axis], dtype=torch.float64) + 0.5) * (extent / size[axis]) - 0.5
+        place = begin + place.clamp(0, extent - 1)
+        first = place.floor().clamp(0, limit - 1)
+        a, b = (image.index_select(axis, i).to(dtype) for i in (first.long(), (first.long() + 1).clamp(max=limit - 1)))
+        weight = (place - first).to(dtype)
         image = torch.lerp(a, b, weight[:, None] if axis else weight[:, None, None])
     return image
-
-
-def _taps(size: int, begin: float, extent: float, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(index of the first pixel, of the second, weight of the second) for each of an output's rows or columns."""
-    begin = min(begin, limit - extent)
-    place = (torch.arange(size, dtype=torch.float64) + 0.5) * (extent / size) - 0.5
-    place = begin + place.clamp(0, extent - 1)
-    first = place.floor().clamp(0, limit - 1)
-    return first.long(), (first.long() + 1).clamp(max=limit - 1), (place - first).float()

@@ -1,7 +1,4 @@
-"""dist_loss.py where there is no GPU: loss and gradient together, in few passes of torch operations.
-
-It is also the path of fp64 on every device.
-"""
+"""dist_loss.py where there is no GPU: loss and gradient together, in few passes of torch operations."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """dkd_loss.py where there is no GPU: loss and gradient together, in few passes of torch operations.
 
-Both networks lie in one [2, N, C] buffer, student first. It is also the path of fp64 on every device.
+Both networks lie in one [2, N, C] buffer, student first.
 """
 
 import torch
@@ -29,7 +29,10 @@ def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor | None, grad_out
     if loss is None:
         return
     tckd = sum(torch.where(t == 0, 0, t * (log[1] - log[0])).sum() for t, log in ((p[1], _log(d)), (q[1], _log(-d))))
-    nckd = _divergence(r[1], shifted).sum() + ((log_sum[0] - log_sum[1]) * known[1]).sum()
+    each = torch.sub(shifted[1], shifted[0], out=scratch("spare", r[1].shape, r)).mul_(r[1]).sum(1)
+    if each.device.type != "cpu" or not each.isfinite().all():  # a class of probability 0 adds 0, not 0 * inf
+        each = torch.where(r[1] == 0, 0, r[1] * (shifted[1] - shifted[0])).sum(1)
+    nckd = each.sum() + ((log_sum[0] - log_sum[1]) * known[1]).sum()
     loss.copy_(temperature**2 / N * (alpha * tckd + beta * nckd))
 
 
@@ -57,12 +60,3 @@ def _rest(
     # The largest is exp(0) / sum, which spares a pass of exponentials; xlogy(1, x) is log(x) on one thread.
     log_sum = -torch.special.xlogy(1.0, r.amax(2, keepdim=True))
     return z_y - top - log_sum, z.scatter_(2, places, 0), r, log_sum, known
-
-
-def _divergence(r_t: Tensor, shifted: Tensor) -> Tensor:
-    """[N]: sum of r_t (shifted_t - shifted_s); a class of probability 0 adds 0, not 0 * inf."""
-    spare = scratch("spare", r_t.shape, r_t)
-    sums = torch.sub(shifted[1], shifted[0], out=spare).mul_(r_t).sum(1)
-    if sums.device.type != "cpu" or not sums.isfinite().all():
-        sums = torch.where(r_t == 0, 0, r_t * (shifted[1] - shifted[0])).sum(1)
-    return sums

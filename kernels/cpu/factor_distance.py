@@ -1,8 +1,7 @@
 """factor_distance.py where there is no GPU: value and gradient together, in few passes of torch operations.
 
 x^ - t^ is taken as (x - r t) / ||x|| with r = ||x|| / ||t||: no normalised copy is ever written, and equal factors
-differ by exactly 0. It is also the path of fp64 on every device. Calls on the numbers of a sample, [n, 1], take time as
-well: there are few.
+differ by exactly 0. Calls on the numbers of a sample, [n, 1], take time as well: there are few.
 """
 
 import math
@@ -29,7 +28,11 @@ def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: T
     N, D = teacher.shape
     chunks = math.ceil(N * D / CHUNK) if teacher.device.type == "cpu" else 1
     rows, w = math.ceil(N / chunks), terms.new_tensor(weights)
-    factors = _factors(w, p, N * D, terms, grad_outputs) if grad_outputs else w / (N * D)
+    factors = w / (N * D)  # of the gradients
+    if grad_outputs:
+        if p == 2:  # over the distance, which is term / weight; at distance 0 the gradient is 0
+            factors = torch.where(terms == 0, 0, w * factors / terms)
+        factors = factors * sum(gradient for gradient in grad_outputs if gradient is not None)
     slots = iter(out.unbind())
     outs = [next(slots, None) if learner else None for learner in needs_grad]
     sums = []
@@ -44,14 +47,6 @@ def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: T
         if 0.0 in weights:
             terms.masked_fill_(w == 0, 0)
         torch.sum(terms, 0, out=loss)
-
-
-def _factors(w: Tensor, p: int, elements: int, terms: Tensor, grad_outputs: Sequence[Tensor | None]) -> Tensor:
-    """What the gradients are multiplied by: weight / N_el, over the distance for p = 2, times what comes from above."""
-    factors = w / elements
-    if p == 2:  # the distance is term / weight; at distance 0 the gradient is 0
-        factors = torch.where(terms == 0, 0, w * factors / terms)
-    return factors * sum(gradient for gradient in grad_outputs if gradient is not None)
 
 
 def _samples(
@@ -89,13 +84,10 @@ class Part(NamedTuple):
 
     x: Tensor
     t: Tensor
-    work: Tensor
-    """[n, D], where the gradient is made"""
+    work: Tensor  # [n, D], where the gradient is made
     norm: Tensor
-    ratio: Tensor
-    """||x|| / ||t||"""
-    dot: Tensor
-    """<x^, direction>"""
+    ratio: Tensor  # ||x|| / ||t||
+    dot: Tensor  # <x^, direction>
 
     def _difference(self) -> Tensor:
         return torch.addcmul(self.x, self.t, self.ratio, value=-1, out=self.work)

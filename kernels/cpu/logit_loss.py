@@ -13,7 +13,6 @@ of torch's own log_softmax and kl_div. Gradients come from p_i - p_j and are not
 import functools
 import math
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,51 +43,41 @@ class _Scratch(threading.local):
         view = self.views.get(key)
         if view is None or view.shape != shape:
             with torch.inference_mode(False):
-                view = self.views[key] = self._buffer(key, math.prod(shape), like).view(shape)
+                buffer, size = self.buffers.get(key), math.prod(shape)
+                if buffer is None or not size <= len(buffer) <= 4 * size:
+                    buffer = self.buffers[key] = like.new_empty(size)
+                view = self.views[key] = buffer[:size].view(shape)
         return view
-
-    def _buffer(self, key: tuple[str, torch.dtype], size: int, like: Tensor) -> Tensor:
-        buffer = self.buffers.get(key)
-        if buffer is None or not size <= len(buffer) <= 4 * size:
-            buffer = self.buffers[key] = like.new_empty(size)
-        return buffer[:size]
 
 
 scratch = _Scratch()
 
 
 def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensors = ()) -> None:
-    """See FusedOp. It is also the path of fp64 on every device."""
-    if inputs.target.device.type == "cpu" and grad_outputs:
-        inputs = inputs._replace(weights=_weights_above(inputs.weights, *grad_outputs))
-        grad_outputs = ()
-    _, target, _, _, smoothing, ignore_index, standardize, _ = inputs
-    has_options = smoothing or standardize or target.is_floating_point() or ignore_index is not None
-    terms = None if has_options or target.device.type != "cpu" else _quick_terms(inputs, grads)
+    """See FusedOp."""
+    on_cpu = inputs.target.device.type == "cpu"
+    if on_cpu and grad_outputs:  # reading what comes from above costs nothing here: it becomes a part of the weights
+        grad_loss, grad_terms = grad_outputs
+        common, own = 0.0 if grad_loss is None else grad_loss.item(), [0.0] * len(inputs.weights)
+        if grad_terms is not None:
+            own = grad_terms.flatten().tolist()
+        products = [w * (common + gradient) if w else 0.0 for w, gradient in zip(inputs.weights, own, strict=True)]
+        inputs, grad_outputs = inputs._replace(weights=products), ()
+    heads, target, weights, _, smoothing, ignore_index, standardize, needs_grad = inputs
+    if not on_cpu or smoothing or standardize or target.is_floating_point() or ignore_index is not None:
+        terms = None
+    elif len(heads) != 2 or needs_grad[1] or any((weights[1], *weights[3:])):
+        terms = _many_heads(inputs, grads)
+    else:  # without a gradient the same terms, to the bit: the registered op computes them apart from the gradients
+        room = grads if needs_grad[0] else scratch("unused", (1, *heads[0].shape), grads)
+        terms = _student_and_teacher(inputs, room)
     if terms is None:
         from .logit_loss_general import general  # it imports scratch from here
 
         general(inputs, outputs, grads, grad_outputs)
-    elif outputs[0] is not None and outputs[1] is not None:
+    elif outputs[0] is not None:
         outputs[0].copy_(terms.sum())
         outputs[1].copy_(terms)
-
-
-def _weights_above(weights: Sequence[float], grad_loss: Tensor | None, grad_terms: Tensor | None) -> list[float]:
-    """The weights times the gradient that comes from above for each term; on the CPU reading it costs nothing."""
-    common = 0.0 if grad_loss is None else grad_loss.item()
-    own = [0.0] * len(weights) if grad_terms is None else grad_terms.flatten().tolist()
-    return [w * (common + gradient) if w else 0.0 for w, gradient in zip(weights, own, strict=True)]
-
-
-def _quick_terms(inputs: Inputs, grads: Tensor) -> Tensor | None:
-    """The terms, and the gradients into grads; None where this would not be exact."""
-    heads, weights = inputs.heads, inputs.weights
-    if len(heads) != 2 or inputs.needs_grad[1] or any((weights[1], *weights[3:])):
-        return _many_heads(inputs, grads)
-    # without a gradient the same terms, to the bit: the registered op computes them apart from the gradients
-    room = grads if inputs.needs_grad[0] else scratch("unused", (1, *heads[0].shape), grads)
-    return _student_and_teacher(inputs, room)
 
 
 def _student_and_teacher(inputs: Inputs, grads: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ All heads lie in one [H, N, C] buffer: one log-softmax for all of them, the pair
 product per row, the gradients as one product with the [H, H] table.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -30,9 +31,13 @@ def general(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tenso
         table = torch.where(table == 0, 0, table * above)
     if any(needs_grad):
         _gradients(rows, labels, table, [i for i in range(H) if needs_grad[i]], temperature, grads)
-    loss, terms = outputs
-    if loss is not None and terms is not None:
-        loss.copy_(terms.copy_(_terms(rows, labels, table, temperature)).sum())
+    if outputs[0] is None:
+        return
+    ce, factors = labels.cross_entropy(rows)[:, None], torch.cat([table[:, :1], table[:, 1:] * temperature**2], 1)
+    terms = factors * torch.cat([ce, rows.divergences()], 1)
+    if table.device.type != "cpu" or not math.isfinite(terms.sum()):
+        terms = torch.where(table == 0, 0, factors * torch.cat([ce, rows.careful_divergences()], 1))
+    outputs[0].copy_(outputs[1].copy_(terms).sum())
 
 
 class Rows:
@@ -63,25 +68,13 @@ class Rows:
         return (cross.diagonal(dim1=1, dim2=2)[:, :, None] - cross).mean(0).T  # cross [N, j, i]: sum_c p_j log p_i
 
     def careful_divergences(self) -> Tensor:
-        """The same for every case."""
-        H = len(self.p)
-        return torch.stack([torch.stack([self._divergence(i, j) for j in range(H)]) for i in range(H)])
-
-    def _divergence(self, i: int, j: int) -> Tensor:
-        """A class of probability 0 adds 0, not 0 * inf."""
-        log_ratio = self.scaled[j] - self.scaled[i] + (self.log_sum[i] - self.log_sum[j])[:, None]
-        return torch.where(self.p[j] == 0, 0, self.p[j] * log_ratio).sum() / len(log_ratio)
-
-
-def _terms(rows: Rows, labels: "Labels", table: Tensor, temperature: float) -> Tensor:
-    """[H, 1 + H], weighted"""
-    ce = labels.cross_entropy(rows)[:, None]
-    weights = torch.cat([table[:, :1], table[:, 1:] * temperature**2], 1)
-    terms = weights * torch.cat([ce, rows.divergences()], 1)
-    if table.device.type == "cpu" and math.isfinite(terms.sum()):
-        return terms
-    terms = weights * torch.cat([ce, rows.careful_divergences()], 1)
-    return torch.where(table == 0, 0, terms)
+        """The same for every case; a class of probability 0 adds 0, not 0 * inf."""
+        H, N = self.log_sum.shape
+        pairs = torch.empty(H, H, dtype=self.p.dtype, device=self.p.device)
+        for i, j in itertools.product(range(H), repeat=2):
+            log_ratio = self.scaled[j] - self.scaled[i] + (self.log_sum[i] - self.log_sum[j])[:, None]
+            pairs[i, j] = torch.where(self.p[j] == 0, 0, self.p[j] * log_ratio).sum() / N
+        return pairs
 
 
 def _gradients(
@@ -96,23 +89,18 @@ def _gradients(
         towards += (table[:, 0] / N).diag()
     mine = slice(None) if len(learners) == H else learners
     gradient = grads if grads.dtype == rows.p.dtype else scratch("gradient", grads.shape, rows.p)
-    _mix(towards[mine], rows, gradient)
+    on_cpu = rows.p.device.type == "cpu"
+    if on_cpu:
+        torch.mm(towards[mine], rows.p.flatten(1), out=gradient.flatten(1))
+    if not on_cpu or not math.isfinite(rows.log_sum.sum()):  # with a factor of 0 not even NaN counts
+        for out, factors in zip(gradient, towards[mine, :, None, None], strict=True):
+            torch.sum(torch.where(factors == 0, 0, factors * rows.p), 0, out=out)
     if rows.way_back:
         gradient.copy_(rows.way_back(gradient, learners))
     labelled = [rows.p1[i] if i in rows.labelled else None for i in learners]
     labels.add_gradient(gradient, None if plain else labelled, table[mine, 0])
     if gradient is not grads:
         grads.copy_(gradient)
-
-
-def _mix(towards: Tensor, rows: Rows, out: Tensor) -> None:
-    """out [learners, N, C] = towards times all heads' softmaxes; with a factor of 0 not even NaN counts."""
-    if rows.p.device.type == "cpu":
-        torch.mm(towards, rows.p.flatten(1), out=out.flatten(1))
-        if math.isfinite(rows.log_sum.sum()):
-            return
-    for mine, factors in zip(out, towards[:, :, None, None], strict=True):
-        torch.sum(torch.where(factors == 0, 0, factors * rows.p), 0, out=mine)
 
 
 def _inverse_temperature(

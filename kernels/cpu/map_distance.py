@@ -1,7 +1,4 @@
-"""map_distance.py where there is no GPU: value and gradient together, in pieces that stay in the cache.
-
-It is also the path of fp64 on every device.
-"""
+"""map_distance.py where there is no GPU: value and gradient together, in pieces that stay in the cache."""
 
 import torch
 from torch import Tensor
@@ -24,9 +21,18 @@ def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor | None, grad_out
     pieces = [x.split(samples) for x in ((student, teacher) if grads is None else (student, teacher, grads))]
     sums = []
     for s, t, *g in zip(*pieces, strict=True):
-        residual = _residual(s.to(dtype), t.to(dtype), margin)
+        s, t = s.to(dtype), t.to(dtype) if margin is None else torch.maximum(t.to(dtype), margin)
+        residual = s - t
+        if margin is not None:
+            # at least 0 where t' <= 0: a bound of -inf elsewhere, which this function leaves in one vectorised pass
+            nothing = torch.full((), -torch.inf, dtype=dtype, device=t.device).expand_as(t)
+            torch.maximum(residual, torch.ops.aten.threshold_backward(nothing, t, 0), out=residual)
         if value is not None:
-            flat = residual.permute(0, 2, 3, 1).flatten() if _is_last(residual) else residual.flatten()
+            flat = (
+                residual.permute(0, 2, 3, 1).flatten()
+                if residual.is_contiguous(memory_format=torch.channels_last)
+                else residual.flatten()
+            )
             sums.append(torch.dot(flat, flat))
         if g and g[0].dtype == dtype:
             torch.mul(residual, factor, out=g[0])
@@ -34,18 +40,3 @@ def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor | None, grad_out
             g[0].copy_(residual.mul_(factor))  # half the time of out= where the dtype is another
     if value is not None:
         value.copy_(scale * torch.stack(sums).sum())
-
-
-def _is_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _residual(s: Tensor, t: Tensor, margin: Tensor | None) -> Tensor:
-    """What is squared: s - t, or s - t' where it counts and else 0."""
-    if margin is None:
-        return s - t
-    t = torch.maximum(t, margin)
-    residual = s - t
-    # At least 0 where t' <= 0: a bound of -inf elsewhere, which this function leaves in one vectorised pass.
-    nothing = torch.full((), -torch.inf, dtype=t.dtype, device=t.device).expand_as(t)
-    return torch.maximum(residual, torch.ops.aten.threshold_backward(nothing, t, 0), out=residual)

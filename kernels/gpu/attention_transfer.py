@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention_transfer import Inputs
 from ..op import Tensors
-from .host import common_unit, on_device, power_of_2, programs
+from .host import common_unit, power_of_2, programs
 from .reduce import ticket, total
 
 
@@ -59,11 +59,6 @@ def _mean_square_kernel(
 
 
 @triton.jit
-def _unit(q, sample, place, HW, norm):
-    return tl.load(q + sample * HW + place, mask=place < HW, other=0.0) / tl.where(norm < 1e-12, 1e-12, norm)
-
-
-@triton.jit
 def _norm(q, sample, HW, BLOCK: tl.constexpr):
     place = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
@@ -77,8 +72,9 @@ def _norm(q, sample, HW, BLOCK: tl.constexpr):
 @triton.jit
 def _difference(q, sample, place, N, HW, norm_s, norm_t):
     """(a, e): the student's normalised map and its difference from the teacher's at these places."""
-    a = _unit(q, sample, place, HW, norm_s)
-    return a, a - _unit(q, N + sample, place, HW, norm_t)
+    inside = place < HW
+    a = tl.load(q + sample * HW + place, inside, 0.0) / tl.where(norm_s < 1e-12, 1e-12, norm_s)
+    return a, a - tl.load(q + (N + sample) * HW + place, inside, 0.0) / tl.where(norm_t < 1e-12, 1e-12, norm_t)
 
 
 @triton.jit
@@ -151,10 +147,8 @@ class _Map(NamedTuple):
     """A map as the kernels read it; one of its strides of place and channel is 1."""
 
     f_NCHW: Tensor
-    strides: tuple[int, int, int]
-    """of sample, place and channel"""
-    last: bool
-    """True if channels are contiguous, not places"""
+    strides: tuple[int, int, int]  # of sample, place and channel
+    last: bool  # channels are contiguous, not places
 
     @property
     def unit(self) -> int:
@@ -189,45 +183,36 @@ def _tile(maps: Sequence[_Map]) -> tuple[int, list[int]]:
 def launch(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors = (), written: bool = False) -> None:
     """See FusedOp. The forward pass writes the loss and k, of which the backward pass makes grads."""
     (student, teacher, weight), (loss, k) = inputs, outputs
-    if teacher is None:
-        _launch_backward(student, k, grad_outputs[0], grads)
-        return
-    (N, HW), Cs, Ct, device = k.shape, student.shape[1], teacher.shape[1], k.device
-    s, t = _readable(student), _readable(teacher)
+    (N, HW), Cs, device = k.shape, student.shape[1], k.device
+    s, t = _readable(student), _readable(grads if teacher is None else teacher)
+    if teacher is None and s.last != t.last:  # a student with gaps: rare, costs one more pass
+        s = _readable(torch.empty_like(grads).copy_(student))
     unit_hw, unit_s, unit_t = common_unit(HW), s.unit, t.unit
-    part_s, part_t = unit_s if s.last else 1, unit_t if t.last else 1
     places, (channels_s, channels_t) = _tile([s, t])
-    pieces, block, grid = math.ceil(HW / places), min(2048, max(16, power_of_2(HW))), programs(N, 8, device)
-    q, partials = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((2, N, HW), (grid, 2)))
-    with on_device(device):
-        _mean_square_kernel[(programs(N * pieces, 8, device),)](
-            s.f_NCHW, t.f_NCHW, s.divided(unit_s), t.divided(unit_t), q,
-            N, pieces, HW // unit_hw, Cs // part_s, Ct // part_t,
-            PLACES=places, CHANNELS_S=channels_s, CHANNELS_T=channels_t, UNIT_S=unit_s, UNIT_T=unit_t,
-            PART_S=part_s, PART_T=part_t, UNIT_HW=unit_hw, LAST_S=s.last, LAST_T=t.last,
-            enable_fp_fusion=True, num_warps=8,
-        )  # fmt: skip
-        _loss_kernel[(grid,)](
-            q, k, partials, ticket(device), loss, N, HW, weight / (N * HW), 4 * weight / (Cs * N * HW),
-            BLOCK=block, SLOTS=2, ROWS=1024, num_warps=8, enable_fp_fusion=False,  # equal maps differ by exactly 0
-        )  # fmt: skip
-
-
-def _launch_backward(student: Tensor, k: Tensor, grad_output: Tensor, grads: Tensor) -> None:
-    """Writes grads = grad_output * k * student."""
-    (N, HW), C, device = k.shape, student.shape[1], k.device
-    f, g = _readable(student), _readable(grads)
-    if f.last != g.last:  # a student with gaps: rare, costs one more pass
-        f = _readable(torch.empty_like(grads).copy_(student))
-    unit, unit_hw = min(f.unit, g.unit), common_unit(HW)
-    places, (channels,) = _tile([f])
     pieces = math.ceil(HW / places)
-    with on_device(device):
-        _backward_kernel[(programs(N * pieces, 8, device),)](
-            f.f_NCHW, g.f_NCHW, f.divided(unit), g.divided(unit), k, grad_output,
-            N, pieces, HW // unit_hw, C // (unit if f.last else 1),
-            PLACES=places, CHANNELS=channels, UNIT=unit, UNIT_HW=unit_hw, LAST=f.last,
+    tiles = (programs(N * pieces, 8, device),)
+    if teacher is None:
+        unit = min(unit_s, unit_t)
+        _backward_kernel[tiles](
+            s.f_NCHW, t.f_NCHW, s.divided(unit), t.divided(unit), k, *grad_outputs,
+            N, pieces, HW // unit_hw, Cs // (unit if s.last else 1),
+            PLACES=places, CHANNELS=channels_s, UNIT=unit, UNIT_HW=unit_hw, LAST=s.last,
             enable_fp_fusion=True, num_warps=8,
         )  # fmt: skip
-    if g.f_NCHW is not grads:
-        grads.copy_(g.f_NCHW)
+        if t.f_NCHW is not grads:
+            grads.copy_(t.f_NCHW)
+        return
+    part_s, part_t = unit_s if s.last else 1, unit_t if t.last else 1
+    block, grid = min(2048, max(16, power_of_2(HW))), programs(N, 8, device)
+    q, partials = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((2, N, HW), (grid, 2)))
+    _mean_square_kernel[tiles](
+        s.f_NCHW, t.f_NCHW, s.divided(unit_s), t.divided(unit_t), q,
+        N, pieces, HW // unit_hw, Cs // part_s, teacher.shape[1] // part_t,
+        PLACES=places, CHANNELS_S=channels_s, CHANNELS_T=channels_t, UNIT_S=unit_s, UNIT_T=unit_t,
+        PART_S=part_s, PART_T=part_t, UNIT_HW=unit_hw, LAST_S=s.last, LAST_T=t.last,
+        enable_fp_fusion=True, num_warps=8,
+    )  # fmt: skip
+    _loss_kernel[(grid,)](
+        q, k, partials, ticket(device), loss, N, HW, weight / (N * HW), 4 * weight / (Cs * N * HW),
+        BLOCK=block, SLOTS=2, ROWS=1024, num_warps=8, enable_fp_fusion=False,  # equal maps differ by exactly 0
+    )  # fmt: skip

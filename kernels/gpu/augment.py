@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from .host import on_device
 
 _BLOCK = 256
 
@@ -70,7 +69,7 @@ def launch(
     if sum((size - 1) * stride for size, stride in zip(images.shape[1:], images.stride()[1:], strict=True)) >= 2**31:
         images = images.contiguous()  # places within an image are counted in 32 bits
     blocks = math.ceil(h * w / _BLOCK)
-    with on_device(device):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # the interpreter has no GPU
         _kernel[(N * blocks,)](
             images, images.stride(), boxes.contiguous(), flips.contiguous().view(torch.uint8), tuple(outputs),
             tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True)),

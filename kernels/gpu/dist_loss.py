@@ -6,37 +6,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..dist_loss import Inputs
 from ..op import Tensors
-from .host import common_unit, contiguous_rows, most_registers, on_device, programs, row_shape
+from .host import common_unit, contiguous_rows, most_registers, programs, row_shape
 from .reduce import ticket, total
-
-
-@triton.jit
-def _load(row, cols, C):
-    return tl.load(row + cols, mask=cols < C, other=-float("inf")).to(tl.float32)
-
-
-@triton.jit
-def _softmax_statistics(row, C, inverse, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr):
-    """(max, 1 / sum of exp) of a row. In pieces, the sum is rescaled whenever the maximum grows."""
-    cols = tl.arange(0, BLOCK)
-    if ONE_PASS:
-        z = _load(row, cols, C)
-        top = tl.max(z, 0)
-        at_t = tl.sum(tl.exp((z - top) * inverse), 0)
-    else:
-        top, at_t = -float("inf"), 0.0
-        while tl.min(cols) < C:
-            z = _load(row, cols, C)
-            new = tl.maximum(top, tl.max(z, 0))
-            shift = tl.where(new == -float("inf"), 0.0, new)  # all -inf so far: -inf - -inf would be NaN
-            at_t = at_t * tl.exp((top - shift) * inverse) + tl.sum(tl.exp((z - shift) * inverse), 0)
-            top = new
-            cols += BLOCK
-    return top, 1 / at_t
+from .rows import load, long_row
 
 
 @triton.jit
@@ -55,33 +30,25 @@ def _correlation(xx, yy, xy):
 
 
 @triton.jit
-def _sums_of_classes(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse):
-    """Sums of x^2, y^2 and x y over these classes; x = p_s - 1 / C, y = p_t - 1 / C."""
-    inside = cols < C
-    x = tl.where(inside, _p(_load(s, cols, C), top_s, inv_s, inverse) - 1.0 / C, 0.0)
-    y = tl.where(inside, _p(_load(t, cols, C), top_t, inv_t, inverse) - 1.0 / C, 0.0)
-    return tl.sum(x * x, 0), tl.sum(y * y, 0), tl.sum(x * y, 0)
-
-
-@triton.jit
-def _sums_of_row(s, t, C, top_s, inv_s, top_t, inv_t, inverse, ONE_PASS: tl.constexpr, BLOCK: tl.constexpr):
+def _sums_of_row(s, t, C, top_s, inv_s, top_t, inv_t, inverse, BLOCK: tl.constexpr):
+    """Sums over the classes of x^2, y^2 and x y; x = p_s - 1 / C, y = p_t - 1 / C."""
+    xx, yy, xy = 0.0, 0.0, 0.0
     cols = tl.arange(0, BLOCK)
-    xx, yy, xy = _sums_of_classes(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse)
-    if not ONE_PASS:
+    while tl.min(cols) < C:
+        inside = cols < C
+        x = tl.where(inside, _p(load(s, cols, C), top_s, inv_s, inverse) - 1.0 / C, 0.0)
+        y = tl.where(inside, _p(load(t, cols, C), top_t, inv_t, inverse) - 1.0 / C, 0.0)
+        xx += tl.sum(x * x, 0)
+        yy += tl.sum(y * y, 0)
+        xy += tl.sum(x * y, 0)
         cols += BLOCK
-        while tl.min(cols) < C:
-            more_xx, more_yy, more_xy = _sums_of_classes(s, t, cols, C, top_s, inv_s, top_t, inv_t, inverse)
-            xx += more_xx
-            yy += more_yy
-            xy += more_xy
-            cols += BLOCK
     return xx, yy, xy
 
 
 @triton.jit(do_not_specialize=["N"])
 def _rows_kernel(
     student, student_stride, teacher, teacher_stride, rows, row_sum, partials, ticket, N, c_units, weight, temperature,
-    ONE_PASS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rows [6, N]: max and 1 / sum of exp of student and teacher; weight / N times the coefficients of dr/dx."""
     C = c_units * UNIT
@@ -91,16 +58,15 @@ def _rows_kernel(
     while row < N:
         s = student + row * (student_stride * UNIT)
         t = teacher + row * (teacher_stride * UNIT)
-        top_s, inv_s = _softmax_statistics(s, C, inverse, ONE_PASS, BLOCK)
-        top_t, inv_t = _softmax_statistics(t, C, inverse, ONE_PASS, BLOCK)
-        xx, yy, xy = _sums_of_row(s, t, C, top_s, inv_s, top_t, inv_t, inverse, ONE_PASS, BLOCK)
-        r, a, b = _correlation(xx, yy, xy)
+        top_s, sum_s = long_row(s, -1, C, inverse, BLOCK)
+        top_t, sum_t = long_row(t, -1, C, inverse, BLOCK)
+        r, a, b = _correlation(*_sums_of_row(s, t, C, top_s, 1 / sum_s, top_t, 1 / sum_t, inverse, BLOCK))
         sums += r
         place = rows + row
         tl.store(place, top_s)
-        tl.store(place + N, inv_s)
+        tl.store(place + N, 1 / sum_s)
         tl.store(place + 2 * N, top_t)
-        tl.store(place + 3 * N, inv_t)
+        tl.store(place + 3 * N, 1 / sum_t)
         tl.store(place + 4 * N, a * (weight / N))
         tl.store(place + 5 * N, b * (weight / N))
         row += tl.num_programs(0)
@@ -190,8 +156,8 @@ def _columns_kernel(
 def _pull(s, t, rows, columns, cols, row, C, N, inverse):
     """(p_s, G): the student's probabilities and the gradient of the mean correlations with respect to them."""
     place = rows + row
-    p_s = _p(_load(s, cols, C), tl.load(place), tl.load(place + N), inverse)
-    p_t = _p(_load(t, cols, C), tl.load(place + 2 * N), tl.load(place + 3 * N), inverse)
+    p_s = _p(load(s, cols, C), tl.load(place), tl.load(place + N), inverse)
+    p_t = _p(load(t, cols, C), tl.load(place + 2 * N), tl.load(place + 3 * N), inverse)
     inside = cols < C
     G = tl.load(place + 4 * N) * (p_s - 1.0 / C) + tl.load(place + 5 * N) * (p_t - 1.0 / C)
     G += tl.load(columns + 2 * C + cols, inside, 0.0) * (p_s - tl.load(columns + cols, inside, 0.0))
@@ -230,35 +196,28 @@ def _gradient_kernel(
         row += tl.num_programs(0)
 
 
-def _networks(student: Tensor, teacher: Tensor) -> tuple[tuple[Tensor, int, Tensor, int], int]:
-    """The first arguments of the kernels, and the unit in which classes and strides are counted."""
-    student, teacher = contiguous_rows(student), contiguous_rows(teacher)
-    unit = common_unit(student.shape[1], student.stride(0), teacher.stride(0))
-    return (student, student.stride(0) // unit, teacher, teacher.stride(0) // unit), unit
-
-
 def launch(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors = (), written: bool = False) -> None:
     """See FusedOp. The forward pass writes the loss, `rows` and `columns`, of which the backward pass makes grads."""
     student, teacher, beta, gamma, temperature = inputs
     (N, C), device, (loss, rows, columns) = student.shape, student.device, outputs
-    networks, unit = _networks(student, teacher)
+    student, teacher = contiguous_rows(student), contiguous_rows(teacher)
+    unit = common_unit(C, student.stride(0), teacher.stride(0))
+    networks = student, student.stride(0) // unit, teacher, teacher.stride(0) // unit
     block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
     if grad_outputs:
-        with on_device(device):
-            _gradient_kernel[(programs(N, warps, device),)](
-                *networks, rows, columns, *grad_outputs, grads, N, C // unit, temperature, ONE_PASS=block >= C,
-                UNIT=unit, BLOCK=block, enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
-            )  # fmt: skip
+        _gradient_kernel[(programs(N, warps, device),)](
+            *networks, rows, columns, *grad_outputs, grads, N, C // unit, temperature, ONE_PASS=block >= C,
+            UNIT=unit, BLOCK=block, enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
+        )  # fmt: skip
         return
     wide = 16 if C <= 4096 else 64  # enough programs for few classes, whole cache lines for many
     grids = programs(N, warps, device), math.ceil(C / wide)
     row_sum, *partials = (torch.empty(n, dtype=torch.float32, device=device) for n in (1, *grids))
-    with on_device(device):
-        _rows_kernel[grids[:1]](
-            *networks, rows, row_sum, partials[0], ticket(device), N, C // unit, beta, temperature,
-            ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps, enable_fp_fusion=True, num_warps=warps,
-        )  # fmt: skip
-        _columns_kernel[grids[1:]](
-            *networks, rows, row_sum, columns, loss, partials[1], ticket(device), N, C // unit, beta, gamma,
-            temperature, UNIT=unit, TALL=1024 // wide, WIDE=wide, ROWS=128, enable_fp_fusion=True, num_warps=4,
-        )  # fmt: skip
+    _rows_kernel[grids[:1]](
+        *networks, rows, row_sum, partials[0], ticket(device), N, C // unit, beta, temperature,
+        UNIT=unit, BLOCK=block, ROWS=32 * warps, enable_fp_fusion=True, num_warps=warps,
+    )  # fmt: skip
+    _columns_kernel[grids[1:]](
+        *networks, rows, row_sum, columns, loss, partials[1], ticket(device), N, C // unit, beta, gamma,
+        temperature, UNIT=unit, TALL=1024 // wide, WIDE=wide, ROWS=128, enable_fp_fusion=True, num_warps=4,
+    )  # fmt: skip

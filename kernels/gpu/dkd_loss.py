@@ -7,32 +7,9 @@ from torch import Tensor
 
 from ..dkd_loss import Inputs
 from ..op import Tensors
-from .host import common_unit, contiguous_rows, most_registers, on_device, programs, row_shape
+from .host import common_unit, contiguous_rows, most_registers, programs, row_shape
 from .reduce import ticket, total
-
-
-@triton.jit
-def _load(row, cols, C):
-    return tl.load(row + cols, mask=cols < C, other=-float("inf")).to(tl.float32)
-
-
-@triton.jit
-def _shift(top):
-    return tl.where(top == -float("inf"), 0.0, top)  # all -inf: -inf - -inf would be NaN
-
-
-@triton.jit
-def _rest_of_long_row(row, label, C, inverse, BLOCK: tl.constexpr):
-    """(max, sum of exp) over the classes but the label, of a row that is read in pieces."""
-    top, at_t = -float("inf"), 0.0
-    cols = tl.arange(0, BLOCK)
-    while tl.min(cols) < C:
-        z = tl.where(cols == label, -float("inf"), _load(row, cols, C))
-        new = tl.maximum(top, tl.max(z, 0))
-        at_t = at_t * tl.exp((top - _shift(new)) * inverse) + tl.sum(tl.exp((z - _shift(new)) * inverse), 0)
-        top = new
-        cols += BLOCK
-    return _shift(top), at_t
+from .rows import load, long_row, shift
 
 
 @triton.jit
@@ -72,9 +49,9 @@ def _write(grads, cols, label, C, r_s, r_t, gap, alpha, beta, scale):
 def _row_in_registers(s, t, y_s, y_t, label, grads, C, alpha, beta, inverse, scale, BLOCK: tl.constexpr):
     """(TCKD, NCKD) of a row that is read once; its gradient is written to grads, unless that is None."""
     cols = tl.arange(0, BLOCK)
-    z_s, z_t = _load(s, cols, C), _load(t, cols, C)
+    z_s, z_t = load(s, cols, C), load(t, cols, C)
     rest_s, rest_t = tl.where(cols == label, -float("inf"), z_s), tl.where(cols == label, -float("inf"), z_t)
-    top_s, top_t = _shift(tl.max(rest_s, 0)), _shift(tl.max(rest_t, 0))
+    top_s, top_t = shift(tl.max(rest_s, 0)), shift(tl.max(rest_t, 0))
     sum_s = tl.sum(tl.exp((rest_s - top_s) * inverse), 0)
     sum_t = tl.sum(tl.exp((rest_t - top_t) * inverse), 0)
     tckd, gap = _label_terms((y_s - top_s) * inverse - tl.log(sum_s), (y_t - top_t) * inverse - tl.log(sum_t))
@@ -87,13 +64,13 @@ def _row_in_registers(s, t, y_s, y_t, label, grads, C, alpha, beta, inverse, sca
 @triton.jit
 def _row_in_pieces(s, t, y_s, y_t, label, grads, C, alpha, beta, inverse, scale, BLOCK: tl.constexpr):
     """The same for a long row, which is read twice."""
-    top_s, sum_s = _rest_of_long_row(s, label, C, inverse, BLOCK)
-    top_t, sum_t = _rest_of_long_row(t, label, C, inverse, BLOCK)
+    top_s, sum_s = long_row(s, label, C, inverse, BLOCK)
+    top_t, sum_t = long_row(t, label, C, inverse, BLOCK)
     tckd, gap = _label_terms((y_s - top_s) * inverse - tl.log(sum_s), (y_t - top_t) * inverse - tl.log(sum_t))
     nckd = 0.0
     cols = tl.arange(0, BLOCK)
     while tl.min(cols) < C:
-        z_s, z_t = _load(s, cols, C), _load(t, cols, C)
+        z_s, z_t = load(s, cols, C), load(t, cols, C)
         r_s, r_t, terms = _rest_terms(z_s, z_t, cols, label, top_s, sum_s, top_t, sum_t, inverse)
         nckd += tl.sum(terms, 0)
         if grads is not None:
@@ -153,10 +130,9 @@ def launch(
     block, warps = row_shape(C, max(student.element_size(), teacher.element_size()))
     grid = programs(N, warps, device)
     partials = torch.empty((grid, 2), dtype=torch.float32, device=device) if forward else None
-    with on_device(device):
-        _kernel[(grid,)](
-            student, student.stride(0) // unit, teacher, teacher.stride(0) // unit, target, grads, grad_loss,
-            partials, ticket(device) if forward else None, *outputs, N, C // unit, alpha, beta, temperature,
-            FORWARD=forward, SKIP_ONE=written, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps,
-            enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
-        )  # fmt: skip
+    _kernel[(grid,)](
+        student, student.stride(0) // unit, teacher, teacher.stride(0) // unit, target, grads, grad_loss,
+        partials, ticket(device) if forward else None, *outputs, N, C // unit, alpha, beta, temperature,
+        FORWARD=forward, SKIP_ONE=written, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, ROWS=32 * warps,
+        enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
+    )  # fmt: skip

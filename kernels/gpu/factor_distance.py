@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..factor_distance import Inputs
 from ..op import Tensors
-from .host import common_unit, contiguous_rows, on_device, power_of_2, programs
+from .host import common_unit, contiguous_rows, power_of_2, programs
 from .reduce import ticket, total
 
 
@@ -164,16 +164,6 @@ def _kernel(
 
 
 @triton.jit
-def _grad_output(grad_loss, grad_terms, k: tl.constexpr):
-    grad_output = 0.0
-    if grad_loss is not None:
-        grad_output += tl.load(grad_loss).to(tl.float32)
-    if grad_terms is not None:
-        grad_output += tl.load(grad_terms + k).to(tl.float32)
-    return grad_output
-
-
-@triton.jit
 def _backward_factors(
     weights, terms, grad_loss, grad_terms, inverse_elements, LEARNER: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
@@ -181,7 +171,11 @@ def _backward_factors(
     factors = ()
     changed = 0
     for k in tl.static_range(len(weights)):
-        grad_output = _grad_output(grad_loss, grad_terms, k)
+        grad_output = tl.zeros([], tl.float32)
+        if grad_loss is not None:
+            grad_output += tl.load(grad_loss).to(tl.float32)
+        if grad_terms is not None:
+            grad_output += tl.load(grad_terms + k).to(tl.float32)
         factor = weights[k] * inverse_elements * grad_output
         if P == 2:  # over the distance, which is term / weight
             term = tl.load(terms + k)
@@ -247,20 +241,18 @@ def launch(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensor
         grad_terms = None if grad_terms is None else grad_terms.contiguous()
         block = min(2048, max(16, power_of_2(D)))
         pieces = math.ceil(D / block)
-        with on_device(device):
-            _backward_kernel[(programs(N * pieces, 8, device),)](
-                maps, strides, grads, weights, statistics, terms, grad_loss, grad_terms, N, D // unit, pieces,
-                1 / (N * D), LEARNER=learner, SKIP_ONES=written, P=inputs.p, UNIT=unit, BLOCK=block, num_warps=8,
-                enable_fp_fusion=False,
-            )  # fmt: skip
+        _backward_kernel[(programs(N * pieces, 8, device),)](
+            maps, strides, grads, weights, statistics, terms, grad_loss, grad_terms, N, D // unit, pieces,
+            1 / (N * D), LEARNER=learner, SKIP_ONES=written, P=inputs.p, UNIT=unit, BLOCK=block, num_warps=8,
+            enable_fp_fusion=False,
+        )  # fmt: skip
         return
     block, warps = _shape(D, len(maps))
     slots, grid = max(2, power_of_2(K)), programs(N, warps, device)
     partials = torch.empty((grid, slots), dtype=torch.float32, device=device)
-    with on_device(device):
-        _kernel[(grid,)](
-            maps, strides, grads, weights, statistics, partials, ticket(device), loss, terms, N, D // unit, 1 / (N * D),
-            LEARNER=learner, GRADIENTS=len(grads) > 0, P=inputs.p, ONE_PASS=block >= D, UNIT=unit,
-            BLOCK=block, SLOTS=slots, ROWS=max(1, 256 * warps // slots),
-            num_warps=warps, enable_fp_fusion=False,  # fused, x^ - t^ of equal factors is a rounding error with a sign
-        )  # fmt: skip
+    _kernel[(grid,)](
+        maps, strides, grads, weights, statistics, partials, ticket(device), loss, terms, N, D // unit, 1 / (N * D),
+        LEARNER=learner, GRADIENTS=len(grads) > 0, P=inputs.p, ONE_PASS=block >= D, UNIT=unit,
+        BLOCK=block, SLOTS=slots, ROWS=max(1, 256 * warps // slots),
+        num_warps=warps, enable_fp_fusion=False,  # fused, x^ - t^ of equal factors is a rounding error with a sign
+    )  # fmt: skip

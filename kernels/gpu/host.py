@@ -1,14 +1,7 @@
-"""What the launch functions share on the host: block sizes, number of programs, strides and the current device."""
-
-from contextlib import AbstractContextManager, nullcontext
+"""What the launch functions share on the host: block sizes, number of programs and strides."""
 
 import torch
 from torch import Tensor
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the GPU of the tensors the current one. The interpreter, for CPU tensors, needs nothing."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def power_of_2(least: int) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..logit_loss import Inputs
 from ..op import Tensors
-from .host import common_unit, contiguous_rows, most_registers, on_device, power_of_2, programs
+from .host import common_unit, contiguous_rows, most_registers, power_of_2, programs
 from .logit_terms import (
     add_dots,
     add_terms,
@@ -89,34 +89,6 @@ def _row_in_pieces(
     return sums
 
 
-@triton.jit
-def _all_ones(weights, grad_loss, grad_terms, USED: tl.constexpr):
-    """Is the grad_output of every term with a weight 1?"""
-    changed = 0
-    for k in tl.static_range(len(weights)):
-        if USED[k]:
-            changed |= (term_weight(weights, grad_loss, grad_terms, k) != weights[k]).to(tl.int32)
-    return changed == 0
-
-
-@triton.jit
-def _write_results(
-    sums, partials, ticket, loss, terms, weights, ce_scale, kl_scale, temperature, USED: tl.constexpr,
-    H: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The last program weights the sums of all programs and stores terms and loss."""
-    last, everything = total(sums, partials, ticket, SLOTS, ROWS)
-    if last:
-        slot = tl.arange(0, SLOTS)
-        weighted = tl.zeros([SLOTS], tl.float32)
-        scale = tl.where(slot % (H + 1) == 0, ce_scale, kl_scale * temperature * temperature)
-        for k in tl.static_range(H * (H + 1)):
-            if USED[k]:
-                weighted = tl.where(slot == k, everything * (scale * weights[k]), weighted)
-        tl.store(terms + slot, weighted, mask=slot < H * (H + 1))
-        tl.store(loss, tl.sum(weighted, 0))
-
-
 @triton.jit(do_not_specialize=["N"])
 def _kernel(
     heads, strides, grads, target, target_stride, weights, kept, grad_loss, grad_terms,
@@ -132,7 +104,11 @@ def _kernel(
         ce_scale = 1.0 / tl.maximum(tl.load(kept), 1).to(tl.float32)
     row = tl.program_id(0).to(tl.int64)
     if SKIP_ONES:  # the forward pass has left the gradients for a grad_output of 1
-        row = tl.where(_all_ones(weights, grad_loss, grad_terms, USED), N, row)
+        changed = 0
+        for k in tl.static_range(len(weights)):
+            if USED[k]:
+                changed |= (term_weight(weights, grad_loss, grad_terms, k) != weights[k]).to(tl.int32)
+        row = tl.where(changed == 0, N, row)
     while row < N:
         label, known, ignored = row_label(target, row, C, ignore_index, SOFT, IGNORE)
         row_ce_scale = tl.where(ignored, 0.0, ce_scale)
@@ -147,8 +123,17 @@ def _kernel(
                                    USED, LEARNER, SOFT, SMOOTH, STANDARDIZE, FORWARD, UNIT, BLOCK, SLOTS)  # fmt: skip
         row += tl.num_programs(0)
     if FORWARD:
-        _write_results(sums, partials, ticket, loss, terms, weights, ce_scale, kl_scale, temperature, USED, len(heads),
-                       SLOTS, ROWS)  # fmt: skip
+        H: tl.constexpr = len(heads)
+        last, everything = total(sums, partials, ticket, SLOTS, ROWS)
+        if last:
+            slot = tl.arange(0, SLOTS)
+            weighted = tl.zeros([SLOTS], tl.float32)
+            scale = tl.where(slot % (H + 1) == 0, ce_scale, kl_scale * temperature * temperature)
+            for k in tl.static_range(H * (H + 1)):
+                if USED[k]:
+                    weighted = tl.where(slot == k, everything * (scale * weights[k]), weighted)
+            tl.store(terms + slot, weighted, mask=slot < H * (H + 1))
+            tl.store(loss, tl.sum(weighted, 0))
 
 
 def _shape(classes: int, heads: int, learners: int, itemsize: int) -> tuple[int, int, int]:
@@ -180,16 +165,15 @@ def launch(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensor
     kept = None if ignore_index is None else (target != ignore_index).sum()
     partials = torch.empty((grid, slots), dtype=torch.float32, device=device) if forward else None
     order = iter(range(H))
-    with on_device(device):
-        _kernel[(grid,)](
-            tuple(heads), tuple(head.stride(0) // unit for head in heads), grads, target,
-            target.stride(0) if soft else 1, tuple(weights), kept, grad_loss, grad_terms,
-            partials, ticket(device) if forward else None, *outputs,
-            N, C // unit, temperature, smoothing, ignore_index or 0,
-            USED=tuple(weight != 0 for weight in weights),
-            LEARNER=tuple(next(order) if learner else -1 for learner in needs_grad),
-            SOFT=soft, SMOOTH=smoothing > 0, IGNORE=ignore_index is not None, STANDARDIZE=standardize,
-            COLD=temperature == 1 and not standardize,  # one softmax serves labels and teachers
-            FORWARD=forward, SKIP_ONES=written, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, SLOTS=slots,
-            ROWS=max(1, 256 * warps // slots), enable_fp_fusion=True, num_warps=warps, maxnreg=registers,
-        )  # fmt: skip
+    _kernel[(grid,)](
+        tuple(heads), tuple(head.stride(0) // unit for head in heads), grads, target,
+        target.stride(0) if soft else 1, tuple(weights), kept, grad_loss, grad_terms,
+        partials, ticket(device) if forward else None, *outputs,
+        N, C // unit, temperature, smoothing, ignore_index or 0,
+        USED=tuple(weight != 0 for weight in weights),
+        LEARNER=tuple(next(order) if learner else -1 for learner in needs_grad),
+        SOFT=soft, SMOOTH=smoothing > 0, IGNORE=ignore_index is not None, STANDARDIZE=standardize,
+        COLD=temperature == 1 and not standardize,  # one softmax serves labels and teachers
+        FORWARD=forward, SKIP_ONES=written, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, SLOTS=slots,
+        ROWS=max(1, 256 * warps // slots), enable_fp_fusion=True, num_warps=warps, maxnreg=registers,
+    )  # fmt: skip

@@ -9,28 +9,8 @@ from torch import Tensor
 
 from ..map_distance import Inputs
 from ..op import Tensors
-from .host import common_unit, on_device, programs
+from .host import common_unit, programs
 from .reduce import ticket, total
-
-
-@triton.jit
-def _channels(place, unit, lane, period, inner, UNIT: tl.constexpr, LAST: tl.constexpr):
-    """Channels of the elements of a block, which begins at `place` of the period. All is counted in units."""
-    unit = (place + unit) % period
-    if LAST:
-        return unit * UNIT + lane
-    return unit // inner + 0 * lane
-
-
-@triton.jit
-def _residual(s, t, margin):
-    """s - t; with a margin s - t' where it counts, else 0. NaN in any of the three stays."""
-    if margin is not None:
-        t = tl.where((t < margin) | (margin != margin), margin, t)
-    residual = s - t
-    if margin is not None:
-        residual = tl.where((t <= 0) & (residual <= 0), 0.0, residual)
-    return residual
 
 
 @triton.jit(do_not_specialize=["units", "period", "inner", "step"])
@@ -54,10 +34,14 @@ def _kernel(
         mask = start + unit < units
         s = tl.load(student + offsets, mask=mask, other=0.0).to(tl.float32)
         t = tl.load(teacher + offsets, mask=mask, other=0.0).to(tl.float32)
-        floor = None
         if margin is not None:
-            floor = tl.load(margin + _channels(place, unit, lane, period, inner, UNIT, LAST)).to(tl.float32)
-        residual = tl.where(mask, _residual(s, t, floor), 0.0)
+            channel = (place + unit) % period  # in units
+            channel = channel * UNIT + lane if LAST else channel // inner + 0 * lane
+            floor = tl.load(margin + channel).to(tl.float32)
+            t = tl.where((t < floor) | (floor != floor), floor, t)  # NaN stays
+        residual = tl.where(mask, s - t, 0.0)
+        if margin is not None:
+            residual = tl.where((t <= 0) & (residual <= 0), 0.0, residual)
         if grad_output is None:
             squares += residual * residual
         if grad is not None:
@@ -87,9 +71,8 @@ def launch(
     period, inner = (C // unit, 1) if last else (C * H * W // unit, max(1, H * W // unit))
     margin = margin if margin is None else margin.contiguous()
     partials = torch.empty((grid, 1), dtype=torch.float32, device=device) if forward else None
-    with on_device(device):
-        _kernel[(grid,)](
-            student, teacher, margin, grads, grad_value, partials, ticket(device) if forward else None, *outputs,
-            units, max(1, period), inner, grid * block % max(1, period), scale,
-            LAST=last, SKIP_ONE=written, UNIT=unit, BLOCK=block, ROWS=256, enable_fp_fusion=True, num_warps=warps,
-        )  # fmt: skip
+    _kernel[(grid,)](
+        student, teacher, margin, grads, grad_value, partials, ticket(device) if forward else None, *outputs,
+        units, max(1, period), inner, grid * block % max(1, period), scale,
+        LAST=last, SKIP_ONE=written, UNIT=unit, BLOCK=block, ROWS=256, enable_fp_fusion=True, num_warps=warps,
+    )  # fmt: skip
