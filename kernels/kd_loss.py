@@ -75,7 +75,7 @@ def kd_loss(
     `ignore_index` and an empty batch: see `logit_loss`.
     """
     fused = logit_loss(
-        [student, teacher],
+        [student, teacher.detach() if isinstance(teacher, Tensor) else teacher],
         target,
         [ce_weight, 0.0],
         [[0.0, kd_weight], [0.0, 0.0]],

@@ -154,17 +154,16 @@ def logit_loss(
     have a weight. A weight of 0 switches its term off, whatever its value.
     """
     weights = check_logit_loss(heads, target, ce_weights, table, temperature, label_smoothing, names)
-    needs_grad, given = [], []
+    needs_grad = []
     for head, ce_weight, row in zip(heads, ce_weights, table, strict=True):
         needs_grad.append(torch.is_grad_enabled() and head.requires_grad and any((ce_weight, *row)))
-        given.append(head if needs_grad[-1] else head.detach())
     if is_compiled_for_cpu(target):
         return logit_loss_reference(
-            given, target, ce_weights, table, temperature=temperature, label_smoothing=label_smoothing,
+            heads, target, ce_weights, table, temperature=temperature, label_smoothing=label_smoothing,
             ignore_index=ignore_index, standardize=standardize,
         )  # fmt: skip
     settings = (weights, float(temperature), float(label_smoothing), ignore_index, standardize, needs_grad)
-    return LogitLoss(*_logit_loss(Inputs(given, target, *settings)))
+    return LogitLoss(*_logit_loss(Inputs(list(heads), target, *settings)))
 
 
 def check_labels(

@@ -2,17 +2,15 @@
 
 A fused loss computes its gradient in the forward pass, while the inputs are in registers or caches. `FusedOp` holds the
 rest of the story once: autograd, compilers, and eager calls.
-
 - Eager call: the function runs at once, which saves 20 to 60 us of host time per call. The first backward pass takes
   the gradient of the forward pass and scales it in place if it must. A second backward pass computes it anew.
 - Anything that has to see operators (a compiler, a dispatch mode, a function transform, a tensor subclass): the
   registered operator is called. Its backward pass computes the gradient, because such a pass may run twice over what
   it has saved.
 
-All losses are computed in fp32 by the kernels in gpu/, and in fp64 by the closed forms in cpu/ if student or teacher is
-fp64, on every device. On a GPU a backward pass is one launch. It ends at once if the gradients from above are 1 and the
-forward pass has left the gradient; else it computes the gradient anew: what underflows in fp16 is not lost to a loss
-scale from above.
+All losses are computed in fp32, or in fp64 by the closed forms in cpu/ if student or teacher is fp64. On a GPU a
+backward pass is one launch. It ends at once if the forward pass has left the gradient and grad_outputs are 1; else it
+computes the gradient anew, so that a loss scale reaches what underflows in fp16.
 """
 
 import functools
@@ -26,8 +24,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-Tensors = Sequence[Any]
-"""Tensors, or None where one was not kept or not given."""
+Tensors = Sequence[Any]  # None where a tensor was not kept or not given
 
 
 def empty_grads(inputs: Any, dtype: torch.dtype) -> Tensor:
@@ -79,8 +76,8 @@ class FusedOp:
         self.writes_grads, self.check, self.reference = writes_grads, check, reference or f"{name}_reference"
         hints = get_type_hints(Inputs)
         self.constants = sum(hint in (Tensor, Tensor | None) for hint in list(hints.values())[1:])
-        results = tuple.__class_getitem__((Tensor,) * (len(names) + 1))
-        self.op = _register(name, self._operator, {**hints, "write_grads": bool}, results)
+        results = (Tensor,) * (len(names) + 1)
+        self.op = _register(name, self._operator, {**hints, "write_grads": bool}, tuple.__class_getitem__(results))
         self.op.register_fake(self._fake)
         self.op.register_autograd(self._operator_backward, setup_context=self._setup)
         saved = dict.fromkeys(names[self.saved_from :], Tensor)
@@ -107,8 +104,7 @@ class FusedOp:
             if first.numel():
                 (self.launch if on_gpu else self.closed_form)(inputs, outputs, grads)
             else:
-                for output in outputs:
-                    output.zero_()
+                torch._foreach_zero_(outputs)
         return outputs, grads
 
     def backward(self, inputs: Any, saved: Tensors, grad_outputs: Tensors, grads: Tensor | None = None) -> Tensor:
@@ -214,9 +210,7 @@ class FusedLoss(torch.autograd.Function):
     """The same autograd without the operator."""
 
     @staticmethod
-    def forward(
-        ctx: Any, op: FusedOp, many: bool, others: tuple, write_grads: bool, *students: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, op: FusedOp, many: bool, others: tuple, write_grads: bool, *students: Tensor) -> tuple:
         inputs = op.Inputs(list(students) if many else students[0], *others)
         outputs, grads = op.forward(inputs, write_grads)
         op._setup(ctx, (*inputs, write_grads), (*outputs, None))
@@ -274,9 +268,8 @@ def can_bypass_dispatcher(tensors: Iterable[Tensor | None]) -> bool:
 
 def _special(x: Tensor | None) -> bool:
     """A subclass, a tensor without data, or a batch of gradients that looks like one (is_grads_batched)."""
-    if x is None:
-        return False
-    return type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or torch._C._functorch.is_legacy_batchedtensor(x)
+    of_torch = x is None or type(x) in (Tensor, torch.nn.Parameter)
+    return not of_torch or x is not None and (x.is_meta or torch._C._functorch.is_legacy_batchedtensor(x))
 
 
 def clone_if_inference(x: Tensor) -> Tensor:
