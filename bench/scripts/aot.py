@@ -9,6 +9,7 @@ TRITON_INTERPRET must not be set. `spilled` is in bytes; a test holds it at 0.
 """
 
 import datetime
+import importlib
 import json
 import re
 import subprocess
@@ -28,6 +29,13 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastkd.bench import markdown_table, results_folder, script_parser
+from fastkd.kernels.op import FusedOp
+
+# the package has functions of the same names
+attention_transfer, dist_loss, dkd_loss, factor_distance, logit_loss, map_distance = (
+    importlib.import_module(f"fastkd.kernels.{name}")
+    for name in ("attention_transfer", "dist_loss", "dkd_loss", "factor_distance", "logit_loss", "map_distance")
+)
 
 ASSEMBLERS = sorted(Path(triton.backends.nvidia.__file__).parent.glob("bin/ptxas*"))  # each knows some GPUs
 Figures = dict[str, str | int]
@@ -81,6 +89,18 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def passes(op: FusedOp, inputs: Any) -> tuple[Call, Call]:
+    """The launches of a forward pass of `inputs` and of its backward pass, which finds what the first has written."""
+    writes = op.writes_grads(inputs, True)
+    given, grads, outputs = op._allocate(inputs, torch.float32, writes)
+    saved = [*[None] * op.saved_from, *outputs[op.saved_from :]]
+    above = (meta(dtype=torch.float32), *[None] * (op.values - 1))
+    if not op.keeps_constants:
+        inputs = inputs._replace(teacher=None)
+    backward = partial(op.launch, inputs, saved, op.grads(inputs, torch.float32), above, writes)
+    return partial(op.launch, given, outputs, grads), backward
+
+
 def logits(
     heads: int,
     learners: int,
@@ -92,36 +112,14 @@ def logits(
     standardize: bool = False,
 ) -> Call:
     """A launch of logit_loss: KD with two heads of which one learns, else the heads of two networks (DCM)."""
-    from fastkd.kernels.gpu.logit_loss import launch
-    from fastkd.kernels.logit_loss import Inputs
-
     half = heads // 2
     weights = [0.1, 0.0, 0.9, 0.0, 0.0, 0.0]
     if heads > 2 or learners > 1:
         weights = [w for i in range(heads) for w in (1.0, *(float((i < half) != (j < half)) for j in range(heads)))]
-    needs_grad = [i < learners for i in range(heads)]
     networks = [meta(N, C, dtype=dtype) for _ in range(heads)], meta(N, dtype=torch.int64)
-    inputs = Inputs(*networks, weights, temperature, 0.0, None, standardize, needs_grad)
-    values, grads = (scalar(), meta(heads, heads + 1, dtype=torch.float32)), meta(learners, N, C, dtype=dtype)
-    return both(launch, inputs, values, grads, (scalar(), None))[backward]
-
-
-def scalar() -> torch.Tensor:
-    return meta(dtype=torch.float32)
-
-
-def both(
-    launch: Callable[..., None],
-    inputs: Any,
-    outputs: tuple[torch.Tensor, ...],
-    grads: torch.Tensor,
-    grad_outputs: tuple[torch.Tensor | None, ...],
-    writes_grads: bool = True,
-) -> tuple[Call, Call]:
-    """The forward and the backward pass. writes_grads: the forward pass leaves the gradients."""
-    none = grads[:0] if len(grad_outputs) > 1 else None
-    forward = partial(launch, inputs, outputs, grads if writes_grads else none)
-    return forward, partial(launch, inputs, outputs, grads, grad_outputs, writes_grads)
+    needs_grad = [i < learners for i in range(heads)]
+    inputs = logit_loss.Inputs(*networks, weights, temperature, 0.0, None, standardize, needs_grad)
+    return passes(logit_loss._logit_loss, inputs)[backward]
 
 
 def cases() -> dict[str, Call]:
@@ -142,50 +140,34 @@ def cases() -> dict[str, Call]:
 
 
 def more_logits() -> Iterator[tuple[str, tuple, Call]]:
-    from fastkd.kernels.dist_loss import Inputs as DIST
-    from fastkd.kernels.dkd_loss import Inputs as DKD
-    from fastkd.kernels.gpu import dist_loss, dkd_loss
-
-    for N, C in ((256, 1000), (256, 32000)):
-        s, t, grads, y = meta(N, C), meta(N, C), meta(N, C), meta(N, dtype=torch.int64)
-        forward, backward = both(dkd_loss.launch, DKD(s, t, y, 1.0, 8.0, 4.0), (scalar(),), grads, (scalar(),))
-        yield "DKD", (N, C), forward
-        yield "DKD backward", (N, C), backward
-        outputs = scalar(), meta(6, N, dtype=torch.float32), meta(4, C, dtype=torch.float32)
-        inputs = DIST(s, t, 1.0, 1.0, 1.0)
-        forward, backward = both(dist_loss.launch, inputs, outputs, grads, (scalar(),), writes_grads=False)
-        yield "DIST", (N, C), forward
-        yield "DIST backward", (N, C), backward
+    for shape in ((256, 1000), (256, 32000)):
+        s, t, y = meta(*shape), meta(*shape), meta(shape[0], dtype=torch.int64)
+        both = passes(dkd_loss._dkd_loss, dkd_loss.Inputs(s, t, y, 1.0, 8.0, 4.0))
+        yield from (("DKD", shape, both[0]), ("DKD backward", shape, both[1]))
+        both = passes(dist_loss._dist_loss, dist_loss.Inputs(s, t, 1.0, 1.0, 1.0))
+        yield from (("DIST", shape, both[0]), ("DIST backward", shape, both[1]))
 
 
 def maps() -> Iterator[tuple[str, tuple, Call]]:
-    from fastkd.kernels.attention_transfer import Inputs as AT
-    from fastkd.kernels.factor_distance import Inputs as Factors
-    from fastkd.kernels.gpu import attention_transfer, augment, factor_distance, map_distance
-    from fastkd.kernels.map_distance import Inputs as Maps
-
     for shape in ((128, 32, 8, 8), (256, 256, 7, 7)):
         one, two, three = (meta(*shape) for _ in range(3))
-        outputs = scalar(), meta(2, dtype=torch.float32), meta(5, shape[0], dtype=torch.float32)
-        for p in (1, 2):
-            inputs, above = Factors([one, two], three, [50.0, -50.0], p, [True, True]), (scalar(), None)
-            passes = both(factor_distance.launch, inputs, outputs, meta(2, *shape), above, writes_grads=p == 1)
-            for call, suffix in zip(passes, ("", " backward"), strict=True):
-                yield "IE-KD pair" + ", p = 2" * (p == 2) + suffix, shape, call
+        for p, name in ((1, "IE-KD pair"), (2, "IE-KD pair, p = 2")):
+            inputs = factor_distance.Inputs([one, two], three, [50.0, -50.0], p, [True, True])
+            both = passes(factor_distance._factor_distance, inputs)
+            yield from ((name, shape, both[0]), (f"{name} backward", shape, both[1]))
     for shape in ((256, 64, 56, 56), (256, 2048, 7, 7)):
-        s, t, grad = (meta(*shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
-        k = meta(shape[0], shape[2] * shape[3], dtype=torch.float32)
-        yield "AT", shape, partial(attention_transfer.launch, AT(s, t, 1000.0), (scalar(), k), None)
-        yield "AT backward", shape, partial(attention_transfer.launch, AT(s, None, 1.0), (None, k), grad, (scalar(),))
-        forward, backward = both(map_distance.launch, Maps(s, t, None, 1.0), (scalar(),), grad, (scalar(),))
-        yield "hint", shape, forward
-        yield "hint backward", shape, backward
-        overhaul = Maps(s, t, meta(shape[1], dtype=torch.float32), 1.0)
-        yield "overhaul", shape, partial(map_distance.launch, overhaul, (scalar(),), grad)
+        s, t = (meta(*shape).contiguous(memory_format=torch.channels_last) for _ in range(2))
+        both = passes(attention_transfer._attention_transfer, attention_transfer.Inputs(s, t, 1000.0))
+        yield from (("AT", shape, both[0]), ("AT backward", shape, both[1]))
+        both = passes(map_distance._map_distance, map_distance.Inputs(s, t, None, 1.0))
+        yield from (("hint", shape, both[0]), ("hint backward", shape, both[1]))
+        margin = meta(shape[1], dtype=torch.float32)
+        yield "overhaul", shape, passes(map_distance._map_distance, map_distance.Inputs(s, t, margin, 1.0))[0]
     images, out = meta(256, 256, 256, 3, dtype=torch.uint8), meta(256, 3, 224, 224)
     out = out.contiguous(memory_format=torch.channels_last)
     boxes, flips = meta(256, 4, dtype=torch.float32), meta(256, dtype=torch.bool)
-    yield "augment", tuple(out.shape), partial(augment.launch, images, boxes, flips, [out], [0.5] * 3, [0.2] * 3)
+    launch = importlib.import_module("fastkd.kernels.gpu.augment").launch
+    yield "augment", tuple(out.shape), partial(launch, images, boxes, flips, [out], [0.5] * 3, [0.2] * 3)
 
 
 def main() -> None:
