@@ -43,16 +43,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         ) from None
 
 
-def save(paths: list[Path], state: dict) -> None:
-    """Write the same `state` to each path. It holds tensors, numbers, strings and containers of them."""
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
-    for path in paths:
-        write_atomic(path, buffer.getvalue())
-
-
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote, on the CPU. Raises UserError if the file is not a checkpoint of this format."""
+    """The state that `save_run` wrote, on the CPU. Raises UserError if the file is not a checkpoint of this format."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint
@@ -81,10 +73,15 @@ class Result:
 
 
 def save_run(folder: Path, state: dict[str, Any]) -> None:
-    """Write last.pt, and best.pt too if the last epoch of `state["history"]` has the best top1."""
+    """Write last.pt, and best.pt too if the last epoch of `state["history"]` has the best top1.
+
+    `state` holds tensors, numbers, strings and containers of them.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
     accuracies = [row["top1"] for row in state["history"]]
-    names = ["best.pt", "last.pt"] if accuracies[-1] >= max(accuracies) else ["last.pt"]
-    save([folder / name for name in names], state)
+    for name in ["best.pt", "last.pt"] if accuracies[-1] >= max(accuracies) else ["last.pt"]:
+        write_atomic(folder / name, buffer.getvalue())
 
 
 def load_run(folder: Path, data: dict[str, Any], processes: int) -> dict[str, Any] | None:

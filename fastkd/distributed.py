@@ -2,8 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -108,13 +107,3 @@ def parallel(module: nn.Module, device: torch.device, find_unused_parameters: bo
     settings: dict[str, Any] = {"broadcast_buffers" if old else "forward_sync_buffers": False}
     settings["device_ids"] = [device.index] if device.type == "cuda" else None
     return ddp(module, find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True, **settings)
-
-
-@contextmanager
-def rank_zero_first() -> Iterator[None]:
-    """Rank 0 runs the block first, then the others: they find the files that it has written."""
-    if rank() == 0:
-        yield
-    barrier()
-    if rank() != 0:
-        yield

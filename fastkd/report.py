@@ -176,7 +176,6 @@ def plot(history: list[dict[str, float]]) -> bytes:
 
     IAKD's selection rates have a panel of their own.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for row in history for name in row))
@@ -189,7 +188,6 @@ def plot(history: list[dict[str, float]]) -> bytes:
     }
     panels = {title: lines for title, lines in panels.items() if lines}
     figure = Figure(figsize=(4.4 * len(panels), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
     epochs = [row["epoch"] for row in history]
     for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in lines:

@@ -188,8 +188,12 @@ class Job:
     def _network(self, name: str, weights: str, number: int = 0) -> nn.Module:
         """`number` changes the initial weights: equal peers that start alike have nothing to teach each other."""
         torch.manual_seed(self.config.train.seed + number)  # so that it does not depend on the networks before it
-        with distributed.rank_zero_first():  # so that pre-trained weights are downloaded once
-            return create_model(name, len(self.train_loader.classes), weights or None)
+        if distributed.rank() > 0:
+            distributed.barrier()  # rank 0 goes first, so that pre-trained weights are downloaded once
+        net = create_model(name, len(self.train_loader.classes), weights or None)
+        if distributed.rank() == 0:
+            distributed.barrier()
+        return net
 
     def _add_row(self, label: str, name: str, net: nn.Module) -> float:
         net.to(self.device).to(memory_format=self.config.train.memory_format)
