@@ -145,13 +145,15 @@ def differences(path: Path, config: dict, free: tuple[str, ...]) -> list[str]:
     return [f"{name} was {saved.get(name)!r}, now {config.get(name)!r}" for name in changed]
 
 
-def finished(path: Path, config: dict, data: dict) -> bool:
-    """True if `path` holds a finished run with these options on this data (images and classes)."""
-    weights = path / "student.safetensors"
-    whole = weights.exists() and (path / "config.yaml").exists()
-    if not whole or read_about(weights).get("data") != data:
-        return False
-    return not differences(path, config, tuple(name for name in FREE_TO_CHANGE if name != "data"))
+def find_finished(folders: list[Path], config: dict, data: dict) -> Path | None:
+    """The student's weights in the first of `folders` with a finished run of these options on this data."""
+    free = tuple(name for name in FREE_TO_CHANGE if name != "data")
+    for folder in folders:
+        weights = folder / "student.safetensors"
+        same_data = (folder / "config.yaml").exists() and read_about(weights).get("data") == data
+        if same_data and not differences(folder, config, free):
+            return weights
+    return None
 
 
 def read_about(weights: Path) -> dict:

@@ -40,10 +40,9 @@ def main() -> None:
         print("; ".join(["fastkd: stopped", *stop.args]), file=sys.stderr)
         sys.exit(130)
     finally:
-        if "torch" in sys.modules:
-            from . import distributed
-
-            distributed.destroy()
+        dist = sys.modules.get("torch.distributed")
+        if dist and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def dispatch(arguments: list[str]) -> None:

@@ -50,12 +50,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def destroy() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def barrier() -> None:
     """Wait until every process has called this."""
     if world_size() > 1:

@@ -41,10 +41,9 @@ def name_of(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-def last_value(name: str, arguments: list[str]) -> str:
-    """The value of the last `--name VALUE` or `--name=VALUE`, or an empty string."""
-    found = (words[0] for flag, words in reversed(groups(arguments)) if name_of(flag) == name and words)
-    return next(found, "")
+def typed_options(arguments: list[str]) -> dict[str, str]:
+    """The first word after each `--name`, or an empty string, by name. The last one of equal names counts."""
+    return {name_of(flag): words[0] if words else "" for flag, words in groups(arguments)}
 
 
 def tokens_of(values: dict[str, Any], kind: type, source: str) -> list[str]:

@@ -111,22 +111,18 @@ class Job:
         """Train what needs training, the student last, and show the table."""
         if self.teacher is not None:
             self.prepare_teacher(self.teacher)
-        name = self.names.student
-        if self.names.baseline and self.config.run.method != "ce":
+        name, method = self.names.student, self.config.run.method
+        if self.names.baseline and method != "ce":
             log_rank0(f"student {name}: alone, for comparison")
             net = self._network(name, self.names.student_weights)
             trainer = self._fit(self._without_teacher(name, self.config.train, "alone"), net)
             self._add_row("student alone", name, trainer.network)
-        self.distill()
-        show_table(["", "network", "top-1 %", "parameters", "inference img/s"], self.rows, numbers=3)
-        log_rank0(f"everything is in {self.out}")
-
-    def distill(self) -> None:
-        method = self.config.run.method
-        log_rank0(f"student {self.names.student}: {method}" + (f" from {self.names.teacher}" if self.teacher else ""))
+        log_rank0(f"student {name}: {method}" + (f" from {self.names.teacher}" if self.teacher else ""))
         trainer = self._fit(self.config, self.student, self.teacher, self.peers)
         for label, net in trainer.networks.items():
             self._add_row(f"{label.replace('_', ' ')}, {method}", trainer.report.models.get(label, ""), net)
+        show_table(["", "network", "top-1 %", "parameters", "inference img/s"], self.rows, numbers=3)
+        log_rank0(f"everything is in {self.out}")
 
     def prepare_teacher(self, teacher: nn.Module) -> None:
         """Train the teacher if it has no weights yet. Then log its accuracy, with a warning if it is near chance."""
@@ -150,19 +146,15 @@ class Job:
         """Load weights of a finished run with the same settings, here or in a sibling folder; otherwise train."""
         options = self.config.train.stretched(self.names.teacher_epochs)
         config = self._without_teacher(self.names.teacher, options, "teacher")
-        found = distributed.from_rank_zero(self._finished_teacher, config)
+        folders = [self.out / "teacher", *sorted(self.out.parent.glob("*/teacher"))]
+        data = describe(self.train_loader)
+        found = distributed.from_rank_zero(checkpoint.find_finished, folders, flat(config), data)
         if found:
             log_rank0(f"teacher {self.names.teacher}: trained before with these settings, taken from {found.parent}")
         else:
             log_rank0(f"teacher {self.names.teacher}: training it first")
             found = self._fit(config, teacher).report.out / "student.safetensors"
         load_weights(teacher, found)  # the saved weights, whether or not they were trained just now
-
-    def _finished_teacher(self, config: Config) -> Path | None:
-        folders = [self.out / "teacher", *sorted(self.out.parent.glob("*/teacher"))]
-        data = describe(self.train_loader)
-        same = (folder for folder in folders if checkpoint.finished(folder, flat(config), data))
-        return next((folder / "student.safetensors" for folder in same), None)
 
     def _without_teacher(self, name: str, options: TrainOptions, folder: str) -> Config:
         """The configuration of a training with the labels alone, in a folder below this job's."""
