@@ -125,12 +125,26 @@ class Job:
         log_rank0(f"everything is in {self.out}")
 
     def prepare_teacher(self, teacher: nn.Module) -> None:
-        """Train the teacher if it has no weights yet. Then log its accuracy, with a warning if it is near chance."""
+        """Train a teacher without weights, if no finished run here or in a sibling folder has the same settings.
+
+        Then log its accuracy, with a warning if it is near chance.
+        """
+        name = self.names.teacher
         if not self.names.teacher_weights:
-            self._find_or_train(teacher)
-        top1 = self._add_row("teacher", self.names.teacher, teacher)
+            options = self.config.train.stretched(self.names.teacher_epochs)
+            config = self._without_teacher(name, options, "teacher")
+            folders = [self.out / "teacher", *sorted(self.out.parent.glob("*/teacher"))]
+            data = describe(self.train_loader)
+            found = distributed.from_rank_zero(checkpoint.find_finished, folders, flat(config), data)
+            if found:
+                log_rank0(f"teacher {name}: trained before with these settings, taken from {found.parent}")
+            else:
+                log_rank0(f"teacher {name}: training it first")
+                found = self._fit(config, teacher).report.out / "student.safetensors"
+            load_weights(teacher, found)  # the saved weights, whether or not they were trained just now
+        top1 = self._add_row("teacher", name, teacher)
         chance = 100 / len(self.val_loader.classes)
-        log_rank0(f"teacher {self.names.teacher}: top-1 {top1:.2f} % on the validation images")
+        log_rank0(f"teacher {name}: top-1 {top1:.2f} % on the validation images")
         if top1 < chance + 0.1 * (100 - chance):
             reason = (
                 "Its weights, the order of the classes or the normalisation (--mean, --std) do not fit this data"
@@ -141,20 +155,6 @@ class Job:
                 f"WARNING: the teacher's top-1 is {top1:.2f} % and chance is {chance:.2f} %. {reason}; "
                 "the student will learn noise."
             )
-
-    def _find_or_train(self, teacher: nn.Module) -> None:
-        """Load weights of a finished run with the same settings, here or in a sibling folder; otherwise train."""
-        options = self.config.train.stretched(self.names.teacher_epochs)
-        config = self._without_teacher(self.names.teacher, options, "teacher")
-        folders = [self.out / "teacher", *sorted(self.out.parent.glob("*/teacher"))]
-        data = describe(self.train_loader)
-        found = distributed.from_rank_zero(checkpoint.find_finished, folders, flat(config), data)
-        if found:
-            log_rank0(f"teacher {self.names.teacher}: trained before with these settings, taken from {found.parent}")
-        else:
-            log_rank0(f"teacher {self.names.teacher}: training it first")
-            found = self._fit(config, teacher).report.out / "student.safetensors"
-        load_weights(teacher, found)  # the saved weights, whether or not they were trained just now
 
     def _without_teacher(self, name: str, options: TrainOptions, folder: str) -> Config:
         """The configuration of a training with the labels alone, in a folder below this job's."""
