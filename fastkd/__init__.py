@@ -34,11 +34,10 @@ _MODULE_OF = {"Result": "train", "TrainOptions": "engine", "Trainer": "train", "
 
 
 def __getattr__(name: str) -> object:
-    if name in _MODULE_OF:
-        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    if name in __all__:
-        return import_module(f".{name}", __name__)
-    raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+    module = import_module(f".{_MODULE_OF.get(name, name)}", __name__)
+    return getattr(module, name) if name in _MODULE_OF else module
 
 
 def __dir__() -> list[str]:

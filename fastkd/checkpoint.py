@@ -43,16 +43,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         ) from None
 
 
-def save(paths: list[Path], state: dict) -> None:
-    """Write the same `state` to each path. It holds tensors, numbers, strings and containers of them."""
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
-    for path in paths:
-        write_atomic(path, buffer.getvalue())
-
-
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote, on the CPU. Raises UserError if the file is not a checkpoint of this format."""
+    """The state that `save_run` wrote, on the CPU. Raises UserError if the file is not a checkpoint of this format."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint
@@ -81,10 +73,15 @@ class Result:
 
 
 def save_run(folder: Path, state: dict[str, Any]) -> None:
-    """Write last.pt, and best.pt too if the last epoch of `state["history"]` has the best top1."""
+    """Write last.pt, and best.pt too if the last epoch of `state["history"]` has the best top1.
+
+    `state` holds tensors, numbers, strings and containers of them.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
     accuracies = [row["top1"] for row in state["history"]]
-    names = ["best.pt", "last.pt"] if accuracies[-1] >= max(accuracies) else ["last.pt"]
-    save([folder / name for name in names], state)
+    for name in ["best.pt", "last.pt"] if accuracies[-1] >= max(accuracies) else ["last.pt"]:
+        write_atomic(folder / name, buffer.getvalue())
 
 
 def load_run(folder: Path, data: dict[str, Any], processes: int) -> dict[str, Any] | None:
@@ -148,13 +145,15 @@ def differences(path: Path, config: dict, free: tuple[str, ...]) -> list[str]:
     return [f"{name} was {saved.get(name)!r}, now {config.get(name)!r}" for name in changed]
 
 
-def finished(path: Path, config: dict, data: dict) -> bool:
-    """True if `path` holds a finished run with these options on this data (images and classes)."""
-    weights = path / "student.safetensors"
-    whole = weights.exists() and (path / "config.yaml").exists()
-    if not whole or read_about(weights).get("data") != data:
-        return False
-    return not differences(path, config, tuple(name for name in FREE_TO_CHANGE if name != "data"))
+def find_finished(folders: list[Path], config: dict, data: dict) -> Path | None:
+    """The student's weights in the first of `folders` with a finished run of these options on this data."""
+    free = tuple(name for name in FREE_TO_CHANGE if name != "data")
+    for folder in folders:
+        weights = folder / "student.safetensors"
+        same_data = (folder / "config.yaml").exists() and read_about(weights).get("data") == data
+        if same_data and not differences(folder, config, free):
+            return weights
+    return None
 
 
 def read_about(weights: Path) -> dict:

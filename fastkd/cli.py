@@ -29,7 +29,16 @@ def main() -> None:
     if sys.argv[1:2] != ["bench"]:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        dispatch(sys.argv[1:])
+        command, *arguments = sys.argv[1:] or ["--help"]
+        if command in ("-h", "--help"):
+            print(USAGE, end="")
+        elif command == "--version":
+            print(import_module(__package__).__version__)
+        elif command in COMMANDS:
+            import_module(f".commands.{command}", __package__).run(arguments)
+        else:
+            near = nearest(command, [*COMMANDS, "--version", "--help"])
+            raise UserError(f"unknown command {command!r}{near}; see `fastkd --help`")
     except UserError as error:
         print(f"fastkd: {error}", file=sys.stderr)
         sys.exit(2)
@@ -40,23 +49,6 @@ def main() -> None:
         print("; ".join(["fastkd: stopped", *stop.args]), file=sys.stderr)
         sys.exit(130)
     finally:
-        if "torch" in sys.modules:
-            from . import distributed
-
-            distributed.destroy()
-
-
-def dispatch(arguments: list[str]) -> None:
-    """Run the command that the first argument names. Raises UserError for an unknown one."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return
-    if arguments[0] == "--version":
-        from . import __version__
-
-        print(__version__)
-        return
-    if arguments[0] not in COMMANDS:
-        near = nearest(arguments[0], [*COMMANDS, "--version", "--help"])
-        raise UserError(f"unknown command {arguments[0]!r}{near}; see `fastkd --help`")
-    import_module(f".commands.{arguments[0]}", __package__).run(arguments[1:])
+        dist = sys.modules.get("torch.distributed")
+        if dist and dist.is_initialized():
+            dist.destroy_process_group()

@@ -17,7 +17,7 @@ from .data import DataOptions
 from .engine import TrainOptions
 from .errors import UserError, nearest
 from .methods import METHODS, find_method
-from .parser import groups, last_value, name_of, option_types, run_parser, tokens_of
+from .parser import name_of, option_types, run_parser, tokens_of, typed_options
 
 NOT_IN_FILES = ("config", "print_config", "resume")
 TIMES = ("warmup_epochs", "decay_epochs", "decay_milestones")  # parts of a schedule, in epochs
@@ -81,11 +81,10 @@ def parse(arguments: list[str], log: Callable[[str], None] = print) -> Config:
     Raises UserError for unknown options and wrong values, whichever source they are from.
     """
     sources = _sources(arguments, log)
-    method = last_value("method", arguments) or _from(sources, "method") or RunOptions.method
-    typed = {name_of(flag): words for flag, words in groups(arguments)}
-    _refuse_options_of_other_methods(method, [*sources, ("command line", typed)])
+    method = _from(sources, "method") or RunOptions.method
+    _refuse_options_of_other_methods(method, sources)
     kind = config_type(method)
-    tokens = [token for source, values in sources for token in tokens_of(values, kind, source)]
+    tokens = [token for source, values in sources[:-1] for token in tokens_of(values, kind, source)]
     return run_parser(kind, arguments, "fastkd train", tokens)
 
 
@@ -109,24 +108,26 @@ def recipe_names() -> list[str]:
 
 
 def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
-    """The options of the recipe and of the file."""
-    recipe, path = last_value("recipe", arguments), last_value("config", arguments)
-    files = [(f"--config {path}", _read_yaml(Path(path)))] if path else []
+    """The options of the recipe, of the file and of the command line."""
+    typed = typed_options(arguments)
+    path, sources = typed.get("config", ""), [("command line", typed)]
+    if path:
+        sources = [(f"--config {path}", _read_yaml(Path(path))), *sources]
     if "--resume" in arguments:
-        out = last_value("out", arguments) or _from(files, "out")
+        out = _from(sources, "out")
         if not out:
             raise UserError("--resume needs --out FOLDER, the folder of the run to resume")
         started = Path(out) / "config.yaml"
         if not started.is_file():
             raise UserError(f"--resume: there is no run in {out} (no config.yaml); check the path, or drop --resume")
-        if not (recipe or path):  # so that `--out DIR --resume` is enough
-            path, files = str(started), [(f"--config {started}", _read_yaml(started))]
-    data = last_value("data", arguments) or DataOptions.data
-    recipe = recipe or _from(files, "recipe") or ("digits" if data == "digits" and not path else "")
-    return [(f"--recipe {recipe}", _recipe(recipe, files, arguments, log)), *files] if recipe else files
+        if not (typed.get("recipe") or path):  # so that `--out DIR --resume` is enough
+            path, sources = str(started), [(f"--config {started}", _read_yaml(started)), *sources]
+    default = "digits" if typed.get("data", DataOptions.data) == "digits" and not path else ""
+    recipe = _from(sources, "recipe") or default
+    return [(f"--recipe {recipe}", _recipe(recipe, sources, log)), *sources] if recipe else sources
 
 
-def _recipe(recipe: str, files: Sources, arguments: list[str], log: Callable[[str], None]) -> dict[str, Any]:
+def _recipe(recipe: str, sources: Sources, log: Callable[[str], None]) -> dict[str, Any]:
     """The options of a recipe, with its schedule scaled to the chosen --epochs.
 
     Otherwise the recipe's warm-up might be longer than a short run.
@@ -135,21 +136,19 @@ def _recipe(recipe: str, files: Sources, arguments: list[str], log: Callable[[st
     if recipe not in known:
         raise UserError(f"unknown recipe {recipe!r}{nearest(recipe, known)}; choose from {', '.join(known)}")
     values = yaml.safe_load((importlib.resources.files("fastkd") / "recipes" / f"{recipe}.yaml").read_text())
-    epochs = last_value("epochs", arguments) or _from(files, "epochs")
-    given = {name_of(flag) for flag, _ in groups(arguments)} | {name for _, file in files for name in file}
-    names = [name for name in TIMES if name in values and name not in given]
+    epochs = _from(sources, "epochs")
+    names = [name for name in TIMES if name in values and not any(name in given for _, given in sources)]
     if not (names and epochs.isdecimal() and "epochs" in values) or int(epochs) == values["epochs"]:
         return values
     factor = int(epochs) / values["epochs"]
-    before = {name: values[name] if isinstance(values[name], list) else [values[name]] for name in names}
-    after = {name: [time * factor for time in times] for name, times in before.items()}
-    changes = ", ".join(f"{name} {_shown(before[name])} -> {_shown(after[name])}" for name in names)
-    log(f"recipe {recipe}, made for {values['epochs']} epochs, over {epochs}: {changes}")
-    return values | after
-
-
-def _shown(times: list[float]) -> str:
-    return " ".join(f"{time:.3g}" for time in times)
+    scaled, changes = {}, []
+    for name in names:
+        times = values[name] if isinstance(values[name], list) else [values[name]]
+        scaled[name] = [time * factor for time in times]
+        before, after = (" ".join(f"{time:.3g}" for time in each) for each in (times, scaled[name]))
+        changes.append(f"{name} {before} -> {after}")
+    log(f"recipe {recipe}, made for {values['epochs']} epochs, over {epochs}: {', '.join(changes)}")
+    return values | scaled
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -185,4 +184,4 @@ def _refuse_options_of_other_methods(method: str, sources: Sources) -> None:
 
 def _from(sources: Sources, key: str) -> str:
     """The value of an option in the last source that has it, as text, or an empty string."""
-    return next((str(values[key]) for _, values in reversed(sources) if key in values), "")
+    return next((str(values[key]) for _, values in reversed(sources) if values.get(key, "") != ""), "")

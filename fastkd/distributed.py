@@ -2,8 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -49,12 +48,6 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def destroy() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def barrier() -> None:
@@ -108,13 +101,3 @@ def parallel(module: nn.Module, device: torch.device, find_unused_parameters: bo
     settings: dict[str, Any] = {"broadcast_buffers" if old else "forward_sync_buffers": False}
     settings["device_ids"] = [device.index] if device.type == "cuda" else None
     return ddp(module, find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True, **settings)
-
-
-@contextmanager
-def rank_zero_first() -> Iterator[None]:
-    """Rank 0 runs the block first, then the others: they find the files that it has written."""
-    if rank() == 0:
-        yield
-    barrier()
-    if rank() != 0:
-        yield

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(ValueError):
@@ -20,8 +21,6 @@ def check_number(name: str, value: float, *, above_zero: bool = False, hint: str
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the closest of `choices`, or the empty string."""
-    from difflib import get_close_matches
-
     by_letters = {choice.lower(): choice for choice in choices}
     match = get_close_matches(word.lower(), list(by_letters), n=1, cutoff=0.5)
     return f" (did you mean {by_letters[match[0]]!r}?)" if match else ""

@@ -4,12 +4,12 @@ import time
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed
 from .engine.precision import Precision
 from .errors import UserError
-from .metrics import topk_correct
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Batches of (images [N, 3, H, W], target [N] int64) on the device."""
@@ -19,7 +19,8 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 def evaluate(net: nn.Module, loader: Batches, precision: Precision) -> dict[str, float]:
     """{"top1": %, "top5": %, "loss": mean cross-entropy, "images": count} in eval mode; one host sync at the end.
 
-    Every process of the run must call it. Raises UserError if no process has an image.
+    With fewer than five classes, top-5 counts all of them. Every process of the run must call it.
+    Raises UserError if no process has an image.
     """
     training = net.training
     net.eval()
@@ -27,7 +28,9 @@ def evaluate(net: nn.Module, loader: Batches, precision: Precision) -> dict[str,
     for images, target in loader:
         with precision.autocast():
             logits = net(images)
-        counts += topk_correct(logits, target)
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
+        loss_sum = F.cross_entropy(logits.float(), target, reduction="sum")
+        counts += torch.stack([loss_sum, hits[:, 0].sum(), hits.sum(), loss_sum.new_full((), len(target))])
     net.train(training)
     loss, top1, top5, images = distributed.all_reduce_sum(counts).tolist()
     if not images:

@@ -8,8 +8,9 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import Field, fields
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 from .errors import UserError, nearest
@@ -19,11 +20,8 @@ T = TypeVar("T")
 
 def option_types(kind: type) -> dict[str, type]:
     """The type of every option, by its name."""
-    return {option.name: cast(type, option.type) for option in _options(kind)}
-
-
-def _options(kind: type) -> list[Field[Any]]:
-    return [option for section in fields(kind) for option in fields(cast(type, section.type))]
+    options = (option for section in fields(kind) for option in fields(cast(type, section.type)))
+    return {option.name: cast(type, option.type) for option in options}
 
 
 def groups(arguments: list[str]) -> list[tuple[str, list[str]]]:
@@ -43,10 +41,9 @@ def name_of(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-def last_value(name: str, arguments: list[str]) -> str:
-    """The value of the last `--name VALUE` or `--name=VALUE`, or an empty string."""
-    found = (words[0] for flag, words in reversed(groups(arguments)) if name_of(flag) == name and words)
-    return next(found, "")
+def typed_options(arguments: list[str]) -> dict[str, str]:
+    """The first word after each `--name`, or an empty string, by name. The last one of equal names counts."""
+    return {name_of(flag): words[0] if words else "" for flag, words in groups(arguments)}
 
 
 def tokens_of(values: dict[str, Any], kind: type, source: str) -> list[str]:
@@ -73,11 +70,23 @@ def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Seque
     import tyro
 
     arguments = ["--batch-size" if argument == "-b" else argument for argument in arguments]
-    wanted_help = "--help" in arguments or "-h" in arguments
-    if not wanted_help:
-        _check(arguments, kind, command)
-    with contextlib.nullcontext() if wanted_help else _errors_in_one_line():
-        return tyro.cli(kind, prog=command, args=[*earlier, *arguments], config=(tyro.conf.OmitArgPrefixes,))
+    parse = partial(tyro.cli, kind, prog=command, args=[*earlier, *arguments], config=(tyro.conf.OmitArgPrefixes,))
+    if "--help" in arguments or "-h" in arguments:
+        return parse()
+    _check(arguments, kind, command)
+    before, text = os.environ.get("COLUMNS"), io.StringIO()
+    os.environ["COLUMNS"] = "1000"
+    try:
+        with contextlib.redirect_stderr(text):
+            return parse()
+    except SystemExit:  # tyro has printed the error in a box
+        lines = [re.sub("[│╭╮╰╯]", "", line).strip() for line in text.getvalue().splitlines()[1:]]
+        rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
+        # The messages of fastkd's checks name the option: drop "Error parsing <section>: ".
+        message = re.sub(r"^Error parsing (\w+: )?", "", " ".join(line for line in lines[:rule] if line))
+        raise UserError(message) from None
+    finally:
+        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
 
 
 def _check(arguments: list[str], kind: type, command: str) -> None:
@@ -87,8 +96,7 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
         positive = name_of(flag).removeprefix("no_")
         name = positive if types.get(positive) is bool else name_of(flag)
         if not flag:
-            needed = [option.name for option in _options(kind) if option.default is option.default_factory]
-            hint = f" (did you mean --{needed[0]} {words[0]}?)" if needed else ""
+            hint = f" (did you mean --weights {words[0]}?)" if "weights" in types else ""
             raise UserError(f"unexpected {words[0]!r}{hint}; `{command} --help` lists the options")
         elif name not in types:
             flags = ["--" + known.replace("_", "-") for known in types]
@@ -127,23 +135,3 @@ def _wrong(option: str, kind: type, words: list[str], got: str) -> UserError:
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "one text"}[kind]
         hint = "; put quotes around it" if kind is str and len(words) > 1 else ""
     return UserError(f"{option} must be {wanted}, got {got}{hint}")
-
-
-@contextlib.contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """tyro prints an error in a box and exits: raise it as a UserError."""
-    before, text = os.environ.get("COLUMNS"), io.StringIO()
-    os.environ["COLUMNS"] = "1000"
-    try:
-        with contextlib.redirect_stderr(text):
-            yield
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        lines = [re.sub("[│╭╮╰╯]", "", line).strip() for line in text.getvalue().splitlines()[1:]]
-        rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
-        # The messages of fastkd's checks name the option: drop "Error parsing <section>: ".
-        message = re.sub(r"^Error parsing (\w+: )?", "", " ".join(line for line in lines[:rule] if line))
-        raise UserError(message) from None
-    finally:
-        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)

@@ -117,12 +117,10 @@ def board_class() -> type[Any]:
 
 
 class Bar:
-    """The progress bar of a run: images/s of this epoch, loss terms and the remaining time.
-
-    epochs: of the whole run. epoch: the first one to train, from 0. steps: per epoch.
-    """
+    """The progress bar of a run: images/s of this epoch, loss terms and the remaining time."""
 
     def __init__(self, epochs: int, epoch: int, steps: int) -> None:
+        """`epochs` of the whole run, of which `epoch` are done; `steps` per epoch."""
         self.progress = progress_with(TextColumn("{task.fields[shown]}"))
         self.task = self.progress.add_task("", total=epochs * steps, completed=epoch * steps, shown="")
         self.epochs = epochs
@@ -161,14 +159,14 @@ def track(steps: Sequence, title: str) -> Iterable:
         yield from progress.track(steps, description=title)
 
 
-def loss_terms(row: dict[str, float]) -> dict[str, float]:
-    """The weighted loss terms of a row of the history, by name."""
-    return {name: x for name, x in row.items() if not (name in NOT_TERMS or name.endswith(SCORES))}
+def is_loss_term(name: str) -> bool:
+    """True if a column of the history is a weighted loss term."""
+    return not (name in NOT_TERMS or name.endswith(SCORES))
 
 
 def terms_of(row: dict[str, float]) -> str:
     """The loss terms of a row of the history, as text."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in loss_terms(row).items())
+    return "  ".join(f"{name} {value:.4f}" for name, value in row.items() if is_loss_term(name))
 
 
 def plot(history: list[dict[str, float]]) -> bytes:
@@ -176,20 +174,17 @@ def plot(history: list[dict[str, float]]) -> bytes:
 
     IAKD's selection rates have a panel of their own.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for row in history for name in row))
-    losses = [*loss_terms(dict.fromkeys(names, 0.0)), *(name for name in names if name.endswith("val_loss"))]
     panels = {
-        "loss terms, weighted": losses,
+        "loss terms, weighted": [name for name in names if is_loss_term(name) or name.endswith("val_loss")],
         "validation accuracy, %": [name for name in names if name.endswith(("top1", "top5"))],
         "learning rate": ["lr"],
         "share of steps": [name for name in names if name.endswith("share")],
     }
     panels = {title: lines for title, lines in panels.items() if lines}
     figure = Figure(figsize=(4.4 * len(panels), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
     epochs = [row["epoch"] for row in history]
     for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in lines:

@@ -62,7 +62,7 @@ def main(folder: str) -> None:
     result = trainer.fit()
     state = {"weights": student.state_dict(), "seen": loader.seen, "top1": result.top1}
     torch.save(state, f"{folder}/rank{distributed.rank()}.pt")
-    distributed.destroy()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
         except Exception as error:
             raise RuntimeError(f"method {name} in two processes") from error
         torch.save(state, folder / name / f"rank{distributed.rank()}.pt")
-    distributed.destroy()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

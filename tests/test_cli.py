@@ -85,10 +85,10 @@ def test_a_folder_of_something_else_is_not_offered_for_resuming(fastkd):
 
 
 def test_an_interrupt_says_how_to_go_on(fastkd, monkeypatch):
-    def interrupted(job):
+    def interrupted(*job):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastkd.commands.train.Job.distill", interrupted)
+    monkeypatch.setattr("fastkd.commands.train.Job._fit", interrupted)
     options = [*QUICK, "--method", "ce", "--no-baseline"]
     status, _, err = fastkd("train", *options, "--out", "my run")
     assert (status, err) == (130, "fastkd: stopped; go on with `fastkd train --out 'my run' --resume`\n")

@@ -65,13 +65,13 @@ def test_checkpoints_hold_no_teacher(tiny_net, tiny_loaders, tmp_path):
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_resumed_equals_uninterrupted(tiny_net, tiny_loaders, tmp_path, options, monkeypatch):
     whole, _ = fit(tiny_net, tiny_loaders, tmp_path / "whole", **options)
-    save = checkpoint.save
+    save = checkpoint.save_run
 
-    def killed_after_the_first(paths, state):
-        save(paths, state)
+    def killed_after_the_first(folder, state):
+        save(folder, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", killed_after_the_first)
+    monkeypatch.setattr(checkpoint, "save_run", killed_after_the_first)
     with pytest.raises(KeyboardInterrupt):
         fit(tiny_net, tiny_loaders, tmp_path / "cut", **options)
     monkeypatch.undo()
@@ -241,7 +241,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-    checkpoint.save([tmp_path / "last.pt"], {"epoch": 1})
+    checkpoint.save_run(tmp_path, {"history": [{"top1": 1.0}]})
     whole = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="last.pt is not a readable checkpoint"):

@@ -3,7 +3,7 @@
 import importlib
 import os
 import platform
-from dataclasses import asdict, dataclass, make_dataclass
+from dataclasses import dataclass, make_dataclass
 
 import torch
 
@@ -33,19 +33,20 @@ class DoctorOptions:
 def run(arguments: list[str]) -> None:
     """The command: a table of the machine and, with an option, one of a training step."""
     kind = make_dataclass("Doctor", [("doctor", DoctorOptions)], frozen=True)
-    given = asdict(run_parser(kind, arguments, "fastkd doctor").doctor)
+    given = vars(run_parser(kind, arguments, "fastkd doctor").doctor)
     workload = {name: value for name, value in given.items() if value}
     step = []
     if workload:
         from .step_doctor import examine_step
 
         step = examine_step(workload)  # an error comes before the first table
-    show_table(["", "here", "what fastkd does with it"], [*_devices(), *_software()])
+    show_table(["", "here", "what fastkd does with it"], _machine())
     if workload:
         show_table(["a training step", "here", ""], step)
 
 
-def _devices() -> list[list[str]]:
+def _machine() -> list[list[str]]:
+    """Rows for the devices, the packages, and the options that choose between them."""
     rows = [
         ["python", platform.python_version(), ""],
         ["cpu", f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads for the networks"],
@@ -54,19 +55,15 @@ def _devices() -> list[list[str]]:
         properties = torch.cuda.get_device_properties(index)
         memory = f"{properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
         rows.append([f"cuda:{index}", properties.name, memory])
-    if not torch.cuda.is_available():
+    cuda = torch.cuda.is_available()
+    if not cuda:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         rows.append(["cuda", "no device", f"{built}; everything runs on the CPU"])
-    return rows
-
-
-def _software() -> list[list[str]]:
-    """Rows for the packages, and for the options that choose between them."""
-    cuda = torch.cuda.is_available()
     dali = importlib.import_module("nvidia.dali").__version__ if has("nvidia.dali") else None
     apex = "installed" if has("apex.optimizers") else "not installed"
     decode = "JPEGs decoded on the GPU" if cuda and dali else "JPEGs decoded on the CPU"
     return [
+        *rows,
         *([name, version(name) or "missing", "needed"] for name in ("torch", "torchvision", "timm", "safetensors")),
         ["triton", version("triton") or "missing", "compiles the kernels on CUDA devices"],
         ["DALI", dali or "not installed", "" if dali else "pip install 'fastkd[dali]' for the faster loader"],

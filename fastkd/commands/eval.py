@@ -13,7 +13,7 @@ from ..engine.precision import Precision
 from ..errors import UserError
 from ..evaluate import evaluate, speed
 from ..models import create_model
-from ..parser import groups, last_value, name_of, run_parser, tokens_of
+from ..parser import run_parser, tokens_of, typed_options
 from ..report import log_rank0, show_table
 
 
@@ -36,12 +36,15 @@ class EvalOptions:
 def run(arguments: list[str]) -> None:
     """The command: one row of scores."""
     kind = make_dataclass("Eval", [("eval", EvalOptions), ("data", DataOptions)], frozen=True)
-    tokens = _as_trained(arguments, kind)
+    typed = typed_options(arguments)
+    weights = Path(typed.get("weights", ""))
+    noted = checkpoint.read_about(weights).get("input", {}) if typed.get("data", "digits") != "digits" else {}
+    tokens = tokens_of({name: noted[name] for name in noted if name not in typed}, kind, f"--weights {weights}")
     config: Any = run_parser(kind, arguments, "fastkd eval", tokens)
     options, device = config.eval, device_for(config.eval.device)
-    if tokens:
+    if tokens:  # the image size and normalisation
         log_rank0(f"as in training: {' '.join(tokens)}")
-    model = options.model or _network_of(Path(options.weights))
+    model = options.model or _network_of(weights)
     precision = Precision(options.amp_dtype, device)
     _, loader = create_loaders(
         config.data, device, rank=rank(), world_size=world_size(), dtype=precision.dtype, log=log_rank0
@@ -52,15 +55,6 @@ def run(arguments: list[str]) -> None:
     row = [model, f"{scores['images']:,}", f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}"]
     columns = ["network", "images", "top-1 %", "top-5 %", "loss", "inference img/s"]
     show_table(columns, [[*row, f"{rate:,.0f}"]], numbers=5)
-
-
-def _as_trained(arguments: list[str], kind: type) -> list[str]:
-    """Tokens for the image size and normalisation in the weights' file, unless given. None for the digits."""
-    weights, given = last_value("weights", arguments), {name_of(flag) for flag, _ in groups(arguments)}
-    if last_value("data", arguments) in ("", "digits"):
-        return []
-    noted = checkpoint.read_about(Path(weights)).get("input", {})
-    return tokens_of({name: noted[name] for name in noted if name not in given}, kind, f"--weights {weights}")
 
 
 def _network_of(weights: Path) -> str:

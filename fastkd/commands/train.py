@@ -111,58 +111,48 @@ class Job:
         """Train what needs training, the student last, and show the table."""
         if self.teacher is not None:
             self.prepare_teacher(self.teacher)
-        name = self.names.student
-        if self.names.baseline and self.config.run.method != "ce":
+        name, method = self.names.student, self.config.run.method
+        if self.names.baseline and method != "ce":
             log_rank0(f"student {name}: alone, for comparison")
             net = self._network(name, self.names.student_weights)
             trainer = self._fit(self._without_teacher(name, self.config.train, "alone"), net)
             self._add_row("student alone", name, trainer.network)
-        self.distill()
-        show_table(["", "network", "top-1 %", "parameters", "inference img/s"], self.rows, numbers=3)
-        log_rank0(f"everything is in {self.out}")
-
-    def distill(self) -> None:
-        method = self.config.run.method
-        log_rank0(f"student {self.names.student}: {method}" + (f" from {self.names.teacher}" if self.teacher else ""))
+        log_rank0(f"student {name}: {method}" + (f" from {self.names.teacher}" if self.teacher else ""))
         trainer = self._fit(self.config, self.student, self.teacher, self.peers)
         for label, net in trainer.networks.items():
             self._add_row(f"{label.replace('_', ' ')}, {method}", trainer.report.models.get(label, ""), net)
+        show_table(["", "network", "top-1 %", "parameters", "inference img/s"], self.rows, numbers=3)
+        log_rank0(f"everything is in {self.out}")
 
     def prepare_teacher(self, teacher: nn.Module) -> None:
-        """Train the teacher if it has no weights yet. Then log its accuracy, with a warning if it is near chance."""
+        """Train a teacher without weights, if no finished run here or in a sibling folder has the same settings.
+
+        Then log its accuracy, with a warning if it is near chance.
+        """
+        name = self.names.teacher
         if not self.names.teacher_weights:
-            self._find_or_train(teacher)
-        top1 = self._add_row("teacher", self.names.teacher, teacher)
+            options = self.config.train.stretched(self.names.teacher_epochs)
+            config = self._without_teacher(name, options, "teacher")
+            folders = [self.out / "teacher", *sorted(self.out.parent.glob("*/teacher"))]
+            data = describe(self.train_loader)
+            found = distributed.from_rank_zero(checkpoint.find_finished, folders, flat(config), data)
+            if found:
+                log_rank0(f"teacher {name}: trained before with these settings, taken from {found.parent}")
+            else:
+                log_rank0(f"teacher {name}: training it first")
+                found = self._fit(config, teacher).report.out / "student.safetensors"
+            load_weights(teacher, found)  # the saved weights, whether or not they were trained just now
+        top1 = self._add_row("teacher", name, teacher)
         chance = 100 / len(self.val_loader.classes)
-        log_rank0(f"teacher {self.names.teacher}: top-1 {top1:.2f} % on the validation images")
+        log_rank0(f"teacher {name}: top-1 {top1:.2f} % on the validation images")
         if top1 < chance + 0.1 * (100 - chance):
-            reason = (
-                "Its weights, the order of the classes or the normalisation (--mean, --std) do not fit this data"
-                if self.names.teacher_weights
-                else f"It was trained for too short a time (--teacher-epochs {self.names.teacher_epochs})"
-            )
+            reason = "Its weights, the order of the classes or the normalisation (--mean, --std) do not fit this data"
+            if not self.names.teacher_weights:
+                reason = f"It was trained for too short a time (--teacher-epochs {self.names.teacher_epochs})"
             log_rank0(
                 f"WARNING: the teacher's top-1 is {top1:.2f} % and chance is {chance:.2f} %. {reason}; "
                 "the student will learn noise."
             )
-
-    def _find_or_train(self, teacher: nn.Module) -> None:
-        """Load weights of a finished run with the same settings, here or in a sibling folder; otherwise train."""
-        options = self.config.train.stretched(self.names.teacher_epochs)
-        config = self._without_teacher(self.names.teacher, options, "teacher")
-        found = distributed.from_rank_zero(self._finished_teacher, config)
-        if found:
-            log_rank0(f"teacher {self.names.teacher}: trained before with these settings, taken from {found.parent}")
-        else:
-            log_rank0(f"teacher {self.names.teacher}: training it first")
-            found = self._fit(config, teacher).report.out / "student.safetensors"
-        load_weights(teacher, found)  # the saved weights, whether or not they were trained just now
-
-    def _finished_teacher(self, config: Config) -> Path | None:
-        folders = [self.out / "teacher", *sorted(self.out.parent.glob("*/teacher"))]
-        data = describe(self.train_loader)
-        same = (folder for folder in folders if checkpoint.finished(folder, flat(config), data))
-        return next((folder / "student.safetensors" for folder in same), None)
 
     def _without_teacher(self, name: str, options: TrainOptions, folder: str) -> Config:
         """The configuration of a training with the labels alone, in a folder below this job's."""
@@ -188,8 +178,12 @@ class Job:
     def _network(self, name: str, weights: str, number: int = 0) -> nn.Module:
         """`number` changes the initial weights: equal peers that start alike have nothing to teach each other."""
         torch.manual_seed(self.config.train.seed + number)  # so that it does not depend on the networks before it
-        with distributed.rank_zero_first():  # so that pre-trained weights are downloaded once
-            return create_model(name, len(self.train_loader.classes), weights or None)
+        if distributed.rank() > 0:
+            distributed.barrier()  # rank 0 goes first, so that pre-trained weights are downloaded once
+        net = create_model(name, len(self.train_loader.classes), weights or None)
+        if distributed.rank() == 0:
+            distributed.barrier()
+        return net
 
     def _add_row(self, label: str, name: str, net: nn.Module) -> float:
         net.to(self.device).to(memory_format=self.config.train.memory_format)

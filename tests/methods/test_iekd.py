@@ -274,16 +274,16 @@ def fit(tiny_loaders, out, epochs=2, student=0, name="iekd", resume=False, **opt
 @pytest.mark.parametrize("options", [{}, {"split": "random", "kd_weight": 0.5, "p": 2}, {"variant": "overhaul"}])
 def test_resumed_equals_uninterrupted(tiny_loaders, tmp_path, monkeypatch, trainings, options):
     whole, _ = fit(tiny_loaders, tmp_path / "whole", **options)
-    save = checkpoint.save
+    save = checkpoint.save_run
 
     def killed_after_the_first(paths, saved):
         save(paths, saved)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", killed_after_the_first)
+    monkeypatch.setattr(checkpoint, "save_run", killed_after_the_first)
     with pytest.raises(KeyboardInterrupt):
         fit(tiny_loaders, tmp_path / "cut", **options)
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "save_run", save)
     resumed, method = fit(tiny_loaders, tmp_path / "cut", student=7, resume=True, **options)
     assert equal(load_file(whole.student), load_file(resumed.student))
     assert load_file(whole.student).keys() == net().state_dict().keys()
