@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -58,11 +59,12 @@ def about_run(device: torch.device, load: float) -> Record:
 def environment() -> Record:
     """Machine, versions and the command line as it is typed in a clone."""
     cuda, name = torch.cuda.is_available(), Path(sys.argv[0]).name
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     program = "fastkd" if name in ("fastkd", "__main__.py") else f"python bench/scripts/{name}"
     return {
         "command": " ".join([program, *sys.argv[1:]]),
         "python": platform.python_version(),
-        "cpu": _cpu_name(),
+        "cpu": cpu[1] if cpu else platform.machine(),
         "cpus": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
@@ -161,11 +163,3 @@ def results_folder(gpu: str | None) -> Path:
     """bench/results/<device>: NVIDIA H100 80GB HBM3 -> h100-80gb-hbm3, None -> cpu."""
     name = gpu.lower().removeprefix("nvidia ").replace(" ", "-") if gpu else "cpu"
     return ROOT / "bench" / "results" / name
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

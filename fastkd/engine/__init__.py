@@ -2,8 +2,8 @@
 
 from .graph import GraphedStep
 from .launch import graphed
+from .optim import Schedule
 from .options import TrainOptions
-from .schedule import Schedule
 from .step import Step
 from .teacher_forms import choose_form
 

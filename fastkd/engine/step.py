@@ -15,12 +15,12 @@ from .. import distributed
 from ..errors import UserError
 from ..methods.base import Method
 from ..methods.context import RunContext
-from .bn_snapshot import join_buffers
 from .ema import Ema
 from .optim import can_skip, create_optimizer
 from .options import TrainOptions
 from .precision import Precision
 
+ALIGNMENT = 64  # elements: each buffer starts at a multiple of 256 bytes, as a separate tensor would
 Track = Callable[[Sequence, str], Iterable]
 """Shows a progress bar around a sequence, with a title."""
 
@@ -57,6 +57,27 @@ class Meter:
                 totals[name] += value
                 weights[name] += weight
         return {name: totals[name] / weights[name] if weights[name] else float("nan") for name in totals}
+
+
+def join_buffers(net: nn.Module, device: torch.device) -> Tensor:
+    """One tensor of which the float32 buffers of `net` become views: one launch saves or restores all of them.
+
+    A batch that holds an infinity makes BatchNorm's running means NaN for good, even if the weights are not updated.
+    So a skipped step restores the statistics too.
+    Move `net` to its device first: `to()` would give it separate buffers again, which the tensor does not see. It has
+    no elements if there are no such buffers.
+    """
+    places = [
+        (module, name, buffer)
+        for module in net.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.dtype == torch.float32 and buffer.numel()
+    ]
+    sizes = [-(-buffer.numel() // ALIGNMENT) * ALIGNMENT for *_, buffer in places]
+    joined = torch.zeros(sum(sizes), device=device)
+    for (module, name, buffer), block in zip(places, joined.split(sizes), strict=True):
+        module._buffers[name] = block[: buffer.numel()].view(buffer.shape).copy_(buffer)
+    return joined
 
 
 class Step:
