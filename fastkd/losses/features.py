@@ -16,7 +16,7 @@ from ..kernels import (
     sp_loss,
 )
 from ..kernels.check import check_tensors
-from .base import Loss, check_order, check_weight
+from .base import Loss
 
 Maps = Tensor | Sequence[Tensor]  # of one stage, or of every stage
 
@@ -30,7 +30,6 @@ class FactorTransferLoss(Loss):
 
     p: int = 1
     weight: float = 500.0
-    checks = {"p": check_order, "weight": check_weight}
 
     def forward(self, student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
         return factor_distance([student_factor], teacher_factor, [self.weight], self.p).loss
@@ -69,7 +68,6 @@ class InheritanceExplorationLoss(Loss):
     p: int = 1
     inheritance_weight: float = 50.0
     exploration_weight: float = 50.0
-    checks = {"p": check_order, "inheritance_weight": check_weight, "exploration_weight": check_weight}
 
     def terms(self, inheritance: Tensor | None, exploration: Tensor | None, teacher: Tensor) -> dict[str, Tensor]:
         """The weighted terms by name; their sum is the loss. A term of weight 0 is left out."""
@@ -95,7 +93,6 @@ class AttentionTransferLoss(Loss):
     """
 
     weight: float = 1000.0
-    checks = {"weight": check_weight}
 
     def forward(self, student_maps: Maps, teacher_maps: Maps) -> Tensor:
         return _sum_over_stages(attention_transfer, (student_maps, teacher_maps), self.weight)
@@ -111,7 +108,6 @@ class OverhaulLoss(Loss):
     """
 
     weight: float = 1e-3
-    checks = {"weight": check_weight}
 
     @staticmethod
     def margins(norms: Iterable[nn.Module]) -> list[Tensor]:
@@ -132,7 +128,6 @@ class HintLoss(Loss):
     """
 
     weight: float = 100.0
-    checks = {"weight": check_weight}
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         return hint_distance(student_map, teacher_map, weight=self.weight)
@@ -148,7 +143,6 @@ class RKDLoss(Loss):
 
     distance_weight: float = 25.0
     angle_weight: float = 50.0
-    checks = {"distance_weight": check_weight, "angle_weight": check_weight}
 
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
         return rkd_loss(student_features, teacher_features, **self.settings())
@@ -162,7 +156,6 @@ class SPLoss(Loss):
     """
 
     weight: float = 3000.0
-    checks = {"weight": check_weight}
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
         return self.weight * sp_loss(student_map, teacher_map)
