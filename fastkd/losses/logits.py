@@ -20,10 +20,9 @@ class KDLoss(Loss):
     The defaults are the usual ones for CIFAR; for ImageNet temperature 1 and weights 0.5 / 0.5 are common.
     `standardize=True` is logit standardisation (arXiv:2403.01427), usually with temperature 2 and kd_weight 9.
     student_logits, teacher_logits: [N, C], not probabilities. target: class indices [N] int64, or probabilities [N, C]
-    floating. Only the student's logits get a gradient. Rows labelled `ignore_index` have no cross-entropy, but they
-    keep the KD term.
-    A floating target is not normalised: the sum of a row scales its cross-entropy. `ignore_index` has no effect on it.
-    `label_smoothing` is applied to it as well, even if mixup has smoothed it already.
+    floating. Rows labelled `ignore_index` have no cross-entropy, but they keep the KD term.
+    A floating target is not normalised: the sum of a row scales its cross-entropy. `label_smoothing` is applied to it
+    as well, even if mixup has smoothed it already; `ignore_index` has no effect.
     A label outside the classes is a ValueError on the CPU. Not checked on a GPU, since the check would synchronise: the
     loss and the gradient of that row are then NaN. FASTKD_DEBUG=1 in the environment enables the check there.
     """
@@ -83,11 +82,10 @@ class MutualLoss(Loss):
     def terms(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> dict[str, Tensor]:
         """ce1, kl1, ce2, kl2, ...: the weighted terms of each network, summed over its heads."""
         rows = self.fused(heads, target).terms.split([len(net) for net in heads])
-        return {
-            name: value
-            for n, mine in enumerate(rows, 1)
-            for name, value in ((f"ce{n}", mine[:, 0].sum()), (f"kl{n}", mine[:, 1:].sum()))
-        }
+        terms: dict[str, Tensor] = {}
+        for n, mine in enumerate(rows, 1):
+            terms |= {f"ce{n}": mine[:, 0].sum(), f"kl{n}": mine[:, 1:].sum()}
+        return terms
 
     def forward(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> Tensor:
         return self.fused(heads, target).loss
@@ -150,7 +148,7 @@ class BridgeLoss(Loss):
 class DKDLoss(Loss):
     """T^2 (alpha TCKD + beta NCKD), decoupled distillation; Zhao et al. 2022, arXiv:2203.08679. No cross-entropy.
 
-    student_logits, teacher_logits: [N, C], C >= 2. target: class indices [N] int64. Only the student gets a gradient.
+    student_logits, teacher_logits: [N, C], C >= 2. target: class indices [N] int64.
     The authors' code scales the loss by min(epoch / 20, 1), but not on ImageNet. Without this warm-up, the first steps
     may diverge at beta 8 and a high learning rate.
     """
@@ -168,7 +166,7 @@ class DKDLoss(Loss):
 class DISTLoss(Loss):
     """T^2 [beta (1 - mean row correlation) + gamma (1 - mean column correlation)] of the softmaxes; arXiv:2205.10536.
 
-    student_logits, teacher_logits: [N, C]. Only the student gets a gradient. No cross-entropy.
+    student_logits, teacher_logits: [N, C]. No cross-entropy.
     """
 
     beta: float = 1.0
