@@ -6,21 +6,20 @@ A subclass writes `losses`, and overrides the rest only as it needs. docs/method
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.base import Loader
 from ..errors import UserError, check_number
 from ..models import staged
 from .context import NoOptions, RunContext
 from .forwards import ForwardCache, StagedView
 from .frozen import FrozenTeacher
 from .hooks import OptionalHooks
-
-if TYPE_CHECKING:
-    from ..data.base import Loader
 
 
 class Method(OptionalHooks):
@@ -38,10 +37,8 @@ class Method(OptionalHooks):
     ce_option: str | None = "ce_weight"  # option that scales the term `ce` alone; "": there is none; None: no such term
     find_unused_parameters = False  # a step may leave weights without a gradient; they are then not updated at all
 
-    student: nn.Module
     teacher: FrozenTeacher  # None in a method without a teacher
     staged_views: dict[nn.Module, StagedView]
-    options: Any
 
     def __init__(
         self,
@@ -80,7 +77,7 @@ class Method(OptionalHooks):
     def check(self, run: RunContext) -> None:
         """Raise UserError if the options do not fit the run. Called before a teacher is trained for it."""
 
-    def prepare(self, loader: "Loader", run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
+    def prepare(self, loader: Loader, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
         """Work before the first epoch, such as training an auto-encoder. Called again when a run is resumed."""
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
@@ -145,6 +142,11 @@ def check_weights(**weights: float) -> None:
         raise UserError(f"{names} are all 0: nothing is learnt; give one of them above 0")
 
 
-def check_temperature(temperature: float) -> None:
-    """Raise UserError unless the temperature is a finite number above 0."""
-    check_number("temperature", temperature, above_zero=True)
+@dataclass(frozen=True)
+class WeightOptions:
+    """Base of options whose numbers are weights, of which one is above 0, and perhaps a temperature."""
+
+    def __post_init__(self) -> None:
+        numbers = {option.name: getattr(self, option.name) for option in fields(self) if option.type is float}
+        check_number("temperature", numbers.pop("temperature", 1.0), above_zero=True)
+        check_weights(**numbers)
