@@ -158,7 +158,6 @@ class DKDLoss(Loss):
     temperature: float = 4.0
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        check_tensors(student_logits=student_logits, teacher_logits=teacher_logits, target=target)
         return dkd_loss(student_logits, teacher_logits, target, **self.settings())
 
 
@@ -174,5 +173,4 @@ class DISTLoss(Loss):
     temperature: float = 1.0
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        check_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
         return dist_loss(student_logits, teacher_logits, **self.settings())

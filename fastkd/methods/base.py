@@ -23,10 +23,9 @@ from .hooks import OptionalHooks
 
 
 class Method(OptionalHooks):
-    """Base of all methods: METHODS[name](student, teacher, options, peers). A subclass writes `losses`.
+    """Base of all methods: METHODS[name](student, teacher, options, peers).
 
-    `student` and `peers` are trained; `teacher` is frozen, and None in methods without one. Raises UserError when the
-    networks do not fit the method.
+    `student` and `peers` are trained, `teacher` is frozen. Raises UserError when the networks do not fit the method.
     """
 
     Options: type = NoOptions  # a frozen dataclass that checks its values when it is made
@@ -38,7 +37,6 @@ class Method(OptionalHooks):
     find_unused_parameters = False  # a step may leave weights without a gradient; they are then not updated at all
 
     teacher: FrozenTeacher  # None in a method without a teacher
-    staged_views: dict[nn.Module, StagedView]
 
     def __init__(
         self,
@@ -54,7 +52,7 @@ class Method(OptionalHooks):
         self.teacher = cast(FrozenTeacher, frozen)
         self.peers = nn.ModuleList(peers)
         self.options = options or self.Options()
-        self.__dict__["staged_views"] = {}  # not registered: a view shares its network's parameters
+        self.staged_views: dict[nn.Module, StagedView] = {}
         self.build()
 
     def build(self) -> None:
@@ -99,12 +97,11 @@ class Method(OptionalHooks):
 
     def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
         """Images [N, 3, H, W] and their target -> the terms of `losses`. This is what the engine calls."""
-        views, teacher = self.staged_views_for(plan), self.teacher if self.asks_teacher else None
-        out = ForwardCache(images, views)
-        if teacher is None or not out.start(teacher):
-            return self.losses(out, target, plan)
+        out = ForwardCache(images, self.staged_views_for(plan))
+        is_started = self.asks_teacher and out.start(self.teacher)
         terms = self.losses(out, target, plan)
-        out.join(teacher)
+        if is_started:
+            out.join(self.teacher)
         return terms
 
     def _check_networks(self, student: nn.Module, teacher: nn.Module | None, peers: Sequence[nn.Module]) -> None:

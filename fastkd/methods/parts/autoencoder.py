@@ -79,7 +79,6 @@ class TeacherEncoder(FrozenTeacher):
     def fit(self, method: Method, loader: Loader, name: str, run: RunContext) -> None:
         """`fit_encoder` on the maps of the method's teacher, with the options of the method."""
         teacher = method.teacher
-        assert teacher is not None
 
         def maps() -> Iterator[Tensor]:
             for images, _ in loader:
