@@ -61,6 +61,7 @@ setup(
         "pyyaml",
         "rich",
         "tyro>=0.9",
+        "docstring-parser>=0.16",
         "matplotlib",
     ],
     extras_require={

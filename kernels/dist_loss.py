@@ -76,7 +76,7 @@ def dist_loss(
     term is gamma, without a gradient. An empty batch gives 0. Raises ValueError on shapes, dtypes or devices that do
     not fit and on temperature <= 0.
     """
-    check_logits([student, teacher], temperature)
+    check_logits([student, teacher], temperature, ("student_logits", "teacher_logits"))
     if is_compiled_for_cpu(student) and student.shape[0]:
         return _CompiledDIST.apply(student, teacher.detach(), beta, gamma, temperature)
     return _dist_loss(Inputs(student, teacher.detach(), float(beta), float(gamma), float(temperature)))[0]

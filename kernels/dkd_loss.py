@@ -70,7 +70,7 @@ def dkd_loss(
     does. Raises ValueError on shapes, dtypes or devices that do not fit, temperature <= 0 and, on the CPU or with
     FASTKD_DEBUG=1, labels that are no class; on a GPU and under torch.compile such a label makes the loss NaN.
     """
-    check_logits([student, teacher], temperature)
+    check_logits([student, teacher], temperature, ("student_logits", "teacher_logits"))
     check_target(target, student)
     if target.is_floating_point():
         raise ValueError(f"dkd_loss needs labels int64 [N], got {target.dtype} {list(target.shape)}")

@@ -127,15 +127,16 @@ def test_without_a_loss_every_network_still_learns_and_no_loss_runs(name):
 
 
 def test_the_losses_are_put_back():
-    from fastkd.losses import features, logits
+    from fastkd import kernels
+    from fastkd.losses import logits
 
-    before = {name: getattr(home, name) for home, names in ((logits, baselines.LOGITS), (features, baselines.FEATURES))
+    before = {name: getattr(home, name) for home, names in ((logits, baselines.LOGITS), (kernels, baselines.FEATURES))
               for name in names}  # fmt: skip
     step = WithoutLoss(small("kd").build(CPU), options(), CPU)
     with pytest.raises(RuntimeError), baselines.published_losses(), baselines.patch_losses(step.homes):
         assert logits.kd_loss is not before["kd_loss"]
         raise RuntimeError
-    assert before == {name: getattr(features if name in baselines.FEATURES else logits, name) for name in before}
+    assert before == {name: getattr(kernels if name in baselines.FEATURES else logits, name) for name in before}
     assert torch.nn.functional.cross_entropy.__module__ == "torch.nn.functional"
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd import kernels
 from fastkd.bench.losses.baselines import PUBLISHED, add
 from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.engine import Step, TrainOptions, choose_form, graphed
@@ -23,7 +24,7 @@ from fastkd.errors import UserError
 from fastkd.kernels.factor_distance import FactorDistance
 from fastkd.kernels.kd_loss import KDTerms
 from fastkd.kernels.logit_loss import LogitLoss
-from fastkd.losses import features, logits
+from fastkd.losses import logits
 from fastkd.methods import METHODS, kd
 from fastkd.methods.base import Method
 
@@ -193,7 +194,7 @@ def patch_losses(homes: list[tuple[ModuleType, dict[str, Any]]]) -> Iterator[Non
 @contextmanager
 def published_losses() -> Iterator[None]:
     """Within the block the losses are those of the papers' codes, differentiated by autograd."""
-    homes = ((kd, ("kd_loss",)), (logits, LOGITS), (features, FEATURES))
+    homes = ((kd, ("kd_loss",)), (logits, LOGITS), (kernels, FEATURES))
     with patch_losses([(home, {n: PUBLISHED[n] for n in names if n in PUBLISHED}) for home, names in homes]):
         yield
 
@@ -205,7 +206,7 @@ class WithoutLoss(Step):
         super().__init__(method, settings, device)
         self.learners: dict[int, Tensor] = {}
         self.gradients: dict[tuple, Tensor] = {}
-        homes = ((kd, ("kd_loss",)), (logits, LOGITS), (features, FEATURES), (F, ("cross_entropy",)))
+        homes = ((kd, ("kd_loss",)), (logits, LOGITS), (kernels, FEATURES), (F, ("cross_entropy",)))
         self.homes = [(home, {name: getattr(self, name, self.scalar) for name in names}) for home, names in homes]
 
     def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:

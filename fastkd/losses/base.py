@@ -1,71 +1,58 @@
-"""The base class of the losses: options that are checked when they are set and shown when the loss is printed.
+"""The base class of the losses: options that are checked when they are set and shown when the loss is printed."""
 
-The functions check an option by its name and value. They return the value to store, or raise ValueError.
-"""
-
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-Checks = Mapping[str, Callable[[str, Any], Any]]
+Check = Callable[[str, Any], Any]  # name and value of an option -> the value to store, or ValueError
 
 
 class Loss(nn.Module):
     """Options are attributes, shown when printed: KDLoss(temperature=4.0, ce_weight=0.1, ...).
 
     They may be changed between calls, as a schedule does: `loss.kd_weight = 0.9 * epoch / epochs`. A subclass is a
-    dataclass whose fields are the options; `checks` maps them to the functions below.
+    dataclass whose fields are the options. They are weights, or have their checks in CHECKS.
     """
 
-    checks: Checks = {}
+    __match_args__: ClassVar[tuple[str, ...]]  # the names of the options, from `dataclass`
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, self.checks[name](name, value) if name in self.checks else value)
+        if name in self.__match_args__:
+            value = CHECKS.get(name, check_weight)(name, value)
+        super().__setattr__(name, value)
 
-    def settings(self) -> dict[str, Any]:
-        """The checked options by name: the keyword arguments of the kernel."""
-        return {name: getattr(self, name) for name in self.checks}
+    def settings(self, *names: str) -> dict[str, Any]:
+        """The options `names`, or all of them: the keyword arguments of a kernel."""
+        return {name: getattr(self, name) for name in names or self.__match_args__}
 
     def extra_repr(self) -> str:
-        names = inspect.signature(type(self)).parameters
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names if hasattr(self, name))
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
 
 
-def check_positive(name: str, value: float) -> float:
-    if isinstance(value, Real) and 0 < value < math.inf:
-        return value
-    raise ValueError(f"{name} must be a positive number, got {value!r}")
+def _checked(wanted: str, fits: Callable[[Any], bool]) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if fits(value):
+            return value
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+    return check
 
 
-def check_weight(name: str, value: float) -> float:
-    if isinstance(value, Real) and 0 <= value < math.inf:
-        return value
-    raise ValueError(f"{name} must be zero or a positive number, got {value!r}")
+check_weight = _checked(
+    "zero or a positive number", lambda value: isinstance(value, Real) and 0 <= float(value) < math.inf
+)
 
 
 def check_smoothing(name: str, value: float) -> float:
     if check_weight(name, value) < 1:
         return value
     raise ValueError(f"{name} must be in [0, 1), got {value}")
-
-
-def check_ignored(name: str, value: int | None) -> int | None:
-    if value is None or isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise ValueError(f"{name} must be the label of rows without a class, such as -100, or None, got {value!r}")
-
-
-def check_order(name: str, value: int) -> int:
-    if value in (1, 2):
-        return value
-    raise ValueError(f"{name} must be 1 or 2, got {value!r}")
 
 
 def check_pairs(name: str, table: Sequence[Sequence[float]] | Tensor | None) -> list[list[float]] | None:
@@ -83,3 +70,16 @@ def check_pairs(name: str, table: Sequence[Sequence[float]] | Tensor | None) -> 
         for other, weight in enumerate(row):
             check_weight(f"{name}[{k}][{other}]", weight)
     return rows
+
+
+CHECKS: dict[str, Check] = {
+    "temperature": _checked("a positive number", lambda value: isinstance(value, Real) and 0 < float(value) < math.inf),
+    "label_smoothing": check_smoothing,
+    "ignore_index": _checked(
+        "the label of rows without a class, such as -100, or None",
+        lambda value: value is None or isinstance(value, int) and not isinstance(value, bool),
+    ),
+    "standardize": lambda name, value: value,
+    "p": _checked("1 or 2", lambda value: value in (1, 2)),
+    "pair_weights": check_pairs,
+}

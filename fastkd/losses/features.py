@@ -6,17 +6,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..kernels import (
-    attention_transfer,
-    bn_margin,
-    factor_distance,
-    hint_distance,
-    overhaul_distance,
-    rkd_loss,
-    sp_loss,
-)
+from .. import kernels
 from ..kernels.check import check_tensors
-from .base import Loss, check_order, check_weight
+from .base import Loss
 
 Maps = Tensor | Sequence[Tensor]  # of one stage, or of every stage
 
@@ -30,18 +22,16 @@ class FactorTransferLoss(Loss):
 
     p: int = 1
     weight: float = 500.0
-    checks = {"p": check_order, "weight": check_weight}
 
     def forward(self, student_factor: Tensor, teacher_factor: Tensor) -> Tensor:
-        return factor_distance([student_factor], teacher_factor, [self.weight], self.p).loss
+        return kernels.factor_distance([student_factor], teacher_factor, [self.weight], self.p).loss
 
 
 @dataclass(eq=False, repr=False)
 class InheritanceLoss(FactorTransferLoss):
     """( mean |f^_inh - f^_t|^p )^(1/p) over all elements: inherit from the teacher; IE-KD, arXiv:2107.00181.
 
-    student_factor [N, C, H, W]: the inheriting half of the student's channels, encoded. teacher_factor [N, C, H, W]:
-    the teacher's map, encoded by its auto-encoder. Only the student gets a gradient. p is 1 or 2.
+    student_factor: the inheriting half of the student's channels, encoded. teacher_factor: the teacher's map, encoded.
     """
 
     weight: float = field(default=1.0, init=False)
@@ -69,7 +59,6 @@ class InheritanceExplorationLoss(Loss):
     p: int = 1
     inheritance_weight: float = 50.0
     exploration_weight: float = 50.0
-    checks = {"p": check_order, "inheritance_weight": check_weight, "exploration_weight": check_weight}
 
     def terms(self, inheritance: Tensor | None, exploration: Tensor | None, teacher: Tensor) -> dict[str, Tensor]:
         """The weighted terms by name; their sum is the loss. A term of weight 0 is left out."""
@@ -80,7 +69,7 @@ class InheritanceExplorationLoss(Loss):
             return {}
         check_tensors(**used, teacher=teacher)
         student_factors = cast(list[Tensor], [*used.values()])  # checked above
-        fused = factor_distance(student_factors, teacher, [weights[name] for name in used], self.p)
+        fused = kernels.factor_distance(student_factors, teacher, [weights[name] for name in used], self.p)
         return dict(zip(used, fused.terms.unbind(), strict=True))
 
     def forward(self, inheritance: Tensor | None, exploration: Tensor | None, teacher: Tensor) -> Tensor:
@@ -95,10 +84,9 @@ class AttentionTransferLoss(Loss):
     """
 
     weight: float = 1000.0
-    checks = {"weight": check_weight}
 
     def forward(self, student_maps: Maps, teacher_maps: Maps) -> Tensor:
-        return _sum_over_stages(attention_transfer, (student_maps, teacher_maps), self.weight)
+        return _sum_over_stages(kernels.attention_transfer, (student_maps, teacher_maps), self.weight)
 
 
 @dataclass(eq=False, repr=False)
@@ -111,17 +99,16 @@ class OverhaulLoss(Loss):
     """
 
     weight: float = 1e-3
-    checks = {"weight": check_weight}
 
     @staticmethod
     def margins(norms: Iterable[nn.Module]) -> list[Tensor]:
         """The margins [C] from the current weights and biases of the teacher's BatchNorms, one BatchNorm per map."""
         if isinstance(norms, nn.Module) and not isinstance(norms, Iterable):
             raise TypeError(f"margins needs a list of BatchNorms, one for each map, got one {type(norms).__name__}")
-        return [bn_margin(cast(Tensor, norm.weight), cast(Tensor, norm.bias)) for norm in norms]
+        return [kernels.bn_margin(cast(Tensor, norm.weight), cast(Tensor, norm.bias)) for norm in norms]
 
     def forward(self, student_maps: Maps, teacher_maps: Maps, margins: Maps) -> Tensor:
-        return _sum_over_stages(overhaul_distance, (student_maps, teacher_maps, margins), self.weight, base=2)
+        return _sum_over_stages(kernels.overhaul_distance, (student_maps, teacher_maps, margins), self.weight, base=2)
 
 
 @dataclass(eq=False, repr=False)
@@ -132,10 +119,9 @@ class HintLoss(Loss):
     """
 
     weight: float = 100.0
-    checks = {"weight": check_weight}
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        return hint_distance(student_map, teacher_map, weight=self.weight)
+        return kernels.hint_distance(student_map, teacher_map, weight=self.weight)
 
 
 @dataclass(eq=False, repr=False)
@@ -148,10 +134,9 @@ class RKDLoss(Loss):
 
     distance_weight: float = 25.0
     angle_weight: float = 50.0
-    checks = {"distance_weight": check_weight, "angle_weight": check_weight}
 
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        return rkd_loss(student_features, teacher_features, **self.settings())
+        return kernels.rkd_loss(student_features, teacher_features, **self.settings())
 
 
 @dataclass(eq=False, repr=False)
@@ -162,10 +147,9 @@ class SPLoss(Loss):
     """
 
     weight: float = 3000.0
-    checks = {"weight": check_weight}
 
     def forward(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        return self.weight * sp_loss(student_map, teacher_map)
+        return self.weight * kernels.sp_loss(student_map, teacher_map)
 
 
 def _sum_over_stages(distance: Callable[..., Tensor], maps: Iterable[Maps], weight: float, base: int = 1) -> Tensor:

@@ -2,61 +2,37 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from ..kernels import dist_loss, dkd_loss, kd_loss, logit_loss
 from ..kernels.check import check_tensors
 from ..kernels.logit_loss import LogitLoss
-from .base import Checks, Loss, check_ignored, check_pairs, check_positive, check_smoothing, check_weight
+from .base import Loss
+
+SHARED = ("temperature", "label_smoothing", "ignore_index")  # options of every loss with a cross-entropy
 
 
-class LogitLossModule(Loss):
-    """The base class of the losses with a cross-entropy: its options and the temperature."""
-
-    checks: Checks = {"temperature": check_positive, "label_smoothing": check_smoothing, "ignore_index": check_ignored}
-
-    def __init__(self, temperature: float, label_smoothing: float, ignore_index: int | None):
-        super().__init__()
-        self.temperature, self.label_smoothing, self.ignore_index = temperature, label_smoothing, ignore_index
-
-    def settings(self) -> dict[str, Any]:
-        """The keyword arguments of the kernel."""
-        return {name: getattr(self, name) for name in LogitLossModule.checks}
-
-
-class KDLoss(LogitLossModule):
+@dataclass(eq=False, repr=False)
+class KDLoss(Loss):
     """ce_weight * CE(z_s, y) + kd_weight * T^2 * KL(p_t^T || p_s^T); Hinton et al. 2015, arXiv:1503.02531.
 
     The defaults are the usual ones for CIFAR; for ImageNet temperature 1 and weights 0.5 / 0.5 are common.
     `standardize=True` is logit standardisation (arXiv:2403.01427), usually with temperature 2 and kd_weight 9.
     student_logits, teacher_logits: [N, C], not probabilities. target: class indices [N] int64, or probabilities [N, C]
-    floating. Only the student's logits get a gradient. Rows labelled `ignore_index` have no cross-entropy, but they
-    keep the KD term.
-    A floating target is not normalised: the sum of a row scales its cross-entropy. `ignore_index` has no effect on it.
-    `label_smoothing` is applied to it as well, even if mixup has smoothed it already.
+    floating. Rows labelled `ignore_index` have no cross-entropy, but they keep the KD term.
+    A floating target is not normalised: the sum of a row scales its cross-entropy. `label_smoothing` is applied to it
+    as well, even if mixup has smoothed it already; `ignore_index` has no effect.
     A label outside the classes is a ValueError on the CPU. Not checked on a GPU, since the check would synchronise: the
     loss and the gradient of that row are then NaN. FASTKD_DEBUG=1 in the environment enables the check there.
     """
 
-    checks: Checks = {**LogitLossModule.checks, "ce_weight": check_weight, "kd_weight": check_weight}
-
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        ce_weight: float = 0.1,
-        kd_weight: float = 0.9,
-        label_smoothing: float = 0.0,
-        standardize: bool = False,
-        ignore_index: int | None = None,
-    ):
-        super().__init__(temperature, label_smoothing, ignore_index)
-        self.ce_weight, self.kd_weight, self.standardize = ce_weight, kd_weight, standardize
-
-    def settings(self) -> dict[str, Any]:
-        weights = {"ce_weight": self.ce_weight, "kd_weight": self.kd_weight}
-        return super().settings() | weights | {"standardize": self.standardize}
+    temperature: float = 4.0
+    ce_weight: float = 0.1
+    kd_weight: float = 0.9
+    label_smoothing: float = 0.0
+    standardize: bool = False
+    ignore_index: int | None = None
 
     def terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The weighted terms by name; their sum is the loss."""
@@ -68,7 +44,7 @@ class KDLoss(LogitLossModule):
 
 
 @dataclass(eq=False, repr=False)
-class MutualLoss(LogitLossModule):
+class MutualLoss(Loss):
     """Networks that teach one another: DML (arXiv:1706.00384), or DCM with several heads each (arXiv:2008.07816).
 
     The loss is the sum over all heads p of ce_weight * CE(p), plus the sum over all pairs of a head p and a head q of
@@ -85,12 +61,6 @@ class MutualLoss(LogitLossModule):
     pair_weights: Sequence[Sequence[float]] | Tensor | None = None
     label_smoothing: float = 0.0
     ignore_index: int | None = None
-    checks = {
-        **LogitLossModule.checks,
-        "ce_weight": check_weight,
-        "kl_weight": check_weight,
-        "pair_weights": check_pairs,
-    }
 
     def fused(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> LogitLoss:
         """`loss`, a scalar, and `terms` [H, 1 + H] of all H heads, those of the first network first."""
@@ -107,16 +77,15 @@ class MutualLoss(LogitLossModule):
             for n, k in places
         ]
         every = [z for net in heads for z in net]
-        return logit_loss(every, target, [self.ce_weight] * len(every), table, **self.settings())
+        return logit_loss(every, target, [self.ce_weight] * len(every), table, **self.settings(*SHARED))
 
     def terms(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> dict[str, Tensor]:
         """ce1, kl1, ce2, kl2, ...: the weighted terms of each network, summed over its heads."""
         rows = self.fused(heads, target).terms.split([len(net) for net in heads])
-        return {
-            name: value
-            for n, mine in enumerate(rows, 1)
-            for name, value in ((f"ce{n}", mine[:, 0].sum()), (f"kl{n}", mine[:, 1:].sum()))
-        }
+        terms: dict[str, Tensor] = {}
+        for n, mine in enumerate(rows, 1):
+            terms |= {f"ce{n}": mine[:, 0].sum(), f"kl{n}": mine[:, 1:].sum()}
+        return terms
 
     def forward(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> Tensor:
         return self.fused(heads, target).loss
@@ -141,7 +110,7 @@ def _counts(heads: Sequence[Sequence[Tensor]]) -> list[int]:
 
 
 @dataclass(eq=False, repr=False)
-class BridgeLoss(LogitLossModule):
+class BridgeLoss(Loss):
     """SOKD (arXiv:2111.11747): the student S learns from the bridge A, the bridge from the teacher T and the student.
 
     L_S = ce_s CE(z_S, y) + kd_sa KD(S <- A),   L_A = ce_a CE(z_A, y) + kd_at KD(A <- T) + kd_as KD(A <- S)
@@ -158,14 +127,13 @@ class BridgeLoss(LogitLossModule):
     kd_as: float = 1.0
     label_smoothing: float = 0.0
     ignore_index: int | None = None
-    checks = {**LogitLossModule.checks, **dict.fromkeys(("ce_s", "kd_sa", "ce_a", "kd_at", "kd_as"), check_weight)}
 
     def fused(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor) -> LogitLoss:
         """`loss`, a scalar, and `terms` [3, 4] of student, bridge and teacher."""
         check_tensors(student=student, bridge=bridge, teacher=teacher, target=target)
         table = [[0.0, self.kd_sa, 0.0], [self.kd_as, 0.0, self.kd_at], [0.0, 0.0, 0.0]]
         heads = [student, bridge, teacher.detach()]
-        return logit_loss(heads, target, [self.ce_s, self.ce_a, 0.0], table, **self.settings())
+        return logit_loss(heads, target, [self.ce_s, self.ce_a, 0.0], table, **self.settings(*SHARED))
 
     def terms(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The five weighted terms by name."""
@@ -180,7 +148,7 @@ class BridgeLoss(LogitLossModule):
 class DKDLoss(Loss):
     """T^2 (alpha TCKD + beta NCKD), decoupled distillation; Zhao et al. 2022, arXiv:2203.08679. No cross-entropy.
 
-    student_logits, teacher_logits: [N, C], C >= 2. target: class indices [N] int64. Only the student gets a gradient.
+    student_logits, teacher_logits: [N, C], C >= 2. target: class indices [N] int64.
     The authors' code scales the loss by min(epoch / 20, 1), but not on ImageNet. Without this warm-up, the first steps
     may diverge at beta 8 and a high learning rate.
     """
@@ -188,10 +156,8 @@ class DKDLoss(Loss):
     alpha: float = 1.0
     beta: float = 8.0
     temperature: float = 4.0
-    checks = {"alpha": check_weight, "beta": check_weight, "temperature": check_positive}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        check_tensors(student_logits=student_logits, teacher_logits=teacher_logits, target=target)
         return dkd_loss(student_logits, teacher_logits, target, **self.settings())
 
 
@@ -199,14 +165,12 @@ class DKDLoss(Loss):
 class DISTLoss(Loss):
     """T^2 [beta (1 - mean row correlation) + gamma (1 - mean column correlation)] of the softmaxes; arXiv:2205.10536.
 
-    student_logits, teacher_logits: [N, C]. Only the student gets a gradient. No cross-entropy.
+    student_logits, teacher_logits: [N, C]. No cross-entropy.
     """
 
     beta: float = 1.0
     gamma: float = 1.0
     temperature: float = 1.0
-    checks = {"beta": check_weight, "gamma": check_weight, "temperature": check_positive}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        check_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
         return dist_loss(student_logits, teacher_logits, **self.settings())

@@ -14,21 +14,18 @@ from torch import Tensor
 
 from ..losses import AttentionTransferLoss
 from ..models.stages.shapes import check_stage_shapes
-from .base import Method, check_weights, cross_entropy
+from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
 
 
 @dataclass(frozen=True)
-class ATOptions:
+class ATOptions(WeightOptions):
     """Attention transfer."""
 
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the labels; from 0."""
     attention_weight: float = 1000.0
     """Weight of the squared distance of the attention maps, a mean over pixels, summed over stages; from 0."""
-
-    def __post_init__(self) -> None:
-        check_weights(ce_weight=self.ce_weight, attention_weight=self.attention_weight)
 
 
 class AT(Method):

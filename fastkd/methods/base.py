@@ -6,12 +6,14 @@ A subclass writes `losses`, and overrides the rest only as it needs. docs/method
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.base import Loader
 from ..errors import UserError, check_number
 from ..models import staged
 from .context import NoOptions, RunContext
@@ -19,15 +21,11 @@ from .forwards import ForwardCache, StagedView
 from .frozen import FrozenTeacher
 from .hooks import OptionalHooks
 
-if TYPE_CHECKING:
-    from ..data.base import Loader
-
 
 class Method(OptionalHooks):
-    """Base of all methods: METHODS[name](student, teacher, options, peers). A subclass writes `losses`.
+    """Base of all methods: METHODS[name](student, teacher, options, peers).
 
-    `student` and `peers` are trained; `teacher` is frozen, and None in methods without one. Raises UserError when the
-    networks do not fit the method.
+    `student` and `peers` are trained, `teacher` is frozen. Raises UserError when the networks do not fit the method.
     """
 
     Options: type = NoOptions  # a frozen dataclass that checks its values when it is made
@@ -38,10 +36,7 @@ class Method(OptionalHooks):
     ce_option: str | None = "ce_weight"  # option that scales the term `ce` alone; "": there is none; None: no such term
     find_unused_parameters = False  # a step may leave weights without a gradient; they are then not updated at all
 
-    student: nn.Module
     teacher: FrozenTeacher  # None in a method without a teacher
-    staged_views: dict[nn.Module, StagedView]
-    options: Any
 
     def __init__(
         self,
@@ -57,7 +52,7 @@ class Method(OptionalHooks):
         self.teacher = cast(FrozenTeacher, frozen)
         self.peers = nn.ModuleList(peers)
         self.options = options or self.Options()
-        self.__dict__["staged_views"] = {}  # not registered: a view shares its network's parameters
+        self.staged_views: dict[nn.Module, StagedView] = {}
         self.build()
 
     def build(self) -> None:
@@ -80,7 +75,7 @@ class Method(OptionalHooks):
     def check(self, run: RunContext) -> None:
         """Raise UserError if the options do not fit the run. Called before a teacher is trained for it."""
 
-    def prepare(self, loader: "Loader", run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
+    def prepare(self, loader: Loader, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
         """Work before the first epoch, such as training an auto-encoder. Called again when a run is resumed."""
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
@@ -102,12 +97,11 @@ class Method(OptionalHooks):
 
     def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
         """Images [N, 3, H, W] and their target -> the terms of `losses`. This is what the engine calls."""
-        views, teacher = self.staged_views_for(plan), self.teacher if self.asks_teacher else None
-        out = ForwardCache(images, views)
-        if teacher is None or not out.start(teacher):
-            return self.losses(out, target, plan)
+        out = ForwardCache(images, self.staged_views_for(plan))
+        is_started = self.asks_teacher and out.start(self.teacher)
         terms = self.losses(out, target, plan)
-        out.join(teacher)
+        if is_started:
+            out.join(self.teacher)
         return terms
 
     def _check_networks(self, student: nn.Module, teacher: nn.Module | None, peers: Sequence[nn.Module]) -> None:
@@ -145,6 +139,11 @@ def check_weights(**weights: float) -> None:
         raise UserError(f"{names} are all 0: nothing is learnt; give one of them above 0")
 
 
-def check_temperature(temperature: float) -> None:
-    """Raise UserError unless the temperature is a finite number above 0."""
-    check_number("temperature", temperature, above_zero=True)
+@dataclass(frozen=True)
+class WeightOptions:
+    """Base of options whose numbers are weights, of which one is above 0, and perhaps a temperature."""
+
+    def __post_init__(self) -> None:
+        numbers = {option.name: getattr(self, option.name) for option in fields(self) if option.type is float}
+        check_number("temperature", numbers.pop("temperature", 1.0), above_zero=True)
+        check_weights(**numbers)

@@ -9,16 +9,14 @@ methods share one teacher, so `--iakd-teacher-bn batch` changes the teacher of t
 Source: ours.
 """
 
-import ast
-import inspect
 import itertools
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
-from textwrap import dedent
-from typing import Any, cast
+from typing import Any
 
 import torch
+from docstring_parser import parse_from_object
 from torch import Tensor, nn
 
 from ..data.base import Loader
@@ -151,7 +149,7 @@ def _sum_of_options(kinds: dict[str, type[Method]]) -> type:
     options: list[tuple[str, Any, Any]] = []
     about = ["The methods of the sum.", "", "Args:"]
     for name, kind in kinds.items():
-        helps = explained(kind.Options)
+        helps = {o.arg_name: " ".join((o.description or "").split()) for o in parse_from_object(kind.Options).params}
         for o in fields(kind.Options):
             default = field(default=o.default, default_factory=o.default_factory)
             options.append((f"{name}_{o.name}", o.type, default))
@@ -198,16 +196,3 @@ def _errors_name_the_sum(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(f"{name} (here its options begin with --{name}-): {error}") from None
-
-
-def explained(options: type) -> dict[str, str]:
-    """By option, the docstring below it in the source of a dataclass. Empty if there is no source file."""
-    try:
-        (node,) = ast.parse(dedent(inspect.getsource(options))).body
-    except OSError:  # typed into an interpreter
-        return {}
-    texts = {}
-    for option, line in itertools.pairwise(cast(ast.ClassDef, node).body):
-        if isinstance(option, ast.AnnAssign) and isinstance(line, ast.Expr):
-            texts[ast.unparse(option.target)] = " ".join(ast.literal_eval(line.value).split())
-    return texts

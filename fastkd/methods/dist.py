@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..losses import DISTLoss
-from .base import Method, check_temperature, check_weights, cross_entropy
+from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
 
 
 @dataclass(frozen=True)
-class DISTOptions:
+class DISTOptions(WeightOptions):
     """Correlations instead of divergences."""
 
     temperature: float = 1.0
@@ -29,10 +29,6 @@ class DISTOptions:
     """Weight of 1 - correlation between the classes of a sample, times T^2; from 0."""
     gamma: float = 1.0
     """Weight of 1 - correlation between the samples of the batch in a class, times T^2; from 0."""
-
-    def __post_init__(self) -> None:
-        check_weights(ce_weight=self.ce_weight, beta=self.beta, gamma=self.gamma)
-        check_temperature(self.temperature)
 
 
 class DIST(Method):

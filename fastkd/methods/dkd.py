@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..losses import DKDLoss
-from .base import Method, check_temperature, check_weights, cross_entropy
+from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
 
 
 @dataclass(frozen=True)
-class DKDOptions:
+class DKDOptions(WeightOptions):
     """Decoupled distillation."""
 
     temperature: float = 4.0
@@ -31,10 +31,6 @@ class DKDOptions:
     """Weight of T^2 * TCKD, the true class against all others; from 0."""
     beta: float = 8.0
     """Weight of T^2 * NCKD, the other classes among themselves; from 0."""
-
-    def __post_init__(self) -> None:
-        check_weights(ce_weight=self.ce_weight, alpha=self.alpha, beta=self.beta)
-        check_temperature(self.temperature)
 
 
 class DKD(Method):

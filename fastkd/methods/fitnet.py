@@ -17,12 +17,12 @@ from ..losses import HintLoss
 from ..models import staged
 from ..models.nets.init import he_init
 from ..models.stages.shapes import check_stage_shapes
-from .base import Method, check_weights, cross_entropy
+from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
 
 
 @dataclass(frozen=True)
-class FitNetOptions:
+class FitNetOptions(WeightOptions):
     """Hints."""
 
     ce_weight: float = 1.0
@@ -33,7 +33,7 @@ class FitNetOptions:
     """The stage whose maps are compared, counted from 1; 0 is the middle one (2 of 3, 2 of 4)."""
 
     def __post_init__(self) -> None:
-        check_weights(ce_weight=self.ce_weight, hint_weight=self.hint_weight)
+        super().__post_init__()
         if self.stage < 0:
             raise UserError(f"--stage counts from 1 (0: the middle one), got {self.stage}")
 

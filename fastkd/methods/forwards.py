@@ -65,7 +65,11 @@ class ForwardCache:
         if net not in self._memo:
             view, whole = self._views.get(net), net.net if isinstance(net, FrozenTeacher) else net
             with nullcontext() if whole is net else torch.no_grad():
-                self._memo[net] = view.features(self.images) if view else (_logits(whole, self.images), [])
+                logits, maps = view.features(self.images) if view else (whole(self.images), [])
+            if not isinstance(logits, Tensor):
+                name, kind = type(whole).__name__, type(logits).__name__
+                raise UserError(f"{name} returns {kind}, but logits [N, C] are needed; switch off its extra outputs")
+            self._memo[net] = logits, maps
         return self._memo[net]
 
 
@@ -73,13 +77,3 @@ class ForwardCache:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream for all captures: freed memory is reused only within a stream."""
     return torch.cuda.Stream(device)
-
-
-def _logits(net: nn.Module, images: Tensor) -> Tensor:
-    logits = net(images)
-    if not isinstance(logits, Tensor):
-        kind = type(logits).__name__
-        raise UserError(
-            f"{type(net).__name__} returns {kind}, but logits [N, C] are needed; switch off its extra outputs"
-        )
-    return logits

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..losses import InheritanceExplorationLoss, MutualLoss
 from ..models import stage_shapes
-from .base import Method, check_weights
+from .base import Method, WeightOptions
 from .forwards import ForwardCache
 from .parts.autoencoder import Coder
 
 
 @dataclass(frozen=True)
-class IEDMLOptions:
+class IEDMLOptions(WeightOptions):
     """Inheritance and exploration of two networks that learn together."""
 
     inheritance_weight: float = 50.0
@@ -40,8 +40,7 @@ class IEDMLOptions:
     """Norm of the distance between factors: 1 or 2."""
 
     def __post_init__(self) -> None:
-        halves = {"inheritance_weight": self.inheritance_weight, "exploration_weight": self.exploration_weight}
-        check_weights(**halves, kl_weight=self.kl_weight)
+        super().__post_init__()
         if self.p not in (1, 2):
             raise UserError(f"--p must be 1 or 2, got {self.p}")
 
@@ -70,7 +69,10 @@ class IEDML(Method):
         weights = (self.options.inheritance_weight, self.options.exploration_weight)
         self.loss = InheritanceExplorationLoss(self.options.p, *weights)
         self.request_features(self.student, self.peers[0])
-        self.encoders = nn.ModuleList([_encoders(one[0], other[0], *weights), _encoders(other[0], one[0], *weights)])
+        self.encoders = nn.ModuleList()
+        for channels, wanted in ((one[0], other[0]), (other[0], one[0])):
+            halves = zip((channels // 2, channels - channels // 2), weights, strict=True)
+            self.encoders.append(nn.ModuleList(Coder(cin, wanted) if w else nn.Identity() for cin, w in halves))
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         nets = (self.student, self.peers[0])
@@ -79,18 +81,7 @@ class IEDML(Method):
         for end, net, other, encoders in zip(("", "_peer1"), nets, nets[::-1], self.encoders, strict=True):
             maps, wanted = out.features(net)[-1], out.features(other)[-1].detach()
             halves = maps.tensor_split([maps.shape[1] // 2], dim=1)
-            inheritance, exploration = (
-                encode(half) if encode else None
-                for encode, half in zip(cast(nn.ModuleList, encoders), halves, strict=True)
-            )
+            both = zip(cast(nn.ModuleList, encoders), halves, strict=True)
+            inheritance, exploration = (encode(half) for encode, half in both)
             terms |= {f"{name}{end}": t for name, t in self.loss.terms(inheritance, exploration, wanted).items()}
         return terms
-
-
-def _encoders(channels: int, wanted: int, inheritance_weight: float, exploration_weight: float) -> nn.ModuleList:
-    """The encoders of both halves, None for a half without weight."""
-    half = channels // 2
-    encoders = nn.ModuleList()
-    encoders.add_module("0", Coder(half, wanted) if inheritance_weight else None)
-    encoders.add_module("1", Coder(channels - half, wanted) if exploration_weight else None)
-    return encoders

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data.base import Loader
-from ..errors import UserError
+from ..errors import UserError, check_number
 from ..losses import AttentionTransferLoss, InheritanceExplorationLoss, KDLoss, OverhaulLoss
 from ..models import PreActivation
 from ..models.nets.init import he_init
 from ..models.stages.shapes import check_stage_shapes
-from .base import Method, check_temperature, check_weights, cross_entropy
+from .base import Method, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache
 from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder
@@ -76,7 +76,7 @@ class IEKDOptions:
             raise UserError(f"--p must be 1 or 2, got {self.p}")
         names = ("ce_weight", "kd_weight", "inheritance_weight", "exploration_weight")
         check_weights(**{name: getattr(self, name) for name in names})
-        check_temperature(self.temperature)
+        check_number("temperature", self.temperature, above_zero=True)
         check_auto_encoder(self)
 
     @property
@@ -146,15 +146,13 @@ class Factors(nn.Module):
     def __init__(self, channels: tuple[int, int], teacher: int, options: IEKDOptions):
         super().__init__()
         inheritance_weight, exploration_weight = options.weights
-        self.inheritance = Coder(channels[0], teacher // 2) if inheritance_weight else None
-        self.exploration = Coder(channels[1], teacher // 2) if exploration_weight else None
+        self.inheritance = Coder(channels[0], teacher // 2) if inheritance_weight else nn.Identity()
+        self.exploration = Coder(channels[1], teacher // 2) if exploration_weight else nn.Identity()
         self.teacher = TeacherEncoder(teacher)
         self.loss = InheritanceExplorationLoss(options.p, inheritance_weight, exploration_weight)
 
     def forward(self, inheritance: Tensor, exploration: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        mine = self.inheritance(inheritance) if self.inheritance else None
-        new = self.exploration(exploration) if self.exploration else None
-        return self.loss.terms(mine, new, self.teacher(teacher))
+        return self.loss.terms(self.inheritance(inheritance), self.exploration(exploration), self.teacher(teacher))
 
 
 class Maps(nn.Module):
@@ -173,20 +171,18 @@ class Maps(nn.Module):
         for name, cin, weight in zip(("inheritance", "exploration"), channels, options.weights, strict=True):
             if weight:
                 self.losses[name] = loss(scale * weight)
-                self.add_module(name, _connector(cin, teacher, name == "inheritance") if norm else nn.Identity())
+                connector = nn.Sequential()
+                if norm:
+                    connector.append(nn.Conv2d(cin, teacher, 1, bias=False))
+                    connector.append(nn.BatchNorm2d(teacher, affine=name == "inheritance"))
+                    he_init(connector)
+                self.add_module(name, connector)
 
     def forward(self, inheritance: Tensor, exploration: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        maps, wanted = {"inheritance": inheritance, "exploration": exploration}, [teacher]
-        if self.margin is not None:
-            wanted.append(self.margin)
+        maps = {"inheritance": inheritance, "exploration": exploration}
+        wanted = [teacher] if self.margin is None else [teacher, self.margin]
         terms = {name: loss(getattr(self, name)(maps[name]), *wanted) for name, loss in self.losses.items()}
         return {name: -term if name == "exploration" else term for name, term in terms.items()}
-
-
-def _connector(channels: int, wanted: int, affine: bool) -> nn.Module:
-    connector = nn.Sequential(nn.Conv2d(channels, wanted, 1, bias=False), nn.BatchNorm2d(wanted, affine=affine))
-    he_init(connector)
-    return connector
 
 
 def _permutation(channels: int, seed: int) -> Tensor:

@@ -15,7 +15,6 @@ from ..kernels import kd_loss
 from ..losses import KDLoss
 from .base import Method, check_weights
 from .forwards import ForwardCache
-from .frozen import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,8 @@ class KD(Method):
     """Softened logits of a trained teacher (Hinton et al. 2015)."""
 
     Options = KDOptions
-    paper = "arXiv:1503.02531"
-
-    teacher: FrozenTeacher
     options: KDOptions
+    paper = "arXiv:1503.02531"
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         fused = kd_loss(out(self.student), out(self.teacher), target, **asdict(self.options))

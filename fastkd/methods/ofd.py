@@ -18,21 +18,18 @@ from ..losses import OverhaulLoss
 from ..models import PreActivation
 from ..models.nets.init import he_init
 from ..models.stages.shapes import check_stage_shapes
-from .base import Method, check_weights, cross_entropy
+from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
 
 
 @dataclass(frozen=True)
-class OFDOptions:
+class OFDOptions(WeightOptions):
     """The overhaul of feature distillation."""
 
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the labels; from 0."""
     overhaul_weight: float = 1e-3
     """Weight of the partial squared error of the last stage, a sum over elements; halved per earlier stage; from 0."""
-
-    def __post_init__(self) -> None:
-        check_weights(ce_weight=self.ce_weight, overhaul_weight=self.overhaul_weight)
 
 
 class OFD(Method):

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..losses import RKDLoss
-from .base import Method, check_weights, cross_entropy
+from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
 
 
 @dataclass(frozen=True)
-class RKDOptions:
+class RKDOptions(WeightOptions):
     """Relational knowledge distillation."""
 
     ce_weight: float = 1.0
@@ -28,9 +28,6 @@ class RKDOptions:
     """Weight of the smooth L1 error of distances, a mean over pairs; from 0."""
     angle_weight: float = 50.0
     """Weight of the smooth L1 error of cosines, a mean over triples; from 0."""
-
-    def __post_init__(self) -> None:
-        check_weights(ce_weight=self.ce_weight, distance_weight=self.distance_weight, angle_weight=self.angle_weight)
 
 
 class RKD(Method):

@@ -13,21 +13,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..losses import SPLoss
-from .base import Method, check_weights, cross_entropy
+from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
 
 
 @dataclass(frozen=True)
-class SPOptions:
+class SPOptions(WeightOptions):
     """Similarities of samples."""
 
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the labels; from 0."""
     similarity_weight: float = 3000.0
     """Weight of the squared distance of the similarity matrices, a mean over all pairs of samples; from 0."""
-
-    def __post_init__(self) -> None:
-        check_weights(ce_weight=self.ce_weight, similarity_weight=self.similarity_weight)
 
 
 class SP(Method):

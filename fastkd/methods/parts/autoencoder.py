@@ -79,7 +79,6 @@ class TeacherEncoder(FrozenTeacher):
     def fit(self, method: Method, loader: Loader, name: str, run: RunContext) -> None:
         """`fit_encoder` on the maps of the method's teacher, with the options of the method."""
         teacher = method.teacher
-        assert teacher is not None
 
         def maps() -> Iterator[Tensor]:
             for images, _ in loader:
@@ -133,39 +132,38 @@ def _train(encoder: nn.Module, maps: Maps, options: Any, run: RunContext) -> Non
     channels_last = first.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     auto_encoder = AutoEncoder(first.shape[1], last.shape[0]).to(run.device, first.dtype).to(memory_format=layout)
-    settings = (options.ae_epochs, options.ae_lr, options.ae_error, run)
-    errors = train_auto_encoder(run.parallel(auto_encoder), maps, *settings)
+    errors = train_auto_encoder(run.parallel(auto_encoder), maps, options, run)
     run.log(f"mean {options.ae_error} error of the auto-encoder: {errors[0]:.4g} at first, {errors[-1]:.4g} at last")
     encoder.load_state_dict(auto_encoder.encoder.state_dict())
     distributed.average_buffers(encoder)
 
 
-def train_auto_encoder(
-    auto_encoder: nn.Module, maps: Maps, epochs: int, lr: float, error: str, run: RunContext
-) -> list[float]:
+def train_auto_encoder(auto_encoder: nn.Module, maps: Maps, options: Any, run: RunContext) -> list[float]:
     """Train in place; returns the mean reconstruction error of each epoch, over all elements of all its maps.
 
-    `auto_encoder`: an `AutoEncoder`, or DDP around one; it ends in train mode, without gradients. `error`: "l1", the
-    mean absolute error, or "l2", the mean squared error, in fp32 or fp64. `run` gives device, autocast and progress
-    bar. No step synchronises with the device. Raises UserError for an unknown error and for an epoch without maps.
+    `auto_encoder`: an `AutoEncoder`, or DDP around one; it ends in train mode, without gradients. `options` has
+    ae_epochs, ae_lr and ae_error; the error is in fp32 or fp64. `run` gives device, autocast and progress bar. No step
+    synchronises with the device. Raises UserError for an unknown error and for an epoch without maps.
     """
-    if error not in ERRORS:
-        raise UserError(f"error is {error!r}: 'l1' (mean absolute) or 'l2' (mean squared)")
+    if options.ae_error not in ERRORS:
+        raise UserError(f"error is {options.ae_error!r}: 'l1' (mean absolute) or 'l2' (mean squared)")
     with run.autocast():
         kind = run.device.type
         is_fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     autocast = nullcontext if is_fp16 else run.autocast  # fp16 would need a gradient scaler
-    optimizer = torch.optim.SGD(auto_encoder.parameters(), lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    optimizer = torch.optim.SGD(
+        auto_encoder.parameters(), options.ae_lr, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
     optimizer.zero_grad()
     auto_encoder.train()
     means = []
-    for _ in run.track(range(epochs), "Training the auto-encoder"):
+    for _ in run.track(range(options.ae_epochs), "Training the auto-encoder"):
         total, images = torch.zeros((), device=run.device), 0
         for batch in maps():
             dtype = torch.promote_types(batch.dtype, torch.float32)
             with autocast():
                 reconstruction = auto_encoder(batch)
-            loss = ERRORS[error](reconstruction.to(dtype), batch.to(dtype))
+            loss = ERRORS[options.ae_error](reconstruction.to(dtype), batch.to(dtype))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

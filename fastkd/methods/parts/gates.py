@@ -80,8 +80,7 @@ def adapted(
             )
         pair = nn.ModuleList([_adapter(ours[0][0], theirs[0][0]), _adapter(theirs[1][0], ours[1][0])])
         pairs.append(pair)
-        fits = ours == theirs
-        result.append(gate if fits else gate._replace(teacher=nn.Sequential(pair[0], gate.teacher, pair[1])))
+        result.append(gate if ours == theirs else gate._replace(teacher=nn.Sequential(pair[0], gate.teacher, pair[1])))
     return result, pairs
 
 
