@@ -127,7 +127,17 @@ def test_the_pairs_of_the_gate_have_the_sizes_of_their_data(monkeypatch):
 
 
 def test_it_imports_without_what_a_machine_for_measuring_lacks():
-    hidden = ["nvidia.dali", "tyro", "rich", "matplotlib", "tensorboard", "sklearn", "hypothesis", "apex"]
+    hidden = [
+        "nvidia.dali",
+        "tyro",
+        "docstring_parser",
+        "rich",
+        "matplotlib",
+        "tensorboard",
+        "sklearn",
+        "hypothesis",
+        "apex",
+    ]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({hidden}, None)); import fastkd.bench.scripts.gpu_gate as gate; "
     )
@@ -142,7 +152,8 @@ def test_its_tests_are_found_without_what_a_machine_for_measuring_lacks(tmp_path
     """Tests that need more are skipped; none is an error, which would end the gate before it has begun."""
     (tmp_path / "collect.py").write_text(
         "import sys, pytest\n"
-        "LACKING = ('rich', 'hypothesis', 'sklearn', 'matplotlib', 'tyro', 'tensorboard', 'nvidia.dali')\n"
+        "LACKING = ('rich', 'hypothesis', 'sklearn', 'matplotlib', 'tyro', 'docstring_parser', 'tensorboard',\n"
+        "           'nvidia.dali')\n"
         "class Without:\n"
         "    def __init__(self, finder): self.finder = finder\n"
         "    def __getattr__(self, name): return getattr(self.finder, name)\n"

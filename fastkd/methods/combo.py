@@ -16,7 +16,6 @@ from dataclasses import field, fields, make_dataclass
 from typing import Any
 
 import torch
-from docstring_parser import parse_from_object
 from torch import Tensor, nn
 
 from ..data.base import Loader
@@ -149,7 +148,7 @@ def _sum_of_options(kinds: dict[str, type[Method]]) -> type:
     options: list[tuple[str, Any, Any]] = []
     about = ["The methods of the sum.", "", "Args:"]
     for name, kind in kinds.items():
-        helps = {o.arg_name: " ".join((o.description or "").split()) for o in parse_from_object(kind.Options).params}
+        helps = _explained(kind.Options)
         for o in fields(kind.Options):
             default = field(default=o.default, default_factory=o.default_factory)
             options.append((f"{name}_{o.name}", o.type, default))
@@ -196,3 +195,12 @@ def _errors_name_the_sum(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(f"{name} (here its options begin with --{name}-): {error}") from None
+
+
+def _explained(options: type) -> dict[str, str]:
+    """By option, the docstring below it in the source of a dataclass; empty without docstring_parser, tyro's own."""
+    try:
+        from docstring_parser import parse_from_object
+    except ImportError:
+        return {}
+    return {o.arg_name: " ".join((o.description or "").split()) for o in parse_from_object(options).params}

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from capture import Capture
-from docstring_parser import parse_from_object
 from every_method import NAMES, NETWORKS, RELATIONAL, batch, build, freeze_statistics, kind_of, parts_of, prepare
 from torch import nn
 
@@ -268,7 +267,7 @@ def test_options_are_explained_and_survive_a_file(name, fastkd):
     kind = METHODS[name].Options
     names = {option.name for option in fields(kind)}
     assert kind.__doc__ and METHODS[name].__doc__ and "weight" not in names  # --NAME-weight is a part's in a sum
-    assert names <= {option.arg_name for option in parse_from_object(kind).params if option.description}
+    assert names <= {option for option, text in _explained(kind).items() if text}
     status, out, err = fastkd("train", "--method", name, "--print-config")
     assert status == 0 and names <= yaml.safe_load(out).keys(), err
     Path("again.yaml").write_text(out)
