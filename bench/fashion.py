@@ -42,15 +42,10 @@ def read_part(part: str, images: int, folder: Path = FOLDER) -> tuple[Tensor, Te
     pictures = torch.from_numpy(read_idx(folder / f"{part}-images-idx3-ubyte").copy())
     target = torch.from_numpy(read_idx(folder / f"{part}-labels-idx1-ubyte").copy()).long()
     if images:
-        chosen = first_of_each(target, images // len(CLASSES))
+        position = one_hot(target).cumsum(0).gather(1, target[:, None]).squeeze(1)  # 1, 2, 3, ... within the class
+        chosen = position <= images // len(CLASSES)
         pictures, target = pictures[chosen], target[chosen]
     return pad(pictures, (2,) * 4).float().div(255), target  # 28 pixels a side become 32
-
-
-def first_of_each(target: Tensor, count: int) -> Tensor:
-    """Ascending positions of the first `count` images of each class."""
-    position = one_hot(target).cumsum(0).gather(1, target[:, None]).squeeze(1)  # 1, 2, 3, ... within the class
-    return (position <= count).nonzero().squeeze(1)
 
 
 def create_fashion(

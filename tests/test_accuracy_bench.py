@@ -41,11 +41,17 @@ def test_idx_files_are_read_gzipped_or_not(folder):
     assert not images[:, :2].any() and not images[:, :, 30:].any()
 
 
-def test_the_subset_is_the_first_of_each_class(folder):
+def test_the_subset_is_the_first_of_each_class(folder, tmp_path):
     images, target = fashion.read_part("train", 20, folder)
     assert (images[:, 2, 2] * 255).round().int().tolist() == list(range(20))
     assert target.bincount().tolist() == [2] * 10
-    assert fashion.first_of_each(torch.tensor([1, 1, 0, 1, 0, 0]), 2).tolist() == [0, 1, 2, 4]
+    header = b"\0\0\x08\x03" + np.array([6, 28, 28], ">i4").tobytes()
+    pixels = np.arange(6, dtype=np.uint8).repeat(28 * 28).tobytes()  # each image is filled with its number
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(header + pixels)
+    labels = b"\0\0\x08\x01" + np.array([6], ">i4").tobytes() + bytes([1, 1, 0, 1, 0, 0])
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(labels)
+    images, target = fashion.read_part("train", 20, tmp_path)
+    assert (images[:, 2, 2] * 255).round().int().tolist() == [0, 1, 2, 4] and target.tolist() == [1, 1, 0, 0]
 
 
 def test_a_wrong_folder_says_what_to_install(tmp_path):

@@ -85,21 +85,16 @@ def fused_augment(images: Tensor, boxes: Tensor, flips: Tensor, out: Tensor, mea
     return out
 
 
-def seeded(device: torch.device) -> torch.Generator:
-    """The same random numbers in every run."""
-    return torch.Generator(device).manual_seed(0)
-
-
 def logits(heads: int, N: int, C: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """[N, C] for each head, and the labels [N]."""
-    generator = seeded(device)
+    generator = torch.Generator(device).manual_seed(0)
     drawn = [3 * torch.randn(N, C, device=device, generator=generator).to(dtype) for _ in range(heads)]
     return [*drawn, torch.randint(C, (N,), device=device, generator=generator)]
 
 
 def maps(count: int, shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """`count` rounds of one map of each shape: the student's, then the teacher's."""
-    generator = seeded(device)
+    generator = torch.Generator(device).manual_seed(0)
     drawn = (torch.randn(s, device=device, generator=generator) for _ in range(count) for s in shapes)
     return [x.to(dtype, memory_format=torch.channels_last) for x in drawn]
 
@@ -112,13 +107,13 @@ def factor_maps(shape: tuple[int, ...], *where: Any) -> list[Tensor]:
 
 def margin_maps(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Maps of student and teacher, and a negative margin for each channel."""
-    margin = -torch.rand(shape[1], device=device, generator=seeded(device)).to(dtype)
+    margin = -torch.rand(shape[1], device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
     return [*maps(2, [shape], device, dtype), margin]
 
 
 def photos(N: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Images of noise, boxes, flips, the batch to fill, mean and standard deviation."""
-    generator = seeded(device)
+    generator = torch.Generator(device).manual_seed(0)
     images = torch.randint(256, (N, 256, 256, 3), dtype=torch.uint8, device=device, generator=generator)
     sides = torch.randint(80, 257, (N, 2), device=device, generator=generator)
     edges = torch.rand(N, 2, device=device, generator=generator)

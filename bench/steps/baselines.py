@@ -32,6 +32,7 @@ LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 BOUNDS = ("constant gradient", "student only")  # no loss or another loss: bounds of the time, not compared
 LOGITS = ("kd_loss", "logit_loss", "dkd_loss", "dist_loss")
 FEATURES = ("attention_transfer", "factor_distance", "hint_distance", "overhaul_distance", "rkd_loss", "sp_loss")
+HOMES = ((kd, ("kd_loss",)), (logits, LOGITS), (kernels, FEATURES))  # the modules in which the losses are looked up
 
 Batch = tuple[Tensor, Tensor]
 Notes = list[str]
@@ -194,8 +195,7 @@ def patch_losses(homes: list[tuple[ModuleType, dict[str, Any]]]) -> Iterator[Non
 @contextmanager
 def published_losses() -> Iterator[None]:
     """Within the block the losses are those of the papers' codes, differentiated by autograd."""
-    homes = ((kd, ("kd_loss",)), (logits, LOGITS), (kernels, FEATURES))
-    with patch_losses([(home, {n: PUBLISHED[n] for n in names if n in PUBLISHED}) for home, names in homes]):
+    with patch_losses([(home, {n: PUBLISHED[n] for n in names if n in PUBLISHED}) for home, names in HOMES]):
         yield
 
 
@@ -206,7 +206,7 @@ class WithoutLoss(Step):
         super().__init__(method, settings, device)
         self.learners: dict[int, Tensor] = {}
         self.gradients: dict[tuple, Tensor] = {}
-        homes = ((kd, ("kd_loss",)), (logits, LOGITS), (kernels, FEATURES), (F, ("cross_entropy",)))
+        homes = (*HOMES, (F, ("cross_entropy",)))
         self.homes = [(home, {name: getattr(self, name, self.scalar) for name in names}) for home, names in homes]
 
     def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:

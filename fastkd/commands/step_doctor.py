@@ -29,9 +29,8 @@ def examine_step(given: dict[str, Any]) -> list[list[str]]:
         step(*batch, plan)
 
     run()
-    shape = (
-        f"{workload.batch_size} images of {workload.image_size} px, {str(step.precision.dtype).removeprefix('torch.')}"
-    )
+    dtype = str(step.precision.dtype).removeprefix("torch.")
+    shape = f"{workload.batch_size} images of {workload.image_size} px, {dtype}"
     graph = why_not(step.options, device, 1)
     replayed = "the parts of steps" if count_paths(method) > LARGEST else "whole steps"
     return [

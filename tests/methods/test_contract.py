@@ -20,6 +20,7 @@ from fastkd.engine import Step
 from fastkd.engine.step import Meter
 from fastkd.errors import UserError
 from fastkd.methods import METHODS, Method
+from fastkd.methods.combo import _explained
 
 CPU = torch.device("cpu")
 WORKER = Path(__file__).parents[1] / "methods_worker.py"
