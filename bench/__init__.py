@@ -124,19 +124,6 @@ def script_parser(about: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def file_argument(about: str | None, words: list[str] | None = None) -> Path | None:
-    """The value of --file, the only option of a script that `about` describes. Its folder is made."""
-    parser = script_parser(about)
-    parser.allow_abbrev = False
-    parser.add_argument("--file", type=Path, help="JSON, with a .md beside it")
-    path: Path | None = parser.parse_args(words).file
-    try:
-        make_room({"--file": str(path or "")})
-    except UserError as error:
-        parser.error(str(error))
-    return path
-
-
 def make_room(files: dict[str, str]) -> None:
     """Make the folders of the files, by option; "" is no file.
 

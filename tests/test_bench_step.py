@@ -279,7 +279,7 @@ def test_the_files_of_a_call_are_counted():
     pair = small("kd")
     step, batch = eager_step(pair.build(CPU), CPU), pair.batch(CPU)
     found = trace(lambda: step(*batch))
-    assert found.sequence[0] == "fastkd/engine/step.py" and "fastkd/methods/kd.py" in found.sequence
-    assert all(before != after for before, after in zip(found.sequence, found.sequence[1:], strict=False))
-    assert found.files + found.returns == len(found.sequence) > found.files
-    assert trace(lambda: sum([1])).sequence == []
+    assert found[0] == "fastkd/engine/step.py" and "fastkd/methods/kd.py" in found
+    assert all(before != after for before, after in zip(found, found[1:], strict=False))
+    assert len(set(found)) <= 10 and len(found) - len(set(found)) <= 6  # a reader follows a step
+    assert trace(lambda: sum([1])) == []

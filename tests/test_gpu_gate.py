@@ -14,7 +14,7 @@ import torch
 from fastkd.bench.losses.baselines import kd
 from fastkd.bench.losses.cases import Case, logits
 from fastkd.bench.losses.measure import measure_losses
-from fastkd.bench.scripts import gpu_gate, teacher_forms
+from fastkd.bench.scripts import gpu_gate
 from fastkd.bench.scripts.gpu_gate import CIFAR, IMAGENET, new_record, place, report, run_accuracy, shown, work_off
 from fastkd.bench.steps.measure import measure_step
 from fastkd.bench.steps.report import show_step
@@ -167,18 +167,3 @@ def test_its_tests_are_found_without_what_a_machine_for_measuring_lacks(tmp_path
     run = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
     assert "test_gpu.py::test_graphs_learn" in run.stdout and "test_logit_loss.py::" in run.stdout
-
-
-def test_forms_of_a_teacher(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(teacher_forms.IMAGES["cpu"], 32, 2)
-    monkeypatch.setattr(teacher_forms, "NETWORKS", ["resnet8", "resnet9"])
-    monkeypatch.setattr("sys.argv", ["teacher_forms.py", "--file", f"{tmp_path}/a-gate-forms.json"])
-    teacher_forms.main()
-    printed = capsys.readouterr().out.splitlines()
-    found = json.loads((tmp_path / "a-gate-forms.json").read_text())["forms"]["resnet8"]
-    assert found["plain"]["ratio"] == 1 and found["folded"]["error"] < 1e-4
-    monkeypatch.setattr(gpu_gate, "run_script", lambda words: printed)
-    forms = gpu_gate.run_forms(tmp_path / "a-gate.json")
-    text = report(new_record("CPU", True) | {"forms": {"all": forms}})
-    assert f"| resnet8 | {found['plain']['ms']:.1f} | {found['folded']['ratio']:.2f}x |" in text
-    assert "resnet9 failed: unknown model" in text

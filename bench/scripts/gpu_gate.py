@@ -1,4 +1,4 @@
-"""Everything that needs a GPU: GPU tests, then benchmarks of losses, steps and teacher forms, then accuracy.
+"""Everything that needs a GPU: GPU tests, then benchmarks of losses and steps, then accuracy.
 
     python bench/scripts/gpu_gate.py                bench/results/<gpu>/<date>-gate.json, and a .md beside it
     python bench/scripts/gpu_gate.py --minutes 9    stops in time; the same line continues where it stopped
@@ -58,7 +58,6 @@ def main() -> int:
     jobs += [("losses", c.name, partial(shown, show_losses, measure_losses, [c], device, quick)) for c in cases(device)]
     steps = partial(shown, show_step, measure_step)
     jobs += [("steps", w.name, partial(steps, w, device, quick, not quick)) for w in (*CIFAR, *IMAGENET)]
-    jobs.append(("forms", "all", partial(run_forms, path)))
     jobs.append(("accuracy", "fashion", partial(run_accuracy, args.fashion, path, end)))
     status = work_off(jobs, record, path, end)
     said = "green" if status == 0 else "something of fastkd is wrong or broke"
@@ -72,7 +71,7 @@ def main() -> int:
 
 def new_record(gpu: str, quick: bool) -> Record:
     about = {"gpu": gpu, "commit": bench.commit(), "quick": quick, "environment": bench.environment()}
-    return about | {"tests": {}, "losses": {}, "steps": {}, "forms": {}, "accuracy": {}, "seconds": {}}
+    return about | {"tests": {}, "losses": {}, "steps": {}, "accuracy": {}, "seconds": {}}
 
 
 def place(folder: Path, quick: bool) -> Path:
@@ -145,15 +144,6 @@ def run_script(words: list[object]) -> list[str]:
     return lines
 
 
-def run_forms(path: Path) -> Record:
-    """teacher_forms.py, whose file lies beside the gate's."""
-    own = path.with_name(path.stem + "-forms.json")
-    lines = run_script(["bench/scripts/teacher_forms.py", "--file", own])
-    failed = [line for line in lines if " failed: " in line]
-    found = {"runs": json.loads(own.read_text()), "output": [line for line in lines if line.startswith("|")]}
-    return found | ({"error": "; ".join(failed)} if failed else {})
-
-
 def run_accuracy(folder: Path | None, path: Path, end: float) -> Record:
     """accuracy.py, whose file lies beside the gate's. It resumes by itself."""
     missing = [name for name in ("tyro", "rich", "matplotlib") if importlib.util.find_spec(name) is None]
@@ -176,7 +166,7 @@ def green(record: Record) -> bool:
 
 def all_right(record: Record) -> bool:
     """True if no job failed and every way of fastkd gives the right result."""
-    kinds = ("tests", "losses", "steps", "forms", "accuracy")
+    kinds = ("tests", "losses", "steps", "accuracy")
     if any("error" in run for kind in kinds for run in record[kind].values()):
         return False
     ours = [run["cases"][0]["contenders"]["fastkd"] for run in record["losses"].values()]
@@ -193,8 +183,6 @@ def report(record: Record) -> str:
         parts += ["## Losses", losses(record["losses"])]
     if record["steps"]:
         parts += ["## Steps", steps(record["steps"])]
-    if found := record["forms"].get("all"):
-        parts += ["## Forms of a teacher", "\n".join(found.get("output", [])) + errors(record["forms"])]
     if found := record["accuracy"].get("fashion"):
         text = found.get("skipped") or found.get("error") or "\n".join(found["output"])
         parts += ["## Accuracy on Fashion-MNIST", text]

@@ -55,16 +55,9 @@ def make_images(folder: Path, images: int) -> None:
 
 def recipe(split: Split, options: DataOptions, device: torch.device) -> DataLoader:
     """torchvision's own way, with what its documentation advises for speed."""
-    transform = v2.Compose(
-        [
-            v2.ToImage(),
-            v2.RandomResizedCrop(options.image_size, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(options.mean, options.std),
-        ]
-    )
-    images = ImageFolder(Path(split.files[0]).parents[1], transform)
+    steps = [v2.ToImage(), v2.RandomResizedCrop(options.image_size, antialias=True), v2.RandomHorizontalFlip()]
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(options.mean, options.std)]
+    images = ImageFolder(Path(split.files[0]).parents[1], v2.Compose(steps))
     images.samples = list(zip(split.files, split.labels, strict=True))
     return DataLoader(
         images,
@@ -119,9 +112,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256, help="files made")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of one window")
     parser.add_argument("--rounds", type=int, default=5, help="windows of each loader")
-    parser.add_argument(
-        "--threads", type=int, default=2, help="DALI threads; torchvision gets as many workers, and one more"
-    )
+    parser.add_argument("--threads", type=int, default=2, help="DALI threads; torchvision gets one worker more")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: DALI then decodes on the GPU")
     parser.add_argument("--json", help="where to write the figures")

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
 import torch
 
@@ -27,22 +26,8 @@ WARM_UP = 3
 OURS = ("fastkd", "kernels")
 
 
-class Trace(NamedTuple):
-    """The files of one call, relative to the repository, without consecutive repeats."""
-
-    sequence: list[str]
-
-    @property
-    def files(self) -> int:
-        return len(set(self.sequence))
-
-    @property
-    def returns(self) -> int:
-        return len(self.sequence) - self.files
-
-
-def trace(call: Callable[[], object]) -> Trace:
-    """The sequence of files that `call` enters."""
+def trace(call: Callable[[], object]) -> list[str]:
+    """The files that `call` enters, relative to the repository, without consecutive repeats."""
     sequence: list[str] = []
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
@@ -57,7 +42,7 @@ def trace(call: Callable[[], object]) -> Trace:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    return Trace(sequence)
+    return sequence
 
 
 @functools.cache
@@ -78,9 +63,9 @@ def main() -> None:
     for _ in range(WARM_UP):
         step(*batch)
     found = trace(lambda: step(*batch))
-    for number, name in enumerate(found.sequence):
-        print("return" if name in found.sequence[:number] else "enter ", name)
-    print(f"{found.files} files, {found.returns} returns")
+    for number, name in enumerate(found):
+        print("return" if name in found[:number] else "enter ", name)
+    print(f"{len(set(found))} files, {len(found) - len(set(found))} returns")
 
 
 if __name__ == "__main__":

@@ -121,10 +121,8 @@ def makers(method: Method, batch: Batch, compiled: bool) -> Makers:
 def best_form(method: Method, images: Tensor, notes: Notes, **more: Any) -> Step:
     """fastkd's eager step with the fastest teacher form on these images."""
     step = Step(copy.deepcopy(method), options(**more), images.device)
-    lines: list[str] = []
-    form = choose_form(step.method, images, "auto", step.precision, lines.append)
+    choose_form(step.method, images, "auto", step.precision, notes.append)
     cast_frozen(step.method, images, step.precision)
-    notes += [f"teacher {form}", *(line for line in lines if "not possible" in line or "refused" in line)]
     return step
 
 

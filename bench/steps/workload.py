@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from fastkd.data.base import ONE_PROCESS, EpochLoader
+from fastkd.data import DataOptions
+from fastkd.data.base import ONE_PROCESS
+from fastkd.data.synthetic import SyntheticLoader
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError
 from fastkd.methods import find_method
@@ -94,24 +96,17 @@ class Workload:
         torch.manual_seed(0)
         method = kind(student, teacher, kind.Options(**epochs), peers).to(device).to(memory_format=torch.channels_last)
         run = RunContext(epochs=100, steps_per_epoch=1000, drops=(50.0,), device=device)
-        method.prepare(OneBatch(images[:SETTLE].float(), target[:SETTLE]), run)
+        images, target = images[:SETTLE].float(), target[:SETTLE]
+        one_batch = SyntheticLoader(
+            (images[None], target[None]), len(images), DataOptions(batch_size=SETTLE), ONE_PROCESS, train=False
+        )
+        method.prepare(one_batch, run)
         return method.train()
 
     def _network(self, option: str, name: str, number: int = 0) -> nn.Module:
         torch.manual_seed(number)
         with _naming(option, name):
             return create_model(name, self.classes)
-
-
-class OneBatch(EpochLoader):
-    """A Loader of one batch, for `Method.prepare`."""
-
-    def __init__(self, images: Tensor, target: Tensor):
-        super().__init__((), len(images), len(images), ONE_PROCESS, train=False)
-        self.batch = images, target
-
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter([self.batch])
 
 
 @contextmanager

@@ -25,8 +25,10 @@ def create_optimizer(groups: list[dict[str, Any]], options: TrainOptions, device
     groups = [{**group, "base_lr": group["lr"]} for group in groups]
     if not options.decay_norms:
         groups = [new for group in groups for new in _without_decay_of_vectors(group)]
-    if options.opt in APEX:
-        return _apex_optimizer(groups, options)
+    if options.opt in APEX:  # they read the learning rate as a Python float, and cannot skip a step on the device
+        momentum = {"momentum": options.momentum} if options.opt == "fusedsgd" else {}
+        kind = getattr(apex_optimizers(), APEX[options.opt])
+        return kind(groups, lr=options.lr, weight_decay=options.weight_decay, **momentum)
     groups = [{**group, "lr": torch.tensor(float(group["lr"]), device=device)} for group in groups]
     if options.opt == "adamw":
         return torch.optim.AdamW(groups, lr=groups[0]["lr"], weight_decay=options.weight_decay, fused=True)
@@ -61,14 +63,6 @@ def apex_optimizers() -> ModuleType:
             f"--opt {', '.join(APEX)} need NVIDIA apex ({error}); build it from its source repository (the package "
             "called apex on PyPI is another project) or use --opt sgd, nesterov or adamw"
         ) from None
-
-
-def _apex_optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> Optimizer:
-    """apex reads its learning rate as a Python float, and it cannot skip a step on the device."""
-    settings = {"lr": options.lr, "weight_decay": options.weight_decay}
-    if options.opt == "fusedsgd":
-        settings["momentum"] = options.momentum
-    return getattr(apex_optimizers(), APEX[options.opt])(groups, **settings)
 
 
 def can_skip(optimizer: Optimizer) -> bool:

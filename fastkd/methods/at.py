@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..losses import AttentionTransferLoss
-from ..models.stages.shapes import check_stage_shapes
+from ..models.stages.staged import check_stage_shapes
 from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
 

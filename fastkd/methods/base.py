@@ -97,8 +97,9 @@ class Method(OptionalHooks):
 
     def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
         """Images [N, 3, H, W] and their target -> the terms of `losses`. This is what the engine calls."""
-        out = ForwardCache(images, self.staged_views_for(plan))
-        is_started = self.asks_teacher and out.start(self.teacher)
+        views, asks_teacher = self.staged_views_for(plan), self.asks_teacher
+        out = ForwardCache(images, views)
+        is_started = asks_teacher and out.start(self.teacher)
         terms = self.losses(out, target, plan)
         if is_started:
             out.join(self.teacher)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..losses import HintLoss
 from ..models import staged
-from ..models.nets.init import he_init
-from ..models.stages.shapes import check_stage_shapes
+from ..models.nets.resnet import he_init
+from ..models.stages.staged import check_stage_shapes
 from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
 

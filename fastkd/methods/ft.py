@@ -21,7 +21,7 @@ from torch import Tensor
 from ..data.base import Loader
 from ..errors import UserError
 from ..losses import FactorTransferLoss
-from ..models.stages.shapes import check_stage_shapes
+from ..models.stages.staged import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache

@@ -29,8 +29,8 @@ from ..data.base import Loader
 from ..errors import UserError, check_number
 from ..losses import AttentionTransferLoss, InheritanceExplorationLoss, KDLoss, OverhaulLoss
 from ..models import PreActivation
-from ..models.nets.init import he_init
-from ..models.stages.shapes import check_stage_shapes
+from ..models.nets.resnet import he_init
+from ..models.stages.staged import check_stage_shapes
 from .base import Method, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..losses import OverhaulLoss
 from ..models import PreActivation
-from ..models.nets.init import he_init
-from ..models.stages.shapes import check_stage_shapes
+from ..models.nets.resnet import he_init
+from ..models.stages.staged import check_stage_shapes
 from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
 

@@ -13,8 +13,7 @@ from .nets.mobilenet import CifarMobileNet, CifarMobileNetV2
 from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet, WideResNet
 from .nets.vgg import CONVOLUTIONS, CifarVGG
 from .stages.preactivation import PreActivation
-from .stages.shapes import stage_shapes
-from .stages.staged import Staged, name_stages, staged
+from .stages.staged import Staged, name_stages, stage_shapes, staged
 from .weights import SUFFIXES, load_weights, read_state_dict
 from .zoo import timm_model, torchvision_model
 

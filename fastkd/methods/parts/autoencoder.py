@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ... import checkpoint, distributed
 from ...data.base import Loader
 from ...errors import UserError, check_number
-from ...models.nets.init import he_init
+from ...models.nets.resnet import he_init
 from ..base import Method
 from ..context import RunContext
 from ..frozen import FrozenTeacher

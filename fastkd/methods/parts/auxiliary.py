@@ -16,9 +16,8 @@ from typing import cast
 
 from torch import nn
 
-from ...models.nets.init import he_init
 from ...models.nets.mobilenet import CifarMobileNet, stage
-from ...models.nets.resnet import WideBlock, WideGroup, WideResNet
+from ...models.nets.resnet import WideBlock, WideGroup, WideResNet, he_init
 from ...models.stages.staged import staged
 from .reinit import reinit
 

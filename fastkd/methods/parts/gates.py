@@ -5,8 +5,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...models.stages.shapes import Shapes, output_shapes
-from ...models.stages.staged import Staged, staged
+from ...models.stages.staged import Shapes, Staged, output_shapes, staged
 
 
 class Gate(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import UserError
-from ...models.nets.init import he_init
+from ...models.nets.resnet import he_init
 
 CONSTANTS = {  # (class, parameter): the initial value, for modules of timm and torchvision without reset_parameters()
     ("CNBlock", "layer_scale"): 1e-6,

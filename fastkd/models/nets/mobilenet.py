@@ -12,8 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .init import he_init
-from .resnet import stack
+from .resnet import he_init, stack
 
 STAGES = (  # of MobileNet: (width, stride) of each block
     ((64, 1), (128, 1), (128, 1), (256, 1), (256, 1)),

@@ -12,8 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .init import he_init
-
 DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
 WIDTHS = (16, 16, 32, 64)  # stem, then the three stages
 WIDTHS_X4 = (32, 64, 128, 256)
@@ -24,6 +22,21 @@ def stack(
 ) -> nn.Sequential:
     """`count` blocks of (cin, cout, stride); the first changes width and resolution."""
     return nn.Sequential(block(cin, cout, stride), *(block(cout, cout, 1) for _ in range(count - 1)))
+
+
+def he_init(model: nn.Module, linear_std: float | None = None) -> None:
+    """Convolutions from N(0, 2 / fan_out) with bias 0 (He et al. 2015, arXiv:1502.01852); BN as torch has it.
+
+    `linear_std`: linear layers from N(0, linear_std^2) with bias 0; None leaves torch's default. In place.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear) and linear_std is not None:
+            nn.init.normal_(module.weight, std=linear_std)
+            nn.init.zeros_(module.bias)
 
 
 class BasicBlock(nn.Module):

@@ -10,7 +10,7 @@ nothing.
 import torch
 from torch import Tensor, nn
 
-from .init import he_init
+from .resnet import he_init
 
 CONVOLUTIONS = {"vgg8": (1, 1, 1, 1, 1), "vgg13": (2, 2, 2, 2, 2)}  # per block
 
