@@ -55,7 +55,7 @@ def _relative(file: str) -> str | None:
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("what", choices=["files"])
+    parser.add_argument("what", choices=["files"], nargs="?", default="files")
     parser.parse_args()
     workload = Workload("kd", "resnet20", "resnet8", batch_size=8).filled(CPU)
     batch = workload.batch(CPU)
