@@ -16,6 +16,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .check import check_floating
@@ -25,7 +26,8 @@ from .op import FusedOp, acc_dtype, is_compiled_for_cpu
 def hint_distance_reference(student: Tensor, teacher: Tensor, *, weight: float = 1.0) -> Tensor:
     """The specification, with torch's autograd. torch.compile on the CPU gets it in place of the operator."""
     dtype = acc_dtype([student, teacher])
-    return weight * (student.to(dtype) - teacher.detach().to(dtype)).square().sum() / max(student.numel(), 1)
+    s, t = student.to(dtype), teacher.detach().to(dtype)
+    return weight * (F.mse_loss(s, t) if s.numel() else s.sum())
 
 
 def overhaul_distance_reference(student: Tensor, teacher: Tensor, margin: Tensor, *, weight: float = 1.0) -> Tensor:
