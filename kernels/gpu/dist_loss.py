@@ -215,7 +215,7 @@ def launch(inputs: Inputs, outputs: Tensors, grads: Any, grad_outputs: Tensors =
     row_sum, *partials = (torch.empty(n, dtype=torch.float32, device=device) for n in (1, *grids))
     _rows_kernel[grids[:1]](
         *networks, rows, row_sum, partials[0], ticket(device), N, C // unit, beta, temperature,
-        UNIT=unit, BLOCK=block, ROWS=32 * warps, enable_fp_fusion=True, num_warps=warps,
+        UNIT=unit, BLOCK=block, ROWS=32 * warps, enable_fp_fusion=True, num_warps=warps, maxnreg=most_registers(warps),
     )  # fmt: skip
     _columns_kernel[grids[1:]](
         *networks, rows, row_sum, columns, loss, partials[1], ticket(device), N, C // unit, beta, gamma,
