@@ -64,6 +64,20 @@ def all_reduce_sum(counts: Tensor) -> Tensor:
     return counts
 
 
+def all_reduce_(tensor: Tensor) -> None:
+    """Replace `tensor` by the sum over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
+@torch.no_grad()
+def broadcast(net: nn.Module) -> None:
+    """Give every process the weights and buffers of rank 0, as DDP does."""
+    if world_size() > 1:
+        for tensor in (*net.parameters(), *net.buffers()):
+            dist.broadcast(tensor, 0)
+
+
 def gather(thing: T) -> list[T]:
     """The `thing` of every process, in rank order; it must be picklable."""
     if world_size() == 1:

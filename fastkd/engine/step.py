@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from .. import distributed
 from ..errors import UserError
+from ..kernels.step_end import add_to_sums, check_gradients
 from ..methods.base import Method
 from ..methods.context import RunContext
+from .batched import Layers, batched
 from .ema import Ema
+from .exchange import ALIGNMENT, Ddp, FlatBlocks, OneProcess
 from .optim import can_skip, create_optimizer
 from .options import TrainOptions
 from .precision import Precision
 
-ALIGNMENT = 64  # elements: each buffer starts at a multiple of 256 bytes, as a separate tensor would
 Track = Callable[[Sequence, str], Iterable]
 """Shows a progress bar around a sequence, with a title."""
 
@@ -36,12 +39,13 @@ class Meter:
         for sums in self.sums.values():
             sums.zero_()
 
-    def add(self, values: dict[str, Tensor], weight: float) -> None:
-        """Count these scalars, all of one step, with this weight, such as the number of images."""
-        row = torch.stack([*(value.detach().double() for value in values.values())])
-        row = torch.cat([row, row.new_ones(1)])
-        sums = self.sums.setdefault(tuple(values), torch.zeros_like(row))
-        sums += torch.where(row.isfinite().all(), row * weight, 0.0)
+    def add(self, values: dict[str, Tensor], weight: int) -> None:
+        """Count these scalars, all of one step, with this weight, such as the number of images. One launch."""
+        names = tuple(values)
+        if names not in self.sums:
+            device = next(iter(values.values())).device
+            self.sums[names] = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+        add_to_sums(self.sums[names], [value.detach() for value in values.values()], weight)
 
     def read(self, everywhere: bool = True) -> dict[str, float]:
         """The means over all processes, which must all call it, or over this one alone. One host sync."""
@@ -85,33 +89,65 @@ class Step:
 
     images: [N, 3, H, W] on the device; target: [N] int64 or [N, C] floating. A step whose gradient is not finite is
     skipped on the device (apex's optimizers cannot): weights, momentum and BatchNorm statistics stay as they were, and
-    `step.nonfinite` counts it.
+    `step.nonfinite` counts it. It has three parts, of which graphs hold the first and the last: `gradients`,
+    `exchange` between processes, `update`.
+
+    With several processes, gradients are averaged by DDP, or with `flat` in one block: what graphs need.
     """
 
-    def __init__(self, method: Method, options: TrainOptions, device: torch.device):
+    def __init__(self, method: Method, options: TrainOptions, device: torch.device, flat: bool = False):
         self.method, self.options = method, options
         self.buffers = join_buffers(method, device)
         self.saved_buffers = self.buffers.clone()
         if options.compile:
             method.compile(dynamic=False)  # in place: names and weights stay
-        self.module = distributed.parallel(method, device, method.find_unused_parameters)
+        if flat:
+            distributed.broadcast(method)
+        self.module = method if flat else distributed.parallel(method, device, method.find_unused_parameters)
         self.optimizer = create_optimizer(method.param_groups(options.lr), options, device)
         self.parameters: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.processes = OneProcess()
+        if distributed.world_size() > 1:
+            self.processes = FlatBlocks(self.parameters, device) if flat else Ddp(device)
         self.can_skip = can_skip(self.optimizer)
         self.precision = Precision(options.amp_dtype, device)
         self.ema = Ema(nn.ModuleDict(method.networks()), options.ema_decay) if options.ema_decay else None
         self.meter = Meter()
         self.nonfinite = torch.zeros((), device=device)  # steps whose gradient was not finite
+        self.found_inf = torch.zeros((), device=device)
+        self.layers = None if options.compile or self.module is not method else Layers(method)
+        self.plans: set[Hashable] = set()  # those of which `layers` knows the layers
+        self.terms: list[tuple[dict[str, Tensor], int]] = []  # loss terms and images of each micro-batch of this step
+        self.one = torch.ones((), device=device)
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
+        self.gradients(images, target, plan)
+        self.exchange()
+        self.update()
+
+    def gradients(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
+        """Forward and backward of each micro-batch."""
         self.saved_buffers.copy_(self.buffers)
         count = max(1, min(self.options.grad_accum, len(images) // 2))  # BatchNorm cannot train on one image
         micro_batches = list(zip(images.tensor_split(count), target.tensor_split(count), strict=True))
+        divisor = self.processes.divisor(len(images))
         for number, (some_images, some_target) in enumerate(micro_batches, 1):
             if isinstance(self.module, DistributedDataParallel):  # it sends gradients with the last micro-batch
                 self.module.require_backward_grad_sync = number == count
-            self._backward(some_images, some_target, plan, share=len(some_images) / len(images))
+            self._backward(some_images, some_target, plan, share=len(some_images) / divisor)
+        self.processes.collect(self.parameters)
+
+    def exchange(self) -> None:
+        """Add up the gradients of all processes."""
+        self.processes.reduce()
+
+    def update(self) -> None:
+        """Clip, skip a bad step, update weights and their averages, count."""
+        self.processes.spread(self.parameters)
         self._update()
+        for terms, images in self.terms:
+            self.meter.add(terms, images)
+        self.terms.clear()
 
     def close(self) -> str:
         """The line to print at the end of a run: none. GraphedStep and PartialGraphStep have one."""
@@ -160,23 +196,33 @@ class Step:
         )
 
     def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:
-        with self.precision.autocast():
+        with self.precision.autocast(), self._layers(plan):
             terms = self.module(images, target, plan)
-        self.precision.scaler.scale(sum(terms.values()) * share).backward()
-        self.meter.add(terms, weight=len(images))
+        learnt = [term for term in terms.values() if term.requires_grad] or list(terms.values())
+        seed = self.precision.scaler.scale(self.one if share == 1 else self.one * share)
+        # the gradient of the sum, without the launches of adding up
+        torch.autograd.backward(learnt, [seed.to(term.dtype) for term in learnt])
+        self.terms.append(({name: term.detach() for name, term in terms.items()}, len(images)))
+
+    def _layers(self, plan: Hashable) -> AbstractContextManager[object]:
+        """Around a forward pass: the first of a plan shows which layers can be batched, later ones are batched."""
+        if self.layers is None:
+            return nullcontext()
+        if plan in self.plans:
+            return batched(self.layers, self.precision.dtype)
+        self.plans.add(plan)
+        return self.layers.find()
 
     def _update(self) -> None:
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norms = torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])
+        counts = (self.nonfinite, self.found_inf)
+        norm = check_gradients(torch.stack(norms), self.buffers, self.saved_buffers, *counts)
         if self.options.clip_grad:
             clip_grads_with_norm_(self.parameters, self.options.clip_grad, norm)
-        bad = ~norm.isfinite()
-        self.nonfinite += bad
-        self.buffers.copy_(torch.where(bad, self.saved_buffers, self.buffers))
         if self.can_skip:
-            setattr(self.optimizer, "found_inf", bad.float())  # noqa: B010, not in torch's types
+            setattr(self.optimizer, "found_inf", self.found_inf)  # noqa: B010, not in torch's types
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

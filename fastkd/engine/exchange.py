@@ -1,0 +1,88 @@
+"""How processes average their gradients: not at all (one process), by DDP, or in flat blocks between CUDA graphs.
+
+The average is that of all images. In the last batch of an epoch one process may have fewer than another, so each loss
+is divided by the usual number of images, and the averaged gradients by the mean fraction of it that the processes had.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+
+ALIGNMENT = 64  # elements: each part of a block starts at a multiple of 256 bytes, as a separate tensor would
+
+
+class OneProcess:
+    """A step calls these in order; with one process they do nothing."""
+
+    def divisor(self, images: int) -> int:
+        """The number by which the sum of the losses of this process's images is divided. Called first in a step."""
+        return images
+
+    def collect(self, parameters: Sequence[Tensor]) -> None:
+        """After the backward passes: get the gradients ready to be sent."""
+
+    def reduce(self) -> None:
+        """The communication alone: it is not part of a graph."""
+
+    def spread(self, parameters: Sequence[Tensor]) -> None:
+        """Before the update: make the gradients the means over all images."""
+
+
+class Ddp(OneProcess):
+    """DDP has averaged the gradients over the processes during the backward pass."""
+
+    def __init__(self, device: torch.device):
+        self.usual, self.fraction = 0, torch.ones((), device=device)
+
+    def divisor(self, images: int) -> int:
+        self.usual = self.usual or max(distributed.gather(images))
+        self.fraction.fill_(images / self.usual / distributed.world_size())
+        return self.usual
+
+    def reduce(self) -> None:
+        distributed.all_reduce_(self.fraction)
+
+    def spread(self, parameters: Sequence[Tensor]) -> None:
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.fraction)
+
+
+class FlatBlocks(Ddp):
+    """All gradients in one block per dtype: one all-reduce of each, with the fraction as its last element.
+
+    Weights that a step leaves out keep no gradient. Every process must leave out the same ones.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], device: torch.device):
+        super().__init__(device)
+        groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for p in parameters:
+            groups[p.dtype].append(p)
+        self.views: dict[Tensor, Tensor] = {}
+        self.blocks = []
+        for dtype, group in groups.items():
+            sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in group]
+            block = torch.zeros(sum(sizes) + 1, dtype=dtype, device=device)
+            self.blocks.append(block)
+            for p, part in zip(group, block.split([*sizes, 1])[:-1], strict=True):  # in the order of p's memory
+                self.views[p] = part.as_strided(p.shape, p.stride())
+
+    def collect(self, parameters: Sequence[Tensor]) -> None:
+        used = [p for p in parameters if p.grad is not None]
+        torch._foreach_copy_([self.views[p] for p in used], [p.grad for p in used])
+        for p in used:
+            p.grad = self.views[p]
+        for block in self.blocks:
+            block[:-1].mul_(1 / distributed.world_size())
+            block[-1].copy_(self.fraction)
+
+    def reduce(self) -> None:
+        for block in self.blocks:
+            distributed.all_reduce_(block)
+
+    def spread(self, parameters: Sequence[Tensor]) -> None:
+        for block in self.blocks:
+            block[:-1].div_(block[-1])
