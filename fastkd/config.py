@@ -19,6 +19,7 @@ from .errors import UserError, nearest
 from .methods import METHODS, find_method
 from .parser import name_of, option_types, run_parser, tokens_of, typed_options
 
+SWITCHES = ("graph", "compile")  # their values: auto, on, off
 NOT_IN_FILES = ("config", "print_config", "resume")
 TIMES = ("warmup_epochs", "decay_epochs", "decay_milestones")  # parts of a schedule, in epochs
 
@@ -166,7 +167,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"--config {path}: {name} is given {times} times; keep one of the lines")
         if name in NOT_IN_FILES:
             raise UserError(f"--config {path}: {name} is for the command line only; remove the line")
-    return {name_of(str(key)): value for key, value in values.items()}
+    return {name: _word(name, value) for key, value in values.items() for name in [name_of(str(key))]}
+
+
+def _word(name: str, value: Any) -> Any:
+    """The value of an option; YAML reads `on` and `off` as booleans."""
+    return {True: "on", False: "off"}[value] if name in SWITCHES and isinstance(value, bool) else value
 
 
 def _refuse_options_of_other_methods(method: str, sources: Sources) -> None:

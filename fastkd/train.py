@@ -14,7 +14,7 @@ from . import checkpoint, distributed
 from .checkpoint import Result
 from .data.base import Loader, check_count, check_loaders, describe, first_images, rewound
 from .engine import Schedule, Step, TrainOptions, graphed
-from .engine.launch import Runner, check_compile
+from .engine.launch import Runner, check_compile, compiles, uses_graphs
 from .engine.mixup import Mixup
 from .engine.teacher_forms import check_form, teacher_form
 from .evaluate import Batches, evaluate_networks
@@ -41,7 +41,9 @@ class Trainer:
         self.config = config = replace(config, out=str(out))
         self.train_loader, self.val_loader, self.data = train_loader, val_loader, describe(train_loader)
         self.method = method.to(self.device).to(memory_format=config.memory_format)
-        self.step = Step(method, config, self.device)
+        compiled = compiles(method, config, self.device, config.epochs * len(train_loader), log_rank0)
+        flat = uses_graphs(config, self.device)
+        self.step = Step(method, config, self.device, flat=flat, compiled=compiled, log=log_rank0)
         self.runner: Runner = self.step
         self.schedule = Schedule(config, self.step.optimizer)
         alphas = (config.mixup, config.cutmix, config.smoothing)
@@ -76,7 +78,7 @@ class Trainer:
         return Result(self.history, self.report.out)
 
     def _train(self) -> None:
-        self.runner = graphed(self.step, self.config.graph, self.device, distributed.world_size(), log_rank0)
+        self.runner = graphed(self.step, self.config.graph, self.device, log_rank0)
         bar = Bar(self.config.epochs, self.epoch, len(self.train_loader))
         try:
             with bar.progress:

@@ -392,7 +392,7 @@ def test_folder_end_to_end(fastkd, images):
         (["--method", "ofd", "--teacher-form", "fused"], "before the activation"),
         (["--method", "dml", "--teacher-form", "folded"], "the method has no teacher"),
         (
-            ["--method", "iakd", "--gates", "block", "--student", "resnet56", "--teacher", "resnet56", "--compile"],
+            ["--method", "iakd", "--gates", "block", "--student", "resnet56", "--teacher", "resnet56", "--compile", "on"],
             "paths",
         ),
         (["--grad-accum", "100"], "--grad-accum 100: a batch of 64"),

@@ -105,7 +105,7 @@ def makers(method: Method, batch: Batch, compiled: bool) -> Makers:
     if device.type == "cuda":
         found["fastkd graph"] = lambda notes: Fastkd(as_graph(method, images, notes))
         if compiled:
-            found["fastkd compiled graph"] = lambda notes: Fastkd(as_graph(method, images, notes, compile=True))
+            found["fastkd compiled graph"] = lambda notes: Fastkd(as_graph(method, images, notes, compile="on"))
     found["official eager"] = lambda notes: by_hand(method, device, published=True)
     found["eager channels-last"] = lambda notes: by_hand(method, device)
     if compiled:
@@ -120,7 +120,8 @@ def makers(method: Method, batch: Batch, compiled: bool) -> Makers:
 
 def best_form(method: Method, images: Tensor, notes: Notes, **more: Any) -> Step:
     """fastkd's eager step with the fastest teacher form on these images."""
-    step = Step(copy.deepcopy(method), options(**more), images.device)
+    given = options(**more)
+    step = Step(copy.deepcopy(method), given, images.device, compiled=given.compile == "on")
     choose_form(step.method, images, "auto", step.precision, notes.append)
     cast_frozen(step.method, images, step.precision)
     return step
@@ -128,7 +129,7 @@ def best_form(method: Method, images: Tensor, notes: Notes, **more: Any) -> Step
 
 def as_graph(method: Method, images: Tensor, notes: Notes, **more: Any) -> Runner:
     """The same step, replayed as CUDA graphs."""
-    return graphed(best_form(method, images, notes, **more), "on", images.device, 1, notes.append)
+    return graphed(best_form(method, images, notes, **more), "on", images.device, notes.append)
 
 
 def by_hand(method: Method, device: torch.device, mode: str = "", published: bool = False) -> Loop:

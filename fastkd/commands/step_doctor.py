@@ -31,7 +31,7 @@ def examine_step(given: dict[str, Any]) -> list[list[str]]:
     run()
     dtype = str(step.precision.dtype).removeprefix("torch.")
     shape = f"{workload.batch_size} images of {workload.image_size} px, {dtype}"
-    graph = why_not(step.options, device, 1)
+    graph = why_not(step.options, device)
     replayed = "the parts of steps" if count_paths(method) > LARGEST else "whole steps"
     return [
         ["pair", workload.name, shape],

@@ -92,7 +92,7 @@ class Job:
         trial.check(run)
         check_form(trial, options.teacher_form)
         check_compile(trial, options)
-        check_graph(options.graph, options, self.device, distributed.world_size())
+        check_graph(options.graph, options, self.device)
 
     def claim(self) -> None:
         """Make the run folder; without --out it is a new one in runs/."""

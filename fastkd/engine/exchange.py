@@ -18,6 +18,8 @@ ALIGNMENT = 64  # elements: each part of a block starts at a multiple of 256 byt
 class OneProcess:
     """A step calls these in order; with one process they do nothing."""
 
+    several = False
+
     def divisor(self, images: int) -> int:
         """The number by which the sum of the losses of this process's images is divided. Called first in a step."""
         return images
@@ -34,6 +36,8 @@ class OneProcess:
 
 class Ddp(OneProcess):
     """DDP has averaged the gradients over the processes during the backward pass."""
+
+    several = True
 
     def __init__(self, device: torch.device):
         self.usual, self.fraction = 0, torch.ones((), device=device)

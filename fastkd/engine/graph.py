@@ -1,21 +1,27 @@
 """A whole step as one CUDA graph per (plan, shapes): the host then launches one graph instead of hundreds of kernels.
 
 The graph holds forward, loss, backward, clipping, optimizer, weight average and counters. Outside of it are the
-schedule, which writes the learning rate's tensor, mixup, and the copy of a batch into the graph's inputs.
+schedule, which writes the learning rate's tensor, mixup, and the copy of a batch into the graph's inputs. With several
+processes there are two graphs, and between them the all-reduce of the gradients.
 
 The first steps of a plan run eagerly and are training steps like all others: they are the warm-up, so no state has to
 be restored. Then the step is captured, which changes nothing either, and replayed. A batch with fewer images runs
-eagerly. Each image size gets its own graph. A graph has one set of inputs: the copy into them takes about 0.3 % of an
-ImageNet step (computed from its bytes, not timed), and a second set would need every graph twice.
+eagerly, in the graphs' memory. Each image size gets its own graph. A graph has one set of inputs: the copy into them
+takes about 0.3 % of an ImageNet step (computed from its bytes, not timed), and a second set would need every graph
+twice.
 """
 
+import traceback
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .step import Step
 
 WARM_UP = 3  # eager steps before the first capture: cuDNN chooses its algorithms, the optimizer makes its state
@@ -25,25 +31,65 @@ Shapes = tuple[torch.Size, torch.dtype, torch.Size, torch.dtype]  # of images an
 Key = tuple[Hashable, Shapes]  # plan and shapes
 
 
+class CannotCapture(Exception):
+    """A step that no CUDA graph can hold; the message says why."""
+
+
 class CudaGraph:
-    """`with graph:` captures on `stream` with memory from `pool`; `graph.replay()` runs. Tests have one for the CPU."""
+    """`with graph:` captures on `stream` with memory from `pool`; `graph.replay()` runs. Tests have one for the CPU.
+
+    A capture that fails raises CannotCapture, and leaves the streams as they were.
+    """
 
     counts_at_once = False  # True in that of the tests, whose capture runs the operations too
 
     def __init__(self, pool: Any, stream: torch.cuda.Stream):
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self.pool, self.stream = torch.cuda.CUDAGraph(), pool, stream
         self.replay = self.graph.replay
         self.context = torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         self.megabytes = 0.0
 
     def __enter__(self) -> "CudaGraph":
+        self.before = torch.cuda.current_stream()
         self.context.__enter__()
         self.megabytes = -torch.cuda.memory_reserved() / 2**20
         return self
 
-    def __exit__(self, *problem: Any) -> None:
-        self.context.__exit__(*problem)
+    def __exit__(self, kind: Any, problem: BaseException | None, trace: Any) -> None:
+        try:
+            self.context.__exit__(kind, problem, trace)
+        except RuntimeError as error:  # torch has not left the stream then
+            torch.cuda.set_stream(self.before)
+            if problem is None or isinstance(problem, RuntimeError):
+                raise CannotCapture(_where(problem or error)) from (problem or error)
+        else:
+            if isinstance(problem, RuntimeError):
+                raise CannotCapture(_where(problem)) from problem
         self.megabytes += torch.cuda.memory_reserved() / 2**20  # the growth of the pool
+
+
+class GraphMemory:
+    """The stream and the memory that the graphs of a step share, and eager steps between their replays."""
+
+    def __init__(self, stream: torch.cuda.Stream):
+        self.pool, self.stream = torch.cuda.MemPool(), stream
+
+    def graph(self) -> CudaGraph:
+        return CudaGraph(self.pool.id, self.stream)
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Run eagerly on the stream, in memory that the graphs use while they are replayed.
+
+        Nothing that is made here may live on: a replay would overwrite it. Backward passes run in this thread, since
+        memory is taken from the pool by one thread alone.
+        """
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
+            with torch.autograd.set_multithreading_enabled(False):
+                yield
+        current.wait_stream(self.stream)
 
 
 class GraphedStep:
@@ -51,11 +97,22 @@ class GraphedStep:
 
     `new_graph()` makes a CudaGraph. `graphs` holds the captured ones by (plan, shapes). The state stays in `step`.
     A step is replayed if the batch has the usual size, after an eager one of its plan and shapes and `warm_up` in all.
+    `eager()` is a context for eager forward and backward passes, such as GraphMemory.eager. If a step cannot be
+    captured, `stop(reason)` is called once, which may raise; without an error all later steps run eagerly.
     """
 
-    def __init__(self, step: Step, new_graph: Callable[[], CudaGraph], warm_up: int = WARM_UP, largest: int = LARGEST):
+    def __init__(
+        self,
+        step: Step,
+        new_graph: Callable[[], CudaGraph],
+        warm_up: int = WARM_UP,
+        largest: int = LARGEST,
+        eager: Callable[[], AbstractContextManager[object]] = nullcontext,
+        stop: Callable[[str], None] | None = None,
+    ):
         self.step, self.new_graph, self.warm_up, self.largest = step, new_graph, warm_up, largest
-        self.graphs: OrderedDict[Key, CudaGraph] = OrderedDict()
+        self.eager_memory, self.stop, self.stopped = eager, stop, False
+        self.graphs: OrderedDict[Key, list[CudaGraph]] = OrderedDict()
         self.seen: set[Key] = set()
         self.eager, self.replays = 0, 0  # steps
         self.usual = 0  # images of the first batch
@@ -66,36 +123,116 @@ class GraphedStep:
         shapes = (images.shape, images.dtype, target.shape, target.dtype)
         key = (plan, shapes)
         self.usual = self.usual or len(images)
-        if key not in self.seen or self.eager < self.warm_up or len(images) != self.usual:
-            self.seen.add(key)
-            self.eager += 1
-            self.step(images, target, plan)
+        if self.stopped or key not in self.seen or self.eager < self.warm_up or len(images) != self.usual:
+            self._run_eagerly(key, images, target)
             return
-        self.replays += 1
         if shapes not in self.inputs:
             self.inputs[shapes] = torch.empty_like(images), torch.empty_like(target)
         self.inputs[shapes][0].copy_(images)
         self.inputs[shapes][1].copy_(target)
-        if key not in self.graphs:
-            self._capture(key)
-        else:
+        if key in self.graphs:
             self.graphs.move_to_end(key)
-            self.graphs[key].replay()
+            first, *second = self.graphs[key]
+            first.replay()
+            self.step.exchange()
+            for graph in second:
+                graph.replay()
+        elif not self._captured(key):
+            self._run_eagerly(key, images, target)
+            return
+        self.replays += 1
+
+    def _captured(self, key: Key) -> bool:
+        """Capture the step of this plan and shapes, and make it. False if it cannot be captured."""
+        try:
+            self._capture(key)
+        except CannotCapture as error:
+            self.step.forget()
+            self._stop(str(error))
+            return False
+        return True
 
     def _capture(self, key: Key) -> None:
         while len(self.graphs) >= self.largest:
             self.graphs.popitem(last=False)
         plan, shapes = key
-        graph = self.new_graph()
-        with graph:
-            self.step(*self.inputs[shapes], plan)
-        self.graphs[key] = graph
+        graphs = [self.new_graph()]
+        with graphs[0]:
+            self.step.gradients(*self.inputs[shapes], plan)
+            if not self.step.processes.several:
+                self.step.update()
+        self._finish(graphs[0])
+        if self.step.processes.several:
+            self.step.exchange()
+            graphs.append(self.new_graph())
+            with graphs[1]:
+                self.step.update()
+            self._finish(graphs[1])
+        self.graphs[key] = graphs
+
+    def _finish(self, graph: CudaGraph) -> None:
         self.megabytes += graph.megabytes
         if not graph.counts_at_once:
             graph.replay()
+
+    def _run_eagerly(self, key: Key, images: Tensor, target: Tensor) -> None:
+        """An eager step. Before a capture it also shows whether the step asks the device for a value."""
+        plan, (device, is_new) = key[0], (images.device, key not in self.seen)
+        self.seen.add(key)
+        self.eager += 1
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        asked: list[str] = []
+        with self.eager_memory() if self.graphs else nullcontext(), _questions(device, asked, is_new):
+            self.step.gradients(images, target, plan)
+        self.step.exchange()
+        self.step.update()
+        if device.type == "cuda" and torch.cuda.memory_allocated(device) > before:
+            self.graphs.clear()  # something made in the graphs' memory lives on: capture around it
+        if asked and not self.stopped:
+            self._stop(asked[0])
+
+    def _stop(self, reason: str) -> None:
+        self.stopped = True
+        self.graphs.clear()
+        self.inputs.clear()
+        if self.stop:
+            self.stop(reason)
 
     def close(self) -> str:
         """Free the graphs' memory before the process tears CUDA down; gives a line about how often they were used."""
         count, steps = len(self.graphs), self.replays + self.eager
         self.graphs.clear()
         return f"{count} CUDA graphs, {self.megabytes:,.0f} MB, replayed in {self.replays} of {steps} steps"
+
+
+@contextmanager
+def _questions(device: torch.device, asked: list[str], wanted: bool) -> Iterator[None]:
+    """Add to `asked` each place in the block that waits for the device, by torch's own check. A step goes on.
+
+    What the compiler asks while it compiles does not count.
+    """
+    if device.type != "cuda" or not wanted:
+        yield
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    for warning in found:
+        if "called a synchronizing" in str(warning.message):
+            if "/torch/_" in warning.filename:
+                continue
+            asked.append(f"{warning.filename}:{warning.lineno} waits for the device")
+        elif "debug mode is a prototype" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line outside of torch that raised `error`, and what it said."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "a step"
+    return f"{place} cannot be captured: {str(error).splitlines()[0]}"

@@ -1,40 +1,46 @@
 """How steps are launched: each operation by the host, or as CUDA graphs; `--graph` decides."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from ..errors import UserError
 from ..methods.base import Method
-from .graph import LARGEST, CudaGraph, GraphedStep
+from .graph import LARGEST, GraphedStep, GraphMemory
 from .optim import APEX
 from .options import TrainOptions
 from .partial_graphs import PartialGraphStep, count_paths
 from .step import Step
 
+Log = Callable[[str], None]
 Runner = Step | GraphedStep | PartialGraphStep
 """Runs a step: `runner(images, target, plan)`, and `runner.close()` at the end."""
+COMPILE_PAYS = 100_000  # steps: compiling takes a minute or two and saves about a tenth of a step of 1 to 30 ms
 
 
-def graphed(step: Step, wanted: str, device: torch.device, processes: int, log: Callable[[str], None]) -> Runner:
+def graphed(step: Step, wanted: str, device: torch.device, log: Log) -> Runner:
     """The step run as `--graph` wants it: "auto", "on" or "off". Raises UserError if "on" is not possible."""
     if wanted == "off":
         return step
-    check_graph(wanted, step.options, device, processes)
-    if reason := why_not(step.options, device, processes):
+    check_graph(wanted, step.options, device)
+    if reason := why_not(step.options, device):
         if device.type == "cuda":
             log(f"steps run eagerly: {reason}")
         return step
     capturable(step)
-    stream = torch.cuda.Stream(device)
-
-    def new_pool() -> Callable[[], CudaGraph]:
-        pool = torch.cuda.graph_pool_handle()
-        return lambda: CudaGraph(pool, stream)
-
+    stop = partial(_stop, wanted, log)
     if count_paths(step.method) > LARGEST:
-        return PartialGraphStep(step, new_pool)
-    return GraphedStep(step, new_pool())
+        stream = torch.cuda.Stream(device)
+        return PartialGraphStep(step, lambda: GraphMemory(stream).graph, stop=stop)
+    memory = GraphMemory(torch.cuda.Stream(device))
+    return GraphedStep(step, memory.graph, eager=memory.eager, stop=stop)
+
+
+def _stop(wanted: str, log: Log, reason: str) -> None:
+    if wanted == "on":
+        raise UserError(f"--graph on: {reason}; use --graph auto or off")
+    log(f"steps run eagerly from here on: {reason}")
 
 
 def capturable(step: Step) -> None:
@@ -44,33 +50,52 @@ def capturable(step: Step) -> None:
             group["capturable"] = True
 
 
-def check_graph(wanted: str, options: TrainOptions, device: torch.device, processes: int) -> None:
+def check_graph(wanted: str, options: TrainOptions, device: torch.device) -> None:
     """Raise UserError if `--graph on` is not possible. Nothing is run."""
-    reason = why_not(options, device, processes)
+    reason = why_not(options, device)
     if reason and wanted == "on":
         raise UserError(f"--graph on: {reason}; use --graph auto or off")
 
 
-def why_not(options: TrainOptions, device: torch.device, processes: int) -> str:
+def why_not(options: TrainOptions, device: torch.device) -> str:
     """Why steps cannot be captured, or the empty string."""
     if device.type != "cuda":
         return "there is no CUDA device"
-    if processes > 1:
-        return "several processes exchange gradients, which stays outside of a graph"
     if options.opt in APEX:
         return f"--opt {options.opt} reads its learning rate on the host"
     return ""
 
 
+def uses_graphs(options: TrainOptions, device: torch.device) -> bool:
+    """True if steps will be captured, unless a network turns out not to allow it."""
+    return options.graph != "off" and not why_not(options, device)
+
+
+def compiles(method: Method, options: TrainOptions, device: torch.device, steps: int, log: Log) -> bool:
+    """Whether a run of so many steps compiles its networks and losses."""
+    if options.compile != "auto":
+        return options.compile == "on"
+    if device.type != "cuda" or steps < COMPILE_PAYS or count_paths(method) > LARGEST:
+        return False
+    _allow_recompiling(method)
+    log(f"compiling networks and losses, which pays in {steps:,} steps; --compile off does without")
+    return True
+
+
 def check_compile(method: Method, options: TrainOptions) -> None:
     """Raise UserError if there are too many paths to compile; else allow torch to compile each of them."""
-    if not options.compile:
+    if options.compile != "on":
         return
     paths = count_paths(method)
     if paths > LARGEST:
         raise UserError(
-            f"--compile: a step takes one of {paths:,} paths and each would be compiled by itself, "
-            f"{LARGEST} at most; use --gates stage, or leave --compile out"
+            f"--compile on: a step takes one of {paths:,} paths and each would be compiled by itself, "
+            f"{LARGEST} at most; use --gates stage, or --compile off"
         )
+    _allow_recompiling(method)
+
+
+def _allow_recompiling(method: Method) -> None:
     limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 4 * paths)  # per path: two batch sizes, with and without autocast
+    # per path: two batch sizes, with and without autocast
+    torch._dynamo.config.recompile_limit = max(limit, 4 * count_paths(method))

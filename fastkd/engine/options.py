@@ -60,10 +60,11 @@ class TrainOptions:
     residual addition too; compiled: folded, by torch.compile. auto takes the fastest on CUDA, and on the CPU the plain
     one, whose results have the same bits in every run."""
     graph: Literal["auto", "on", "off"] = "auto"
-    """Replay steps as CUDA graphs. auto does so on a GPU, but not with several processes or with apex's optimizers; it
-    prints the reason."""
-    compile: bool = False
-    """Compile forward passes and losses by torch.compile, inside graphs too; once for each image size and path."""
+    """Replay steps as CUDA graphs. auto does so on a GPU, but not with apex's optimizers or networks that ask the GPU
+    for values; it prints the reason."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile forward passes and losses by torch.compile, inside graphs too; once for each image size and path. auto
+    does so on a GPU in runs of 100,000 steps or more, and goes on without if the compiler fails."""
     channels_last: bool = True
     """Use the channels-last memory layout, which is the fast one for convolutions on GPUs."""
     device: str = "auto"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import Method
-from .graph import WARM_UP, CudaGraph
+from .graph import WARM_UP, CannotCapture, CudaGraph
 from .step import Step
 from .teacher_forms import TeacherForm
 
@@ -30,17 +30,25 @@ class PartialGraphStep:
     """Runs `step(images, target, plan)`; the modules in it are replayed. `close` restores their eager forward.
 
     `new_pool()` gives a function that makes graphs with a memory pool of their own, such as
-    `lambda: CudaGraph(pool, stream)`. The state stays in `step`.
+    `lambda: CudaGraph(pool, stream)`. The state stays in `step`. If a module cannot be captured, `stop(reason)` is
+    called, which may raise; without an error the module runs eagerly from then on.
     """
 
-    def __init__(self, step: Step, new_pool: Callable[[], NewGraph], warm_up: int = WARM_UP):
+    def __init__(
+        self,
+        step: Step,
+        new_pool: Callable[[], NewGraph],
+        warm_up: int = WARM_UP,
+        stop: Callable[[str], None] = lambda reason: None,
+    ):
         self.step = step
+        step.layers = None  # weights that are cast anew in every step cannot be in a module's graph
         self.modules: list[GraphedModule] = []
         for groups, has_grad in ((step.method.graph_groups(), True), (_teacher_groups(step.method), False)):
             for group in groups:
                 new_graph = new_pool()
                 shared: Shared = {}  # a step runs one module of a group
-                self.modules += [GraphedModule(module, new_graph, warm_up, shared, has_grad) for module in group]
+                self.modules += [GraphedModule(module, new_graph, warm_up, shared, has_grad, stop) for module in group]
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
         self.step(images, target, plan)
@@ -79,14 +87,24 @@ class GraphedModule:
     """Replaces the forward of a module, [N, ...] -> [N, ...]: eager at first, then replayed for each kind of input.
 
     `has_grad`: the module trains, or passes gradients on. It may also run without autograd, as a block of the teacher;
-    such calls stay eager. `shared`: the inputs and output gradients of all modules of a group.
+    such calls stay eager. `shared`: the inputs and output gradients of all modules of a group. `stop`: see
+    PartialGraphStep.
     """
 
     busy = False  # while one runs, the modules inside of it belong to its graph
 
-    def __init__(self, module: nn.Module, new_graph: NewGraph, warm_up: int, shared: Shared, has_grad: bool):
+    def __init__(
+        self,
+        module: nn.Module,
+        new_graph: NewGraph,
+        warm_up: int,
+        shared: Shared,
+        has_grad: bool,
+        stop: Callable[[str], None],
+    ):
         self.module, self.forward, self.new_graph = module, module.forward, new_graph
-        self.shared, self.warm_up, self.has_grad = shared, warm_up, has_grad
+        self.shared, self.has_grad, self.stop = shared, has_grad, stop
+        self.warm_up: float = warm_up  # calls
         self.seen: Counter[tuple] = Counter()  # calls by kind of input, the eager ones and that of the capture
         self.graphs: dict[tuple, PartialGraph] = {}
         self.replays = 0
@@ -102,7 +120,12 @@ class GraphedModule:
             self.seen[kind] += 1
             if self.seen[kind] <= self.warm_up or len(self.graphs) == KINDS:
                 return self.run(x)
-            self.graphs[kind] = PartialGraph(self, x)
+            try:
+                self.graphs[kind] = PartialGraph(self, x)
+            except CannotCapture as error:
+                self.warm_up = math.inf  # eager from now on
+                self.stop(str(error))
+                return self.run(x)
         graph = self.graphs[kind]
         self.replays += 1
         return _Replay.apply(graph.anchor, x, graph) if graph.has_grad else graph.forward(x)

@@ -93,13 +93,24 @@ class Step:
     `exchange` between processes, `update`.
 
     With several processes, gradients are averaged by DDP, or with `flat` in one block: what graphs need.
+    `compiled`: by torch.compile. If that fails and `options.compile` is not "on", `log` gets the reason and the steps
+    run without it; with "on" it is a UserError.
     """
 
-    def __init__(self, method: Method, options: TrainOptions, device: torch.device, flat: bool = False):
-        self.method, self.options = method, options
+    def __init__(
+        self,
+        method: Method,
+        options: TrainOptions,
+        device: torch.device,
+        *,
+        flat: bool = False,
+        compiled: bool = False,
+        log: Callable[[str], None] = print,
+    ):
+        self.method, self.options, self.compiled, self.log = method, options, compiled, log
         self.buffers = join_buffers(method, device)
         self.saved_buffers = self.buffers.clone()
-        if options.compile:
+        if compiled:
             method.compile(dynamic=False)  # in place: names and weights stay
         if flat:
             distributed.broadcast(method)
@@ -115,8 +126,8 @@ class Step:
         self.meter = Meter()
         self.nonfinite = torch.zeros((), device=device)  # steps whose gradient was not finite
         self.found_inf = torch.zeros((), device=device)
-        self.layers = None if options.compile or self.module is not method else Layers(method)
-        self.plans: set[Hashable] = set()  # those of which `layers` knows the layers
+        self.layers = None if compiled or self.module is not method else Layers(method)
+        self.plans: set[Hashable] = set()  # those that have been run
         self.terms: list[tuple[dict[str, Tensor], int]] = []  # loss terms and images of each micro-batch of this step
         self.one = torch.ones((), device=device)
 
@@ -128,6 +139,27 @@ class Step:
     def gradients(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
         """Forward and backward of each micro-batch."""
         self.saved_buffers.copy_(self.buffers)
+        compiles = self.compiled and plan not in self.plans  # at the first call, not before
+        try:
+            self._gradients(images, target, plan)
+        except Exception as error:  # the compiler raises any kind; what is no fault of it comes again
+            if not compiles:
+                raise
+            self._stop_compiling(error)
+            self._gradients(images, target, plan)
+
+    def _stop_compiling(self, error: Exception) -> None:
+        reason = f"torch.compile failed: {type(error).__name__}: {error}".splitlines()[0][:200]
+        if self.options.compile == "on":
+            raise UserError(f"--compile on: {reason}; use --compile auto or off") from error
+        self.log(f"steps run without the compiler: {reason}")
+        self.forget()
+        self.buffers.copy_(self.saved_buffers)
+        self.method._compiled_call_impl = None
+        self.compiled, self.layers = False, Layers(self.method) if self.module is self.method else None
+        self.plans.clear()
+
+    def _gradients(self, images: Tensor, target: Tensor, plan: Hashable) -> None:
         count = max(1, min(self.options.grad_accum, len(images) // 2))  # BatchNorm cannot train on one image
         micro_batches = list(zip(images.tensor_split(count), target.tensor_split(count), strict=True))
         divisor = self.processes.divisor(len(images))
@@ -147,6 +179,11 @@ class Step:
         self._update()
         for terms, images in self.terms:
             self.meter.add(terms, images)
+        self.terms.clear()
+
+    def forget(self) -> None:
+        """Drop what an unfinished step has left, such as gradients in a graph that was not captured."""
+        self.optimizer.zero_grad(set_to_none=True)
         self.terms.clear()
 
     def close(self) -> str:
@@ -206,19 +243,18 @@ class Step:
 
     def _layers(self, plan: Hashable) -> AbstractContextManager[object]:
         """Around a forward pass: the first of a plan shows which layers can be batched, later ones are batched."""
+        is_known = plan in self.plans
+        self.plans.add(plan)
         if self.layers is None:
             return nullcontext()
-        if plan in self.plans:
-            return batched(self.layers, self.precision.dtype)
-        self.plans.add(plan)
-        return self.layers.find()
+        return batched(self.layers, self.precision.dtype) if is_known else self.layers.find()
 
     def _update(self) -> None:
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer)
-        norms = torch._foreach_norm([p.grad for p in self.parameters if p.grad is not None])
-        counts = (self.nonfinite, self.found_inf)
-        norm = check_gradients(torch.stack(norms), self.buffers, self.saved_buffers, *counts)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else self.found_inf.new_zeros(1)
+        norm = check_gradients(norms, self.buffers, self.saved_buffers, self.nonfinite, self.found_inf)
         if self.options.clip_grad:
             clip_grads_with_norm_(self.parameters, self.options.clip_grad, norm)
         if self.can_skip:

@@ -74,7 +74,7 @@ def test_graphs_learn_what_eager_steps_learn(name):
         {"opt": "adamw", "ema_decay": 0.9},
         {"opt": "nesterov", "grad_accum": 2, "ema_decay": 0.5},
         {"amp_dtype": "float16", "clip_grad": 0.0},
-        {"compile": True},
+        {"compile": "on"},
     ],
     ids=str,
 )
