@@ -1,89 +1,85 @@
 """What every layer of a step asks for, done for all layers in one launch: casts of weights, counters of BatchNorm.
 
 Under autocast each convolution and linear layer casts its own weights, and the gradients back: two launches a layer.
-Each BatchNorm counts its batches: another one. Within `batched(layers, dtype)` the layers find weights that were cast
-together. Results keep their bits. The modules are as before after the block.
+Each BatchNorm counts its batches: another one. `Layers` notes in one step which layers do this. In later steps they
+find weights that were cast together, and no counter. Results keep their bits.
 """
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 CAST = (nn.Conv1d, nn.Conv2d, nn.Linear)  # exactly these: a subclass may compute with its weights outside of autocast
-COUNTING = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
+NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNormAct2d")  # of torch and timm
 
 
 class Layers:
-    """The layers of `net` for which `batched` works; `find` looks while the network runs.
-
-    A layer that ran outside of autocast, or whose weights are not fp32, keeps its own casts.
-    """
+    """The layers of `net`. Steps of one `kind` run the same layers."""
 
     def __init__(self, net: nn.Module):
         self.net = net
         self.inside: dict[nn.Module, bool] = {}  # did the layer always run under autocast
-        norms = (module for module in net.modules() if type(module) in COUNTING)
-        self.counting = [norm for norm in norms if norm.momentum is not None and norm.num_batches_tracked is not None]
+        self.batches: dict[Hashable, Counter[Tensor]] = defaultdict(Counter)  # by kind and counter: runs in a step
 
     @contextmanager
-    def find(self) -> Iterator[None]:
-        """Note which layers run within the block, and how."""
+    def find(self, kind: Hashable) -> Iterator[None]:
+        """Note the layers that run within the block, which is a step."""
 
-        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.batches[kind].clear()
+
+        def cast(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             enabled = torch.is_autocast_enabled(inputs[0].device.type)
             self.inside[layer] = self.inside.get(layer, True) and enabled
 
-        layers = [layer for layer in self.net.modules() if type(layer) in CAST]
-        hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+        def count(norm: nn.Module, _: Any) -> None:
+            if norm.training:
+                self.batches[kind][norm.num_batches_tracked] += 1
+
+        hooks = [layer.register_forward_pre_hook(cast) for layer in self.net.modules() if type(layer) in CAST]
+        hooks += [norm.register_forward_pre_hook(count) for norm in self._norms()]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def weights(self) -> list[tuple[nn.Module, str, Tensor]]:
-        """(layer, name, weight) of all weights that autocast casts."""
+    @contextmanager
+    def batched(self, kind: Hashable, dtype: torch.dtype) -> Iterator[None]:
+        """Around a step: cast its weights at the start, count its batches at the end.
+
+        In between, an attribute of the instance hides the registered parameter or buffer.
+        """
+        weights, counters = self._weights() if dtype != torch.float32 else [], self.batches[kind]
+        casts = _Cast.apply(dtype, *(p for *_, p in weights)) if weights else ()
+        norms = [norm for norm in self._norms() if norm.num_batches_tracked in counters]
+        try:
+            for (layer, name, _), cast in zip(weights, casts, strict=True):
+                layer.__dict__[name] = cast
+            for norm in norms:
+                norm.__dict__["num_batches_tracked"] = None
+            yield
+        finally:
+            for layer, name, _ in weights:
+                layer.__dict__.pop(name, None)
+            for norm in norms:
+                norm.__dict__.pop("num_batches_tracked", None)
+        if counters:
+            torch._foreach_add_(list(counters), list(counters.values()))
+
+    def _weights(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """(layer, name, weight) of all fp32 weights that autocast casts, and that learn."""
         found = [(layer, name, p) for layer, inside in self.inside.items() if inside
                  for name, p in layer.named_parameters(recurse=False)]  # fmt: skip
-        return [each for each in found if each[2].dtype == torch.float32]
+        return [each for each in found if each[2].dtype == torch.float32 and each[2].requires_grad]
 
-
-@contextmanager
-def batched(layers: Layers, dtype: torch.dtype) -> Iterator[None]:
-    """Cast the layers' weights at the start of the block, and count BatchNorm's batches at its end.
-
-    In between, an attribute of the instance hides the registered parameter or buffer.
-    """
-    weights, ran = layers.weights(), Counter[Tensor]()
-    casts = _Cast.apply(dtype, *(p for *_, p in weights)) if weights else ()
-    for (layer, name, _), cast in zip(weights, casts, strict=True):
-        layer.__dict__[name] = cast
-    for norm in layers.counting:
-        norm.__dict__["num_batches_tracked"] = _Batches(norm.num_batches_tracked, ran)
-    try:
-        yield
-    finally:
-        for layer, name, _ in weights:
-            del layer.__dict__[name]
-        for norm in layers.counting:
-            del norm.__dict__["num_batches_tracked"]
-    if ran:
-        torch._foreach_add_(list(ran), list(ran.values()))
-
-
-class _Batches:
-    """Stands for a BatchNorm's counter in its forward: notes that the layer ran."""
-
-    def __init__(self, counter: Tensor, ran: Counter[Tensor]):
-        self.counter, self.ran = counter, ran
-
-    def add_(self, batches: int) -> None:
-        self.ran[self.counter] += batches
+    def _norms(self) -> list[nn.Module]:
+        """Those whose forward needs no counter: with `momentum` None it is a factor."""
+        norms = [module for module in self.net.modules() if type(module).__name__ in NORMS]
+        return [norm for norm in norms if norm.momentum is not None and norm.num_batches_tracked is not None]
 
 
 class _Cast(torch.autograd.Function):

@@ -13,7 +13,7 @@ twice.
 
 import traceback
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from .step import Step
 
 WARM_UP = 3  # eager steps before the first capture: cuDNN chooses its algorithms, the optimizer makes its state
@@ -96,7 +95,7 @@ class GraphedStep:
     """Runs `step(images, target, plan)`, by replay where possible. At most `largest` graphs; the oldest use goes first.
 
     `new_graph()` makes a CudaGraph. `graphs` holds the captured ones by (plan, shapes). The state stays in `step`.
-    A step is replayed if the batch has the usual size, after an eager one of its plan and shapes and `warm_up` in all.
+    A step is replayed if the batch has the usual size, after the first ones of its plan and shapes and `warm_up` in all.
     `eager()` is a context for eager forward and backward passes, such as GraphMemory.eager. If a step cannot be
     captured, `stop(reason)` is called once, which may raise; without an error all later steps run eagerly.
     """
@@ -113,7 +112,7 @@ class GraphedStep:
         self.step, self.new_graph, self.warm_up, self.largest = step, new_graph, warm_up, largest
         self.eager_memory, self.stop, self.stopped = eager, stop, False
         self.graphs: OrderedDict[Key, list[CudaGraph]] = OrderedDict()
-        self.seen: set[Key] = set()
+        self.seen: Counter[Key] = Counter()  # eager steps
         self.eager, self.replays = 0, 0  # steps
         self.usual = 0  # images of the first batch
         self.megabytes = 0.0  # of the pool of all graphs
@@ -123,7 +122,8 @@ class GraphedStep:
         shapes = (images.shape, images.dtype, target.shape, target.dtype)
         key = (plan, shapes)
         self.usual = self.usual or len(images)
-        if self.stopped or key not in self.seen or self.eager < self.warm_up or len(images) != self.usual:
+        is_new = self.seen[key] < self.step.first_steps
+        if self.stopped or is_new or self.eager < self.warm_up or len(images) != self.usual:
             self._run_eagerly(key, images, target)
             return
         if shapes not in self.inputs:
@@ -177,8 +177,8 @@ class GraphedStep:
 
     def _run_eagerly(self, key: Key, images: Tensor, target: Tensor) -> None:
         """An eager step. Before a capture it also shows whether the step asks the device for a value."""
-        plan, (device, is_new) = key[0], (images.device, key not in self.seen)
-        self.seen.add(key)
+        plan, device, is_new = key[0], images.device, self.seen[key] < self.step.first_steps
+        self.seen[key] += 1
         self.eager += 1
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         asked: list[str] = []

@@ -1,8 +1,8 @@
 """One eager training step: forward, backward, update. The host never waits for the device in it."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..kernels.step_end import add_to_sums, check_gradients
 from ..methods.base import Method
 from ..methods.context import RunContext
-from .batched import Layers, batched
+from .batched import Layers
 from .ema import Ema
 from .exchange import ALIGNMENT, Ddp, FlatBlocks, OneProcess
 from .optim import can_skip, create_optimizer
@@ -126,8 +126,8 @@ class Step:
         self.meter = Meter()
         self.nonfinite = torch.zeros((), device=device)  # steps whose gradient was not finite
         self.found_inf = torch.zeros((), device=device)
-        self.layers = None if compiled or self.module is not method else Layers(method)
-        self.plans: set[Hashable] = set()  # those that have been run
+        self.layers = Layers(method) if self.module is method else None  # DDP sends gradients as they come
+        self.runs: Counter[Hashable] = Counter()  # steps by plan and shape of the images
         self.terms: list[tuple[dict[str, Tensor], int]] = []  # loss terms and images of each micro-batch of this step
         self.one = torch.ones((), device=device)
 
@@ -139,14 +139,28 @@ class Step:
     def gradients(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
         """Forward and backward of each micro-batch."""
         self.saved_buffers.copy_(self.buffers)
-        compiles = self.compiled and plan not in self.plans  # at the first call, not before
+        kind = (plan, images.shape)
+        self.runs[kind] += 1
         try:
-            self._gradients(images, target, plan)
+            with self._around(kind):
+                self._gradients(images, target, plan)
         except Exception as error:  # the compiler raises any kind; what is no fault of it comes again
-            if not compiles:
+            if not self.compiled or self.runs[kind] != self.first_steps:
                 raise
             self._stop_compiling(error)
-            self._gradients(images, target, plan)
+            self.gradients(images, target, plan)
+
+    def _around(self, kind: Hashable) -> AbstractContextManager[object]:
+        """Around a step: the first of a kind shows which layers can be batched, later ones are batched."""
+        if self.layers is None:
+            return nullcontext()
+        if self.runs[kind] > 1:
+            return self.layers.batched(kind, self.precision.dtype)
+        stack = ExitStack()
+        stack.enter_context(self.layers.find(kind))
+        if self.compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        return stack
 
     def _stop_compiling(self, error: Exception) -> None:
         reason = f"torch.compile failed: {type(error).__name__}: {error}".splitlines()[0][:200]
@@ -156,8 +170,8 @@ class Step:
         self.forget()
         self.buffers.copy_(self.saved_buffers)
         self.method._compiled_call_impl = None
-        self.compiled, self.layers = False, Layers(self.method) if self.module is self.method else None
-        self.plans.clear()
+        self.compiled = False
+        self.runs.clear()
 
     def _gradients(self, images: Tensor, target: Tensor, plan: Hashable) -> None:
         count = max(1, min(self.options.grad_accum, len(images) // 2))  # BatchNorm cannot train on one image
@@ -180,6 +194,11 @@ class Step:
         for terms, images in self.terms:
             self.meter.add(terms, images)
         self.terms.clear()
+
+    @property
+    def first_steps(self) -> int:
+        """Steps of a plan and shape before one can be captured: the first shows the layers, the next one compiles."""
+        return 2 if self.compiled and self.layers else 1
 
     def forget(self) -> None:
         """Drop what an unfinished step has left, such as gradients in a graph that was not captured."""
@@ -233,21 +252,13 @@ class Step:
         )
 
     def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:
-        with self.precision.autocast(), self._layers(plan):
+        with self.precision.autocast():
             terms = self.module(images, target, plan)
         learnt = [term for term in terms.values() if term.requires_grad] or list(terms.values())
         seed = self.precision.scaler.scale(self.one if share == 1 else self.one * share)
         # the gradient of the sum, without the launches of adding up
         torch.autograd.backward(learnt, [seed.to(term.dtype) for term in learnt])
         self.terms.append(({name: term.detach() for name, term in terms.items()}, len(images)))
-
-    def _layers(self, plan: Hashable) -> AbstractContextManager[object]:
-        """Around a forward pass: the first of a plan shows which layers can be batched, later ones are batched."""
-        is_known = plan in self.plans
-        self.plans.add(plan)
-        if self.layers is None:
-            return nullcontext()
-        return batched(self.layers, self.precision.dtype) if is_known else self.layers.find()
 
     def _update(self) -> None:
         scaler = self.precision.scaler

@@ -1,6 +1,7 @@
 """Replayed steps equal eager ones bit for bit, for every method; and what a graph could get wrong is caught."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from every_method import NAMES, batch, build
 from replays import CPU, Graph, same, trained
 
 from fastkd.engine import GraphedStep, Schedule, Step, TrainOptions
+from fastkd.engine.graph import CannotCapture
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,3 +115,49 @@ def test_the_inputs_are_copies():
         step(images, target)
     step(*batch(1, 8))
     assert torch.equal(images, before[0]) and torch.equal(target, before[1])
+
+
+class Refused(Graph):
+    """A capture that fails in the middle, as that of a network that asks the device for a value."""
+
+    def __exit__(self, *problem):
+        super().__exit__(*problem)
+        raise CannotCapture("net.py:7 cannot be captured: not permitted")
+
+
+def test_a_step_that_cannot_be_captured_goes_on_eagerly(monkeypatch):
+    """The failed capture leaves nothing behind: as in a real one, none of its operations has run."""
+    said = []
+
+    def how(step, new, warm_up):
+        return GraphedStep(step, new, warm_up, stop=said.append)
+
+    monkeypatch.setattr(Step, "gradients", skipped_in(Refused, Step.gradients))
+    eager, _ = trained("kd")
+    replayed, run = trained("kd", how, new=Refused)
+    assert said == ["net.py:7 cannot be captured: not permitted"]
+    assert run.stopped and run.replays == 0 and run.eager == 20 and same(eager, replayed)
+
+
+def skipped_in(kind, function):
+    """`function`, but nothing within a capture of this kind."""
+
+    def run(*given):
+        if not isinstance(torch.utils._python_dispatch._get_current_dispatch_mode(), kind):
+            function(*given)
+
+    return run
+
+
+def test_eager_steps_run_in_the_graphs_memory_once_there_are_graphs():
+    where, sizes = [], (8, 8, 5, 8, 5)
+
+    @contextmanager
+    def memory():
+        where.append(len(step.graphs))
+        yield
+
+    step = GraphedStep(Step(build("ce"), TrainOptions(lr=0.01), CPU), Graph, warm_up=1, eager=memory)
+    for size in sizes:
+        step(*batch(0, size))
+    assert where == [1, 1] and step.eager == 3

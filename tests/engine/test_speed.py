@@ -9,7 +9,7 @@ from replays import Graph, same
 
 from fastkd import Trainer, TrainOptions, checkpoint, create_model
 from fastkd.engine import GraphedStep, Step, graphed
-from fastkd.engine.launch import why_not
+from fastkd.engine.launch import _stop, compiles, why_not
 from fastkd.engine.partial_graphs import PartialGraphStep
 from fastkd.engine.precision import Precision, cast_frozen
 from fastkd.errors import UserError
@@ -60,6 +60,55 @@ def test_why_there_is_no_graph():
     options, cuda = TrainOptions(lr=0.1), torch.device("cuda")
     assert why_not(options, cuda) == ""
     assert "learning rate on the host" in why_not(replace(options, opt="fusedlamb"), cuda)
+
+
+@pytest.mark.parametrize("wanted", ["on", "auto"])
+def test_what_happens_if_a_step_cannot_be_captured(wanted):
+    said = []
+    if wanted == "on":
+        with pytest.raises(UserError, match="--graph on: net.py:7 waits for the device; use --graph auto or off"):
+            _stop(wanted, said.append, "net.py:7 waits for the device")
+    else:
+        _stop(wanted, said.append, "net.py:7 waits for the device")
+        assert said == ["steps run eagerly from here on: net.py:7 waits for the device"]
+
+
+def test_auto_compiles_long_runs_on_a_gpu(tiny_net):
+    method, said, cuda = CE(tiny_net()), [], torch.device("cuda")
+    answers = {
+        (wanted, device.type, steps): compiles(method, TrainOptions(compile=wanted), device, steps, said.append)
+        for wanted in ("auto", "on", "off")
+        for device in (cuda, torch.device("cpu"))
+        for steps in (99_999, 100_000)
+    }
+    yes = {each for each, answer in answers.items() if answer}
+    assert yes == {("auto", "cuda", 100_000)} | {each for each in answers if each[0] == "on"}
+    assert said == ["compiling networks and losses, which pays in 100,000 steps; --compile off does without"]
+
+
+def broken(graph, inputs):
+    raise RuntimeError("no compiler here\nand a long story")
+
+
+@pytest.mark.parametrize("wanted", ["on", "auto"])
+def test_a_compiler_that_fails(tiny_net, wanted, monkeypatch):
+    """With auto the run goes on, as if it had never been compiled; statistics that were moved are put back."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_(self, backend=broken, **options))
+    images, target = torch.randn(8, 3, 8, 8), torch.arange(8) % 4
+    states, said = [], []
+    for compiled in (False, True):
+        options = TrainOptions(lr=0.1, compile=wanted)
+        step = Step(CE(tiny_net()).train(), options, torch.device("cpu"), compiled=compiled, log=said.append)
+        if compiled and wanted == "on":
+            with pytest.raises(UserError, match="--compile on: torch.compile failed: .*; use --compile auto or off"):
+                step(images, target), step(images, target)
+            return
+        for _ in range(3):
+            step(images, target)
+        states.append(step.state_dict())
+    assert same(*states) and len(said) == 1
+    assert said[0].startswith("steps run without the compiler: torch.compile failed: BackendCompilerFailed")
 
 
 def test_a_graphed_step_is_a_step_to_the_trainer(tiny_net):
