@@ -3,7 +3,7 @@
     add_to_sums        sums += weight * (v_1, ..., v_n, 1), unless a v is not finite
     check_gradients    norm = sqrt(sum_i norms_i^2); if it is not finite: count += 1, found_inf = 1, buffers = saved
 
-Shapes: v_i, norm, count, found_inf: scalars; sums [n + 1] fp64; norms [p], one for each parameter; buffers and saved [b].
+Shapes: v_i, norm, count, found_inf: scalars; sums [n + 1] fp64; norms [p], one for each parameter; buffers, saved [b].
 Bytes: those of the scalars. `buffers` is touched only if a step is bad. On a GPU nothing waits for the device. On the
 CPU, and for an optimizer without `found_inf`, the same is done by torch's operations, which are the specification.
 """

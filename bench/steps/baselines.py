@@ -204,7 +204,7 @@ class WithoutLoss(Step):
     def __init__(self, method: Method, settings: TrainOptions, device: torch.device):
         super().__init__(method, settings, device)
         self.learners: dict[int, Tensor] = {}
-        self.gradients: dict[tuple, Tensor] = {}
+        self.noise: dict[tuple, Tensor] = {}
         homes = (*HOMES, (F, ("cross_entropy",)))
         self.homes = [(home, {name: getattr(self, name, self.scalar) for name in names}) for home, names in homes]
 
@@ -214,7 +214,7 @@ class WithoutLoss(Step):
         tensors = list(self.learners.values())
         torch.autograd.backward(tensors, [self._gradient(x) for x in tensors])
         self.learners.clear()
-        self.meter.add(terms, weight=len(images))
+        self.terms.append((terms, len(images)))
 
     def scalar(self, student: Tensor, *_: Any, **__: Any) -> Tensor:
         """Stands for every loss without a method of its own here."""
@@ -239,6 +239,6 @@ class WithoutLoss(Step):
     def _gradient(self, x: Tensor) -> Tensor:
         """Noise as large as the gradient of a mean over the batch; made once."""
         key = (x.shape, x.dtype, x.device)
-        if key not in self.gradients:
-            self.gradients[key] = torch.randn_like(x) / x.numel()
-        return self.gradients[key]
+        if key not in self.noise:
+            self.noise[key] = torch.randn_like(x) / x.numel()
+        return self.noise[key]

@@ -95,8 +95,8 @@ class GraphedStep:
     """Runs `step(images, target, plan)`, by replay where possible. At most `largest` graphs; the oldest use goes first.
 
     `new_graph()` makes a CudaGraph. `graphs` holds the captured ones by (plan, shapes). The state stays in `step`.
-    A step is replayed if the batch has the usual size, after the first ones of its plan and shapes and `warm_up` in all.
-    `eager()` is a context for eager forward and backward passes, such as GraphMemory.eager. If a step cannot be
+    A step is replayed if the batch has the usual size, after the first steps of its plan and shapes, and `warm_up` in
+    all. `eager()` is a context for eager forward and backward passes, such as GraphMemory.eager. If a step cannot be
     captured, `stop(reason)` is called once, which may raise; without an error all later steps run eagerly.
     """
 
