@@ -6,6 +6,7 @@ folder.py     a folder of images, decoded by torchvision in worker processes
 dali.py       a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
 digits.py     1,797 real images inside the package
 normalise.py  bytes to normalised channels-last batches
+prefetch.py   batches to a CUDA device, one ahead of the step
 synthetic.py  random images that are already on the device, to measure a run without loading data
 """
 
