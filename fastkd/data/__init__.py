@@ -1,14 +1,14 @@
 """Where batches come from: `create_loaders` makes the training and the evaluation loader of a run.
 
-base.py       the Loader protocol, and the rule that splits an epoch over processes
-scan.py       finds the images of a folder and checks them
-folder.py     a folder of images, decoded by torchvision in worker processes
-dali.py       a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
+base.py          the Loader protocol, and the rule that splits an epoch over processes
+scan.py          finds the images of a folder and checks them
+folder.py        a folder of images, decoded by torchvision in worker processes
+dali.py          a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
 dali_package.py  which DALI package fits torch, and whether it can be imported
-digits.py     1,797 real images inside the package
-normalise.py  bytes to normalised channels-last batches
-prefetch.py   batches to a CUDA device, one ahead of the step
-synthetic.py  random images that are already on the device, to measure a run without loading data
+digits.py        1,797 real images inside the package
+normalise.py     bytes to normalised channels-last batches
+prefetch.py      batches to a CUDA device, one ahead of the step
+synthetic.py     random images that are already on the device, to measure a run without loading data
 """
 
 import math
