@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import setup
 
 here = Path(__file__).parent
-DALI = ["nvidia-dali-cuda130>=1.50"]
+DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50"]
+DALI = ["nvidia-dali-cuda130>=1.50"]  # the CUDA of torch's default wheels
 TENSORBOARD = ["tensorboard"]
 BENCH = ["pytest", "pytest-benchmark"]
 
@@ -66,6 +67,8 @@ setup(
     ],
     extras_require={
         "dali": DALI,
+        "dali-cuda12": DALI_CUDA12,
+        "dali-cuda13": DALI,
         "tensorboard": TENSORBOARD,
         "bench": BENCH,
         "test": [

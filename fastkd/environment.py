@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-PACKAGES = ("fastkd", "torch", "torchvision", "triton", "timm", "nvidia-dali-cuda130", "safetensors", "tensorboard")
+DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+PACKAGES = ("fastkd", "torch", "torchvision", "triton", "timm", *DALI, "safetensors", "tensorboard")
 
 
 def version(package: str) -> str | None:

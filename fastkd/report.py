@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from . import checkpoint, distributed
@@ -215,5 +216,5 @@ def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0) -> N
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place < len(columns) - numbers else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as a str, "fastkd[dali]" would lose what looks like markup
     console().print(table)

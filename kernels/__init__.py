@@ -17,7 +17,7 @@ if _others := {
     )
 
 from .attention_transfer import attention_transfer, attention_transfer_reference
-from .augment import augment, augment_reference
+from .augment import augment, augment_reference, normalise, normalise_reference
 from .dist_loss import dist_loss, dist_loss_reference
 from .dkd_loss import dkd_loss, dkd_loss_reference
 from .factor_distance import factor_distance, factor_distance_reference
@@ -50,6 +50,8 @@ __all__ = [
     "kd_loss_reference",
     "logit_loss",
     "logit_loss_reference",
+    "normalise",
+    "normalise_reference",
     "overhaul_distance",
     "overhaul_distance_reference",
     "rkd_loss",

@@ -175,6 +175,44 @@ def test_doctor_names_the_paths(fastkd):
         assert words in out
 
 
+def test_doctor_names_the_dali_that_fits_torch(fastkd, monkeypatch):
+    monkeypatch.setattr("fastkd.data.dali_package.find_spec", lambda name: None)
+    monkeypatch.setattr("fastkd.data.dali_package.installed", dict)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setenv("COLUMNS", "200")
+    out = fastkd("doctor")[1]
+    assert "pip install 'fastkd[dali-cuda12]'" in out and "folder (torchvision)" in out
+
+
+def test_doctor_warns_of_a_dali_for_another_cuda(fastkd, monkeypatch):
+    monkeypatch.setattr("fastkd.data.dali_package.import_problem", str)
+    monkeypatch.setattr("fastkd.data.dali_package.installed", lambda: {"nvidia-dali-cuda130": "2.4.0"})
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setenv("COLUMNS", "300")
+    out = fastkd("doctor")[1]
+    assert "2.4.0 (nvidia-dali-cuda130)" in out and "warning: torch is built for CUDA 12.8" in out
+
+
+def test_doctor_survives_a_broken_dali(fastkd, monkeypatch):
+    monkeypatch.setattr("fastkd.data.dali_package.import_problem", lambda: "is installed but cannot be imported (x)")
+    monkeypatch.setenv("COLUMNS", "300")
+    status, out, _ = fastkd("doctor")
+    assert status == 0 and "warning: DALI is installed but cannot be imported (x)" in out
+    assert "folder (torchvision)" in out
+
+
+@pytest.mark.parametrize("command", [["train"], ["eval", "--weights", "net.pth", "--model", "resnet20"]])
+def test_the_processes_choose_a_decoder_together(fastkd, monkeypatch, command):
+    from fastkd import distributed
+    from fastkd.errors import UserError
+
+    def create_loaders(*options, gather, **more):
+        raise UserError(f"together: {gather is distributed.gather}")
+
+    monkeypatch.setattr(f"fastkd.commands.{command[0]}.create_loaders", create_loaders)
+    check_refused(fastkd(*command), "together: True")
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -1,12 +1,12 @@
 """`fastkd doctor`: what this machine has, and which paths fastkd will take on it."""
 
-import importlib
 import os
 import platform
 from dataclasses import dataclass, make_dataclass
 
 import torch
 
+from ..data import dali_package
 from ..environment import has, version
 from ..parser import run_parser
 from ..report import show_table
@@ -59,14 +59,14 @@ def _machine() -> list[list[str]]:
     if not cuda:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         rows.append(["cuda", "no device", f"{built}; everything runs on the CPU"])
-    dali = importlib.import_module("nvidia.dali").__version__ if has("nvidia.dali") else None
+    dali, dali_row = _dali()
     apex = "installed" if has("apex.optimizers") else "not installed"
     decode = "JPEGs decoded on the GPU" if cuda and dali else "JPEGs decoded on the CPU"
     return [
         *rows,
         *([name, version(name) or "missing", "needed"] for name in ("torch", "torchvision", "timm", "safetensors")),
         ["triton", version("triton") or "missing", "compiles the kernels on CUDA devices"],
-        ["DALI", dali or "not installed", "" if dali else "pip install 'fastkd[dali]' for the faster loader"],
+        dali_row,
         ["apex", apex, "only for --opt fusedsgd, fusedlamb, fusedadam"],
         ["tensorboard", version("tensorboard") or "not installed", "only for --tensorboard"],
         ["--device auto", "cuda" if cuda else "cpu", ""],
@@ -74,3 +74,13 @@ def _machine() -> list[list[str]]:
         ["--loader auto", "dali" if dali else "folder (torchvision)", decode],
         ["several processes", "nccl" if cuda else "gloo", "torchrun --nproc-per-node N -m fastkd train ..."],
     ]
+
+
+def _dali() -> tuple[bool, list[str]]:
+    """(can it be imported, its row)"""
+    packages = [f"{number} ({package})" for package, number in dali_package.installed().items()]
+    problem, mismatch = dali_package.import_problem(), dali_package.mismatch()
+    if not packages and problem:
+        return False, ["DALI", "not installed", f"{dali_package.install_command()} for the faster loader"]
+    advice = "; ".join(text for text in (f"DALI {problem}" if problem else "", mismatch) if text)
+    return not problem, ["DALI", ", ".join(packages) or "installed", f"warning: {advice}" if advice else ""]

@@ -8,7 +8,7 @@ import torch
 
 from .. import checkpoint
 from ..data import DataOptions, create_loaders
-from ..distributed import device_for, rank, world_size
+from ..distributed import device_for, gather, rank, world_size
 from ..engine.precision import Precision
 from ..errors import UserError
 from ..evaluate import evaluate, speed
@@ -47,7 +47,13 @@ def run(arguments: list[str]) -> None:
     model = options.model or _network_of(weights)
     precision = Precision(options.amp_dtype, device)
     _, loader = create_loaders(
-        config.data, device, rank=rank(), world_size=world_size(), dtype=precision.dtype, log=log_rank0
+        config.data,
+        device,
+        rank=rank(),
+        world_size=world_size(),
+        dtype=precision.dtype,
+        log=log_rank0,
+        gather=gather,
     )
     net = create_model(model, len(loader.classes), options.weights)
     net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)

@@ -69,6 +69,7 @@ class Job:
             world_size=distributed.world_size(),
             dtype=self.precision.dtype,
             log=log_rank0,
+            gather=distributed.gather,
         )
         self.first_epoch = self.train_loader.state_dict()
         self.student = self._network(names.student, names.student_weights)

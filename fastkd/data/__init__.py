@@ -1,25 +1,28 @@
 """Where batches come from: `create_loaders` makes the training and the evaluation loader of a run.
 
-base.py       the Loader protocol, and the rule that splits an epoch over processes
-scan.py       finds the images of a folder and checks them
-folder.py     a folder of images, decoded by torchvision in worker processes
-dali.py       a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
-digits.py     1,797 real images inside the package
-normalise.py  bytes to normalised channels-last batches
-synthetic.py  random images that are already on the device, to measure a run without loading data
+base.py          the Loader protocol, and the rule that splits an epoch over processes
+scan.py          finds the images of a folder and checks them
+folder.py        a folder of images, decoded by torchvision in worker processes
+dali.py          a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
+dali_package.py  which DALI package fits torch, and whether it can be imported
+digits.py        1,797 real images inside the package
+normalise.py     bytes to normalised channels-last batches
+prefetch.py      batches to a CUDA device, one ahead of the step
+synthetic.py     random images that are already on the device, to measure a run without loading data
 """
 
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from ..errors import UserError, nearest
 from .base import IMAGENET_MEAN, IMAGENET_STD, Loader, Shard
+from .dali_package import import_problem
+from .scan import Split, scan_pair
 
 
 def default_workers() -> int:
@@ -37,7 +40,7 @@ class DataOptions:
     data: str = "digits"
     """A folder with train/<class>/* and val/<class>/*, or "digits" (embedded), or "synthetic" (random, to measure)."""
     loader: LoaderName = "auto"
-    """What decodes a folder: NVIDIA DALI, or torchvision ("folder"); "auto" takes DALI where it is installed."""
+    """What decodes a folder: NVIDIA DALI, or torchvision ("folder"); "auto" takes DALI where it can start."""
     batch_size: int = 128
     """Images per step and process; also -b."""
     image_size: int = 224
@@ -81,10 +84,12 @@ def create_loaders(
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
     log: Callable[[str], None] = print,
+    gather: Callable[[Any], list[Any]] = lambda thing: [thing],
 ) -> tuple[Loader, Loader]:
     """The training and the evaluation loader: batches of `dtype` on `device`, this process's share of each epoch.
 
-    `log` gets one line for each choice made here. Raises UserError if the data cannot be used.
+    `log` gets one line for each choice made here. `gather(x)` gives the x of every process, so that all of them choose
+    the same decoder. Raises UserError if the data cannot be used.
     """
     shard = Shard(seed, rank, world_size, dtype)
     if options.data in ("digits", "synthetic") and options.loader != "auto":
@@ -100,27 +105,56 @@ def create_loaders(
         from .synthetic import create_synthetic
 
         return create_synthetic(options, device, shard)
-    from .scan import scan_pair
-
-    train, val = scan_pair(options.data)
-    loader = _folder_loader(options, log)
-    return loader(train, options, device, shard, train=True), loader(val, options, device, shard, train=False)
-
-
-def _folder_loader(options: DataOptions, log: Callable[[str], None]) -> Callable[..., Loader]:
-    """What decodes a folder. It is logged if the program chose it."""
-    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-    if options.loader == "dali" and not installed:
-        raise UserError("loader='dali' needs NVIDIA DALI: pip install 'fastkd[dali]', or take loader='folder'")
-    if options.loader == "auto" and installed:
-        log("data: decoding with NVIDIA DALI (it is installed; loader='folder' takes torchvision)")
-    elif options.loader == "auto":
-        faster = "NVIDIA DALI, which is faster, is not installed: pip install 'fastkd[dali]'"
-        log(f"data: decoding with torchvision ({faster})")
-    if installed and options.loader != "folder":
-        from .dali import DaliLoader
-
-        return DaliLoader
+    splits = scan_pair(options.data)
+    loaders = None if options.loader == "folder" else _dali(splits, options, device, shard, log, gather)
+    if loaders is not None:
+        return loaders
     from .folder import FolderLoader
 
-    return FolderLoader
+    train, val = (FolderLoader(split, options, device, shard, train=split is splits[0]) for split in splits)
+    return train, val
+
+
+def _dali(
+    splits: tuple[Split, Split],
+    options: DataOptions,
+    device: torch.device,
+    shard: Shard,
+    log: Callable[[str], None],
+    gather: Callable[[Any], list[Any]],
+) -> tuple[Loader, Loader] | None:
+    """The loaders, or None if the DALI of any process cannot start and `loader` is "auto". Logs the choice made."""
+    loaders, problem = _start_dali(splits, options, device, shard)
+    problem = _first_problem(gather(problem))
+    if problem and options.loader == "dali":
+        raise UserError(f"loader='dali': {problem}; loader='folder' does without it")
+    if problem:
+        log(f"data: decoding with torchvision ({problem})")
+        return None
+    if options.loader == "auto":
+        log("data: decoding with NVIDIA DALI (it is installed; loader='folder' takes torchvision)")
+    return loaders
+
+
+def _start_dali(
+    splits: tuple[Split, Split], options: DataOptions, device: torch.device, shard: Shard
+) -> tuple[tuple[Loader, Loader] | None, str]:
+    """(the loaders, ""), or (None, why DALI cannot be used in this process)."""
+    if problem := import_problem():
+        return None, f"NVIDIA DALI, which is faster, {problem}"
+    from .dali import DaliLoader
+
+    train, val = (DaliLoader(split, options, device, shard, train=split is splits[0]) for split in splits)
+    try:
+        train.start()
+    except UserError as error:
+        return None, str(error)
+    return (train, val), ""
+
+
+def _first_problem(problems: list[str]) -> str:
+    """The first that is not empty, with its process if the processes differ; "" if there is none."""
+    for rank, problem in enumerate(problems):
+        if problem:
+            return problem if len(set(problems)) == 1 else f"process {rank} of {len(problems)}: {problem}"
+    return ""

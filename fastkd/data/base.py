@@ -24,6 +24,10 @@ class Loader(Protocol):
 
     An epoch is complete when its last batch has been given. An epoch that was stopped before is given again, by this
     loader and by one that loads its state. An evaluation loader gives the same batches each time; its state is empty.
+
+    A batch may be kept: nothing writes over it while it is referenced. On CUDA it belongs to the stream that is current
+    when it is asked for. What is queued there finds the batch complete, although the host has not waited for it. If
+    another stream uses the batch too, the first stream has to wait for that use before the batch is released.
     """
 
     classes: tuple[str, ...]  # names, in label order

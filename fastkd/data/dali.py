@@ -62,6 +62,10 @@ class DaliLoader(EpochLoader):
             "world_size": shard.world_size,
         }
 
+    def start(self) -> None:
+        """Build the pipeline now, for the next epoch. Raises UserError if DALI cannot start."""
+        self._pipeline = self._pipeline or self._build()
+
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.slices:
             return
@@ -131,6 +135,14 @@ class DaliLoader(EpochLoader):
         return f"DALI stopped ({where}): {reason}; if a file is to blame, loader='folder' names it"
 
     def _build(self) -> Pipeline:
+        try:
+            pipeline = self._define()
+            pipeline.build()
+        except RuntimeError as error:
+            raise UserError(f"DALI cannot start here: {' '.join(str(error).split())[:300]}") from None
+        return pipeline
+
+    def _define(self) -> Pipeline:
         order = self.order(0).tolist()
         shuffled = {
             "shard_id": self.shard.rank,
@@ -141,7 +153,7 @@ class DaliLoader(EpochLoader):
         if not self.train:  # the reader gets this rank's files only, not all files and the rank
             order, shuffled = order[self.slices[0][0] : self.slices[-1][1]], {}
         files, labels = ([every[i] for i in order] for every in (self.split.files, self.split.labels))
-        pipeline = _folder_pipeline(
+        return _folder_pipeline(
             {"files": files, "labels": labels, **shuffled},
             self.options,
             train=self.train,
@@ -155,12 +167,6 @@ class DaliLoader(EpochLoader):
             enable_checkpointing=self.train,
             checkpoint=self._boundary,
         )
-        try:
-            pipeline.build()
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"DALI cannot start here: {reason}; loader='folder' does without it") from None
-        return pipeline
 
     def state_dict(self) -> dict:
         """Between epochs; `pipeline` is None before the first one."""

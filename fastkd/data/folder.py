@@ -3,9 +3,10 @@
 Training: RandomResizedCrop (area 0.08 to 1, aspect 3/4 to 4/3, bilinear, antialiased) and a flip with probability 1/2.
 Evaluation: shorter side to image_size * 256 / 224, centre crop. Both are the settings of torchvision's references.
 
-Workers return uint8 [B, H, W, 3], a quarter of the bytes of float32; the device normalises. The crop of image i in
-epoch e depends only on (seed, e, i). So the numbers of workers and processes change no image, and the number of the
-epoch is the whole state. EXIF orientation is ignored, as in torchvision's ImageFolder.
+Workers return uint8 [B, H, W, 3], a quarter of the bytes of float32. The device normalises, on CUDA one batch ahead of
+the step (prefetch.py). The crop of image i in epoch e depends only on (seed, e, i). So the numbers of workers and
+processes change no image, and the number of the epoch is the whole state. EXIF orientation is ignored, as in
+torchvision's ImageFolder.
 """
 
 import os
@@ -24,6 +25,7 @@ from torchvision.transforms import v2
 from ..errors import UserError
 from .base import ONE_PROCESS, EpochLoader, Shard, derived_seed, resize_side
 from .normalise import Normalise
+from .prefetch import Prefetch
 from .scan import Split, image_kind
 
 if TYPE_CHECKING:
@@ -98,6 +100,7 @@ class FolderLoader(EpochLoader):
     ):
         super().__init__(split.classes, len(split.files), options.batch_size, shard, train=train)
         self.device, self.normalise = device, Normalise(options.mean, options.std, device, shard.dtype)
+        self.prefetch = Prefetch(self.normalise, device) if device.type == "cuda" else None
         self.decoded = DataLoader(
             Images(split, options.image_size, train=train, seed=shard.seed),
             batch_sampler=EpochKeys(self),
@@ -110,11 +113,18 @@ class FolderLoader(EpochLoader):
         )
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.prefetch is not None:
+            yield from self.prefetch(self._decode())
+        else:
+            for images, target in self._decode():
+                yield self.normalise(images.to(self.device)), target.to(self.device)
+
+    def _decode(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(uint8 [B, H, W, 3], int64 [B]) in host memory, pinned if the device is a GPU."""
         for batch in self.decoded if len(self) else ():
             if isinstance(batch, str):
                 raise UserError(batch)
-            images, target = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-            yield self.normalise(images), target
+            yield batch
 
 
 class EpochKeys:

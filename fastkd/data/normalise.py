@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import normalise
+
 KEPT = 4  # blocks of host memory: the batch in use, the next one, and two that lag behind
 
 
@@ -21,17 +23,24 @@ FREE = _references([np.empty(0)])[0]  # measured, since Python versions count th
 class Normalise:
     """uint8 images [N, H, W, 3] on the device -> (image / 255 - mean) / std, [N, 3, H, W] channels-last, of `dtype`.
 
-    On the CPU, the memory of batches that are no longer referenced is reused. New memory costs more than the
-    arithmetic: 64 images of 224 pixels took 13 ms with new memory and 2.5 ms with reused memory (two cores).
+    On CUDA, one kernel writes new memory. On the CPU, the memory of batches that are no longer referenced is reused:
+    new memory costs more than the arithmetic. 64 images of 224 pixels took 13 ms with new memory and 2.5 ms with reused
+    memory (two cores).
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype):
-        self.mean, self.scale = torch.tensor(mean, device=device) * 255, 1 / (torch.tensor(std, device=device) * 255)
-        self.dtype = dtype
+        self.given, self.dtype = (mean, std), dtype
+        if device.type != "cuda":
+            self.mean = torch.tensor(mean, device=device) * 255
+            self.scale = 1 / (torch.tensor(std, device=device) * 255)
         self.blocks: list[np.ndarray] = []
 
     def __call__(self, images_NHWC: Tensor) -> Tensor:
         count, height, width, _ = images_NHWC.shape
+        if images_NHWC.is_cuda:
+            images = torch.empty_like(images_NHWC, dtype=self.dtype, memory_format=torch.contiguous_format)
+            normalise(images_NHWC, images.permute(0, 3, 1, 2), *self.given)
+            return images.permute(0, 3, 1, 2)
         rows = images_NHWC.reshape(count, height, width * 3)  # long rows: the inner loop would be 3 numbers otherwise
         out = self._empty(rows.shape) if rows.device.type == "cpu" else torch.empty_like(rows, dtype=torch.float32)
         out.copy_(rows).sub_(self.mean.repeat(width)).mul_(self.scale.repeat(width))

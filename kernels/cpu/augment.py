@@ -43,6 +43,16 @@ def closed_form(
                 output[n] = torch.addcmul(shift, crop, scale)
 
 
+def normalise_closed_form(images: Tensor, output: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+    """The same arguments as the kernel's `launch_normalise`."""
+    scale, shift = (
+        torch.tensor([1 / (255 * s) for s in std]),
+        torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]),
+    )
+    for image, out in zip(images, output.permute(0, 2, 3, 1), strict=True):
+        out.copy_(torch.addcmul(shift, image.float(), scale))
+
+
 def resized_crop(image: Tensor, box: list[float], size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """[h, w, 3], 0 to 255: torch's interpolation of a whole box; else rows first, then columns."""
     if all(float(edge).is_integer() for edge in box):

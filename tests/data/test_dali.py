@@ -12,7 +12,7 @@ from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD, training_slices
 from fastkd.data.scan import scan
 from fastkd.errors import UserError
 
-pytest.importorskip("nvidia.dali")
+Pipeline = pytest.importorskip("nvidia.dali").Pipeline
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 )
@@ -239,3 +239,67 @@ def test_auto_takes_dali_and_says_so(pictures):
     said = []
     train, _ = create_loaders(DataOptions(data=str(pictures)), torch.device("cpu"), log=said.append)
     assert type(train).__name__ == "DaliLoader" and len(said) == 1 and "DALI" in said[0]
+
+
+@pytest.fixture
+def no_driver(monkeypatch):
+    """A DALI that cannot start."""
+
+    def build(pipeline):
+        raise RuntimeError("CUDA driver\n is too old")
+
+    monkeypatch.setattr(Pipeline, "build", build)
+
+
+def chosen(pictures, loader, **more):
+    """(names of the loaders, what was logged, the training loader)"""
+    said = []
+    options = DataOptions(data=str(pictures), loader=loader, workers=1, batch_size=8, image_size=32)
+    train, val = create_loaders(options, torch.device("cpu"), log=said.append, **more)
+    return [type(train).__name__, type(val).__name__], said, train
+
+
+def test_auto_takes_torchvision_if_dali_cannot_start_and_says_why(pictures, no_driver):
+    names, said, _ = chosen(pictures, "auto")
+    assert names == ["FolderLoader"] * 2
+    assert said == ["data: decoding with torchvision (DALI cannot start here: CUDA driver is too old)"]
+
+
+def test_dali_that_cannot_start_is_an_error_if_it_was_asked_for(pictures, no_driver):
+    with pytest.raises(UserError, match="loader='dali': DALI cannot start here: CUDA driver is too old; .*'folder'"):
+        chosen(pictures, "dali")
+
+
+def test_all_processes_take_torchvision_if_one_cannot_start_dali(pictures):
+    gathered = []
+
+    def gather(problem):
+        gathered.append(problem)
+        return [problem, "DALI cannot start here: no GPU"]
+
+    names, said, _ = chosen(pictures, "auto", gather=gather)
+    assert gathered == [""] and names == ["FolderLoader"] * 2  # DALI starts in this process
+    assert said == ["data: decoding with torchvision (process 1 of 2: DALI cannot start here: no GPU)"]
+    with pytest.raises(UserError, match="loader='dali': process 1 of 2: DALI cannot start here: no GPU"):
+        chosen(pictures, "dali", gather=gather)
+
+
+def test_a_process_whose_dali_cannot_start_tells_the_others(pictures, no_driver):
+    gathered = []
+    chosen(pictures, "auto", gather=lambda problem: gathered.append(problem) or [problem] * 2)
+    assert gathered == ["DALI cannot start here: CUDA driver is too old"]
+
+
+def test_a_run_begun_with_dali_is_not_resumed_with_torchvision(pictures, request):
+    state = chosen(pictures, "auto")[2].state_dict()
+    request.getfixturevalue("no_driver")
+    with pytest.raises(UserError, match="'dali' loader and this run uses 'folder'"):
+        chosen(pictures, "auto")[2].load_state_dict(state)
+
+
+def test_a_pipeline_is_built_once_for_the_first_epoch(pictures, monkeypatch):
+    built, build = [], Pipeline.build
+    monkeypatch.setattr(Pipeline, "build", lambda pipeline: built.append(pipeline) or build(pipeline))
+    train = chosen(pictures, "auto")[2]
+    list(train)
+    assert len(set(built)) == 1  # run() calls build() too

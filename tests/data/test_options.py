@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import fastkd.data
-from fastkd.data import DataOptions, create_loaders
+from fastkd.data import DataOptions, create_loaders, dali_package
 from fastkd.errors import UserError
 
 CPU = torch.device("cpu")
@@ -41,18 +40,51 @@ def test_every_option_is_described():
     assert all(isinstance(body[i + 1], ast.Expr) and isinstance(body[i + 1].value.value, str) for i in fields)
 
 
-def test_auto_says_in_one_line_what_it_took(pictures, monkeypatch):
-    monkeypatch.setattr(fastkd.data, "find_spec", lambda name: None)
+@pytest.fixture
+def no_dali(monkeypatch):
+    monkeypatch.setattr(dali_package, "find_spec", lambda name: None)
+
+
+@pytest.fixture
+def broken_dali(monkeypatch):
+    """DALI is installed, but one of its libraries is missing."""
+
+    def broken(name):
+        raise OSError("libnvjpeg.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(dali_package, "find_spec", lambda name: name)
+    monkeypatch.setattr(dali_package.importlib, "import_module", broken)
+
+
+def test_auto_says_in_one_line_what_it_took(pictures, no_dali):
+    said = []
+    train, val = create_loaders(DataOptions(data=str(pictures), workers=0), CPU, log=said.append)
+    assert type(train).__name__ == type(val).__name__ == "FolderLoader" and train.train and not val.train
+    assert len(said) == 1 and "torchvision" in said[0] and dali_package.install_command() in said[0]
+
+
+def test_dali_that_is_not_installed_is_an_error_with_the_remedy(pictures, no_dali):
+    with pytest.raises(UserError, match=r"loader='dali'.*pip install 'fastkd\[dali.*loader='folder'"):
+        create_loaders(DataOptions(data=str(pictures), loader="dali"), CPU)
+
+
+def test_auto_takes_torchvision_if_dali_cannot_be_imported_and_says_why(pictures, broken_dali):
     said = []
     train, _ = create_loaders(DataOptions(data=str(pictures), workers=0), CPU, log=said.append)
     assert type(train).__name__ == "FolderLoader"
-    assert len(said) == 1 and "torchvision" in said[0] and "fastkd[dali]" in said[0]
+    assert len(said) == 1 and "torchvision" in said[0] and "OSError: libnvjpeg.so.13" in said[0]
 
 
-def test_dali_that_is_not_installed_is_an_error_with_the_remedy(pictures, monkeypatch):
-    monkeypatch.setattr(fastkd.data, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'fastkd\[dali\]'"):
+def test_dali_that_cannot_be_imported_is_an_error_if_it_was_asked_for(pictures, broken_dali):
+    with pytest.raises(UserError, match=r"loader='dali'.*libnvjpeg.*loader='folder'"):
         create_loaders(DataOptions(data=str(pictures), loader="dali"), CPU)
+
+
+def test_the_folder_loader_asks_no_process(pictures, broken_dali):
+    def gather(thing):
+        raise AssertionError
+
+    create_loaders(DataOptions(data=str(pictures), loader="folder", workers=0), CPU, log=print, gather=gather)
 
 
 @pytest.mark.parametrize("data", ["digits", "synthetic"])

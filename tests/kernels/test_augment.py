@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkd.kernels.augment import augment, augment_reference
-from fastkd.kernels.gpu.augment import launch
+from fastkd.kernels.augment import augment, augment_reference, normalise, normalise_reference
+from fastkd.kernels.gpu.augment import launch, launch_normalise
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 HALF = [0.5, 0.5, 0.5]
@@ -252,3 +252,86 @@ def test_bad_input(wrong, words):
     augment(**GOOD)
     with pytest.raises(ValueError, match=words):
         augment(**{**GOOD, **wrong})
+
+
+NORMALISE = [normalise, launch_normalise]
+
+
+def formula(images, mean, std):
+    """(x / 255 - mean) / std of every channel, in float64."""
+    channels = [(images[..., c].double() / 255 - mean[c]) / std[c] for c in range(3)]
+    return torch.stack(channels, 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", [*NORMALISE, normalise_reference])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("n, H, W", [(1, 1, 1), (3, 9, 11), (2, 16, 32), (5, 31, 33)])  # up to 15 blocks of bytes
+def test_normalise_values(function, dtype, n, H, W, device):
+    images = batch(n, H, W, device)
+    (output,) = buffers(n, H, W, dtype, device=device)
+    address = output.data_ptr()
+    assert function(images, output, MEAN, STD) is None
+    rtol = TOLERANCE[dtype]
+    want = formula(images, MEAN, STD)
+    torch.testing.assert_close(output.double(), want, rtol=rtol, atol=2e-6 if rtol > 1e-4 else 1e-5)
+    assert output.data_ptr() == address and output.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", NORMALISE)
+def test_normalise_is_augment_of_the_whole_image(function, device):
+    images = batch(4, 20, 24, device)
+    got, want = buffers(4, 20, 24, torch.float32, torch.float32, device=device)
+    function(images, got, MEAN, STD)
+    boxes, flips = torch.tensor([[0, 0, 20, 24]] * 4, device=device), torch.zeros(4, dtype=torch.bool, device=device)
+    augment(images, boxes, flips, [want], [MEAN], [STD])
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", NORMALISE)
+def test_normalise_reads_any_strides(function, device):
+    images = batch(3, 9, 11, device)
+    planar = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    sliced = batch(6, 20, 24, device)[::2, 3:12, 1:23:2]
+    for source in (planar, sliced, images[:1].expand(3, 9, 11, 3)):
+        (output,) = buffers(3, 9, 11, device=device)
+        function(source, output, MEAN, STD)
+        torch.testing.assert_close(output.double(), formula(source, MEAN, STD), rtol=1e-5, atol=1e-5)
+
+
+def test_normalise_writes_nothing_beyond_the_output():
+    images = batch(2, 7, 5)
+    memory = torch.full((2 * 7 * 5 * 3 + 64,), 7.0)
+    output = memory[: images.numel()].view(2, 7, 5, 3).permute(0, 3, 1, 2)
+    launch_normalise(images, output, MEAN, STD)
+    assert (memory[images.numel() :] == 7).all() and not (output == 7).any()
+
+
+def test_normalise_of_an_empty_batch():
+    assert normalise(batch(0), *buffers(0, 9, 11), MEAN, STD) is None
+
+
+def test_normalise_opcheck():
+    (output,) = [o.zero_() for o in buffers(2, 9, 11, torch.bfloat16)]
+    torch.library.opcheck(torch.ops.fastkd.normalise.default, (batch(2), output, MEAN, STD))
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"images_NHWC": torch.zeros(2, 3, 3, 3)}, "uint8.*float32"),
+        ({"output": buffers(2, 3, 4)[0]}, r"\[2, 3, 3, 3\] on cpu, got \[2, 3, 3, 4\] on cpu"),
+        ({"output": buffers(2, 3, 3, device="meta")[0]}, "on cpu, got .* on meta"),
+        ({"output": torch.zeros(2, 3, 3, 3)}, "channels-last"),
+        ({"output": buffers(2, 3, 3, torch.float64)[0]}, "float64"),
+        ({"mean": [0.5, 0.5]}, r"mean.*\[0.5, 0.5\]"),
+        ({"std": [0.2, 0.0, 0.2]}, "std must be above 0.*0.0"),
+    ],
+)
+def test_normalise_refuses(wrong, words):
+    good = {"images_NHWC": batch(2, 3, 3), "output": buffers(2, 3, 3)[0], "mean": MEAN, "std": STD}
+    normalise(**good)
+    with pytest.raises(ValueError, match=words):
+        normalise(**{**good, **wrong})
