@@ -35,7 +35,7 @@ class Layers:
             enabled = torch.is_autocast_enabled(inputs[0].device.type)
             self.inside[layer] = self.inside.get(layer, True) and enabled
 
-        def count(norm: nn.Module, _: Any) -> None:
+        def count(norm: Any, _: Any) -> None:
             if norm.training:
                 self.batches[kind][norm.num_batches_tracked] += 1
 
@@ -76,7 +76,7 @@ class Layers:
                  for name, p in layer.named_parameters(recurse=False)]  # fmt: skip
         return [each for each in found if each[2].dtype == torch.float32 and each[2].requires_grad]
 
-    def _norms(self) -> list[nn.Module]:
+    def _norms(self) -> list[Any]:
         """Those whose forward needs no counter: with `momentum` None it is a factor."""
         norms = [module for module in self.net.modules() if type(module).__name__ in NORMS]
         return [norm for norm in norms if norm.momentum is not None and norm.num_batches_tracked is not None]

@@ -51,7 +51,7 @@ class Ddp(OneProcess):
         distributed.all_reduce_(self.fraction)
 
     def spread(self, parameters: Sequence[Tensor]) -> None:
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.fraction)
+        torch._foreach_div_([grad for p in parameters if (grad := p.grad) is not None], self.fraction)
 
 
 class FlatBlocks(Ddp):
@@ -76,7 +76,7 @@ class FlatBlocks(Ddp):
 
     def collect(self, parameters: Sequence[Tensor]) -> None:
         used = [p for p in parameters if p.grad is not None]
-        torch._foreach_copy_([self.views[p] for p in used], [p.grad for p in used])
+        torch._foreach_copy_([self.views[p] for p in used], [p.grad for p in used if p.grad is not None])
         for p in used:
             p.grad = self.views[p]
         for block in self.blocks:
