@@ -36,7 +36,10 @@ def device_for(name: str) -> torch.device:
         torch.cuda.set_device(number)
         device = torch.device("cuda", number)
     if several and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        if kind == "cuda":  # with its device NCCL connects at once, and a barrier needs not guess the device
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     return device
 
 

@@ -14,6 +14,7 @@ from . import checkpoint, distributed
 from .checkpoint import Result
 from .data.base import Loader, check_count, check_loaders, describe, first_images, rewound
 from .engine import Schedule, Step, TrainOptions, graphed
+from .engine.backends import backends
 from .engine.launch import Runner, check_compile, compiles, uses_graphs
 from .engine.mixup import Mixup
 from .engine.teacher_forms import check_form, teacher_form
@@ -64,6 +65,10 @@ class Trainer:
 
     def fit(self) -> Result:
         """Train to the last epoch, and write the files of the run."""
+        with backends(self.device):
+            return self._fit()
+
+    def _fit(self) -> Result:
         torch.manual_seed(self.config.seed + distributed.rank())
         run = self.step.run_context(len(self.train_loader), self.report.out, track, log_rank0)
         with rewound(self.train_loader):

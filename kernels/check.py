@@ -41,16 +41,32 @@ def check_logits(heads: Sequence[Tensor], temperature: float, names: Sequence[st
         raise TypeError(f"heads must be a list of logits [N, C], got {type(heads).__name__}")
     if not heads:
         raise ValueError("no logits given")
+    if not _are_logits_alike(heads):
+        _raise_on_logits(heads, names)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+
+
+def _are_logits_alike(heads: Sequence[Tensor]) -> bool:
+    """True if nothing is wrong: one look, which eager calls pay for each time."""
+    first = heads[0]
+    if not isinstance(first, Tensor):
+        return False
+    shape, device = first.shape, first.device
+    return len(shape) == 2 and shape[1] >= 2 and all([
+        isinstance(x, Tensor) and x.is_floating_point() and x.shape == shape and x.device == device for x in heads
+    ])  # fmt: skip
+
+
+def _raise_on_logits(heads: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raises what says what is wrong."""
     for k, head in enumerate(heads):
         check_tensors(**{names[k] if names else "logits": head})
     shape = heads[0].shape
     if any(head.dim() != 2 or head.shape != shape for head in heads):
         raise ValueError(_unlike([list(head.shape) for head in heads]))
     _check_numbers("logits", heads)
-    if shape[1] < 2:
-        raise ValueError(f"logits of {shape[1]} class(es), {list(shape)}: a softmax needs 2 or more")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    raise ValueError(f"logits of {shape[1]} class(es), {list(shape)}: a softmax needs 2 or more")
 
 
 def check_target(target: Tensor, logits: Tensor) -> None:

@@ -75,7 +75,7 @@ def kd_loss(
     `ignore_index` and an empty batch: see `logit_loss`.
     """
     fused = logit_loss(
-        [student, teacher.detach() if isinstance(teacher, Tensor) else teacher],
+        [student, teacher.detach() if isinstance(teacher, Tensor) and teacher.requires_grad else teacher],
         target,
         [ce_weight, 0.0],
         [[0.0, kd_weight], [0.0, 0.0]],
@@ -85,5 +85,5 @@ def kd_loss(
         standardize=standardize,
         names=("student_logits", "teacher_logits"),
     )
-    ce, _, kd = fused.terms[0].unbind()
+    ce, _, kd = fused.terms.select(0, 0).unbind()
     return KDTerms(fused.loss, ce, kd)

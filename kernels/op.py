@@ -76,6 +76,7 @@ class FusedOp:
         self.writes_grads, self.check, self.reference = writes_grads, check, reference or f"{name}_reference"
         hints = get_type_hints(Inputs)
         self.constants = sum(hint in (Tensor, Tensor | None) for hint in list(hints.values())[1:])
+        self.places = {each: place for place, each in enumerate(Inputs._fields[1 + self.constants :])}
         results = (Tensor,) * (len(names) + 1)
         self.op = _register(name, self._operator, {**hints, "write_grads": bool}, tuple.__class_getitem__(results))
         self.op.register_fake(self._fake)
@@ -132,18 +133,22 @@ class FusedOp:
         """One for each student; None if it needs none."""
         if torch.is_grad_enabled():
             raise RuntimeError(f"{self.name} has no second derivative; fastkd.kernels.{self.reference} has one")
-        settings = dict(zip(self.Inputs._fields[1 + self.constants :], ctx.settings, strict=True))
-        needs_grad = settings["needs_grad"] if ctx.many else [True]
+        needs_grad = self._setting(ctx, "needs_grad") if ctx.many else [True]
         if all(gradient is None for gradient in grad_outputs) or not any(needs_grad):
             return [None] * len(ctx.dtypes)
         grads, ctx.grads = ctx.grads, None  # only the first backward pass gets it, because it may write it
         if not can_bypass_dispatcher(grad_outputs):
             inputs, saved = self._saved(ctx)
             grads = self.backward_op(*inputs, *saved, *grad_outputs)
-        elif grads is None or not scale_in_place(grads, *grad_outputs, weights=settings.get("weights", ())):
+        elif grads is None or not scale_in_place(grads, *grad_outputs, weights=self._setting(ctx, "weights")):
             grads = self.backward(*self._saved(ctx), grad_outputs, grads)
         rows = iter(grads.unbind() if ctx.many else [grads])
         return [next(rows).to(dtype) if need else None for dtype, need in zip(ctx.dtypes, needs_grad, strict=True)]
+
+    def _setting(self, ctx: Any, name: str) -> Sequence[Any]:
+        """The setting `name`, a list; empty if there is none."""
+        place = self.places.get(name)
+        return () if place is None else ctx.settings[place]
 
     def _saved(self, ctx: Any) -> tuple[Any, Tensors]:
         """(inputs, saved outputs). Only where they are needed: torch refuses tensors that were changed since."""
@@ -251,7 +256,7 @@ def _flat(students: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _context(device: torch.device, on_gpu: bool) -> AbstractContextManager[object]:
     """The GPU is the current one; a closed form is outside of autocast, which would multiply matrices in 16 bits."""
     if on_gpu and device.type == "cuda":
-        return torch.cuda.device(device)
+        return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from fastkd.distributed import device_for
+
 WORKER = Path(__file__).parent / "distributed_worker.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -36,3 +38,17 @@ def test_the_command_under_torchrun(tmp_path):
     assert done.stdout.count("everything is in") == 1  # rank 0 alone prints
     (row,) = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     assert row["epoch"] == 1 and load_file(tmp_path / "run/student.safetensors")
+
+
+def test_nccl_is_told_its_device(monkeypatch):
+    """Without it, NCCL guesses the device from the rank, and a barrier warns."""
+    given = []
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", lambda number: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *kinds, **more: given.append((kinds, more)))
+    cuda = torch.device("cuda", 1)
+    assert device_for("auto") == cuda and device_for("cpu") == torch.device("cpu")
+    assert given == [(("nccl",), {"device_id": cuda}), (("gloo",), {})]

@@ -18,6 +18,7 @@ from fastkd.bench.steps.baselines import BOUNDS, Batch, Makers, Notes, Way, eage
 from fastkd.bench.steps.breakdown import breakdown
 from fastkd.bench.steps.workload import Plans, Workload, cycle
 from fastkd.bench.timing import interleaved, per_step
+from fastkd.engine.backends import backends
 from fastkd.engine.mixup import Mixup
 
 Log = Callable[[str], None]
@@ -33,8 +34,12 @@ AT_ONCE = {"cuda": 10, "cpu": 1}  # rounds that are timed together: the host may
 
 def measure_step(workload: Workload, device: torch.device, quick: bool, compiled: bool, log: Log = print) -> Record:
     """The record of a run. `quick`: few rounds; `compiled`: with torch.compile."""
-    workload, load = workload.filled(device), load_average()
-    torch.backends.cudnn.benchmark = True  # as in fastkd train
+    with backends(device):  # as in training
+        return _measure(workload.filled(device), device, quick, compiled, log)
+
+
+def _measure(workload: Workload, device: torch.device, quick: bool, compiled: bool, log: Log) -> Record:
+    load = load_average()
     torch._dynamo.reset()
     method, batch = workload.build(device), workload.batch(device)
     steps = cycle(method)
@@ -86,8 +91,9 @@ def trace(workload: Workload, device: torch.device, path: Path) -> None:
     step, plans = eager_step(method, device), [plan for plans in cycle(method) for plan in plans]
     kinds = [torch.profiler.ProfilerActivity.CPU]
     kinds += [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
-    step(*batch, plans[0])
-    with torch.profiler.profile(activities=kinds) as profiler:
+    with backends(device):
+        step(*batch, plans[0])
+    with backends(device), torch.profiler.profile(activities=kinds) as profiler:
         for plan in (plans * 3)[:3]:
             step(*batch, plan)
         if device.type == "cuda":

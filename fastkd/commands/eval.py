@@ -9,6 +9,7 @@ import torch
 from .. import checkpoint
 from ..data import DataOptions, create_loaders
 from ..distributed import device_for, gather, rank, world_size
+from ..engine.backends import backends
 from ..engine.precision import Precision
 from ..errors import UserError
 from ..evaluate import evaluate, speed
@@ -57,7 +58,8 @@ def run(arguments: list[str]) -> None:
     )
     net = create_model(model, len(loader.classes), options.weights)
     net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
-    scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)
+    with backends(device):
+        scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)
     row = [model, f"{scores['images']:,}", f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}"]
     columns = ["network", "images", "top-1 %", "top-5 %", "loss", "inference img/s"]
     show_table(columns, [[*row, f"{rate:,.0f}"]], numbers=5)

@@ -15,6 +15,7 @@ from ..config import Config, NetworkOptions, RunOptions, flat, parse
 from ..data import create_loaders
 from ..data.base import describe
 from ..engine import TrainOptions
+from ..engine.backends import backends
 from ..engine.launch import check_compile, check_graph
 from ..engine.optim import APEX, apex_optimizers
 from ..engine.precision import Precision
@@ -39,13 +40,13 @@ def run(arguments: list[str]) -> None:
     if config.run.print_config:
         print(*(f"# {note}\n" for note in notes), yaml.safe_dump(flat(config), sort_keys=False), sep="", end="")
         return
-    torch.backends.cudnn.benchmark = True  # the image size is fixed: cuDNN times its algorithms once
     job = Job(config)
     for note in notes:
         log_rank0(note)
     job.claim()
     try:
-        job.work()
+        with backends(job.device):
+            job.work()
     except KeyboardInterrupt:
         again = f"fastkd train --out {shlex.quote(str(job.out))} --resume"
         raise KeyboardInterrupt(f"go on with `{again}`") from None

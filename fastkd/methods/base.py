@@ -91,18 +91,21 @@ class Method(OptionalHooks):
         """True if `losses` uses the teacher's logits or feature maps through `out`."""
         return self.teacher is not None
 
+    def learners(self, plan: Hashable) -> Sequence[nn.Module]:
+        """The networks that are trained in a step with this plan, of the student and the peers."""
+        return (self.student, *self.peers)
+
     def staged_views_for(self, plan: Hashable) -> Mapping[nn.Module, StagedView]:
         """By network, the view that runs in its place in a step with this plan."""
         return self.staged_views
 
     def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
         """Images [N, 3, H, W] and their target -> the terms of `losses`. This is what the engine calls."""
-        views, asks_teacher = self.staged_views_for(plan), self.asks_teacher
-        out = ForwardCache(images, views)
-        is_started = asks_teacher and out.start(self.teacher)
+        out = ForwardCache(images, self.staged_views_for(plan))
+        others = [self.teacher, *self.peers] if self.asks_teacher else [*self.peers]
+        out.start(self.student, others, self.learners(plan))
         terms = self.losses(out, target, plan)
-        if is_started:
-            out.join(self.teacher)
+        out.join_all()
         return terms
 
     def _check_networks(self, student: nn.Module, teacher: nn.Module | None, peers: Sequence[nn.Module]) -> None:

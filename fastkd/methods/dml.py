@@ -9,9 +9,10 @@ all, update one, run all again, update the next. Then each batch makes M updates
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import check_number
 from ..losses import MutualLoss
@@ -47,6 +48,10 @@ class DML(Method):
     def plans(self, step: int) -> Sequence[Hashable]:
         """The number of the network that each update trains, student 0; None: one update trains all."""
         return tuple(range(1 + len(self.peers))) if self.options.alternate else (None,)
+
+    def learners(self, plan: Hashable) -> Sequence[nn.Module]:
+        nets = (self.student, *self.peers)
+        return nets if plan is None else (nets[cast(int, plan)],)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         assert plan is None or isinstance(plan, int)

@@ -1,8 +1,8 @@
 """The forward passes of one step: each network runs once, however many loss terms use its outputs."""
 
 import functools
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -40,25 +40,42 @@ class ForwardCache:
             raise ValueError(f"the method did not call request_features() for {type(net).__name__}")
         return self._run(net)[1]
 
-    def start(self, net: nn.Module) -> bool:
-        """While a CUDA graph is captured: run `net` on a side stream, in parallel with the other networks.
+    def start(self, first: nn.Module, others: Sequence[nn.Module], learners: Collection[nn.Module]) -> None:
+        """While a CUDA graph is captured: run `first`, and `others` beside it, each on a stream of its own.
 
-        Returns True if `net` was started; `join(net)` must then follow.
+        Only `learners` get a gradient; autograd runs a network's backward pass on the stream of its forward pass, and
+        joins the streams at the end. All networks are enqueued before a result is asked for, because the current stream
+        waits from then on. `join_all` must follow.
         """
         is_compiling = torch.compiler.is_compiling()  # it would compile again within the capture
-        if is_compiling or not self.images.is_cuda or not torch.cuda.is_current_stream_capturing():
-            return False
-        stream = _side_stream(self.images.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._run(net)
-        self._streams[net] = stream
-        return True
+        if is_compiling or not others or not self.images.is_cuda or not torch.cuda.is_current_stream_capturing():
+            return
+        for number, net in enumerate(others):
+            stream = _side_stream(self.images.device, number)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), _gradient_if(net in learners):
+                self._run(net)
+            self._streams[net] = stream
+        with _gradient_if(first in learners):
+            self._run(first)
 
     def join(self, net: nn.Module) -> None:
-        """Let the current stream wait for `net`, if `start` has put it on a side stream."""
+        """Let the current stream wait for `net`, if `start` has put it on a side stream.
+
+        The allocator must know that the current stream reads the results: in the backward pass the side stream would
+        get their memory as soon as autograd lets go of them, while the current stream may still read it.
+        """
         if net in self._streams:
-            torch.cuda.current_stream().wait_stream(self._streams.pop(net))
+            current = torch.cuda.current_stream()
+            current.wait_stream(self._streams.pop(net))
+            logits, maps = self._memo[net]
+            for result in (logits, *maps):
+                result.record_stream(current)
+
+    def join_all(self) -> None:
+        """Let the current stream wait for every network that `start` has put on a side stream."""
+        for net in list(self._streams):
+            self.join(net)
 
     def _run(self, net: nn.Module) -> tuple[Tensor, list[Tensor]]:
         self.join(net)
@@ -73,7 +90,11 @@ class ForwardCache:
         return self._memo[net]
 
 
+def _gradient_if(learns: bool) -> AbstractContextManager[object]:
+    return nullcontext() if learns else torch.no_grad()
+
+
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures: freed memory is reused only within a stream."""
+def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """The same streams for all captures: freed memory is reused only within a stream."""
     return torch.cuda.Stream(device)

@@ -7,11 +7,10 @@ Departures: none. `standardize` is arXiv:2403.01427's logit standardisation (its
 """
 
 from collections.abc import Hashable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..kernels import kd_loss
 from ..losses import KDLoss
 from .base import Method, check_weights
 from .forwards import ForwardCache
@@ -42,6 +41,9 @@ class KD(Method):
     options: KDOptions
     paper = "arXiv:1503.02531"
 
+    def build(self) -> None:
+        o = self.options
+        self.loss = KDLoss(o.temperature, o.ce_weight, o.kd_weight, standardize=o.standardize)
+
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        fused = kd_loss(out(self.student), out(self.teacher), target, **asdict(self.options))
-        return {"ce": fused.ce, "kd": fused.kd}
+        return self.loss.terms(out(self.student), out(self.teacher), target)

@@ -1,5 +1,7 @@
 """What the launch functions share on the host: block sizes, number of programs and strides."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,13 @@ def programs(rows: int, warps: int, device: torch.device) -> int:
     """The number of programs for `rows` rows: as many as are resident at once. Each then takes several rows."""
     if device.type != "cuda":
         return min(rows, 3)  # the interpreter runs them one by one; 3 lets a program have several rows
-    return min(rows, torch.cuda.get_device_properties(device).multi_processor_count * max(1, 64 // warps))
+    return min(rows, _multiprocessors(device) * max(1, 64 // warps))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Asking torch takes a tenth of a launch's host time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def contiguous_rows(x: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """The kernel of logit_loss.py: one program takes rows. A row of all heads is kept in registers if it fits."""
 
+import functools
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -151,29 +154,55 @@ def _shape(classes: int, heads: int, learners: int, itemsize: int) -> tuple[int,
     return block, warps, 96 if light else most_registers(warps)
 
 
+class _Plan(NamedTuple):
+    """What a launch needs besides tensors and numbers that change; `constants` are the kernel's, by name."""
+
+    grid: tuple[int]
+    unit: int
+    partials: tuple[int, int]
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(256)
+def _plan(
+    shape: tuple[int, int], strides: tuple[int, ...], itemsize: int, device: torch.device, used: tuple[bool, ...],
+    needs_grad: tuple[bool, ...], soft: bool, smooth: bool, ignore: bool, cold: bool, standardize: bool, forward: bool,
+    written: bool,
+) -> _Plan:  # fmt: skip
+    """Worked out once for calls that are alike: on the host it takes as long as the launch."""
+    (N, C), H = shape, len(strides)
+    block, warps, registers = _shape(C, H, sum(needs_grad), itemsize)
+    slots, grid, order = power_of_2(H * (H + 1)), programs(N, warps, device), iter(range(H))
+    unit = common_unit(C, *strides)
+    constants = {
+        "USED": used, "LEARNER": tuple(next(order) if learner else -1 for learner in needs_grad),
+        "SOFT": soft, "SMOOTH": smooth, "IGNORE": ignore, "STANDARDIZE": standardize, "COLD": cold,
+        "FORWARD": forward, "SKIP_ONES": written, "ONE_PASS": block >= C, "UNIT": unit, "BLOCK": block, "SLOTS": slots,
+        "ROWS": max(1, 256 * warps // slots), "enable_fp_fusion": True, "num_warps": warps, "maxnreg": registers,
+    }  # fmt: skip
+    return _Plan((grid,), unit, (grid, slots), constants)
+
+
 def launch(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensors = (), written: bool = False) -> None:
     """Run the kernel; see FusedOp. If `written`, it writes nothing where all grad_outputs are 1."""
     heads, target, weights, temperature, smoothing, ignore_index, standardize, needs_grad = inputs
-    (N, C), H, device = heads[0].shape, len(heads), heads[0].device
-    soft, forward = target.is_floating_point(), not grad_outputs
-    heads, target = [contiguous_rows(head) for head in heads], contiguous_rows(target)
-    unit = common_unit(C, *(head.stride(0) for head in heads))
-    block, warps, registers = _shape(C, H, sum(needs_grad), max(head.element_size() for head in heads))
-    slots, grid = power_of_2(H * (H + 1)), programs(N, warps, device)
+    (N, C), device, forward = heads[0].shape, heads[0].device, not grad_outputs
+    soft = target.is_floating_point()
+    heads, target = tuple([contiguous_rows(head) for head in heads]), contiguous_rows(target)
+    strides = tuple([head.stride(0) for head in heads])
+    plan = _plan(
+        (N, C), strides, max([head.element_size() for head in heads]), device, tuple([w != 0 for w in weights]),
+        tuple(needs_grad), soft, smoothing > 0, ignore_index is not None,
+        temperature == 1 and not standardize,  # one softmax serves labels and teachers
+        standardize, forward, written,
+    )  # fmt: skip
     grad_loss, grad_terms = grad_outputs or (None, None)
     grad_terms = None if grad_terms is None else grad_terms.contiguous()  # that of terms.sum() is expanded
     kept = None if ignore_index is None else (target != ignore_index).sum()
-    partials = torch.empty((grid, slots), dtype=torch.float32, device=device) if forward else None
-    order = iter(range(H))
-    _kernel[(grid,)](
-        tuple(heads), tuple(head.stride(0) // unit for head in heads), grads, target,
+    partials = torch.empty(plan.partials, dtype=torch.float32, device=device) if forward else None
+    _kernel[plan.grid](
+        heads, tuple([stride // plan.unit for stride in strides]), grads, target,
         target.stride(0) if soft else 1, tuple(weights), kept, grad_loss, grad_terms,
         partials, ticket(device) if forward else None, *outputs,
-        N, C // unit, temperature, smoothing, ignore_index or 0,
-        USED=tuple(weight != 0 for weight in weights),
-        LEARNER=tuple(next(order) if learner else -1 for learner in needs_grad),
-        SOFT=soft, SMOOTH=smoothing > 0, IGNORE=ignore_index is not None, STANDARDIZE=standardize,
-        COLD=temperature == 1 and not standardize,  # one softmax serves labels and teachers
-        FORWARD=forward, SKIP_ONES=written, ONE_PASS=block >= C, UNIT=unit, BLOCK=block, SLOTS=slots,
-        ROWS=max(1, 256 * warps // slots), enable_fp_fusion=True, num_warps=warps, maxnreg=registers,
+        N, C // plan.unit, temperature, smoothing, ignore_index or 0, **plan.constants,
     )  # fmt: skip

@@ -204,4 +204,5 @@ def test_a_compiled_step_does_not_ask_whether_it_is_captured(monkeypatch):
             raise AssertionError("asked")
 
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    ForwardCache(Images(), {}).start(torch.nn.Identity())
+    student, teacher = torch.nn.Identity(), torch.nn.Identity()
+    ForwardCache(Images(), {}).start(student, [teacher], [student])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastkd import Trainer, TrainOptions, create_model
-from fastkd.methods import CE, KD, ForwardCache, FrozenTeacher, Method
+from fastkd.methods import CE, DML, KD, ForwardCache, FrozenTeacher, Method
 
 
 def test_frozen_stays_out_of_its_holder(tiny_net):
@@ -86,44 +86,78 @@ def test_teacher_needed_or_refused(tiny_net):
         CE(tiny_net(), tiny_net(1))
 
 
-def test_in_a_capture_the_teacher_runs_on_a_side_stream(tiny_net, monkeypatch):
-    """The side stream starts before the student. It is joined before the logits are used, and always at the end."""
+@pytest.fixture
+def captured(monkeypatch):
+    """(events, images): what happens on which stream, as if a CUDA graph were captured; images to give a method."""
     events = []
 
     class Stream:
-        def __init__(self, name="side"):
+        def __init__(self, name):
             self.name = name
 
         def wait_stream(self, other):
             events.append(f"{self.name} waits for {other.name}")
 
         def __enter__(self):
-            events.append("on side")
+            current.append(self)
 
         def __exit__(self, *problem):
-            events.append("on main")
+            current.pop()
 
     class Images(torch.Tensor):
         is_cuda = True
 
-    main = Stream("main")
+    current = [Stream("main")]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr("fastkd.methods.forwards._side_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr("fastkd.methods.forwards._side_stream", lambda device, number: Stream(f"side {number}"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, to: events.append(f"kept for {to.name}"))
+
+    def watch(**nets):
+        for name, net in nets.items():
+            net.register_forward_hook(lambda *_, name=name: events.append(f"{name} on {current[-1].name}"))
+
+    return events, torch.randn(2, 3, 8, 8).as_subclass(Images), watch
+
+
+def test_in_a_capture_the_teacher_runs_beside_the_student(tiny_net, captured):
+    """Both are enqueued before a result of either is used, in whichever order the losses ask for them."""
+    events, images, watch = captured
     student, teacher = tiny_net(0), tiny_net(1)
-    student.register_forward_hook(lambda *_: events.append("student"))
-    teacher.register_forward_hook(lambda *_: events.append("teacher"))
-    images = torch.randn(2, 3, 8, 8).as_subclass(Images)
+    watch(student=student, teacher=teacher)
     method = KD(student, teacher)
-    method.losses = lambda out, target, plan: {"x": out(student).sum() + out(method.teacher).sum()}
-    method(images, None)
-    fork = ["side waits for main", "on side", "teacher", "on main"]
-    assert events == [*fork, "student", "main waits for side"]
-    events.clear()
-    method.losses = lambda out, target, plan: {"x": out(student).sum()}
-    method(images, None)
-    assert events == [*fork, "student", "main waits for side"]
+    wanted = ["side 0 waits for main", "teacher on side 0", "student on main", "main waits for side 0"]
+    for losses in (
+        lambda out, target, plan: {"x": out(method.teacher).sum() + out(student).sum()},  # as in SOKD
+        lambda out, target, plan: {"x": out(student).sum()},  # joined at the end, or the capture would be invalid
+    ):
+        method.losses = losses
+        method(images, None)
+        assert events == [*wanted, "kept for main"]
+        events.clear()
+
+
+@pytest.mark.parametrize("plan", [None, 0, 2])
+def test_in_a_capture_peers_run_beside_the_student(plan, tiny_net, captured):
+    events, images, watch = captured
+    nets = [tiny_net(number) for number in range(3)]
+    watch(student=nets[0], peer1=nets[1], peer2=nets[2])
+    method = DML(nets[0], None, DML.Options(alternate=plan is not None), nets[1:])
+    sum(method(images, torch.zeros(2, dtype=torch.long), plan).values()).backward()
+    assert events[:5] == ["side 0 waits for main", "peer1 on side 0", "side 1 waits for main", "peer2 on side 1",
+                          "student on main"]  # fmt: skip
+    assert events[5:] == ["main waits for side 0", "kept for main", "main waits for side 1", "kept for main"]
+    for number, net in enumerate(nets):  # the networks that are not trained now run without a gradient
+        assert (next(net.parameters()).grad is not None) == (plan in (None, number))
+
+
+def test_a_lone_network_starts_nothing(tiny_net, captured):
+    events, images, watch = captured
+    student = tiny_net()
+    watch(student=student)
+    CE(student)(images, torch.zeros(2, dtype=torch.long))
+    assert events == ["student on main"]
 
 
 def test_the_method_of_the_documentation_trains(tiny_net, tiny_loaders, tmp_path):

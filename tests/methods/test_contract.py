@@ -14,6 +14,7 @@ import yaml
 from capture import Capture
 from every_method import NAMES, NETWORKS, RELATIONAL, batch, build, freeze_statistics, kind_of, parts_of, prepare
 from torch import nn
+from torch._dynamo.utils import counters
 
 from fastkd import Trainer, TrainOptions, checkpoint, create_model
 from fastkd.engine import Step
@@ -160,6 +161,18 @@ def test_replayed_as_a_graph_it_is_the_eager_step(name, tmp_path):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other)
+
+
+@every_method
+def test_a_compiled_step_is_one_graph(name, tmp_path):
+    """No graph break: with one, the compiler would leave parts of the step to the host."""
+    method, _ = made(name, tmp_path)
+    torch._dynamo.reset()
+    counters.clear()
+    method.compile(backend="eager", dynamic=False)
+    method(*batch(0), method.plans(0)[0])
+    assert not counters["graph_break"], list(counters["graph_break"])
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @every_method
