@@ -17,13 +17,18 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 _library = ctypes.CDLL(os.environ["NULL_DEVICE"])
 for _name in ("null_total", "null_graphs", "null_graph_nodes", "null_bytes"):
     getattr(_library, _name).restype = ctypes.c_long
-SYNCS = ("SYNC stream", "SYNC device", "SYNC event", "SYNC memcpy")  # names under which waits are counted
+_library.null_clock.restype = ctypes.c_double
 
 reset = _library.null_reset
 """Forget all counts and the trace. Graphs stay."""
 count_graphs = _library.null_graphs
 bytes_held = _library.null_bytes
 """Bytes that were allocated on the device and not freed, those that torch caches included."""
+
+
+def clock() -> float:
+    """The device's clock in seconds: a microsecond for each launch, and for each node of a replayed graph."""
+    return _library.null_clock() / 1e3
 
 
 @dataclass

@@ -29,13 +29,21 @@ def step_of(name: str, **options) -> Step:
 
 
 def run_steps(
-    runner, step: Step, numbers: range, size: int = 8, watch: AbstractContextManager = nullcontext()  # noqa: B008
+    runner,
+    step: Step,
+    numbers: range,
+    size: int = 8,
+    watch: AbstractContextManager = nullcontext(),  # noqa: B008
+    may_wait: bool = False,
 ) -> None:
-    """The steps of these numbers, with the schedule, under `watch`. An error if one of them waits for the device."""
+    """The steps of these numbers, with the schedule, under `watch`.
+
+    An error if one of them waits for the device, unless it `may_wait`, as the compiler does when it compiles.
+    """
     schedule = Schedule(step.options, step.optimizer)
     batches = [tuple(x.to(CUDA) for x in batch(number % 3, size)) for number in numbers]
     batches = [(images.to(step.precision.dtype), target) for images, target in batches]
-    with no_host_sync(), watch:
+    with nullcontext() if may_wait else no_host_sync(), watch:
         for number, (images, target) in zip(numbers, batches, strict=True):
             schedule.write(number / 2)
             for plan in step.method.plans(number):

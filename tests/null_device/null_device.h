@@ -51,7 +51,7 @@ struct Event {
   unsigned long long capture_id = 0;
   std::vector<int> frontier;
   bool recorded = false;
-  double at = 0;  // host time in ms
+  double at = 0;  // the device's clock, in ms
 };
 
 // All state below belongs to this lock. It is recursive: entry points call each other.

@@ -26,7 +26,7 @@ def test_options_eager_and_in_a_graph(name, options):
     runner = GraphedStep(step, new_pool(), warm_up=1)
     run_steps(step, step, range(1))
     run_steps(step, step, range(1, 3), watch=watch)
-    run_steps(runner, step, range(3, 8))
+    run_steps(runner, step, range(3, 16 if name == "iakd" else 6))  # until a plan comes back
     assert not watch.on_cpu and runner.graphs, watch.on_cpu
     runner.close()
 

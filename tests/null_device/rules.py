@@ -34,7 +34,7 @@ def test_copies_copy():
 
 def test_a_graph_has_a_node_for_each_launch_and_its_dependencies():
     x, y = ones(), ones()
-    nodes = captured(lambda: x.add_(1).mul_(2) and None)
+    nodes = captured(lambda: x.add_(1).mul_(2))
     assert len(nodes) == 2 and nodes[1].dependencies == [0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

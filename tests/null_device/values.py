@@ -1,7 +1,7 @@
 """A pytest plugin for the null device, where every value is whatever the memory holds.
 
-- What a program reads back from the device has a fixed value: 0, True, or 1 in each place of a list. So no training
-  diverges and every teacher form agrees. The device is still asked, so waits and captures show as before.
+- What a program reads back from the device has a fixed value: 0, True (but no element is the one that `any()` looks
+  for), or 1 in each place of a list. So no training diverges and every teacher form agrees. The device is still asked, so waits and captures show as before.
 - With --any-values a failed assertion is a pass: kernels compute nothing. Every other exception stays an error: refused
   calls, invalid captures, host syncs, wrong devices. Use it with --assert=plain.
 - The process ends without Python's clean-up, which may call CUDA after its library is gone.
@@ -27,9 +27,10 @@ class SGD(torch.optim.SGD):
 def install() -> None:
     """Give everything that is read back from the device a fixed value."""
     _patch(Tensor, "item", lambda value: type(value)(0))
+    _patch(Tensor, "any", _marked)
     _patch(Tensor, "__bool__", lambda value: True)
-    _patch(Tensor, "__float__", lambda value: 0.0)
-    _patch(Tensor, "__int__", lambda value: 0)
+    _patch(Tensor, "__float__", lambda value: 1.0)
+    _patch(Tensor, "__int__", lambda value: 1)
     _patch(Tensor, "tolist", _ones)
     _patch(torch, "allclose", lambda value: True)
     _patch(torch, "equal", lambda value: True)
@@ -41,9 +42,16 @@ def _patch(owner: Any, name: str, fixed: Callable[[Any], Any]) -> None:
 
     def read(tensor: Tensor, *more: Any, **options: Any) -> Any:
         value = own(tensor, *more, **options)
+        if name == "__bool__" and getattr(tensor, "is_any", False):
+            return False
         return fixed(value) if tensor.is_cuda else value
 
     setattr(owner, name, read)
+
+
+def _marked(result: Tensor) -> Tensor:
+    result.is_any = True  # type: ignore[attr-defined]
+    return result
 
 
 def _ones(value: Any) -> Any:
