@@ -14,7 +14,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 JOBS = HERE / "null_device"
 MISSING = 77  # exit status of `run`: something is not installed
-GPU = ["-m", "gpu", "--any-values"]  # tests marked gpu: their values are not checked
 
 RUNS = {
     "every-method-as-graphs": ["tests/null_device/graphs.py"],
@@ -24,8 +23,6 @@ RUNS = {
     "faults-stay-fixed": ["tests/null_device/faults.py"],
     "fastkd-train": ["tests/null_device/training.py"],
     "compiled-step": ["tests/null_device/compiling.py"],
-    "gpu-marked-kernels": [*GPU, "--sample=12", "tests/kernels"],
-    "gpu-marked-engine": [*GPU, "--sample=6", "tests/engine"],
 }
 
 

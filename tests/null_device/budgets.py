@@ -28,7 +28,9 @@ from fastkd.methods.base import Method
 FILE = Path(__file__).parent / "budgets.json"
 SLACK = 0.95  # a count below this part of its budget asks for a lower budget
 FORMS = ("plain", "fused")
-PAIRS = [replace(pair, batch_size=8) for pair in CIFAR] + [replace(pair, batch_size=2, image_size=64) for pair in IMAGENET]
+PAIRS = [replace(pair, batch_size=8) for pair in CIFAR] + [
+    replace(pair, batch_size=2, image_size=64) for pair in IMAGENET
+]
 PAIRS.insert(3, Workload("sokd+dkd", "wrn_40_2", "wrn_40_1", batch_size=8))
 Counts = dict[str, int]
 

@@ -44,7 +44,9 @@ def test_a_graph_has_a_node_for_each_launch_and_its_dependencies():
     assert device.launches() == {"GRAPH of 1": 1}
 
 
-@pytest.mark.parametrize("ask", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.nonzero], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "ask", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.nonzero], ids=lambda f: f.__name__
+)
 def test_what_asks_the_device_ends_a_capture(ask):
     x = ones()[:1]
     with pytest.raises(RuntimeError, match="[Cc]apture"):
