@@ -1,7 +1,8 @@
 """A pytest plugin for the null device, where every value is whatever the memory holds.
 
-- What a program reads back from the device has a fixed value: 0, True (but no element is the one that `any()` looks
-  for), or 1 in each place of a list. So no training diverges and every teacher form agrees. The device is still asked, so waits and captures show as before.
+- What a program reads back from the device has a fixed value: 0, or 1 in each place of a list. A condition is True,
+  but no element is the one that `any()` looks for. So no training diverges and every teacher form agrees. The device
+  is still asked, so waits and captures show as before.
 - With --any-values a failed assertion is a pass: kernels compute nothing. Every other exception stays an error: refused
   calls, invalid captures, host syncs, wrong devices. Use it with --assert=plain.
 - The process ends without Python's clean-up, which may call CUDA after its library is gone.
