@@ -1,0 +1,111 @@
+"""Launches per step of the gate's pairs, and the file of what they may be at most.
+
+tests/null_device/run python tests/null_device/budgets.py --write measures all pairs and writes budgets.json: its diff
+shows in a review what a change costs or saves. The job launches.py compares with the file.
+"""
+
+import argparse
+import json
+import os
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from null_device import device, values
+from null_device.checks import no_host_sync
+from null_device.methods import CUDA, new_pool
+from torch import nn
+
+from fastkd.bench.steps.baselines import options
+from fastkd.bench.steps.workload import CIFAR, IMAGENET, Workload
+from fastkd.engine import GraphedStep, Step, choose_form
+from fastkd.engine.precision import cast_frozen
+from fastkd.errors import UserError
+from fastkd.methods.base import Method
+
+FILE = Path(__file__).parent / "budgets.json"
+SLACK = 0.95  # a count below this part of its budget asks for a lower budget
+FORMS = ("plain", "fused")
+PAIRS = [replace(pair, batch_size=8) for pair in CIFAR] + [
+    replace(pair, batch_size=2, image_size=64) for pair in IMAGENET
+]
+PAIRS.insert(3, Workload("sokd+dkd", "wrn_40_2", "wrn_40_1", batch_size=8))
+Counts = dict[str, int]
+
+
+def measure(pair: Workload, form: str) -> Counts | None:
+    """Launches of an eager step and nodes of its graph; of these, at the end of the step and beside the teacher.
+
+    None if the method cannot use this form of its teacher.
+    """
+    time.perf_counter = device.clock  # forms are then chosen by launches, the same in every run
+    pair = pair.filled(CUDA)
+    method, (images, target) = pair.build(CUDA), pair.batch(CUDA)
+    step, plan = Step(method, options(device="cuda"), CUDA), method.plan(0)
+    try:
+        choose_form(method, images, form, step.precision, lambda line: None)
+    except UserError:
+        return None
+    cast_frozen(method, images, step.precision)
+    runner, first = GraphedStep(step, new_pool(), warm_up=2), device.count_graphs()
+    run = partial(runner, images, target, plan)
+    run()
+    device.reset()
+    with no_host_sync():
+        run()
+        eager = device.count_launches()
+        with device.labelled("teacher", teacher_modules(method)):
+            run()
+    (graph,) = device.graphs(first)
+    runner.close()
+    found = {"eager": eager, "graph": len(graph), "end of step": _end_of_step(graph)}
+    return found | ({"beside teacher": device.beside(graph, "teacher")} if method.asks_teacher else {})
+
+
+def teacher_modules(method: Method) -> list[nn.Module]:
+    """The modules whose forward passes are the teacher's, in the form in which it runs."""
+    if method.teacher is None:
+        return []
+    view = method.staged_views.get(method.teacher)
+    return [*method.teacher.net.modules(), *(view.modules() if isinstance(view, nn.Module) else ())]
+
+
+def _end_of_step(graph: list[device.Node]) -> int:
+    """Nodes after the last convolution that are not the optimizer's: meters, finiteness check, counters."""
+    last = max(number for number, node in enumerate(graph) if node.name == "cudnnBackendExecute")
+    return sum("FusedSgd" not in node.name for node in graph[last + 1 :])
+
+
+def title(pair: Workload, form: str) -> str:
+    """The key in the file, such as "kd resnet56 -> resnet20, 8 x 32 px, teacher plain"."""
+    pair = pair.filled(CUDA)
+    return f"{pair.name}, {pair.batch_size} x {pair.image_size} px, teacher {form}"
+
+
+def read() -> dict:
+    """The file: "torch", the version it is for, and "launches" by title."""
+    return json.loads(FILE.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write budgets.json")
+    write = parser.parse_args().write
+    values.install()
+    found = {}
+    for pair in PAIRS:
+        for form in FORMS:
+            if counts := measure(pair, form):
+                found[title(pair, form)] = counts
+                print(title(pair, form), counts, flush=True)
+    if write:
+        content = {"torch": ".".join(torch.__version__.split(".")[:2]), "launches": found}
+        lines = json.dumps(content, indent=1).replace("\n   ", " ").replace("\n  }", " }")
+        FILE.write_text(lines + "\n")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

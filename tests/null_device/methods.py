@@ -1,0 +1,50 @@
+"""Steps of every method on the null device: what the jobs share."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from every_method import batch, build, prepare
+from null_device.checks import no_host_sync
+
+from fastkd.engine import Schedule, Step, TrainOptions
+from fastkd.engine.graph import CudaGraph
+from fastkd.engine.launch import capturable
+
+CUDA = torch.device("cuda", 0)
+
+
+def new_pool():
+    """A function that makes graphs with a memory pool of their own."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    return lambda: CudaGraph(pool, stream)
+
+
+def step_of(name: str, **options) -> Step:
+    """The step of a method on small networks, prepared on the device."""
+    method = build(name, taught=False)
+    prepare(method.to(CUDA), device=CUDA)
+    step = Step(method, TrainOptions(**{"lr": 0.05, "epochs": 30, "device": "cuda"} | options), CUDA)
+    capturable(step)
+    return step
+
+
+def run_steps(
+    runner,
+    step: Step,
+    numbers: range,
+    size: int = 8,
+    watch: AbstractContextManager = nullcontext(),  # noqa: B008
+    may_wait: bool = False,
+) -> None:
+    """The steps of these numbers, with the schedule, under `watch`.
+
+    An error if one of them waits for the device, unless it `may_wait`, as the compiler does when it compiles.
+    """
+    schedule = Schedule(step.options, step.optimizer)
+    batches = [tuple(x.to(CUDA) for x in batch(number % 3, size)) for number in numbers]
+    batches = [(images.to(step.precision.dtype), target) for images, target in batches]
+    with nullcontext() if may_wait else no_host_sync(), watch:
+        for number, (images, target) in zip(numbers, batches, strict=True):
+            schedule.write(number / 2)
+            for plan in step.method.plans(number):
+                runner(images, target, plan)

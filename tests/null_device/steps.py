@@ -1,0 +1,32 @@
+"""Job: every method's eager step on the null device."""
+
+import functools
+
+import pytest
+from every_method import NAMES
+from null_device.checks import Watch
+from null_device.methods import run_steps, step_of
+
+BATCHNORM = pytest.mark.xfail(
+    strict=True, reason="IAKD's frozen blocks: BatchNorm's backward in eval mode gives NCHW gradients"
+)
+LAYOUTS = [pytest.param(name, marks=BATCHNORM) if name in ("iakd", "iakd+at") else name for name in NAMES]
+
+
+@functools.cache
+def watched(name: str) -> Watch:
+    step, watch = step_of(name), Watch()
+    run_steps(step, step, range(1))  # the first step makes the optimizer's state
+    run_steps(step, step, range(1, 4), watch=watch)
+    return watch
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_waits_for_nothing_and_has_no_tensor_on_the_cpu(name):
+    assert not watched(name).on_cpu, watched(name).on_cpu
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_convolutions_stay_channels_last(name):
+    watch = watched(name)
+    assert watch.convolutions and not watch.layouts, watch.layouts

@@ -1,0 +1,44 @@
+"""Job: `fastkd train` from the first line to the last, on digits and on a folder of JPEGs."""
+
+import pytest
+import torch
+from PIL import Image
+
+DIGITS = ("--recipe", "digits", "--epochs", "2", "--batch-size", "64", "--student", "resnet8", "--teacher", "resnet8")
+
+
+@pytest.fixture
+def jpegs(tmp_path):
+    for split in ("train", "val"):
+        for kind in ("ant", "bee", "cow"):
+            folder = tmp_path / "images" / split / kind
+            folder.mkdir(parents=True)
+            for number in range(8):
+                Image.new("RGB", (40 + number, 48), (30 * number, 90, 60)).save(folder / f"{number}.jpg")
+    return tmp_path / "images"
+
+
+def check(result, *words: str) -> None:
+    status, out, err = result
+    assert status == 0, err + out[-3000:]
+    for word in words:
+        assert word in out, out[-3000:]
+
+
+@pytest.mark.parametrize("options", [("--method", "kd"), ("--method", "iakd", "--amp-dtype", "float16")], ids=str)
+def test_digits_with_graphs(fastkd, few_digits, options):
+    check(fastkd("train", *DIGITS, *options, "--graph", "on", "--no-baseline"), "CUDA graphs")
+
+
+def test_a_folder_of_jpegs_with_graphs(fastkd, few_digits, jpegs):
+    data = ("--data", jpegs, "--loader", "folder", "--workers", "0", "--batch-size", "6", "--image-size", "32")
+    nets = ("--student", "resnet8", "--teacher", "resnet8", "--method", "kd", "--epochs", "2", "--warmup-epochs", "1")
+    more = ("--teacher-epochs", "1", "--mixup", "0.2", "--ema-decay", "0.9")
+    check(fastkd("train", *data, *nets, *more, "--graph", "on", "--no-baseline"), "CUDA graphs")
+
+
+@pytest.mark.every
+def test_digits_compiled(fastkd, few_digits):
+    """Not in every run: it compiles for a minute."""
+    check(fastkd("train", *DIGITS, "--method", "kd", "--graph", "on", "--compile", "--no-baseline"), "CUDA graphs")
+    torch._dynamo.reset()
