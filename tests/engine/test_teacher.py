@@ -211,7 +211,7 @@ def test_a_fused_convolution_is_the_sequence():
         z = torch.randn_like(convolution(x))
         torch.testing.assert_close(layer(x), convolution(x).relu())
         torch.testing.assert_close(layer(x, z), (convolution(x) + z).relu())
-        layer.fused = False
+        layer.variant = "separate"
         torch.testing.assert_close(layer(x, z.clone()), (convolution(x) + z).relu())
 
 
