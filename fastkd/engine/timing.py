@@ -7,7 +7,7 @@ mostly that of its launches, which a captured step does not have. On the CPU it 
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,7 +32,7 @@ def time_calls(calls: Mapping[str, Call], device: torch.device, repeat: int = 1)
         try:
             graphs[name] = _captured(call, repeat, stream, before)
         except RuntimeError as error:  # as the operation that cannot be captured says
-            reasons[name] = str(error).splitlines()[0][:160]
+            reasons[name] = str(error.__context__ or error).splitlines()[0][:160]
     runs = {name: graphs[name].replay if name in graphs else call for name, call in calls.items()}
     times = _by_events(runs)
     for graph in graphs.values():
@@ -42,20 +42,31 @@ def time_calls(calls: Mapping[str, Call], device: torch.device, repeat: int = 1)
 
 
 def _captured(call: Call, repeat: int, stream: torch.cuda.Stream, before: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-    """A graph of `repeat` calls, with memory of its own. Current stream and allocator stay as they were, also if it
-    cannot be captured; then RuntimeError."""
-    graph = torch.cuda.CUDAGraph()
+    """A graph of `repeat` calls, with memory of its own. RuntimeError if it cannot be captured."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     stream.wait_stream(before)
     with torch.cuda.stream(stream):
         call()  # algorithms are chosen and kernels compiled
     before.wait_stream(stream)
     try:
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             for _ in range(repeat):
                 call()
-    finally:
-        torch.cuda.set_stream(before)  # torch leaves the capture's stream current after a failure
+    except RuntimeError:
+        torch.cuda.set_stream(before)
+        release_failed_capture(pool, before.device)
+        raise
     return graph
+
+
+def release_failed_capture(pool: Any, device: torch.device) -> None:
+    """Let the allocator leave a capture that has failed, and free its pool. torch 2.14 does so itself, 2.11 does not:
+    memory that another stream has used is then never given out again."""
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+    except RuntimeError:  # "not currently recording"
+        pass
 
 
 def _by_events(runs: Mapping[str, Call]) -> dict[str, float]:
