@@ -205,7 +205,7 @@ def try_forms(
             view = _build(name, teacher.net, images, precision.dtype, wants_features)
             results[name], calls[name] = FormResult(name, view), partial(view, images)
         except Exception as error:  # torch.fx and the compiler raise any kind; the reason is shown
-            reason = "not possible: " + f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            reason = "not possible: " + " ".join(f"{type(error).__name__}: {error}".split())[:160]
             results[name] = FormResult(name, reason=reason)
     right, limit = teacher.net(images.float()).float().softmax(1), LARGEST_ERROR[precision.dtype]
     times = time_calls(calls, images.device)
