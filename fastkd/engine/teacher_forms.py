@@ -5,6 +5,8 @@
     fused      folded; convolutions also compute ReLU and residual addition, layer by layer where that is faster
     compiled   folded, through torch.compile
 
+Blocks of the teacher that IAKD swaps into the student are folded unless the form is plain (folded_gates.py).
+
 Each form is built and timed on one batch. It is compared with the plain network in fp32 and refused if a probability
 differs too much. The choice is the same in every process, is written to the checkpoint, and is kept when a run is
 resumed.
@@ -25,13 +27,13 @@ from ..methods.base import Method
 from ..methods.forwards import StagedView
 from ..methods.frozen import FrozenTeacher
 from ..models import Staged, staged
+from .folded_gates import LARGEST_ERROR, fold_gates, foldable, unfold_gates
 from .fuse_conv_bn import fuse_conv_bn, fuse_relu
 from .fused_variants import choose_variants, count_variants
 from .precision import Precision, cast_frozen
 from .timing import time_calls
 
 FORMS = ("plain", "folded", "fused", "compiled")
-LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of a probability
 
 Log = Callable[[str], None]
 
@@ -91,7 +93,8 @@ def teacher_form(
 
     `first_images()` gives the batch [N, 3, H, W] on which forms are measured; it is called only if one is needed. On
     the CPU, "auto" is "plain": its results have the same bits in every run. After the block the teachers have their
-    own weights again. Raises UserError if the wanted form is not possible or wrong.
+    own weights again, and swapped-in blocks are the teacher's own. Raises UserError if the wanted form is not possible
+    or wrong.
     """
     if wanted == "auto" and precision.device.type != "cuda":
         wanted = "plain"
@@ -99,16 +102,19 @@ def teacher_form(
         yield wanted
         return
     images = first_images()
-    if wanted != "plain":
-        choose = partial(choose_form, method, images, precision=precision, log=log)
-        wanted = distributed.from_rank_zero(choose, wanted)
-        if distributed.rank():
-            choose(wanted)
-    put_back = cast_frozen(method, images, precision)
     try:
-        yield wanted
+        if wanted != "plain":
+            choose = partial(choose_form, method, images, precision=precision, log=log)
+            wanted = distributed.from_rank_zero(choose, wanted)
+            if distributed.rank():
+                choose(wanted)
+        put_back = cast_frozen(method, images, precision)
+        try:
+            yield wanted
+        finally:
+            put_back()
     finally:
-        put_back()
+        unfold_gates(method)
 
 
 def choose_form(method: Method, images: Tensor, wanted: str, precision: Precision, log: Log) -> str:
@@ -132,6 +138,8 @@ def choose_form(method: Method, images: Tensor, wanted: str, precision: Precisio
         if best.view is not None:
             for user in users:
                 user.staged_views[teacher] = best.view
+    if chosen != "plain" or wanted in ("auto", "folded") and not method.asks_teacher:
+        return fold_gates(method, images, wanted, chosen, precision, log)
     return chosen
 
 
@@ -140,6 +148,8 @@ def check_form(method: Method, wanted: str) -> None:
     if wanted in ("auto", "plain"):
         return
     reasons = [_why_plain(*each) for each in _users(method).items()] or ["the method has no teacher"]
+    if wanted == "folded" and not method.asks_teacher and foldable(method):
+        return
     if reason := next(filter(None, reasons), ""):
         raise UserError(f"--teacher-form {wanted}: {reason}; use --teacher-form auto or plain")
 
