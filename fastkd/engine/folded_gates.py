@@ -13,17 +13,16 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..methods.base import Method
-from ..methods.iakd import IAKD
-from ..methods.parts.gates import Swapped
 from .fuse_conv_bn import fuse_conv_bn
 from .precision import Precision
 
 LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of a probability
 
 
-def foldable(method: Method) -> list[IAKD]:
+def foldable(method: Method) -> list[Method]:
     """The methods that swap blocks whose BatchNorm has fixed statistics: the method itself, or those of a sum."""
-    return [each for each in method.modules() if isinstance(each, IAKD) and not each.teacher.batch_statistics]
+    swappers = [each for each in method.modules() if isinstance(each, Method) and each.swaps_blocks]
+    return [each for each in swappers if not each.teacher.batch_statistics]
 
 
 def fold_gates(
@@ -52,7 +51,7 @@ def unfold_gates(method: Method) -> None:
 
 
 @torch.no_grad()
-def _fold(swapper: IAKD, images: Tensor, precision: Precision, log: Callable[[str], None]) -> str:
+def _fold(swapper: Method, images: Tensor, precision: Precision, log: Callable[[str], None]) -> str:
     """Fold the blocks of one method; why that is not possible, or the empty string."""
     limit, net = LARGEST_ERROR[precision.dtype], swapper.teacher.net
     right = _probabilities(swapper, net, images.float())
@@ -81,12 +80,13 @@ def _folded(net: nn.Module, images: Tensor, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
-def _probabilities(swapper: IAKD, net: nn.Module, images: Tensor) -> list[Tensor]:
+def _probabilities(swapper: Method, net: nn.Module, images: Tensor) -> list[Tensor]:
     """Of the student with all blocks swapped in, and of the network that the blocks are from.
 
     The second one is needed because an untrained student gives about 1 / classes whatever the blocks compute.
     """
-    path = Swapped(swapper.view, swapper.gates, (False,) * len(swapper.gates))
+    gates = sum(len(group) > 1 for group in swapper.graph_groups())
+    path = swapper.staged_views_for((False,) * gates)[swapper.student]
     with _eval(swapper):
         logits = path.features(images)[0], net(images)
     return [each.float().softmax(1) for each in logits]

@@ -72,6 +72,7 @@ class IAKD(Method):
     paper = "arXiv:2007.01476"
     needs_stages = "both staged, equal shapes at the gates (or --adapters)"
     find_unused_parameters = True
+    swaps_blocks = True
 
     view: Staged
 
@@ -88,7 +89,6 @@ class IAKD(Method):
         self.kd = KDLoss(o.temperature, ce_weight=1.0, kd_weight=o.kd_weight)
 
     def swap_in(self, teacher: nn.Module) -> None:
-        """Take the teacher's blocks from this network: `self.teacher.net`, or a copy of it that computes the same."""
         self.gates = with_adapters(gates_of(self.student, teacher, self.options.gates), self.adapters)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
