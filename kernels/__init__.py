@@ -18,6 +18,7 @@ if _others := {
 
 from .attention_transfer import attention_transfer, attention_transfer_reference
 from .augment import augment, augment_reference, normalise, normalise_reference
+from .conv_epilogue import conv_epilogue, conv_epilogue_reference
 from .dist_loss import dist_loss, dist_loss_reference
 from .dkd_loss import dkd_loss, dkd_loss_reference
 from .factor_distance import factor_distance, factor_distance_reference
@@ -38,6 +39,8 @@ __all__ = [
     "augment",
     "augment_reference",
     "bn_margin",
+    "conv_epilogue",
+    "conv_epilogue_reference",
     "dist_loss",
     "dist_loss_reference",
     "dkd_loss",

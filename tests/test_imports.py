@@ -22,7 +22,7 @@ ALLOWED = {
     # data.base: as a type
     "fastkd/methods": {"kernels", "losses", "models", "data.base", "checkpoint", "distributed", "errors"},
     "fastkd/distributed.py": {"errors"},
-    "fastkd/engine": {*PROTOCOL, "models", "distributed", "errors"},
+    "fastkd/engine": {*PROTOCOL, "kernels", "models", "distributed", "errors"},
     "fastkd/checkpoint.py": {"errors"},
     "fastkd/evaluate.py": {"engine", "distributed", "errors"},
     "fastkd/report.py": {"engine", "checkpoint", "distributed", "environment", "errors"},

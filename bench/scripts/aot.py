@@ -168,6 +168,12 @@ def maps() -> Iterator[tuple[str, tuple, Call]]:
     boxes, flips = meta(256, 4, dtype=torch.float32), meta(256, dtype=torch.bool)
     launch = importlib.import_module("fastkd.kernels.gpu.augment").launch
     yield "augment", tuple(out.shape), partial(launch, images, boxes, flips, [out], [0.5] * 3, [0.2] * 3)
+    launch = importlib.import_module("fastkd.kernels.gpu.conv_epilogue").launch
+    for shape in ((256, 64, 56, 56), (128, 10, 32, 32)):
+        y, z = (meta(*shape).contiguous(memory_format=torch.channels_last) for _ in range(2))
+        bias = meta(shape[1])
+        yield "bias + ReLU", shape, partial(launch, y, bias, None, True)
+        yield "bias + residual + ReLU", shape, partial(launch, y, bias, z, True)
 
 
 def main() -> None:

@@ -5,14 +5,14 @@
     fused      folded; convolutions also compute ReLU and residual addition, layer by layer where that is faster
     compiled   folded, through torch.compile
 
+Blocks of the teacher that IAKD swaps into the student are folded unless the form is plain (folded_gates.py).
+
 Each form is built and timed on one batch. It is compared with the plain network in fp32 and refused if a probability
 differs too much. The choice is the same in every process, is written to the checkpoint, and is kept when a run is
 resumed.
 """
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,12 +27,13 @@ from ..methods.base import Method
 from ..methods.forwards import StagedView
 from ..methods.frozen import FrozenTeacher
 from ..models import Staged, staged
-from .fuse_conv_bn import FusedConvolution, fuse_conv_bn, fuse_relu
+from .folded_gates import LARGEST_ERROR, fold_gates, foldable, unfold_gates
+from .fuse_conv_bn import fuse_conv_bn, fuse_relu
+from .fused_variants import choose_variants, count_variants
 from .precision import Precision, cast_frozen
+from .timing import time_calls
 
 FORMS = ("plain", "folded", "fused", "compiled")
-ROUNDS = 5
-LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of a probability
 
 Log = Callable[[str], None]
 
@@ -40,18 +41,25 @@ Log = Callable[[str], None]
 class TeacherForm(nn.Module):
     """A teacher as a sequence of modules in one dtype; runs outside autocast.
 
-    With `wants_features` the modules are stem, stages and head, as in `fastkd.models.Staged`.
+    With `wants_features` the modules are stem, stages and head, as in `fastkd.models.Staged`. With `compiled` the first
+    call compiles. Batches of another shape than that call's run the modules as they are: the last batch of an epoch is
+    not worth a second compilation, which could also fail in the middle of a run.
     """
 
     def __init__(self, sequence: list[nn.Module], dtype: torch.dtype, wants_features: bool, compiled: bool = False):
         super().__init__()
         self.sequence, self.dtype, self.wants_features = nn.ModuleList(sequence), dtype, wants_features
         self.compiled = torch.compile(self._run, dynamic=False) if compiled else None
+        self.shape: torch.Size | None = None  # of the images that are compiled for
 
     def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Images [N, 3, H, W] -> (logits [N, C], one feature map per stage, or none without `wants_features`)."""
-        with torch.autocast(images.device.type, enabled=False):
-            return (self.compiled or self._run)(images.to(self.dtype))
+        x = images.to(self.dtype, memory_format=torch.channels_last)
+        self.shape = self.shape or images.shape
+        run = self.compiled if self.compiled and images.shape == self.shape else self._run
+        # The compiler compiles anew if autocast's settings change, also where it is switched off: give all of them.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=False, cache_enabled=False), torch.no_grad():
+            return run(x)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features(images)[0]
@@ -71,9 +79,10 @@ class FormResult:
     name: str
     view: TeacherForm | None = None  # None for the plain form, and for one that could not be built
     reason: str = ""  # why the form cannot be used; empty if it can
-    milliseconds: float = math.nan  # of a forward pass, the median of ROUNDS
+    milliseconds: float = math.nan  # of a forward pass
     error: float = math.nan  # largest difference of a probability from the plain teacher in fp32
     agreement: float = math.nan  # fraction of the images with the same top class
+    note: str = ""  # how the form was timed, if not as the others, and what its layers run
 
 
 @contextmanager
@@ -84,7 +93,8 @@ def teacher_form(
 
     `first_images()` gives the batch [N, 3, H, W] on which forms are measured; it is called only if one is needed. On
     the CPU, "auto" is "plain": its results have the same bits in every run. After the block the teachers have their
-    own weights again. Raises UserError if the wanted form is not possible or wrong.
+    own weights again, and swapped-in blocks are the teacher's own. Raises UserError if the wanted form is not possible
+    or wrong.
     """
     if wanted == "auto" and precision.device.type != "cuda":
         wanted = "plain"
@@ -92,16 +102,19 @@ def teacher_form(
         yield wanted
         return
     images = first_images()
-    if wanted != "plain":
-        choose = partial(choose_form, method, images, precision=precision, log=log)
-        wanted = distributed.from_rank_zero(choose, wanted)
-        if distributed.rank():
-            choose(wanted)
-    put_back = cast_frozen(method, images, precision)
     try:
-        yield wanted
+        if wanted != "plain":
+            choose = partial(choose_form, method, images, precision=precision, log=log)
+            wanted = distributed.from_rank_zero(choose, wanted)
+            if distributed.rank():
+                choose(wanted)
+        put_back = cast_frozen(method, images, precision)
+        try:
+            yield wanted
+        finally:
+            put_back()
     finally:
-        put_back()
+        unfold_gates(method)
 
 
 def choose_form(method: Method, images: Tensor, wanted: str, precision: Precision, log: Log) -> str:
@@ -125,6 +138,8 @@ def choose_form(method: Method, images: Tensor, wanted: str, precision: Precisio
         if best.view is not None:
             for user in users:
                 user.staged_views[teacher] = best.view
+    if chosen != "plain" or wanted in ("auto", "folded") and not method.asks_teacher:
+        return fold_gates(method, images, wanted, chosen, precision, log)
     return chosen
 
 
@@ -133,6 +148,8 @@ def check_form(method: Method, wanted: str) -> None:
     if wanted in ("auto", "plain"):
         return
     reasons = [_why_plain(*each) for each in _users(method).items()] or ["the method has no teacher"]
+    if wanted == "folded" and not method.asks_teacher and foldable(method):
+        return
     if reason := next(filter(None, reasons), ""):
         raise UserError(f"--teacher-form {wanted}: {reason}; use --teacher-form auto or plain")
 
@@ -164,7 +181,7 @@ def _why_plain(teacher: FrozenTeacher, users: list[Method]) -> str:
 def _best(results: list[FormResult], wanted: str, log: Log) -> FormResult:
     """The fastest form that may be used. Raises UserError if there is none."""
     for form in results:
-        figures = f"{form.milliseconds:8.2f} ms  error {form.error:.1e}  same top class {form.agreement:.1%}"
+        figures = f"{form.milliseconds:8.2f} ms  error {form.error:.1e}  same top class {form.agreement:.1%}{form.note}"
         log(f"teacher form {form.name:9} {form.reason or figures}")
     usable = [form for form in results if not form.reason and wanted in ("auto", form.name)]
     if not usable:
@@ -198,13 +215,15 @@ def try_forms(
             view = _build(name, teacher.net, images, precision.dtype, wants_features)
             results[name], calls[name] = FormResult(name, view), partial(view, images)
         except Exception as error:  # torch.fx and the compiler raise any kind; the reason is shown
-            reason = "not possible: " + f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            reason = "not possible: " + " ".join(f"{type(error).__name__}: {error}".split())[:160]
             results[name] = FormResult(name, reason=reason)
     right, limit = teacher.net(images.float()).float().softmax(1), LARGEST_ERROR[precision.dtype]
-    times = _timed(calls, images.device)
+    times = time_calls(calls, images.device)
     for name, call in calls.items():
         form, p = results[name], call().float().softmax(1)
-        form.milliseconds, form.error = times[name], (p - right).abs().max().item()
+        form.milliseconds, form.error = times[name].milliseconds, (p - right).abs().max().item()
+        form.note = f"; timed with the host's launches: {times[name].reason}" if times[name].reason else ""
+        form.note += count_variants(form.view)
         form.agreement = (p.argmax(1) == right.argmax(1)).float().mean().item()
         if name != "plain" and not form.error <= limit:
             form.reason = f"refused: it differs by {form.error:.1e} in a probability, {limit:g} is allowed"
@@ -219,41 +238,7 @@ def _build(name: str, net: nn.Module, images: Tensor, dtype: torch.dtype, wants_
         sequence = [view.stem, *view.stages, view.head]
     if name == "fused":
         sequence = [fuse_relu(module) for module in sequence]
-        _choose_layers(sequence, images.to(dtype))
+        choose_variants(sequence, images.to(dtype))
     form = TeacherForm(sequence, dtype, wants_features, compiled=name == "compiled").eval().requires_grad_(False)
     form.features(images)  # an error, also one of the compiler, is raised here
     return form
-
-
-def _choose_layers(sequence: list[nn.Module], images: Tensor) -> None:
-    """Time every fused convolution with and without fusion on its input, and keep the faster one."""
-
-    def choose(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, FusedConvolution)
-        times = {}
-        for fused in (True, False):
-            module.fused = fused
-            times[fused] = _timed({"": lambda: FusedConvolution.forward(module, *inputs)}, images.device)[""]
-        module.fused = times[True] <= times[False]
-
-    layers = [layer for module in sequence for layer in module.modules() if isinstance(layer, FusedConvolution)]
-    hooks = [layer.register_forward_pre_hook(choose) for layer in layers]
-    for module in sequence:
-        images = module(images)
-    for hook in hooks:
-        hook.remove()
-
-
-def _timed(calls: dict[str, Callable[[], Tensor]], device: torch.device) -> dict[str, float]:
-    """Milliseconds of each call: the median of ROUNDS, the calls in turn, after one round of warm-up."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    wait = torch.get_device_module(device).synchronize
-    for number in range(ROUNDS + 1):
-        for name, call in calls.items():
-            wait(device)
-            start = time.perf_counter()
-            call()
-            wait(device)
-            if number:
-                found[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(times) for name, times in found.items()}

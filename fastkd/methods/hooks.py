@@ -20,6 +20,11 @@ class OptionalHooks(nn.Module):
         """If plans are paths: the alternatives at each position. A step runs one module of each group, in order."""
         return []
 
+    swaps_blocks = False  # a plan is tuple[bool, ...]: where it is False, blocks of the teacher replace the student's
+
+    def swap_in(self, teacher: nn.Module) -> None:
+        """If `swaps_blocks`: take the blocks from this network, the teacher's or a copy that computes the same."""
+
     def selection_rates(self, steps: range) -> dict[str, float]:
         """Rates between 0 and 1 for the history: how often something was chosen in these steps."""
         return {}

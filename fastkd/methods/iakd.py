@@ -5,8 +5,9 @@ Student S and teacher T are divided into K gates. In each step, for the whole ba
     y_{i+1} = S_i(y_i) if a_i else T_i(y_i),    loss = CE (+ KD with the teacher, where kd_weight > 0)
 
 Stem and classifier are the student's. Teacher blocks are frozen and their BatchNorm is in eval mode; gradients flow
-through them to the blocks before. A student block that is not drawn stays as it is in that step: no weight decay, no
-momentum, no statistics. The student alone is evaluated and saved.
+through them to the blocks before. On a GPU their BatchNorm is folded into the convolutions (engine/folded_gates.py). A
+student block that is not drawn stays as it is in that step: no weight decay, no momentum, no statistics. The student
+alone is evaluated and saved.
 
 Source: no code was released and only the abstract could be read. From it: random swapping, no feature matching. The
 rest is ours: what a gate is, the schedules of p and their defaults, and the optional KD term.
@@ -28,7 +29,7 @@ from ..models import Staged, staged
 from .base import Method, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache, StagedView
-from .parts.gates import Swapped, adapted, gates_of
+from .parts.gates import Swapped, adapted, gates_of, with_adapters
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class IAKD(Method):
     paper = "arXiv:2007.01476"
     needs_stages = "both staged, equal shapes at the gates (or --adapters)"
     find_unused_parameters = True
+    swaps_blocks = True
 
     view: Staged
 
@@ -85,6 +87,9 @@ class IAKD(Method):
         self.__dict__["view"] = staged(self.student)  # not registered: its modules are the student's
         self.first = o.p * (len(gates) // len(o.p))
         self.kd = KDLoss(o.temperature, ce_weight=1.0, kd_weight=o.kd_weight)
+
+    def swap_in(self, teacher: nn.Module) -> None:
+        self.gates = with_adapters(gates_of(self.student, teacher, self.options.gates), self.adapters)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         if not self.options.kd_weight:

@@ -211,7 +211,7 @@ def test_a_fused_convolution_is_the_sequence():
         z = torch.randn_like(convolution(x))
         torch.testing.assert_close(layer(x), convolution(x).relu())
         torch.testing.assert_close(layer(x, z), (convolution(x) + z).relu())
-        layer.fused = False
+        layer.variant = "separate"
         torch.testing.assert_close(layer(x, z.clone()), (convolution(x) + z).relu())
 
 
@@ -256,3 +256,119 @@ def test_frozen_weights_are_cast_once_without_changing_a_bit(name):
         states.append(step.state_dict()["method"])
     assert casts[0] > 0 and casts[1] == 0
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def compiler(monkeypatch, backend) -> None:
+    """torch.compile with another backend."""
+    right = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: right(function, backend=backend, **options))
+
+
+def test_a_compiler_that_fails_at_its_first_call_is_no_form(monkeypatch):
+    """torch.compile is lazy: the call that compiles must be one that may fail."""
+
+    def fails(graph, inputs):
+        raise OSError("no compiler here")
+
+    compiler(monkeypatch, fails)
+    monkeypatch.setattr(forms, "FORMS", ("plain", "compiled"))  # what "auto" tries on a GPU
+    net, images = frozen("resnet20")
+    method, lines = KD(create_model("resnet8", 10), net), []
+    assert choose_form(method, images, "auto", FP32, lines.append) == "plain" and not method.staged_views
+    assert any(line.startswith("teacher form compiled") and "no compiler here" in line for line in lines)
+    method(images, torch.tensor([1, 2]))
+    with pytest.raises(UserError, match="--teacher-form compiled: not possible.*no compiler here"):
+        choose_form(method, images, "compiled", FP32, lines.append)
+
+
+def test_a_step_compiles_nothing_that_was_not_tried(monkeypatch):
+    """Neither autocast around the step, nor the memory format, nor the odd last batch calls the compiler again."""
+    calls = []
+
+    def count_calls(graph, inputs):
+        calls.append(inputs)
+        return graph
+
+    torch._dynamo.reset()
+    compiler(monkeypatch, count_calls)
+    net, images = frozen("resnet20")
+    method, fp16 = KD(create_model("resnet8", 10), net), Precision("float16", CPU)
+    choose_form(method, images, "compiled", fp16, lambda line: None)
+    before = len(calls)
+    assert before
+    for batch_, cache in ((images, True), (images.contiguous(), True), (images, False), (images[:1], True)):
+        with torch.autocast("cpu", torch.float16, cache_enabled=cache):
+            logits = ForwardCache(batch_, method.staged_views)(method.teacher)
+        torch.testing.assert_close(logits.float(), net(batch_), rtol=0.05, atol=0.05)
+    assert len(calls) == before
+
+
+@torch.no_grad()
+def test_a_bias_that_is_added_to_another_one_costs_nothing():
+    """A downsampling convolution gives its bias to the one it is added to; a convolution that runs twice keeps it."""
+
+    class Block(nn.Module):
+        def __init__(self, shared: bool):
+            super().__init__()
+            self.one, self.two, self.shared = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), shared
+
+        def forward(self, x):
+            x = self.two(x).sigmoid() if self.shared else x
+            return torch.relu(self.one(x) + self.two(x))
+
+    x = torch.randn(2, 4, 3, 3)
+    for shared in (False, True):
+        block = Block(shared).requires_grad_(False)
+        want = block(x)
+        fused = fuse_relu(block)
+        torch.testing.assert_close(fused(x), want)
+        assert (fused.two.bias is None) != shared and len(called(lambda fused=fused: fused(x))) <= (4 if shared else 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape, stride, possible", [
+    ((2, 8, 9, 9), 1, True), ((2, 16, 9, 9), 1, True), ((2, 16, 8, 8), 2, True), ((2, 3, 9, 9), 1, False),
+])  # fmt: skip
+def test_cudnn_gets_a_z_that_holds_numbers(monkeypatch, shape, stride, possible):
+    """Without a residual cuDNN multiplies z by 0, and it may really do so: 0 * NaN would come through."""
+    asked = []
+
+    def imitation(x, weight, z, alpha, bias, stride, padding, dilation, groups):
+        asked.append(z)
+        return (torch.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z).relu()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", imitation)
+    convolution = nn.Conv2d(shape[1], 8, 3, stride, 1)
+    layer, x = FusedConvolution(convolution), torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    z = layer._any_z(x)
+    assert (z is not None) == possible and layer._any_z(x.contiguous()) is None
+    if possible:
+        torch.testing.assert_close(layer._cudnn(x, None), convolution(x).relu())
+        assert asked[0].shape == convolution(x).shape and asked[0].data_ptr() == x.data_ptr()
+        assert asked[0].is_contiguous(memory_format=torch.channels_last)
+    real = torch.randn_like(convolution(x))
+    torch.testing.assert_close(layer._cudnn(x, real), (convolution(x) + real).relu())
+    assert asked[-1] is real
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_epilogue_variant_is_the_sequence(residual):
+    convolution = nn.Conv2d(8, 16, 3, padding=1)
+    layer, x = FusedConvolution(convolution), torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+    z = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last) if residual else None
+    layer.variant = "epilogue"
+    torch.testing.assert_close(layer(x, z), (convolution(x) + (0 if z is None else z)).relu())
+    names = called(lambda: layer(x, z))
+    assert count(names, "convolution") == 1 and count(names, "conv_epilogue") == 1 and len(names) <= 3
+
+
+def test_a_variant_that_does_not_run_is_left_out(monkeypatch):
+    def refuses(self, x, z):
+        raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
+
+    monkeypatch.setattr(FusedConvolution, "_onednn", refuses)
+    net, images = frozen("resnet20")
+    method, lines = KD(create_model("resnet8", 10), net), []
+    assert choose_form(method, images, "fused", FP32, lines.append) == "fused"
+    assert "convolutions: 19 separate" in lines[1]

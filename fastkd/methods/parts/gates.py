@@ -1,6 +1,6 @@
 """Gates of IAKD: the places where a block of the teacher can replace a block of the student."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -67,7 +67,7 @@ def adapted(
     """
     mine = output_shapes(student, [staged(student).stem, *(gate.student for gate in gates)])
     others = output_shapes(teacher, [staged(teacher).stem, *(gate.teacher for gate in gates)])
-    result, pairs = [], nn.ModuleList()
+    pairs = nn.ModuleList()
     for i, gate in enumerate(gates):
         ours, theirs = mine[i : i + 2], others[i : i + 2]  # (C, H, W) before and after the gate
         sizes_agree = all(a[1:] == b[1:] for a, b in zip(ours, theirs, strict=True))
@@ -77,10 +77,18 @@ def adapted(
                 f"{gate.name}: the student's block takes {_named(ours)} and the teacher's {_named(theirs)} (C x H x W "
                 f"for a 64 x 64 image), so they cannot be swapped; {hint}"
             )
-        pair = nn.ModuleList([_adapter(ours[0][0], theirs[0][0]), _adapter(theirs[1][0], ours[1][0])])
-        pairs.append(pair)
-        result.append(gate if ours == theirs else gate._replace(teacher=nn.Sequential(pair[0], gate.teacher, pair[1])))
-    return result, pairs
+        pairs.append(nn.ModuleList([_adapter(ours[0][0], theirs[0][0]), _adapter(theirs[1][0], ours[1][0])]))
+    return with_adapters(gates, pairs), pairs
+
+
+def with_adapters(gates: list[Gate], pairs: nn.ModuleList) -> list[Gate]:
+    """The gates with each pair of adapters, [before, after], around the teacher's module."""
+    result = []
+    for gate, pair in zip(gates, pairs, strict=True):
+        before, after = cast(nn.ModuleList, pair)
+        needs_none = isinstance(before, nn.Identity) and isinstance(after, nn.Identity)
+        result.append(gate if needs_none else gate._replace(teacher=nn.Sequential(before, gate.teacher, after)))
+    return result
 
 
 def _named(shapes: Shapes) -> str:
