@@ -15,13 +15,14 @@ import traceback
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .step import Step
+from .timing import release_failed_capture
 
 WARM_UP = 3  # eager steps before the first capture: cuDNN chooses its algorithms, the optimizer makes its state
 LARGEST = 64  # graphs held; IAKD has 2^K plans
@@ -59,6 +60,7 @@ class CudaGraph:
             self.context.__exit__(kind, problem, trace)
         except RuntimeError as error:  # torch has not left the stream then
             torch.cuda.set_stream(self.before)
+            release_failed_capture(self.pool, self.before.device)
             if problem is None or isinstance(problem, RuntimeError):
                 raise CannotCapture(_where(problem or error)) from (problem or error)
         else:
@@ -71,23 +73,27 @@ class GraphMemory:
     """The stream and the memory that the graphs of a step share, and eager steps between their replays."""
 
     def __init__(self, stream: torch.cuda.Stream):
-        self.pool, self.stream = torch.cuda.MemPool(), stream
+        self.id, self.stream = torch.cuda.graph_pool_handle(), stream
 
     def graph(self) -> CudaGraph:
-        return CudaGraph(self.pool.id, self.stream)
+        return CudaGraph(self.id, self.stream)
 
     @contextmanager
-    def eager(self) -> Iterator[None]:
-        """Run eagerly on the stream, in memory that the graphs use while they are replayed.
+    def eager(self, in_pool: bool) -> Iterator[None]:
+        """Run eagerly on the stream; `in_pool`: in memory that the graphs use while they are replayed.
 
-        Nothing that is made here may live on: a replay would overwrite it. Backward passes run in this thread, since
-        memory is taken from the pool by one thread alone.
+        Nothing that is made there may live on: a replay would overwrite it. Backward passes then run in this thread,
+        since memory is taken from the pool by one thread alone.
         """
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
-            with torch.autograd.set_multithreading_enabled(False):
-                yield
+        with ExitStack() as stack:
+            stack.enter_context(torch.cuda.stream(self.stream))
+            if in_pool:
+                # all it reads is `id`; a MemPool aborts the process if it is deleted before the graphs that use it
+                stack.enter_context(torch.cuda.use_mem_pool(cast(torch.cuda.MemPool, self)))
+                stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            yield
         current.wait_stream(self.stream)
 
 
@@ -96,8 +102,8 @@ class GraphedStep:
 
     `new_graph()` makes a CudaGraph. `graphs` holds the captured ones by (plan, shapes). The state stays in `step`.
     A step is replayed if the batch has the usual size, after the first steps of its plan and shapes, and `warm_up` in
-    all. `eager()` is a context for eager forward and backward passes, such as GraphMemory.eager. If a step cannot be
-    captured, `stop(reason)` is called once, which may raise; without an error all later steps run eagerly.
+    all. `eager(in_pool)` is a context for eager forward and backward passes, such as GraphMemory.eager. If a step
+    cannot be captured, `stop(reason)` is called once, which may raise; without an error all later steps run eagerly.
     """
 
     def __init__(
@@ -106,7 +112,7 @@ class GraphedStep:
         new_graph: Callable[[], CudaGraph],
         warm_up: int = WARM_UP,
         largest: int = LARGEST,
-        eager: Callable[[], AbstractContextManager[object]] = nullcontext,
+        eager: Callable[[bool], AbstractContextManager[object]] = nullcontext,
         stop: Callable[[str], None] | None = None,
     ):
         self.step, self.new_graph, self.warm_up, self.largest = step, new_graph, warm_up, largest
@@ -182,7 +188,7 @@ class GraphedStep:
         self.eager += 1
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         asked: list[str] = []
-        with self.eager_memory() if self.graphs else nullcontext(), _questions(device, asked, is_new):
+        with self.eager_memory(bool(self.graphs)), _questions(device, asked, is_new):
             self.step.gradients(images, target, plan)
         self.step.exchange()
         self.step.update()

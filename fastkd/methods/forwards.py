@@ -41,14 +41,18 @@ class ForwardCache:
         return self._run(net)[1]
 
     def start(self, first: nn.Module, others: Sequence[nn.Module], learners: Collection[nn.Module]) -> None:
-        """While a CUDA graph is captured: run `first`, and `others` beside it, each on a stream of its own.
+        """In a step that becomes a CUDA graph: run `first`, and `others` beside it, each on a stream of its own.
+
+        Such steps run on a stream of their own too: the captured one, and eager ones in the memory of the graphs.
 
         Only `learners` get a gradient; autograd runs a network's backward pass on the stream of its forward pass, and
         joins the streams at the end. All networks are enqueued before a result is asked for, because the current stream
         waits from then on. `join_all` must follow.
         """
         is_compiling = torch.compiler.is_compiling()  # it would compile again within the capture
-        if is_compiling or not others or not self.images.is_cuda or not torch.cuda.is_current_stream_capturing():
+        if is_compiling or not others or not self.images.is_cuda:
+            return
+        if torch.cuda.current_stream() == torch.cuda.default_stream():
             return
         for number, net in enumerate(others):
             stream = _side_stream(self.images.device, number)

@@ -223,7 +223,7 @@ def test_when_modules_are_captured(monkeypatch):
     cuda, made = torch.device("cuda"), []
     method = IAKD(create_model("resnet56", 10), create_model("resnet56", 10), IAKDOptions(gates="block"))
     assert count_paths(method) == 2**27 and count_paths(by_stages()) == 8
-    monkeypatch.setattr("torch.cuda.MemPool", lambda: None)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     monkeypatch.setattr("torch.cuda.Stream", lambda device: None)
     step = graphed(Step(method, TrainOptions(lr=0.1), CPU), "on", cuda, made.append)
     assert type(step) is PartialGraphStep and len(step.modules) == 2 * 27 + 2

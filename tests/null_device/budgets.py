@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from null_device import device, values
 from null_device.checks import no_host_sync
-from null_device.methods import CUDA, new_pool
+from null_device.methods import CUDA, as_graph
 from torch import nn
 
 from fastkd.bench.steps.baselines import options
 from fastkd.bench.steps.workload import CIFAR, IMAGENET, Workload
-from fastkd.engine import GraphedStep, Step, choose_form
+from fastkd.engine import Step, choose_form
 from fastkd.engine.precision import cast_frozen
 from fastkd.errors import UserError
 from fastkd.methods.base import Method
@@ -49,7 +49,7 @@ def measure(pair: Workload, form: str) -> Counts | None:
     except UserError:
         return None
     cast_frozen(method, images, step.precision)
-    runner, first = GraphedStep(step, new_pool(), warm_up=2), device.count_graphs()
+    runner, first = as_graph(step, warm_up=2), device.count_graphs()
     run = partial(runner, images, target, plan)
     run()
     device.reset()

@@ -3,9 +3,9 @@
 import pytest
 from every_method import NAMES, kind_of
 from null_device import device
-from null_device.methods import new_pool, run_steps, step_of
+from null_device.methods import CUDA, as_graph, new_pool, run_steps, step_of
 
-from fastkd.engine import GraphedStep
+from fastkd import distributed
 from fastkd.engine.partial_graphs import PartialGraphStep
 
 
@@ -13,7 +13,7 @@ from fastkd.engine.partial_graphs import PartialGraphStep
 def test_a_step_is_one_graph(name):
     """An invalid capture or a stream that is not joined raises. The odd last batch runs eagerly."""
     step = step_of(name)
-    runner = GraphedStep(step, new_pool(), warm_up=1)
+    runner = as_graph(step)
     run_steps(runner, step, range(4))
     run_steps(runner, step, range(4, 5), size=5)
     run_steps(runner, step, range(5, 8))
@@ -30,15 +30,13 @@ def test_modules_are_graphs(name):
     runner.close()
 
 
-ORDER = pytest.mark.xfail(strict=True, reason="SOKD asks for the teacher before the student has started")
 SIDE_BY_SIDE = [name for name in NAMES if kind_of(name).needs_teacher and "iakd" not in name]
-ORDERED = [pytest.param(name, marks=ORDER) if "sokd" in name else name for name in SIDE_BY_SIDE]
 
 
-@pytest.mark.parametrize("name", ORDERED)
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
 def test_the_student_can_run_beside_the_teacher(name):
     step = step_of(name)
-    runner, first = GraphedStep(step, new_pool(), warm_up=1), device.count_graphs()
+    runner, first = as_graph(step), device.count_graphs()
     with device.labelled("teacher", step.method.teacher.net.modules()):
         run_steps(runner, step, range(4))
     (graph,) = device.graphs(first)
@@ -46,3 +44,25 @@ def test_the_student_can_run_beside_the_teacher(name):
     count = device.beside(graph, "teacher")
     runner.close()
     assert count >= 20, count
+
+
+@pytest.mark.parametrize("name", ["kd", "sokd", "dcm", "iekd", "iakd"])
+def test_with_several_processes_a_step_is_two_graphs(name, monkeypatch):
+    """A launch stands for the all-reduce, which lies between the two and is in none of them."""
+    reduced = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda thing: [thing, thing])
+    for name_ in ("broadcast", "average_buffers"):
+        monkeypatch.setattr(distributed, name_, lambda net: None)
+    monkeypatch.setattr(distributed, "all_reduce_", lambda block: reduced.append(block.mul_(2)))
+    step = step_of(name, flat=True)
+    runner, first = as_graph(step), device.count_graphs()
+    run_steps(runner, step, range(3))
+    run_steps(runner, step, range(3, 4), size=5)  # an odd last batch
+    run_steps(runner, step, range(4, 16))
+    graphs = device.graphs(first)
+    assert len(graphs) == 2 * len(runner.graphs) > 0 and len(reduced) == 16
+    assert len(reduced[0]) > 1000 and reduced[0].device == CUDA
+    for forward, update in zip(graphs[::2], graphs[1::2], strict=True):
+        assert not any("cudnn" in node.name for node in update) and len(update) < 20 < len(forward)
+    runner.close()

@@ -6,7 +6,6 @@ from null_device import budgets
 
 CASES = [(pair, form) for pair in budgets.PAIRS for form in budgets.FORMS]
 VERSION = budgets.read()["torch"]
-ORDER = pytest.mark.xfail(strict=True, reason="SOKD asks for the teacher before the student has started")
 
 
 @pytest.fixture(scope="session")
@@ -39,17 +38,12 @@ def test_launches_are_within_the_budget(pair, form, counted):
 
 @pytest.mark.parametrize(
     "pair",
-    [
-        pytest.param(pair, marks=ORDER if "sokd" in pair.method else ())
-        for pair in budgets.PAIRS
-        if pair.method in ("kd", "sokd", "sokd+dkd")
-    ],
+    [pair for pair in budgets.PAIRS if pair.method in ("kd", "sokd", "sokd+dkd")],
     ids=lambda pair: pair.name,
 )
 def test_60_nodes_of_the_student_can_run_beside_the_teacher(pair, counted):
     assert counted(pair, "plain")["beside teacher"] >= 60
 
 
-@pytest.mark.xfail(strict=True, reason="about 31 scalar kernels end every step")
 def test_at_most_6_kernels_end_a_step_beside_the_optimizer(counted):
     assert counted(budgets.PAIRS[0], "plain")["end of step"] <= 6

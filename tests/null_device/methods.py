@@ -7,7 +7,7 @@ from every_method import batch, build, prepare
 from null_device.checks import no_host_sync
 
 from fastkd.engine import Schedule, Step, TrainOptions
-from fastkd.engine.graph import CudaGraph
+from fastkd.engine.graph import GraphedStep, GraphMemory
 from fastkd.engine.launch import capturable
 
 CUDA = torch.device("cuda", 0)
@@ -15,15 +15,25 @@ CUDA = torch.device("cuda", 0)
 
 def new_pool():
     """A function that makes graphs with a memory pool of their own."""
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-    return lambda: CudaGraph(pool, stream)
+    return GraphMemory(torch.cuda.Stream()).graph
 
 
-def step_of(name: str, **options) -> Step:
+def as_graph(step: Step, warm_up: int = 1, **more) -> GraphedStep:
+    """The step, replayed; a step that cannot be captured is an error."""
+    memory = GraphMemory(torch.cuda.Stream())
+    return GraphedStep(step, memory.graph, warm_up, eager=memory.eager, stop=cannot_be, **more)
+
+
+def cannot_be(reason: str) -> None:
+    raise AssertionError(reason)
+
+
+def step_of(name: str, compiled: bool = False, flat: bool = False, **options) -> Step:
     """The step of a method on small networks, prepared on the device."""
     method = build(name, taught=False)
     prepare(method.to(CUDA), device=CUDA)
-    step = Step(method, TrainOptions(**{"lr": 0.05, "epochs": 30, "device": "cuda"} | options), CUDA)
+    settings = TrainOptions(**{"lr": 0.05, "epochs": 30, "device": "cuda"} | options)
+    step = Step(method, settings, CUDA, compiled=compiled, flat=flat)
     capturable(step)
     return step
 

@@ -5,9 +5,9 @@ import torch
 from every_method import batch
 from null_device import device
 from null_device.checks import Watch
-from null_device.methods import CUDA, new_pool, run_steps, step_of
+from null_device.methods import CUDA, as_graph, run_steps, step_of
 
-from fastkd.engine import GraphedStep, choose_form
+from fastkd.engine import choose_form
 from fastkd.engine.mixup import Mixup
 
 OPTIONS = [
@@ -23,7 +23,7 @@ OPTIONS = [
 @pytest.mark.parametrize("name", ["kd", "iakd", "sokd", "dcm"])
 def test_options_eager_and_in_a_graph(name, options):
     step, watch = step_of(name, **options), Watch()
-    runner = GraphedStep(step, new_pool(), warm_up=1)
+    runner = as_graph(step)
     run_steps(step, step, range(1))
     run_steps(step, step, range(1, 3), watch=watch)
     run_steps(runner, step, range(3, 16 if name == "iakd" else 6))  # until a plan comes back
@@ -34,7 +34,7 @@ def test_options_eager_and_in_a_graph(name, options):
 @pytest.mark.parametrize("alphas", [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)], ids=["mixup", "cutmix", "both"])
 def test_mixed_batches_in_a_graph(alphas):
     step = step_of("kd")
-    runner, mixup = GraphedStep(step, new_pool(), warm_up=1), Mixup(*alphas, 0.1, 10, 0, 0)
+    runner, mixup = as_graph(step), Mixup(*alphas, 0.1, 10, 0, 0)
     for number in range(5):
         images, target = mixup(*(x.to(CUDA) for x in batch(number % 3, 8)), number)
         assert images.is_cuda and target.is_cuda and images.is_contiguous(memory_format=torch.channels_last)
@@ -51,7 +51,7 @@ def test_teacher_forms_in_a_graph(name, form):
     logged: list[str] = []
     images = batch(0, 8)[0].to(CUDA)
     assert choose_form(step.method, images, form, step.precision, logged.append) == form, logged
-    runner, first = GraphedStep(step, new_pool(), warm_up=1), device.count_graphs()
+    runner, first = as_graph(step), device.count_graphs()
     run_steps(runner, step, range(4))
     assert len(device.graphs(first)) == 1
     runner.close()

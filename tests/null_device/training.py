@@ -40,5 +40,7 @@ def test_a_folder_of_jpegs_with_graphs(fastkd, few_digits, jpegs):
 @pytest.mark.every
 def test_digits_compiled(fastkd, few_digits):
     """Not in every run: it compiles for a minute."""
-    check(fastkd("train", *DIGITS, "--method", "kd", "--graph", "on", "--compile", "--no-baseline"), "CUDA graphs")
+    check(
+        fastkd("train", *DIGITS, "--method", "kd", "--graph", "on", "--compile", "on", "--no-baseline"), "CUDA graphs"
+    )
     torch._dynamo.reset()
