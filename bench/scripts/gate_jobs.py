@@ -42,6 +42,7 @@ BRIEF = (*list(SETTINGS)[:4], "eager channels-last", "compile reduce-overhead", 
 AUTOTUNE = ("fastkd eager", "fastkd compiled graph", "compile reduce-overhead", "compile max-autotune")
 DRY = ("fastkd eager", "fastkd graph", "fastkd graph, fused teacher", "official eager")
 DRY_TESTS = 2  # of each group
+PROCESSES = 8  # of pytest, where xdist is installed
 SEEDS = 3
 
 
@@ -166,7 +167,7 @@ def run_tests(words: list[str], keep: Keep, dry: bool = False) -> Record:
     os.chdir(ROOT)
     words = [*words, "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", *["--assert=plain"] * dry]
     if importlib.util.find_spec("xdist"):
-        words += ["-n0"] if dry else ["-n8", "--dist=loadgroup"]
+        words += ["-n0"] if dry else [f"-n{PROCESSES}", "--dist=loadgroup"]
     results = Results(keep, words, dry)
     status = int(pytest.main(words, plugins=[results]))
     if status == pytest.ExitCode.NO_TESTS_COLLECTED:

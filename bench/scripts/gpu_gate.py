@@ -144,7 +144,10 @@ def finish(job: Job, found: Record, seconds: float | None, record: Record, path:
     bench.write_json(path, record)
     text = path.with_suffix(".md")
     part = text.with_name(f".{text.name}")
-    part.write_text(report(record))
+    try:
+        part.write_text(report(record))
+    except Exception as error:  # the figures are in the JSON; rented time goes on
+        part.write_text(f"The report failed: {bench.first_line(error)}\n")
     part.replace(text)
 
 
