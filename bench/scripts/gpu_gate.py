@@ -56,6 +56,7 @@ def main() -> int:
     except UserError as error:
         print(f"gpu_gate: {error}; nothing was run", file=sys.stderr)
         return 2
+    bench.write_json(path, record)  # a kill in the first job must not lose the commit
     jobs = dry_jobs() if args.dry_run else all_jobs(args.quick, args.fashion, path, end)
     status = work_off(jobs, record, path, end)
     said = {0: "green", 1: "something of fastkd is wrong or broke", 3: "the time is up, the same line goes on"}[status]
