@@ -73,7 +73,12 @@ def environment() -> Record:
 
 
 def commit() -> str | None:
-    """The commit of this file's tree, with "-dirty" if the tree has changed since; None without git."""
+    """The commit of this file's tree, with "-dirty" if the tree has changed since; None without git.
+
+    A tree without .git may lie inside another repository, whose commit is not asked for.
+    """
+    if not (ROOT / ".git").exists():
+        return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import torch
 
 from fastkd.bench.scripts.step_counts import trace
 from fastkd.bench.steps import baselines
-from fastkd.bench.steps.baselines import BOUNDS, Fastkd, Loop, WithoutLoss, by_hand, eager_step, makers, options
+from fastkd.bench.steps.baselines import BOUNDS, EXTRA, Fastkd, Loop, WithoutLoss, by_hand, eager_step, makers, options
 from fastkd.bench.steps.breakdown import PARTS, breakdown
 from fastkd.bench.steps.measure import compare, difference, measure_step, prepared, time_steps
 from fastkd.bench.steps.report import best_baseline, columns, markdown, notes, ours, rows
@@ -18,6 +18,7 @@ from fastkd.bench.steps.workload import Workload, cycle
 from fastkd.bench.timing import counted
 from fastkd.engine import Step
 from fastkd.engine.mixup import Mixup
+from fastkd.engine.precision import Precision
 from fastkd.errors import UserError
 from fastkd.methods import METHODS
 
@@ -39,7 +40,11 @@ def short(monkeypatch):
 def test_every_contender_of_every_method_has_the_loss_of_fastkd(name):
     pair = small(name)
     method, batch = pair.build(CPU), pair.batch(CPU)
-    chosen = {way: make for way, make in makers(method, batch, compiled=False).items() if "form" not in way}
+    chosen = {
+        way: make
+        for way, make in makers(method, batch, compiled=False).items()
+        if "form" not in way and way not in EXTRA
+    }
     found = {way: prepared(make, batch, cycle(method))[0] for way, make in chosen.items()}
     compare(found, torch.float32)
     unavailable = {way for way, record in found.items() if record["status"] == "unavailable"}
@@ -75,7 +80,7 @@ def test_a_step_in_parts_changes_the_weights_as_a_step_does():
 def wrong_loss(notes):
     pair = small("kd")
     method = pair.build(CPU)
-    return Loop(lambda *batch: 1.01 * sum(method(*batch).values()), method.param_groups(0.01), CPU)
+    return Loop(lambda *batch: 1.01 * sum(method(*batch).values()), method.param_groups(0.01), Precision("auto", CPU))
 
 
 def wrong_rate(notes):
@@ -86,7 +91,9 @@ def wrong_rate(notes):
 
 def not_a_number(notes):
     method = small("kd").build(CPU)
-    return Loop(lambda *batch: torch.nan * sum(method(*batch).values()), method.param_groups(0.01), CPU)
+    return Loop(
+        lambda *batch: torch.nan * sum(method(*batch).values()), method.param_groups(0.01), Precision("auto", CPU)
+    )
 
 
 def breaks(notes):
@@ -185,7 +192,7 @@ SMALL = ["--teacher", "resnet14", "--student", "resnet8", "-b", "4", "--image-si
 
 
 def test_the_command_writes_its_files(fastkd, tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "best_form", lambda method, images, notes: eager_step(method, images.device))
+    monkeypatch.setattr(baselines, "best_form", lambda method, images, *_, **__: eager_step(method, images.device))
     files = ["--json", "deep/kd.json", "--plot", "deep/kd.png", "--trace", "deep/kd.trace.json"]
     status, out, err = fastkd("bench", "step", "--quick", *SMALL, *files)
     assert (status, err) == (0, "") and "kd resnet14 -> resnet8, 4 images of 16 px, 10 classes" in out

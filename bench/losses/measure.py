@@ -116,14 +116,22 @@ def captured(calls: dict[str, Work], found: dict[str, Record]) -> dict[str, Work
     return graphs
 
 
-def measure_losses(chosen: list[Case], device: torch.device, quick: bool, log: Log) -> Record:
-    """The record of a run over the `chosen` cases. `quick`: few rounds, without torch.compile."""
+def measure_losses(
+    chosen: list[Case], device: torch.device, quick: bool, log: Log, keep: Callable[[Record], None] | None = None
+) -> Record:
+    """The record of a run over the `chosen` cases. `quick`: few rounds, without torch.compile.
+
+    `keep` gets the record after each case.
+    """
     rate, load = copy_rate(device, megabytes=64 if quick else 512), bench.load_average()
     records: list[Record] = []
+    run = bench.about_run(device, load) | {"copy_gb_per_s": rate / 1e9, "quick": quick, "cases": records}
     for case in chosen:
         log(f"{len(records) + 1}/{len(chosen)}  {case.name}")
         records.append(measure(case, device, 0.05 if quick else 1.0, not quick, rate))
-    return bench.about_run(device, load) | {"copy_gb_per_s": rate / 1e9, "quick": quick, "cases": records}
+        if keep:
+            keep(run)
+    return run
 
 
 def times_by_way(record: Record, clock: str) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """The ways to run a training step: fastkd's, and the baselines without it.
 
 All have the same networks with the same weights, the same batch on the device, the same number format (autocast to
-bf16 on CUDA, fp32 on the CPU) and SGD with momentum.
+bf16 on CUDA, fp32 on the CPU, if no other is asked for) and SGD with momentum.
 """
 
 import copy
@@ -20,6 +20,7 @@ from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.engine import Step, TrainOptions, choose_form, graphed
 from fastkd.engine.launch import Runner
 from fastkd.engine.precision import Precision, cast_frozen
+from fastkd.engine.teacher_forms import FORMS
 from fastkd.errors import UserError
 from fastkd.kernels.factor_distance import FactorDistance
 from fastkd.kernels.kd_loss import KDTerms
@@ -30,6 +31,15 @@ from fastkd.methods.base import Method
 
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 BOUNDS = ("constant gradient", "student only")  # no loss or another loss: bounds of the time, not compared
+SETTINGS = {
+    "fastkd eager": ("plain", "off", "off"),
+    "fastkd best teacher form": ("auto", "off", "off"),
+    "fastkd graph": ("auto", "on", "off"),
+    "fastkd compiled graph": ("auto", "on", "on"),
+    "fastkd compiled": ("auto", "off", "on"),
+    **{f"fastkd graph, {form} teacher": (form, "on", "off") for form in FORMS},
+}  # fastkd's ways: --teacher-form, --graph, and whether the step is compiled
+EXTRA = (*list(SETTINGS)[4:], "compile max-autotune")  # ways that take part only if they are asked for
 LOGITS = ("kd_loss", "logit_loss", "dkd_loss", "dist_loss")
 FEATURES = ("attention_transfer", "factor_distance", "hint_distance", "overhaul_distance", "rkd_loss", "sp_loss")
 HOMES = ((kd, ("kd_loss",)), (logits, LOGITS), (kernels, FEATURES))  # the modules in which the losses are looked up
@@ -57,19 +67,23 @@ class Fastkd:
 
 
 class Loop:
-    """A training loop as people write it. `reads_loss`: it reads the loss at every step, which waits for the device."""
+    """A training loop as people write it, in fp16 with torch's GradScaler.
 
-    def __init__(self, forward: Forward, groups: list[dict], device: torch.device, reads_loss: bool = False):
-        self.forward, self.reads_loss = forward, reads_loss
-        self.precision = Precision("auto", device)
+    `reads_loss`: it reads the loss at every step, which waits for the device.
+    """
+
+    def __init__(self, forward: Forward, groups: list[dict], precision: Precision, reads_loss: bool = False):
+        self.forward, self.reads_loss, self.precision = forward, reads_loss, precision
         self.optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, foreach=True)
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable) -> None:
         with self.precision.autocast():
             self.last = self.forward(images, target, plan)
         self.optimizer.zero_grad()
-        self.last.backward()
-        self.optimizer.step()
+        scaler = self.precision.scaler  # it does nothing, but in fp16
+        scaler.scale(self.last).backward()
+        scaler.step(self.optimizer)
+        scaler.update()
         if self.reads_loss:
             self.last.item()
 
@@ -91,66 +105,89 @@ def options(**more: Any) -> TrainOptions:
     return TrainOptions(lr=LR, momentum=MOMENTUM, weight_decay=DECAY, **more)
 
 
-def eager_step(method: Method, device: torch.device) -> Step:
+def eager_step(method: Method, device: torch.device, amp_dtype: str = "auto") -> Step:
     """fastkd's eager step on a copy of the method."""
-    return Step(copy.deepcopy(method), options(), device)
+    return Step(copy.deepcopy(method), options(amp_dtype=amp_dtype), device)
 
 
-def makers(method: Method, batch: Batch, compiled: bool) -> Makers:
+def makers(method: Method, batch: Batch, compiled: bool, amp_dtype: str = "auto") -> Makers:
     """The maker of each way by name, fastkd's first. A maker may raise, and adds its choices to the notes."""
-    images, device = batch[0], batch[0].device
-    found: Makers = {"fastkd eager": lambda notes: Fastkd(eager_step(method, device))}
-    if method.asks_teacher:
-        found["fastkd best teacher form"] = lambda notes: Fastkd(best_form(method, images, notes))
-    if device.type == "cuda":
-        found["fastkd graph"] = lambda notes: Fastkd(as_graph(method, images, notes))
-        if compiled:
-            found["fastkd compiled graph"] = lambda notes: Fastkd(as_graph(method, images, notes, compile="on"))
-    found["official eager"] = lambda notes: by_hand(method, device, published=True)
-    found["eager channels-last"] = lambda notes: by_hand(method, device)
+    device, student = batch[0].device, method.student
+    found = our_makers(method, batch[0], compiled, amp_dtype)
+    found["official eager"] = lambda notes: by_hand(method, device, amp_dtype, published=True)
+    found["eager channels-last"] = lambda notes: by_hand(method, device, amp_dtype)
     if compiled:
-        found["compile"] = lambda notes: by_hand(method, device, "default")
+        found["compile"] = lambda notes: by_hand(method, device, amp_dtype, "default")
         if device.type == "cuda":
-            found["compile reduce-overhead"] = lambda notes: by_hand(method, device, "reduce-overhead")
-    found["timm task"] = lambda notes: timm_task(method, device)
-    found["constant gradient"] = lambda notes: Fastkd(WithoutLoss(copy.deepcopy(method), options(), device))
-    found["student only"] = lambda notes: Fastkd(eager_step(METHODS["ce"](copy.deepcopy(method.student)), device))
+            found["compile reduce-overhead"] = lambda notes: by_hand(method, device, amp_dtype, "reduce-overhead")
+            found["compile max-autotune"] = lambda notes: by_hand(method, device, amp_dtype, "max-autotune")
+    found["timm task"] = lambda notes: timm_task(method, device, amp_dtype)
+    if amp_dtype != "float16":  # fixed gradients do not follow the loss scale
+        found["constant gradient"] = lambda notes: Fastkd(WithoutLoss(copy.deepcopy(method), options(), device))
+    found["student only"] = lambda notes: Fastkd(eager_step(METHODS["ce"](copy.deepcopy(student)), device, amp_dtype))
     return found
 
 
-def best_form(method: Method, images: Tensor, notes: Notes, **more: Any) -> Step:
-    """fastkd's eager step with the fastest teacher form on these images."""
+def our_makers(method: Method, images: Tensor, compiled: bool, amp_dtype: str) -> Makers:
+    """The makers of fastkd's ways that are possible here; see SETTINGS."""
+    device, fastest = images.device, ["auto"]
+    found: Makers = {"fastkd eager": lambda notes: Fastkd(eager_step(method, device, amp_dtype))}
+
+    def maker(form: str, graph: str, compiles: bool) -> Callable[[Notes], Way]:
+        make = best_form if graph == "off" else as_graph
+        forms = fastest if form == "auto" else [form]
+        return lambda notes: Fastkd(
+            make(method, images, notes, forms, compile="on" if compiles else "off", amp_dtype=amp_dtype)
+        )
+
+    for name, (form, graph, compiles) in list(SETTINGS.items())[1:]:
+        possible = method.asks_teacher or "teacher" not in name
+        possible &= device.type == "cuda" or graph == "off"
+        if possible and (compiled or (compiles == "off" and form != "compiled")):
+            found[name] = maker(form, graph, compiles == "on")
+    return found
+
+
+def best_form(method: Method, images: Tensor, notes: Notes, forms: list[str] | None = None, **more: Any) -> Step:
+    """fastkd's eager step with the teacher in the form `forms[0]`.
+
+    If that is "auto", it is the fastest one on these images. Its name then replaces "auto" in `forms`: the next way
+    with the same list does not measure again.
+    """
+    forms = forms or ["auto"]
     given = options(**more)
     step = Step(copy.deepcopy(method), given, images.device, compiled=given.compile == "on")
-    choose_form(step.method, images, "auto", step.precision, notes.append)
+    forms[0] = choose_form(step.method, images, forms[0], step.precision, notes.append)
     cast_frozen(step.method, images, step.precision)
     return step
 
 
-def as_graph(method: Method, images: Tensor, notes: Notes, **more: Any) -> Runner:
+def as_graph(method: Method, images: Tensor, notes: Notes, forms: list[str] | None = None, **more: Any) -> Runner:
     """The same step, replayed as CUDA graphs."""
-    return graphed(best_form(method, images, notes, **more), "on", images.device, notes.append)
+    return graphed(best_form(method, images, notes, forms, **more), "on", images.device, notes.append)
 
 
-def by_hand(method: Method, device: torch.device, mode: str = "", published: bool = False) -> Loop:
+def by_hand(
+    method: Method, device: torch.device, amp_dtype: str = "auto", mode: str = "", published: bool = False
+) -> Loop:
     """A careful user's loop: channels-last, the teacher cast once; with `mode`, networks and loss are compiled.
 
     `published`: as the papers' codes. NCHW, the teacher under no_grad in fp32 or autocast, the loss read at every step.
     """
-    own = copy.deepcopy(method)
+    own, precision = copy.deepcopy(method), Precision(amp_dtype, device)
     if published:
         own.to(memory_format=torch.contiguous_format)
     elif own.teacher is not None:
-        own.teacher.net.to(Precision("auto", device).dtype)
+        own.teacher.net.to(precision.dtype)
 
     def forward(images: Tensor, target: Tensor, plan: Hashable) -> Tensor:
         return add(own(images.contiguous() if published else images, target, plan).values())
 
     function = torch.compile(forward, dynamic=False, mode=mode) if mode else forward
-    return Loop(published_losses()(function), own.param_groups(LR), device, reads_loss=published)
+    return Loop(published_losses()(function), own.param_groups(LR), precision, reads_loss=published)
 
 
-def timm_task(method: Method, device: torch.device) -> Loop:
+def timm_task(method: Method, device: torch.device, amp_dtype: str = "auto") -> Loop:
     """The task of timm's trainer for KD, with the networks of its train.py under --amp --channels-last."""
     own = copy.deepcopy(method)
     if type(method) is not METHODS["kd"] or own.teacher is None:
@@ -172,7 +209,8 @@ def timm_task(method: Method, device: torch.device) -> Loop:
         device=device,
         verbose=False,
     ).train()
-    return Loop(lambda images, target, plan: task(images, target)["loss"], own.param_groups(LR), device)
+    precision = Precision(amp_dtype, device)
+    return Loop(lambda images, target, plan: task(images, target)["loss"], own.param_groups(LR), precision)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fastkd.bench import Record, about_run, first_line, load_average, summary
-from fastkd.bench.steps.baselines import BOUNDS, Batch, Makers, Notes, Way, eager_step, makers
+from fastkd.bench.steps.baselines import BOUNDS, EXTRA, Batch, Makers, Notes, Way, eager_step, makers
 from fastkd.bench.steps.breakdown import breakdown
 from fastkd.bench.steps.workload import Plans, Workload, cycle
 from fastkd.bench.timing import interleaved, per_step
@@ -25,32 +25,50 @@ Log = Callable[[str], None]
 QUICK, FULL = 2.0, 20.0  # seconds, of all ways together
 
 # Largest relative error of the loss (or of 0.1 if it is smaller): at the first step, and after the steps that warm up.
-# In bf16 the memory layouts round differently, and a difference grows with every update.
-FIRST = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
-LATER = {torch.float32: 2e-2, torch.bfloat16: 1e-1}
+# In 16 bits the memory layouts round differently, and a difference grows with every update.
+FIRST = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+LATER = {torch.float32: 2e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 WARM_UP = 6  # steps at least, enough for fastkd's graphs to be captured and replayed
 AT_ONCE = {"cuda": 10, "cpu": 1}  # rounds that are timed together: the host may run ahead, as in training
 
 
-def measure_step(workload: Workload, device: torch.device, quick: bool, compiled: bool, log: Log = print) -> Record:
-    """The record of a run. `quick`: few rounds; `compiled`: with torch.compile."""
+def measure_step(
+    workload: Workload,
+    device: torch.device,
+    quick: bool,
+    compiled: bool,
+    log: Log = print,
+    amp_dtype: str = "auto",
+    only: tuple[str, ...] = (),
+) -> Record:
+    """The record of a run. `quick`: few rounds; `compiled`: with torch.compile; `only`: these ways."""
     with backends(device):  # as in training
-        return _measure(workload.filled(device), device, quick, compiled, log)
+        return _measure(workload.filled(device), device, quick, compiled, log, amp_dtype, only)
 
 
-def _measure(workload: Workload, device: torch.device, quick: bool, compiled: bool, log: Log) -> Record:
+def _measure(
+    workload: Workload,
+    device: torch.device,
+    quick: bool,
+    compiled: bool,
+    log: Log,
+    amp_dtype: str,
+    only: tuple[str, ...],
+) -> Record:
     load = load_average()
     torch._dynamo.reset()
-    method, batch = workload.build(device), workload.batch(device)
+    method, batch = workload.build(device), workload.batch(device, amp_dtype)
     steps = cycle(method)
     record = about_run(device, load) | {"pair": workload.name} | asdict(workload)
+    record["dtype"] = str(batch[0].dtype).removeprefix("torch.")
     if not workload.kind.needs_teacher:
         record["teacher"] = None
     record |= {"quick": quick, "compiled": compiled, "steps_in_turn": len(steps)}
     log(f"{workload.name}: parts of a step")
     mixup = Mixup(0.0, 0.0, 0.0, workload.classes)
-    record["parts"] = breakdown(eager_step(method, device), mixup, batch, steps, 3 if quick else 10)
-    ways, seconds = makers(method, batch, compiled), QUICK if quick else FULL
+    record["parts"] = breakdown(eager_step(method, device, amp_dtype), mixup, batch, steps, 3 if quick else 10)
+    ways, seconds = makers(method, batch, compiled, amp_dtype), QUICK if quick else FULL
+    ways = {name: make for name, make in ways.items() if (name in only if only else name not in EXTRA)}
     with torch._dynamo.config.patch(recompile_limit=64):  # one per path
         found = measure_ways(ways, batch, steps, seconds, lambda name: log(f"{workload.name}: {name}"))
     return record | {"contenders": found}

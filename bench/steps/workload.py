@@ -75,13 +75,13 @@ class Workload:
             classes=self.classes or (1000 if large else 100),
         )
 
-    def batch(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def batch(self, device: torch.device, amp_dtype: str = "auto") -> tuple[Tensor, Tensor]:
         """Images [N, 3, H, W], channels-last, in the dtype of the run, and labels [N] int64: noise, no zeros."""
         random = torch.Generator(device).manual_seed(0)
         shape = (self.batch_size, 3, self.image_size, self.image_size)
         images = torch.randn(shape, generator=random, device=device)
         target = torch.randint(self.classes, (self.batch_size,), generator=random, device=device)
-        return images.to(Precision("auto", device).dtype, memory_format=torch.channels_last), target
+        return images.to(Precision(amp_dtype, device).dtype, memory_format=torch.channels_last), target
 
     def build(self, device: torch.device) -> Method:
         """The method on `device`, in fp32 and channels-last, ready for its first step."""

@@ -14,6 +14,7 @@ from fastkd.kernels.cpu.logit_loss import scratch
 from fastkd.kernels.gpu.logit_loss import launch
 from fastkd.kernels.logit_loss import logit_loss, logit_loss_reference
 
+pytestmark = [] if DEVICE == "cpu" else pytest.mark.gpu
 op_module = importlib.import_module("fastkd.kernels.op")
 module = importlib.import_module("fastkd.kernels.logit_loss")  # the package has a function of the same name
 
