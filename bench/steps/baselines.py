@@ -134,11 +134,9 @@ def our_makers(method: Method, images: Tensor, compiled: bool, amp_dtype: str) -
     found: Makers = {"fastkd eager": lambda notes: Fastkd(eager_step(method, device, amp_dtype))}
 
     def maker(form: str, graph: str, compiles: bool) -> Callable[[Notes], Way]:
-        make = best_form if graph == "off" else as_graph
-        forms = fastest if form == "auto" else [form]
-        return lambda notes: Fastkd(
-            make(method, images, notes, forms, compile="on" if compiles else "off", amp_dtype=amp_dtype)
-        )
+        make, forms = best_form if graph == "off" else as_graph, fastest if form == "auto" else [form]
+        more = {"compile": "on" if compiles else "off", "amp_dtype": amp_dtype}
+        return lambda notes: Fastkd(make(method, images, notes, forms, **more))
 
     for name, (form, graph, compiles) in list(SETTINGS.items())[1:]:
         possible = method.asks_teacher or "teacher" not in name

@@ -1,6 +1,7 @@
 """The forward passes of one step: each network runs once, however many loss terms use its outputs."""
 
 import functools
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -41,10 +42,9 @@ class ForwardCache:
         return self._run(net)[1]
 
     def start(self, first: nn.Module, others: Sequence[nn.Module], learners: Collection[nn.Module]) -> None:
-        """In a step that becomes a CUDA graph: run `first`, and `others` beside it, each on a stream of its own.
+        """In a step of a CUDA graph: run `first`, and `others` beside it, each on a stream of its own.
 
-        Such steps run on a stream of their own too: the captured one, and eager ones in the memory of the graphs.
-
+        Such a step is known by its stream, which is not the default one: it is captured, or eager in the graphs' memory.
         Only `learners` get a gradient; autograd runs a network's backward pass on the stream of its forward pass, and
         joins the streams at the end. All networks are enqueued before a result is asked for, because the current stream
         waits from then on. `join_all` must follow.
@@ -52,11 +52,12 @@ class ForwardCache:
         is_compiling = torch.compiler.is_compiling()  # it would compile again within the capture
         if is_compiling or not others or not self.images.is_cuda:
             return
-        if torch.cuda.current_stream() == torch.cuda.default_stream():
+        current = torch.cuda.current_stream()
+        if current == torch.cuda.default_stream():
             return
-        for number, net in enumerate(others):
-            stream = _side_stream(self.images.device, number)
-            stream.wait_stream(torch.cuda.current_stream())
+        streams = [stream for stream in _streams(self.images.device) if stream != current]
+        for net, stream in zip(others, itertools.cycle(streams), strict=False):
+            stream.wait_stream(current)
             with torch.cuda.stream(stream), _gradient_if(net in learners):
                 self._run(net)
             self._streams[net] = stream
@@ -99,6 +100,10 @@ def _gradient_if(learns: bool) -> AbstractContextManager[object]:
 
 
 @functools.cache
-def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
-    """The same streams for all captures: freed memory is reused only within a stream."""
-    return torch.cuda.Stream(device)
+def _streams(device: torch.device) -> list[torch.cuda.Stream]:
+    """The same streams for all captures: freed memory is reused only within a stream.
+
+    They are made at once, because torch has 32 streams and gives them out in turn: one that is made later may be one
+    that is in use already.
+    """
+    return [torch.cuda.Stream(device) for _ in range(8)]

@@ -108,9 +108,10 @@ def captured(monkeypatch):
         is_cuda = True
 
     current = [Stream("main")]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    streams = [current[0], *(Stream(f"side {number}") for number in range(3))]  # one of them may be in use
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
-    monkeypatch.setattr("fastkd.methods.forwards._side_stream", lambda device, number: Stream(f"side {number}"))
+    monkeypatch.setattr("fastkd.methods.forwards._streams", lambda device: streams)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, to: events.append(f"kept for {to.name}"))
 

@@ -73,9 +73,13 @@ def teacher_modules(method: Method) -> list[nn.Module]:
 
 
 def _end_of_step(graph: list[device.Node]) -> int:
-    """Nodes after the last convolution that are not the optimizer's: meters, finiteness check, counters."""
+    """Nodes after the last convolution: meters, finiteness check, counter of bad steps.
+
+    Without the optimizer, the cast of all gradients and the counters of all BatchNorms.
+    """
     last = max(number for number, node in enumerate(graph) if node.name == "cudnnBackendExecute")
-    return sum("FusedSgd" not in node.name for node in graph[last + 1 :])
+    others = ("FusedSgd", "CopyFunctor", "ScalarListMetadata<long")
+    return sum(not any(other in node.name for other in others) for node in graph[last + 1 :])
 
 
 def title(pair: Workload, form: str) -> str:
