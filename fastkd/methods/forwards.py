@@ -44,7 +44,7 @@ class ForwardCache:
     def start(self, first: nn.Module, others: Sequence[nn.Module], learners: Collection[nn.Module]) -> None:
         """In a step of a CUDA graph: run `first`, and `others` beside it, each on a stream of its own.
 
-        Such a step is known by its stream, which is not the default one: it is captured, or eager in the graphs' memory.
+        Such a step has a stream that is not the default one: it is captured, or eager in the memory of the graphs.
         Only `learners` get a gradient; autograd runs a network's backward pass on the stream of its forward pass, and
         joins the streams at the end. All networks are enqueued before a result is asked for, because the current stream
         waits from then on. `join_all` must follow.
