@@ -1,4 +1,4 @@
-"""How processes average their gradients: not at all (one process), by DDP, or in flat blocks between CUDA graphs.
+"""How processes average their gradients: by DDP, or in flat blocks between CUDA graphs.
 
 The average is that of all images. In the last batch of an epoch one process may have fewer than another, so each loss
 is divided by the usual number of images, and the averaged gradients by the mean fraction of it that the processes had.
@@ -15,42 +15,27 @@ from .. import distributed
 ALIGNMENT = 64  # elements: each part of a block starts at a multiple of 256 bytes, as a separate tensor would
 
 
-class OneProcess:
-    """A step calls these in order; with one process they do nothing."""
+class Ddp:
+    """DDP has averaged the gradients over the processes during the backward pass. A step calls these in order."""
 
-    several = False
+    def __init__(self, device: torch.device):
+        self.usual, self.fraction = 0, torch.ones((), device=device)
 
     def divisor(self, images: int) -> int:
-        """The number by which the sum of the losses of this process's images is divided. Called first in a step."""
-        return images
+        """The number by which the sum of the losses of this process's images is divided."""
+        self.usual = self.usual or max(distributed.gather(images))
+        self.fraction.fill_(images / self.usual / distributed.world_size())
+        return self.usual
 
     def collect(self, parameters: Sequence[Tensor]) -> None:
         """After the backward passes: get the gradients ready to be sent."""
 
     def reduce(self) -> None:
         """The communication alone: it is not part of a graph."""
-
-    def spread(self, parameters: Sequence[Tensor]) -> None:
-        """Before the update: make the gradients the means over all images."""
-
-
-class Ddp(OneProcess):
-    """DDP has averaged the gradients over the processes during the backward pass."""
-
-    several = True
-
-    def __init__(self, device: torch.device):
-        self.usual, self.fraction = 0, torch.ones((), device=device)
-
-    def divisor(self, images: int) -> int:
-        self.usual = self.usual or max(distributed.gather(images))
-        self.fraction.fill_(images / self.usual / distributed.world_size())
-        return self.usual
-
-    def reduce(self) -> None:
         distributed.all_reduce_(self.fraction)
 
     def spread(self, parameters: Sequence[Tensor]) -> None:
+        """Before the update: make the gradients the means over all images."""
         torch._foreach_div_([grad for p in parameters if (grad := p.grad) is not None], self.fraction)
 
 

@@ -165,10 +165,10 @@ class GraphedStep:
         graphs = [self.new_graph()]
         with graphs[0]:
             self.step.gradients(*self.inputs[shapes], plan)
-            if not self.step.processes.several:
+            if not self.step.processes:
                 self.step.update()
         self._finish(graphs[0])
-        if self.step.processes.several:
+        if self.step.processes:
             self.step.exchange()
             graphs.append(self.new_graph())
             with graphs[1]:

@@ -19,7 +19,7 @@ from ..methods.base import Method
 from ..methods.context import RunContext
 from .batched import Layers
 from .ema import Ema
-from .exchange import ALIGNMENT, Ddp, FlatBlocks, OneProcess
+from .exchange import ALIGNMENT, Ddp, FlatBlocks
 from .optim import can_skip, create_optimizer
 from .options import TrainOptions
 from .precision import Precision
@@ -117,7 +117,7 @@ class Step:
         self.module = method if flat else distributed.parallel(method, device, method.find_unused_parameters)
         self.optimizer = create_optimizer(method.param_groups(options.lr), options, device)
         self.parameters: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.processes = OneProcess()
+        self.processes: Ddp | None = None
         if distributed.world_size() > 1:
             self.processes = FlatBlocks(self.parameters, device) if flat else Ddp(device)
         self.can_skip = can_skip(self.optimizer)
@@ -176,20 +176,23 @@ class Step:
     def _gradients(self, images: Tensor, target: Tensor, plan: Hashable) -> None:
         count = max(1, min(self.options.grad_accum, len(images) // 2))  # BatchNorm cannot train on one image
         micro_batches = list(zip(images.tensor_split(count), target.tensor_split(count), strict=True))
-        divisor = self.processes.divisor(len(images))
+        divisor = self.processes.divisor(len(images)) if self.processes else len(images)
         for number, (some_images, some_target) in enumerate(micro_batches, 1):
             if isinstance(self.module, DistributedDataParallel):  # it sends gradients with the last micro-batch
                 self.module.require_backward_grad_sync = number == count
             self._backward(some_images, some_target, plan, share=len(some_images) / divisor)
-        self.processes.collect(self.parameters)
+        if self.processes:
+            self.processes.collect(self.parameters)
 
     def exchange(self) -> None:
         """Add up the gradients of all processes."""
-        self.processes.reduce()
+        if self.processes:
+            self.processes.reduce()
 
     def update(self) -> None:
         """Clip, skip a bad step, update weights and their averages, count."""
-        self.processes.spread(self.parameters)
+        if self.processes:
+            self.processes.spread(self.parameters)
         self._update()
         for terms, images in self.terms:
             self.meter.add(terms, images)

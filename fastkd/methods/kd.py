@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..kernels import kd_loss
 from ..losses import KDLoss
 from .base import Method, check_weights
 from .forwards import ForwardCache
@@ -41,9 +42,15 @@ class KD(Method):
     options: KDOptions
     paper = "arXiv:1503.02531"
 
-    def build(self) -> None:
-        o = self.options
-        self.loss = KDLoss(o.temperature, o.ce_weight, o.kd_weight, standardize=o.standardize)
-
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        return self.loss.terms(out(self.student), out(self.teacher), target)
+        o = self.options
+        fused = kd_loss(
+            out(self.student),
+            out(self.teacher),
+            target,
+            temperature=o.temperature,
+            ce_weight=o.ce_weight,
+            kd_weight=o.kd_weight,
+            standardize=o.standardize,
+        )
+        return {"ce": fused.ce, "kd": fused.kd}

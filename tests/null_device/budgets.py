@@ -1,7 +1,8 @@
 """Launches per step of the gate's pairs, and the file of what they may be at most.
 
 tests/null_device/run python tests/null_device/budgets.py --write measures all pairs and writes budgets.json: its diff
-shows in a review what a change costs or saves. The job launches.py compares with the file.
+shows in a review what a change costs or saves. The job launches.py compares with the file. --table prints the table of
+docs/benchmarks.md, with the launches of a careful hand-written loop; --compiled those of two compiled pairs.
 """
 
 import argparse
@@ -18,6 +19,8 @@ from null_device.checks import no_host_sync
 from null_device.methods import CUDA, as_graph
 from torch import nn
 
+from fastkd.bench import markdown_table
+from fastkd.bench.steps import baselines
 from fastkd.bench.steps.baselines import options
 from fastkd.bench.steps.workload import CIFAR, IMAGENET, Workload
 from fastkd.engine import Step, choose_form
@@ -64,6 +67,30 @@ def measure(pair: Workload, form: str) -> Counts | None:
     return found | ({"beside teacher": device.beside(graph, "teacher")} if method.asks_teacher else {})
 
 
+def by_hand(pair: Workload) -> int:
+    """Launches of an eager step in AMP and channels-last, as `fastkd bench step` has it."""
+    pair = pair.filled(CUDA)
+    method, batch = pair.build(CUDA), pair.batch(CUDA)
+    loop = baselines.by_hand(method, CUDA)
+    for _ in range(2):
+        device.reset()
+        loop(*batch, method.plan(0))
+    return device.count_launches()
+
+
+def compiled(pair: Workload, form: str) -> int:
+    """Nodes of the graph of a compiled step."""
+    pair = pair.filled(CUDA)
+    method, batch = pair.build(CUDA), pair.batch(CUDA)
+    step = Step(method, options(device="cuda", compile="on"), CUDA, compiled=True)
+    choose_form(method, batch[0], form, step.precision, lambda line: None)
+    cast_frozen(method, batch[0], step.precision)
+    runner, first = as_graph(step, warm_up=2), device.count_graphs()
+    for _ in range(3):
+        runner(*batch, method.plan(0))
+    return len(device.graphs(first)[0])
+
+
 def teacher_modules(method: Method) -> list[nn.Module]:
     """The modules whose forward passes are the teacher's, in the form in which it runs."""
     if method.teacher is None:
@@ -93,18 +120,33 @@ def read() -> dict:
     return json.loads(FILE.read_text())
 
 
+def table() -> str:
+    """Markdown: the launches of a loop by hand, and the nodes of fastkd's graphs."""
+    counts, rows = read()["launches"], []
+    for pair in PAIRS:
+        forms = [counts.get(title(pair, form)) for form in FORMS]
+        rows.append([pair.name, f"{by_hand(pair):,}", *(f"{each['graph']:,}" if each else "-" for each in forms)])
+    return markdown_table(["pair", "by hand, eager", "fastkd's graph", "with a fused teacher"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write budgets.json")
-    write = parser.parse_args().write
+    parser.add_argument("--table", action="store_true", help="the table of the documentation, from budgets.json")
+    parser.add_argument("--compiled", action="store_true", help="two compiled pairs; takes minutes")
+    args = parser.parse_args()
     values.install()
+    if args.table or args.compiled:
+        time.perf_counter = device.clock
+        print(table() if args.table else [(pair.name, compiled(pair, "fused")) for pair in PAIRS[:8:7]], flush=True)
+        os._exit(0)
     found = {}
     for pair in PAIRS:
         for form in FORMS:
             if counts := measure(pair, form):
                 found[title(pair, form)] = counts
                 print(title(pair, form), counts, flush=True)
-    if write:
+    if args.write:
         content = {"torch": ".".join(torch.__version__.split(".")[:2]), "launches": found}
         lines = json.dumps(content, indent=1).replace("\n   ", " ").replace("\n  }", " }")
         FILE.write_text(lines + "\n")
