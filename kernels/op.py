@@ -24,6 +24,8 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
+from .gpu.host import on_device
+
 Tensors = Sequence[Any]  # None where a tensor was not kept or not given
 
 
@@ -256,7 +258,7 @@ def _flat(students: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _context(device: torch.device, on_gpu: bool) -> AbstractContextManager[object]:
     """The GPU is the current one; a closed form is outside of autocast, which would multiply matrices in 16 bits."""
     if on_gpu and device.type == "cuda":
-        return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+        return on_device(device)
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 

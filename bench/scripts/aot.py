@@ -166,8 +166,14 @@ def maps() -> Iterator[tuple[str, tuple, Call]]:
     images, out = meta(256, 256, 256, 3, dtype=torch.uint8), meta(256, 3, 224, 224)
     out = out.contiguous(memory_format=torch.channels_last)
     boxes, flips = meta(256, 4, dtype=torch.float32), meta(256, dtype=torch.bool)
-    launch = importlib.import_module("fastkd.kernels.gpu.augment").launch
-    yield "augment", tuple(out.shape), partial(launch, images, boxes, flips, [out], [0.5] * 3, [0.2] * 3)
+    gpu = importlib.import_module("fastkd.kernels.gpu.augment")
+    yield "augment", tuple(out.shape), partial(gpu.launch, images, boxes, flips, [out], [0.5] * 3, [0.2] * 3)
+    cropped = meta(256, 224, 224, 3, dtype=torch.uint8)
+    yield "normalise", tuple(out.shape), partial(gpu.launch_normalise, cropped, out, [0.5] * 3, [0.2] * 3)
+    gpu, number = importlib.import_module("fastkd.kernels.gpu.step_end"), partial(meta, dtype=torch.float32)
+    yield "sums of 4 terms", (5,), partial(gpu.launch_sums, meta(5, dtype=torch.float64), [number()] * 4, 256)
+    norms, buffers = number(161), number(53248)
+    yield "check of gradients", (161,), partial(gpu.launch_check, norms, buffers, buffers, number(), number())
     launch = importlib.import_module("fastkd.kernels.gpu.conv_epilogue").launch
     for shape in ((256, 64, 56, 56), (128, 10, 32, 32)):
         y, z = (meta(*shape).contiguous(memory_format=torch.channels_last) for _ in range(2))

@@ -6,12 +6,13 @@ takes a block of bytes of the whole batch, which lie in the same order as the ou
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .host import on_device
 
 _BLOCK = 256  # pixels
 _BYTES = 1024  # 8 a thread: loads of 64 bits, and stores of 128 in 16-bit dtypes
@@ -74,7 +75,7 @@ def launch(
     if sum((size - 1) * stride for size, stride in zip(images.shape[1:], images.stride()[1:], strict=True)) >= 2**31:
         images = images.contiguous()  # places within an image are counted in 32 bits
     blocks = math.ceil(h * w / _BLOCK)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # the interpreter has no GPU
+    with on_device(device):
         _kernel[(N * blocks,)](
             images, images.stride(), boxes.contiguous(), flips.contiguous().view(torch.uint8), tuple(outputs),
             tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True)),
@@ -97,7 +98,7 @@ def _normalise_kernel(images, output, scales, shifts, total, BLOCK: tl.constexpr
 def launch_normalise(images: Tensor, output: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
     """Run the kernel, which writes the output. Triton specialises `total`: a multiple of 16 widens the accesses."""
     images, total, device = images.contiguous(), images.numel(), images.device
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # the interpreter has no GPU
+    with on_device(device):
         _normalise_kernel[(math.ceil(total / _BYTES),)](
             images, output, tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True)),
             total, BLOCK=_BYTES, enable_fp_fusion=True, num_warps=4,

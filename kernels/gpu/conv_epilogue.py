@@ -1,14 +1,13 @@
 """The kernel of conv_epilogue.py: the map is a flat array, of which each program takes one piece, in place."""
 
 import math
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .host import common_unit
+from .host import common_unit, on_device
 
 _ELEMENTS = 2048  # of a program: 16 a thread, for 4 warps
 
@@ -45,7 +44,7 @@ def launch(y: Tensor, bias: Tensor | None, z: Tensor | None, relu: bool) -> None
     unit = common_unit(y.numel(), C if last else H * W)
     units, block = y.numel() // unit, _ELEMENTS // unit
     period, inner = (C // unit, 1) if last else (C * H * W // unit, H * W // unit)
-    with torch.cuda.device(y.device) if y.device.type == "cuda" else nullcontext():  # the interpreter has no GPU
+    with on_device(y.device):
         _kernel[(math.ceil(units / block),)](
             y, bias, z, units, period, inner,
             LAST=last, RELU=relu, UNIT=unit, BLOCK=block, enable_fp_fusion=True, num_warps=4,

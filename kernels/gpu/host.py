@@ -1,9 +1,16 @@
 """What the launch functions share on the host: block sizes, number of programs and strides."""
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Within the block `device` is the current one, as a launch needs it. The interpreter has no GPU."""
+    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if is_current else torch.cuda.device(device)
 
 
 def power_of_2(least: int) -> int:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .host import power_of_2
+from .host import on_device, power_of_2
 
 BLOCK = 1024
 
@@ -41,11 +41,17 @@ def _check_gradients(norms, parts, buffers, saved, size, count, found_inf, norm,
 
 
 def launch_sums(sums: Tensor, values: Sequence[Tensor], weight: int) -> None:
-    _add_to_sums[(1,)](sums, tuple(values), weight, SLOTS=power_of_2(len(values) + 1), num_warps=1)
+    slots = power_of_2(len(values) + 1)
+    with on_device(sums.device):
+        _add_to_sums[(1,)](sums, tuple(values), weight, SLOTS=slots, enable_fp_fusion=True, num_warps=1)
 
 
 def launch_check(norms: Tensor, buffers: Tensor, saved: Tensor, count: Tensor, found_inf: Tensor) -> Tensor:
     norm, size = torch.empty_like(count), buffers.numel()
     grid = (max(1, triton.cdiv(size, BLOCK)),)
-    _check_gradients[grid](norms, len(norms), buffers, saved, size, count, found_inf, norm, BLOCK=BLOCK, num_warps=4)
+    with on_device(norms.device):
+        _check_gradients[grid](
+            norms, len(norms), buffers, saved, size, count, found_inf, norm,
+            BLOCK=BLOCK, enable_fp_fusion=True, num_warps=4,
+        )  # fmt: skip
     return norm
