@@ -39,7 +39,7 @@ PAIRS = (
     Pair("kd resnet50 -> resnet18, cached teacher", ("timm/resnet18",), 1000, 256, 29.9e-3 / 2.89),
     Pair("kd resnet152 -> resnet50, compiled", ("timm/resnet50",), 1000, 256, 94.8e-3 / 1.51),
     Pair("kd resnet56 -> resnet20, graph", ("resnet20",), 100, 128, 1e-3),
-    Pair("dcm wrn_28_10 | wrn_28_10, graph", ("wrn_28_10",) * 2, 100, 128, 60e-3),
+    Pair("dcm wrn_28_10 and wrn_28_10, graph", ("wrn_28_10",) * 2, 100, 128, 60e-3),
 )
 
 
@@ -70,18 +70,15 @@ def main() -> None:
         figures = [f"{size / 1e6:.1f}", f"{pair.step * 1e3:.1f}", *(f"{t * 1e3:.2f}" for t in (*times[1:], slow))]
         rows.append([pair.name, *figures, *(f"{share:.0%}" for share in kept)])
     heads = ["step", "MB sent", "step ms", "8 GPUs: all-reduce ms", "64: ms", "64, slow network: ms", "8: kept"]
-    print(markdown_table([*heads, "64: kept", "64, slow: kept"], rows))
+    print(markdown_table([*heads, "64: kept", "64, slow: kept"], rows, 8))
     rows = []
     for pair in PAIRS:
         if pair.classes == 1000:
             rate = pair.batch / pair.step
             rows.append([pair.name, *(f"{rate * gpus:,.0f}" for gpus in GPUS), f"{rate / JPEGS:.1f}"])
     print()
-    print(
-        markdown_table(
-            ["step", *(f"{gpus} GPU{'s' * (gpus > 1)}: images/s" for gpus in GPUS), "per JPEG decoder"], rows
-        )
-    )
+    heads = ["step", *(f"{gpus} GPU{'s' * (gpus > 1)}: images/s" for gpus in GPUS), "JPEG decoders per GPU"]
+    print(markdown_table(heads, rows, 4))
 
 
 if __name__ == "__main__":
