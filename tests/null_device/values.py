@@ -43,7 +43,12 @@ def install() -> None:
 def accept_any_values() -> None:
     """Compare no values, so that a test goes on to its last line."""
     gradcheck = torch.autograd.gradcheck
-    torch.autograd.gradcheck = lambda *inputs, **options: gradcheck(*inputs, **options | {"raise_exception": False}) or True
+
+    def run_gradcheck(*inputs: Any, **options: Any) -> bool:
+        gradcheck(*inputs, **options | {"raise_exception": False})
+        return True
+
+    torch.autograd.gradcheck = run_gradcheck
     torch.testing.assert_close = _check_kinds
 
 
@@ -89,6 +94,7 @@ def pytest_configure(config: pytest.Config) -> None:
         accept_any_values()
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the first of each N cases of every test function, so that each function runs."""
     seen: dict[str, int] = {}
