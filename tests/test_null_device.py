@@ -15,6 +15,13 @@ ROOT = HERE.parent
 JOBS = HERE / "null_device"
 MISSING = 77  # exit status of `run`: something is not installed
 
+# One case of each test with the mark "gpu". Left out: tests that compile, as compiled-step does, or draw many shapes,
+# each of which compiles kernels; one that measures memory on 4 GB of values; DALI, which brings its own CUDA runtime.
+GPU_TESTS = [
+    *("tests/kernels", "tests/engine", "tests/data", "-m", "gpu", "--any-values", "--sample=1000"),
+    *("-k", "not compile and not anything and not memory_of_eager", "--ignore=tests/data/test_dali.py"),
+]
+
 RUNS = {
     "every-method-as-graphs": ["tests/null_device/graphs.py"],
     "every-method-eager": ["tests/null_device/steps.py", "tests/null_device/rules.py"],
@@ -23,6 +30,7 @@ RUNS = {
     "faults-stay-fixed": ["tests/null_device/faults.py"],
     "fastkd-train": ["tests/null_device/training.py"],
     "compiled-step": ["tests/null_device/compiling.py"],
+    "gpu-tests-with-any-values": GPU_TESTS,
 }
 
 

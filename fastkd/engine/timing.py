@@ -60,13 +60,19 @@ def _captured(call: Call, repeat: int, stream: torch.cuda.Stream, before: torch.
 
 
 def release_failed_capture(pool: Any, device: torch.device) -> None:
-    """Let the allocator leave a capture that has failed, and free its pool. torch 2.14 does so itself, 2.11 does not:
-    memory that another stream has used is then never given out again."""
+    """Let the allocator and the random generator leave a capture that has failed, and free its pool.
+
+    torch 2.14 does so itself, 2.11 does not: memory that another stream has used is then never given out again, and
+    random numbers raise until a capture succeeds, so one follows at once.
+    """
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
     except RuntimeError:  # "not currently recording"
-        pass
+        return
+    zero = torch.zeros((), device=device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        zero.zero_()
 
 
 def _by_events(runs: Mapping[str, Call]) -> dict[str, float]:

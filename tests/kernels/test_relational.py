@@ -23,7 +23,7 @@ def huber(x):
 
 
 def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0):
-    student, teacher = student.detach().double().cpu().requires_grad_(), teacher.detach().double().cpu()
+    student, teacher = student.detach().cpu().double().requires_grad_(), teacher.detach().cpu().double()
     N = len(student)
 
     def distance(x, i, j):
@@ -49,7 +49,7 @@ def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0):
 
 
 def sp(student, teacher):
-    student, teacher = student.detach().double().cpu().requires_grad_(), teacher.detach().double().cpu()
+    student, teacher = student.detach().cpu().double().requires_grad_(), teacher.detach().cpu().double()
     N, rows = len(student), []
     for x in (student, teacher):
         gram = [torch.stack([(a * b).sum() for b in x]) for a in x]

@@ -1,10 +1,13 @@
 // Memory: the host's, so copies and pointers are real. Fresh memory is zero. Kernels write nothing into it.
+// A page that no copy has written takes nothing of the host, so tensors of many GB can be had here.
 //
 // cudaMalloc, cudaFree and page-locked allocations may synchronise, so captures forbid them (see unsafe).
 // torch's caching allocator works on top as usual: its statistics show how memory is held.
 //
 // What it cannot show: running out of memory, copies that overlap with kernels, the wait of a copy from pageable
 // memory, what a kernel leaves uninitialised.
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -12,16 +15,15 @@
 
 namespace null_device {
 
-constexpr size_t ALIGNMENT = 512;  // as cudaMalloc
 static size_t held = 0;
 static std::map<char*, size_t> blocks;
 
 size_t bytes_held() { return held; }
 
 static void* allocate(size_t size) {
-  void* block = nullptr;
-  if (posix_memalign(&block, ALIGNMENT, size ? size : 1)) return nullptr;
-  memset(block, 0, size);
+  size += !size;
+  void* block = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (block == MAP_FAILED) return nullptr;
   Lock lock(mutex);
   held += size;
   blocks[(char*)block] = size;
@@ -33,8 +35,8 @@ static void release(void* block) {
   auto found = blocks.find((char*)block);
   if (found == blocks.end()) return;
   held -= found->second;
+  munmap(block, found->second);
   blocks.erase(found);
-  free(block);
 }
 
 static bool is_on_device(const void* pointer) {

@@ -91,10 +91,10 @@ def test_lost_layouts_are_seen(lost):
         return torch.contiguous_format if role == lost else torch.channels_last
 
     conv = nn.Conv2d(4, 4, 3).to(CUDA, memory_format=layout("weight"))
-    x = torch.randn(2, 4, 8, 8, device=CUDA).to(memory_format=layout("input")).requires_grad_()
+    x = torch.ones(2, 4, 8, 8, device=CUDA).to(memory_format=layout("input")).requires_grad_()
     with Watch() as watch:
         y = conv(x)
-        y.backward(torch.randn(2, 4, 6, 6, device=CUDA).to(memory_format=layout("grad_output")))
+        y.backward(torch.ones(2, 4, 6, 6, device=CUDA).to(memory_format=layout("grad_output")))
     assert watch.convolutions == 2 and any(f" {lost} " in found for found in watch.layouts), watch.layouts
 
 

@@ -3,8 +3,9 @@
 - What a program reads back from the device has a fixed value: 0, or 1 in each place of a list. A condition is True,
   but no element is the one that `any()` looks for. So no training diverges and every teacher form agrees. The device
   is still asked, so waits and captures show as before.
-- With --any-values a failed assertion is a pass: kernels compute nothing. Every other exception stays an error: refused
-  calls, invalid captures, host syncs, wrong devices. Use it with --assert=plain.
+- With --any-values no test fails for a value, as kernels compute nothing: a failed assertion is a pass, gradcheck runs
+  and is always content, assert_close compares devices, dtypes and shapes but no values. Every other exception stays an
+  error: refused calls, invalid captures, host syncs, wrong devices. Use it with --assert=plain.
 - The process ends without Python's clean-up, which may call CUDA after its library is gone.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 class SGD(torch.optim.SGD):
@@ -36,6 +38,28 @@ def install() -> None:
     _patch(torch, "allclose", lambda value: True)
     _patch(torch, "equal", lambda value: True)
     torch.optim.SGD = SGD
+
+
+def accept_any_values() -> None:
+    """Compare no values, so that a test goes on to its last line."""
+    gradcheck = torch.autograd.gradcheck
+
+    def run_gradcheck(*inputs: Any, **options: Any) -> bool:
+        gradcheck(*inputs, **options | {"raise_exception": False})
+        return True
+
+    torch.autograd.gradcheck = run_gradcheck
+    torch.testing.assert_close = _check_kinds
+
+
+def _check_kinds(
+    actual: Any, expected: Any, *, check_device: bool = True, check_dtype: bool = True, **tolerances: Any
+) -> None:
+    for a, b in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            wrong = a.shape != b.shape or check_device and a.device != b.device or check_dtype and a.dtype != b.dtype
+            if wrong:  # no AssertionError, which would be a pass
+                raise TypeError(f"{a.shape} {a.dtype} {a.device} is compared with {b.shape} {b.dtype} {b.device}")
 
 
 def _patch(owner: Any, name: str, fixed: Callable[[Any], Any]) -> None:
@@ -64,10 +88,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", type=int, default=1, help="run the first of each N cases of a test function")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     install()
+    if config.option.any_values:
+        accept_any_values()
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the first of each N cases of every test function, so that each function runs."""
     seen: dict[str, int] = {}
