@@ -76,7 +76,8 @@ class Trainer:
         if self.config.resume:
             self._resume()
         images = partial(first_images, self.train_loader)
-        with teacher_form(self.method, images, self.form, self.step.precision, log_rank0) as self.form:
+        asked = str(self.config.teacher_form)
+        with teacher_form(self.method, images, self.form, self.step.precision, log_rank0, asked) as self.form:
             self._train()
         self.report.finish(self.history, self.networks)
         distributed.barrier()  # every process finds the files

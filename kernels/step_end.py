@@ -4,8 +4,8 @@
     check_gradients    norm = sqrt(sum_i norms_i^2); if it is not finite: count += 1, found_inf = 1, buffers = saved
 
 Shapes: v_i, norm, count, found_inf: scalars; sums [n + 1] fp64; norms [p], one for each parameter; buffers, saved [b].
-Bytes: those of the scalars. `buffers` is touched only if a step is bad. On a GPU nothing waits for the device. On the
-CPU, and for an optimizer without `found_inf`, the same is done by torch's operations, which are the specification.
+Bytes: those of the scalars. `buffers` is touched only if a step is bad. Nothing waits for the device. On the CPU
+torch's operations do the same; they are the specification.
 """
 
 from collections.abc import Sequence

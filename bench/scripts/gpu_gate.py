@@ -91,7 +91,8 @@ def opened(about: Record, file: Path | None, commit: Commit) -> tuple[Path, Reco
     record: Record = json.loads(path.read_text())
     if not {"gpu", "commit", "quick", "dry_run", "seconds", *KINDS} <= record.keys():
         raise UserError(f"{path} is no file of this gate; name another --file")
-    wanted = {name: about[name] for name in ("gpu", "quick", "dry_run")} | ({"commit": commit} if commit else {})
+    now = commit or bench.commit()  # without git it is the file's, unless it is given
+    wanted = {name: about[name] for name in ("gpu", "quick", "dry_run")} | ({"commit": now} if now else {})
     for name, value in wanted.items():
         if record[name] != value:
             raise UserError(f"{path} has {name} {record[name]!r}, now it is {value!r}; name another --file")

@@ -2,8 +2,8 @@
 
     python bench/scripts/scaling.py        the tables of docs/scaling.md; nothing is measured
 
-The bytes are those of FlatBlocks, which the trainer sends between its two graphs. A ring all-reduce of B bytes over W
-GPUs moves 2 (W - 1) / W * B through every link, and enters and leaves each machine once: the slowest link decides.
+The bytes are those of FlatGradients, which the trainer sends between its two graphs. A ring all-reduce of B bytes over
+W GPUs moves 2 (W - 1) / W * B through every link, and enters and leaves each machine once: the slowest link decides.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 
 from fastkd import create_model
 from fastkd.bench import markdown_table
-from fastkd.engine.exchange import FlatBlocks
+from fastkd.engine.exchange import FlatGradients
 
 NVLINK = 370e9  # bytes/s per GPU within a machine of 8 H100, by NCCL's ring (NVIDIA/nccl-tests, issue 212)
 FAST, SLOW = 400e9, 12.5e9  # bytes/s of a machine's network at line rate: 400 Gb/s per GPU; 100 Gb/s for all 8
@@ -47,7 +47,7 @@ def block_bytes(pair: Pair) -> int:
     """Bytes that a step sends: the gradients of all networks that learn."""
     with torch.device("meta"):
         nets = [create_model(name, pair.classes) for name in pair.learners]
-        blocks = FlatBlocks([p for net in nets for p in net.parameters()], torch.device("meta"))
+        blocks = FlatGradients([p for net in nets for p in net.parameters()], torch.device("meta"))
     return sum(block.numel() * block.element_size() for block in blocks.blocks)
 
 

@@ -142,13 +142,13 @@ def _start_dali(
     """(the loaders, ""), or (None, why DALI cannot be used in this process)."""
     if problem := import_problem():
         return None, f"NVIDIA DALI, which is faster, {problem}"
-    from .dali import DaliLoader
+    from .dali import WAY_OUT, DaliLoader
 
     train, val = (DaliLoader(split, options, device, shard, train=split is splits[0]) for split in splits)
     try:
         train.start()
     except UserError as error:
-        return None, str(error)
+        return None, str(error).removesuffix(WAY_OUT)
     return (train, val), ""
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from . import DataOptions
 
 HALF = (torch.float16, torch.bfloat16)
+WAY_OUT = "; loader='folder' does without it"
 
 
 class DaliLoader(EpochLoader):
@@ -139,7 +140,7 @@ class DaliLoader(EpochLoader):
             pipeline = self._define()
             pipeline.build()
         except RuntimeError as error:
-            raise UserError(f"DALI cannot start here: {' '.join(str(error).split())[:300]}") from None
+            raise UserError(f"DALI cannot start here: {' '.join(str(error).split())[:300]}{WAY_OUT}") from None
         return pipeline
 
     def _define(self) -> Pipeline:

@@ -1,8 +1,9 @@
-"""What every layer of a step asks for, done for all layers in one launch: casts of weights, counters of BatchNorm.
+"""Casts of weights and counters of BatchNorm for all layers of a step, in one launch each.
 
 Under autocast each convolution and linear layer casts its own weights, and the gradients back: two launches a layer.
-Each BatchNorm counts its batches: another one. `Layers` notes in one step which layers do this. In later steps they
-find weights that were cast together, and no counter. Results keep their bits.
+Each BatchNorm counts its batches: another one. `BatchedLayers` notes in one step which layers do this. In later steps
+they find weights that were cast together, and no counter. Results keep their bits, unless something else reads these
+weights during the step: it finds the cast ones.
 """
 
 from collections import Counter, defaultdict
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 CAST = (nn.Conv1d, nn.Conv2d, nn.Linear)  # exactly these: a subclass may compute with its weights outside of autocast
+NAMES = {"weight", "bias"}  # with other parameters, a hook makes the weight: spectral and weight norm
 NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNormAct2d")  # of torch and timm
 
 
-class Layers:
+class BatchedLayers:
     """The layers of `net`. Steps of one `kind` run the same layers."""
 
     def __init__(self, net: nn.Module):
@@ -26,20 +28,21 @@ class Layers:
         self.batches: dict[Hashable, Counter[Tensor]] = defaultdict(Counter)  # by kind and counter: runs in a step
 
     @contextmanager
-    def find(self, kind: Hashable) -> Iterator[None]:
+    def record(self, kind: Hashable) -> Iterator[None]:
         """Note the layers that run within the block, which is a step."""
 
         self.batches[kind].clear()
 
-        def cast(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            enabled = torch.is_autocast_enabled(inputs[0].device.type)
+        def cast(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            enabled = torch.is_autocast_enabled((*inputs, *named.values())[0].device.type)
             self.inside[layer] = self.inside.get(layer, True) and enabled
 
         def count(norm: Any, _: Any) -> None:
             if norm.training:
                 self.batches[kind][norm.num_batches_tracked] += 1
 
-        hooks = [layer.register_forward_pre_hook(cast) for layer in self.net.modules() if type(layer) in CAST]
+        layers = [layer for layer in self.net.modules() if type(layer) in CAST and layer._parameters.keys() <= NAMES]
+        hooks = [layer.register_forward_pre_hook(cast, with_kwargs=True) for layer in layers]
         hooks += [norm.register_forward_pre_hook(count) for norm in self._norms()]
         try:
             yield
@@ -48,7 +51,7 @@ class Layers:
                 hook.remove()
 
     @contextmanager
-    def batched(self, kind: Hashable, dtype: torch.dtype) -> Iterator[None]:
+    def apply(self, kind: Hashable, dtype: torch.dtype) -> Iterator[None]:
         """Around a step: cast its weights at the start, count its batches at the end.
 
         In between, an attribute of the instance hides the registered parameter or buffer.

@@ -26,17 +26,17 @@ def foldable(method: Method) -> list[Method]:
 
 
 def fold_gates(
-    method: Method, images: Tensor, wanted: str, chosen: str, precision: Precision, log: Callable[[str], None]
+    method: Method, images: Tensor, asked: str, chosen: str, precision: Precision, log: Callable[[str], None]
 ) -> str:
     """Fold the swapped-in blocks, if that leaves the results as they are; log what was measured.
 
     Gives the name of the form: `chosen`, that of the whole teacher, or "folded" if it does not run as a whole. Blocks
-    that differ too much on `images` [N, 3, H, W] stay plain; they are a UserError unless "auto" was `wanted`.
+    that differ too much on `images` [N, 3, H, W] stay plain; they are a UserError if the user `asked` for a form.
     """
     for swapper in foldable(method):
         reason = _fold(swapper, images, precision, log)
-        if reason and wanted != "auto":
-            raise UserError(f"--teacher-form {wanted}: swapped-in blocks: {reason}; use --teacher-form auto or plain")
+        if reason and asked != "auto":
+            raise UserError(f"--teacher-form {asked}: swapped-in blocks: {reason}; use --teacher-form auto or plain")
         if reason:
             log(f"swapped-in blocks: plain, {reason}")
         elif chosen == "plain":

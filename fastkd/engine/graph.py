@@ -5,7 +5,7 @@ schedule, which writes the learning rate's tensor, mixup, and the copy of a batc
 processes there are two graphs, and between them the all-reduce of the gradients.
 
 The first steps of a plan run eagerly and are training steps like all others: they are the warm-up, so no state has to
-be restored. Then the step is captured, which changes nothing either, and replayed. A batch with fewer images runs
+be restored. Then the step is captured, which changes nothing either, and replayed. A batch of another size runs
 eagerly, in the graphs' memory. Each image size gets its own graph. A graph has one set of inputs: the copy into them
 takes about 0.3 % of an ImageNet step (computed from its bytes, not timed), and a second set would need every graph
 twice.
@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -44,14 +44,18 @@ class CudaGraph:
     counts_at_once = False  # True in that of the tests, whose capture runs the operations too
 
     def __init__(self, pool: Any, stream: torch.cuda.Stream):
-        self.graph, self.pool, self.stream = torch.cuda.CUDAGraph(), pool, stream
+        self.graph, self.pool = torch.cuda.CUDAGraph(), pool
         self.replay = self.graph.replay
         self.context = torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local")
         self.megabytes = 0.0
 
     def __enter__(self) -> "CudaGraph":
         self.before = torch.cuda.current_stream()
-        self.context.__enter__()
+        try:
+            self.context.__enter__()
+        except RuntimeError as error:
+            torch.cuda.set_stream(self.before)
+            raise CannotCapture(_where(error)) from error
         self.megabytes = -torch.cuda.memory_reserved() / 2**20
         return self
 
@@ -96,14 +100,24 @@ class GraphMemory:
             yield
         current.wait_stream(self.stream)
 
+    def live(self) -> int:
+        """Bytes of the pool that are in use, apart from the graphs' own: asked after a step, when a step has none."""
+        segments = torch.cuda.memory_snapshot(self.id, include_traces=False)
+        return sum(segment["allocated_size"] for segment in segments)
+
+    def renew(self) -> None:
+        """Take other memory from now on. torch cannot use a pool again that has no graph left but something alive."""
+        self.id = torch.cuda.graph_pool_handle()
+
 
 class GraphedStep:
     """Runs `step(images, target, plan)`, by replay where possible. At most `largest` graphs; the oldest use goes first.
 
     `new_graph()` makes a CudaGraph. `graphs` holds the captured ones by (plan, shapes). The state stays in `step`.
     A step is replayed if the batch has the usual size, after the first steps of its plan and shapes, and `warm_up` in
-    all. `eager(in_pool)` is a context for eager forward and backward passes, such as GraphMemory.eager. If a step
-    cannot be captured, `stop(reason)` is called once, which may raise; without an error all later steps run eagerly.
+    all. `memory`: what eager steps then run in. A forward pass must change its state in place: a graph goes on with the
+    tensors that it has captured. If a step cannot be captured, `stop(reason)` is called once, which may raise; without
+    an error all later steps run eagerly.
     """
 
     def __init__(
@@ -112,22 +126,22 @@ class GraphedStep:
         new_graph: Callable[[], CudaGraph],
         warm_up: int = WARM_UP,
         largest: int = LARGEST,
-        eager: Callable[[bool], AbstractContextManager[object]] = nullcontext,
+        memory: GraphMemory | None = None,
         stop: Callable[[str], None] | None = None,
     ):
         self.step, self.new_graph, self.warm_up, self.largest = step, new_graph, warm_up, largest
-        self.eager_memory, self.stop, self.stopped = eager, stop, False
+        self.memory, self.stop, self.stopped = memory, stop, False
         self.graphs: OrderedDict[Key, list[CudaGraph]] = OrderedDict()
         self.seen: Counter[Key] = Counter()  # eager steps
         self.eager, self.replays = 0, 0  # steps
         self.usual = 0  # images of the first batch
-        self.megabytes = 0.0  # of the pool of all graphs
         self.inputs: dict[Shapes, tuple[Tensor, Tensor]] = {}  # shared by the graphs of one shape: replays take turns
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
         shapes = (images.shape, images.dtype, target.shape, target.dtype)
         key = (plan, shapes)
         self.usual = self.usual or len(images)
+        self.step.agree(len(images))
         is_new = self.seen[key] < self.step.first_steps
         if self.stopped or is_new or self.eager < self.warm_up or len(images) != self.usual:
             self._run_eagerly(key, images, target)
@@ -138,64 +152,66 @@ class GraphedStep:
         self.inputs[shapes][1].copy_(target)
         if key in self.graphs:
             self.graphs.move_to_end(key)
-            first, *second = self.graphs[key]
-            first.replay()
-            self.step.exchange()
-            for graph in second:
-                graph.replay()
+            self._replay(self.graphs[key])
         elif not self._captured(key):
             self._run_eagerly(key, images, target)
             return
         self.replays += 1
 
+    def _replay(self, graphs: list[CudaGraph]) -> None:
+        first, *second = graphs
+        first.replay()
+        self.step.exchange()
+        for graph in second:
+            graph.replay()
+
     def _captured(self, key: Key) -> bool:
-        """Capture the step of this plan and shapes, and make it. False if it cannot be captured."""
+        """Capture the step of this plan and shapes, and make it. False if it cannot be captured: nothing has run."""
+        while len(self.graphs) >= self.largest:
+            self.graphs.popitem(last=False)
         try:
-            self._capture(key)
+            graphs = self._capture(key)
         except CannotCapture as error:
             self.step.forget()
             self._stop(str(error))
             return False
+        self.graphs[key] = graphs
+        if not graphs[0].counts_at_once:
+            self._replay(graphs)
         return True
 
-    def _capture(self, key: Key) -> None:
-        while len(self.graphs) >= self.largest:
-            self.graphs.popitem(last=False)
+    def _capture(self, key: Key) -> list[CudaGraph]:
+        """All graphs of a step, before any of them is replayed: if one fails, the eager step starts anew."""
         plan, shapes = key
         graphs = [self.new_graph()]
         with graphs[0]:
             self.step.gradients(*self.inputs[shapes], plan)
             if not self.step.processes:
                 self.step.update()
-        self._finish(graphs[0])
         if self.step.processes:
-            self.step.exchange()
+            if graphs[0].counts_at_once:
+                self.step.exchange()
             graphs.append(self.new_graph())
             with graphs[1]:
                 self.step.update()
-            self._finish(graphs[1])
-        self.graphs[key] = graphs
-
-    def _finish(self, graph: CudaGraph) -> None:
-        self.megabytes += graph.megabytes
-        if not graph.counts_at_once:
-            graph.replay()
+        return graphs
 
     def _run_eagerly(self, key: Key, images: Tensor, target: Tensor) -> None:
-        """An eager step. Before a capture it also shows whether the step asks the device for a value."""
-        plan, device, is_new = key[0], images.device, self.seen[key] < self.step.first_steps
+        """An eager step. The first of its plan and shapes also shows whether it asks the device for a value."""
+        plan, is_first, memory = key[0], not self.seen[key], self.memory if self.graphs else None
         self.seen[key] += 1
         self.eager += 1
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        asked: list[str] = []
-        with self.eager_memory(bool(self.graphs)), _questions(device, asked, is_new):
+        before, syncs = memory.live() if memory else 0, list[str]()
+        around = self.memory.eager(bool(self.graphs)) if self.memory and not self.stopped else nullcontext()
+        with around, _watch_syncs(syncs) if is_first and images.is_cuda else nullcontext():
             self.step.gradients(images, target, plan)
         self.step.exchange()
         self.step.update()
-        if device.type == "cuda" and torch.cuda.memory_allocated(device) > before:
-            self.graphs.clear()  # something made in the graphs' memory lives on: capture around it
-        if asked and not self.stopped:
-            self._stop(asked[0])
+        if memory and memory.live() > before:  # something made there lives on: capture around it
+            self.graphs.clear()
+            memory.renew()
+        if syncs and not self.stopped:
+            self._stop(syncs[0])
 
     def _stop(self, reason: str) -> None:
         self.stopped = True
@@ -207,19 +223,15 @@ class GraphedStep:
     def close(self) -> str:
         """Free the graphs' memory before the process tears CUDA down; gives a line about how often they were used."""
         count, steps = len(self.graphs), self.replays + self.eager
+        megabytes = sum(graph.megabytes for graphs in self.graphs.values() for graph in graphs)
         self.graphs.clear()
-        return f"{count} CUDA graphs, {self.megabytes:,.0f} MB, replayed in {self.replays} of {steps} steps"
+        self.inputs.clear()
+        return f"{count} CUDA graphs, {megabytes:,.0f} MB, replayed in {self.replays} of {steps} steps"
 
 
 @contextmanager
-def _questions(device: torch.device, asked: list[str], wanted: bool) -> Iterator[None]:
-    """Add to `asked` each place in the block that waits for the device, by torch's own check. A step goes on.
-
-    What the compiler asks while it compiles does not count.
-    """
-    if device.type != "cuda" or not wanted:
-        yield
-        return
+def _watch_syncs(syncs: list[str]) -> Iterator[None]:
+    """Add to `syncs` each place in the block that waits for the device, by torch's own check. The block goes on."""
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -230,9 +242,7 @@ def _questions(device: torch.device, asked: list[str], wanted: bool) -> Iterator
             torch.cuda.set_sync_debug_mode(mode)
     for warning in found:
         if "called a synchronizing" in str(warning.message):
-            if "/torch/_" in warning.filename:
-                continue
-            asked.append(f"{warning.filename}:{warning.lineno} waits for the device")
+            syncs.append(f"{warning.filename}:{warning.lineno} waits for the device")
         elif "debug mode is a prototype" not in str(warning.message):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
@@ -241,4 +251,4 @@ def _where(error: BaseException) -> str:
     """The innermost line outside of torch that raised `error`, and what it said."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "a step"
-    return f"{place} cannot be captured: {str(error).splitlines()[0]}"
+    return f"{place} cannot be captured: {str(error).partition(chr(10))[0] or type(error).__name__}"

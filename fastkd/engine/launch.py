@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
 from ..methods.base import Method
@@ -24,7 +25,10 @@ def graphed(step: Step, wanted: str, device: torch.device, log: Log) -> Runner:
     if wanted == "off":
         return step
     check_graph(wanted, step.options, device)
-    if reason := why_not(step.options, device):
+    reason = why_not(step.options, device)
+    if isinstance(step.module, DistributedDataParallel):
+        reason = reason or "DDP averages its gradients; make the Step with flat=True"
+    if reason:
         if device.type == "cuda":
             log(f"steps run eagerly: {reason}")
         return step
@@ -34,7 +38,7 @@ def graphed(step: Step, wanted: str, device: torch.device, log: Log) -> Runner:
         stream = torch.cuda.Stream(device)
         return PartialGraphStep(step, lambda: GraphMemory(stream).graph, stop=stop)
     memory = GraphMemory(torch.cuda.Stream(device))
-    return GraphedStep(step, memory.graph, eager=memory.eager, stop=stop)
+    return GraphedStep(step, memory.graph, memory=memory, stop=stop)
 
 
 def _stop(wanted: str, log: Log, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""One eager training step: forward, backward, update. The host never waits for the device in it."""
+"""One training step: forward, backward, update. In none but the first the host waits for the device."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -17,9 +17,9 @@ from ..errors import UserError
 from ..kernels.step_end import add_to_sums, check_gradients
 from ..methods.base import Method
 from ..methods.context import RunContext
-from .batched import Layers
+from .batched import BatchedLayers
 from .ema import Ema
-from .exchange import ALIGNMENT, Ddp, FlatBlocks
+from .exchange import ALIGNMENT, DdpExchange, FlatGradients
 from .optim import can_skip, create_optimizer
 from .options import TrainOptions
 from .precision import Precision
@@ -117,24 +117,30 @@ class Step:
         self.module = method if flat else distributed.parallel(method, device, method.find_unused_parameters)
         self.optimizer = create_optimizer(method.param_groups(options.lr), options, device)
         self.parameters: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.processes: Ddp | None = None
+        self.processes: DdpExchange | None = None
         if distributed.world_size() > 1:
-            self.processes = FlatBlocks(self.parameters, device) if flat else Ddp(device)
+            self.processes = FlatGradients(self.parameters, device) if flat else DdpExchange(device)
         self.can_skip = can_skip(self.optimizer)
         self.precision = Precision(options.amp_dtype, device)
         self.ema = Ema(nn.ModuleDict(method.networks()), options.ema_decay) if options.ema_decay else None
         self.meter = Meter()
         self.nonfinite = torch.zeros((), device=device)  # steps whose gradient was not finite
         self.found_inf = torch.zeros((), device=device)
-        self.layers = Layers(method) if self.module is method else None  # DDP sends gradients as they come
+        self.layers = BatchedLayers(method) if self.module is method else None  # DDP sends gradients as they come
         self.runs: Counter[Hashable] = Counter()  # steps by plan and shape of the images
         self.terms: list[tuple[dict[str, Tensor], int]] = []  # loss terms and images of each micro-batch of this step
         self.one = torch.ones((), device=device)
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
+        self.agree(len(images))
         self.gradients(images, target, plan)
         self.exchange()
         self.update()
+
+    def agree(self, images: int) -> None:
+        """Called first in a step: in the very first one, processes agree on the size of a full batch."""
+        if self.processes:
+            self.processes.agree(images)
 
     def gradients(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
         """Forward and backward of each micro-batch."""
@@ -144,55 +150,55 @@ class Step:
         try:
             with self._around(kind):
                 self._gradients(images, target, plan)
-        except Exception as error:  # the compiler raises any kind; what is no fault of it comes again
+        except Exception as error:  # the compiler raises any kind
             if not self.compiled or self.runs[kind] != self.first_steps:
                 raise
-            self._stop_compiling(error)
-            self.gradients(images, target, plan)
+            self._stop_compiling()
+            self.gradients(images, target, plan)  # what is no fault of the compiler comes again
+            reason = f"torch.compile failed: {type(error).__name__}: {error}".splitlines()[0][:200]
+            if self.options.compile == "on":
+                raise UserError(f"--compile on: {reason}; use --compile auto or off") from error
+            self.log(f"steps run without the compiler: {reason}")
 
     def _around(self, kind: Hashable) -> AbstractContextManager[object]:
         """Around a step: the first of a kind shows which layers can be batched, later ones are batched."""
         if self.layers is None:
             return nullcontext()
         if self.runs[kind] > 1:
-            return self.layers.batched(kind, self.precision.dtype)
+            return self.layers.apply(kind, self.precision.dtype)
         stack = ExitStack()
-        stack.enter_context(self.layers.find(kind))
+        stack.enter_context(self.layers.record(kind))
         if self.compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         return stack
 
-    def _stop_compiling(self, error: Exception) -> None:
-        reason = f"torch.compile failed: {type(error).__name__}: {error}".splitlines()[0][:200]
-        if self.options.compile == "on":
-            raise UserError(f"--compile on: {reason}; use --compile auto or off") from error
-        self.log(f"steps run without the compiler: {reason}")
+    def _stop_compiling(self) -> None:
+        """Take back what the unfinished step has done, and the compiled forward."""
         self.forget()
         self.buffers.copy_(self.saved_buffers)
         self.method._compiled_call_impl = None
         self.compiled = False
-        self.runs.clear()
 
     def _gradients(self, images: Tensor, target: Tensor, plan: Hashable) -> None:
         count = max(1, min(self.options.grad_accum, len(images) // 2))  # BatchNorm cannot train on one image
         micro_batches = list(zip(images.tensor_split(count), target.tensor_split(count), strict=True))
-        divisor = self.processes.divisor(len(images)) if self.processes else len(images)
+        divisor = self.processes.start(len(images)) if self.processes else len(images)
         for number, (some_images, some_target) in enumerate(micro_batches, 1):
             if isinstance(self.module, DistributedDataParallel):  # it sends gradients with the last micro-batch
                 self.module.require_backward_grad_sync = number == count
             self._backward(some_images, some_target, plan, share=len(some_images) / divisor)
         if self.processes:
-            self.processes.collect(self.parameters)
+            self.processes.flatten(self.parameters)
 
     def exchange(self) -> None:
         """Add up the gradients of all processes."""
         if self.processes:
-            self.processes.reduce()
+            self.processes.all_reduce()
 
     def update(self) -> None:
         """Clip, skip a bad step, update weights and their averages, count."""
         if self.processes:
-            self.processes.spread(self.parameters)
+            self.processes.average(self.parameters)
         self._update()
         for terms, images in self.terms:
             self.meter.add(terms, images)
@@ -207,6 +213,8 @@ class Step:
         """Drop what an unfinished step has left, such as gradients in a graph that was not captured."""
         self.optimizer.zero_grad(set_to_none=True)
         self.terms.clear()
+        if self.precision.scaler.is_enabled():  # it would take the gradients for unscaled; there is no other way
+            self.precision.scaler._per_optimizer_states.clear()
 
     def close(self) -> str:
         """The line to print at the end of a run: none. GraphedStep and PartialGraphStep have one."""

@@ -8,8 +8,8 @@
 Blocks of the teacher that IAKD swaps into the student are folded unless the form is plain (folded_gates.py).
 
 Each form is built and timed on one batch. It is compared with the plain network in fp32 and refused if a probability
-differs too much. The choice is the same in every process, is written to the checkpoint, and is kept when a run is
-resumed.
+differs too much. The form is the same in every process, is written to the checkpoint, and is kept when a run is
+resumed. Which calls a fused convolution makes is measured anew by each process, so that last bits may differ.
 """
 
 import math
@@ -87,14 +87,19 @@ class FormResult:
 
 @contextmanager
 def teacher_form(
-    method: Method, first_images: Callable[[], Tensor], wanted: str, precision: Precision, log: Log
+    method: Method,
+    first_images: Callable[[], Tensor],
+    wanted: str,
+    precision: Precision,
+    log: Log,
+    asked: str = "",
 ) -> Iterator[str]:
     """Within the block, the method's teachers run in the `wanted` form; gives the name of the form that is used.
 
     `first_images()` gives the batch [N, 3, H, W] on which forms are measured; it is called only if one is needed. On
     the CPU, "auto" is "plain": its results have the same bits in every run. After the block the teachers have their
     own weights again, and swapped-in blocks are the teacher's own. Raises UserError if the wanted form is not possible
-    or wrong.
+    or wrong. `asked`: the user's option, if `wanted` is what an earlier run or rank 0 has made of it.
     """
     if wanted == "auto" and precision.device.type != "cuda":
         wanted = "plain"
@@ -104,7 +109,7 @@ def teacher_form(
     images = first_images()
     try:
         if wanted != "plain":
-            choose = partial(choose_form, method, images, precision=precision, log=log)
+            choose = partial(choose_form, method, images, precision=precision, log=log, asked=asked or wanted)
             wanted = distributed.from_rank_zero(choose, wanted)
             if distributed.rank():
                 choose(wanted)
@@ -117,11 +122,11 @@ def teacher_form(
         unfold_gates(method)
 
 
-def choose_form(method: Method, images: Tensor, wanted: str, precision: Precision, log: Log) -> str:
+def choose_form(method: Method, images: Tensor, wanted: str, precision: Precision, log: Log, asked: str = "") -> str:
     """Put the `wanted` form of each teacher in place, or with "auto" the fastest; log what was measured.
 
-    `images` [N, 3, H, W] is the batch to measure on. Gives the name of the form. Raises UserError if the wanted form
-    is not possible or wrong.
+    `images` [N, 3, H, W] is the batch to measure on; `asked`: see `teacher_form`. Gives the name of the form. Raises
+    UserError if the wanted form is not possible or wrong.
     """
     check_form(method, wanted)
     chosen = "plain"
@@ -139,7 +144,7 @@ def choose_form(method: Method, images: Tensor, wanted: str, precision: Precisio
             for user in users:
                 user.staged_views[teacher] = best.view
     if chosen != "plain" or wanted in ("auto", "folded") and not method.asks_teacher:
-        return fold_gates(method, images, wanted, chosen, precision, log)
+        return fold_gates(method, images, asked or wanted, chosen, precision, log)
     return chosen
 
 

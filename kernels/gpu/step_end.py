@@ -26,9 +26,11 @@ def _add_to_sums(sums, values, weight, SLOTS: tl.constexpr):
 @triton.jit
 def _check_gradients(norms, parts, buffers, saved, size, count, found_inf, norm, BLOCK: tl.constexpr):
     each, total = tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float64)
-    for start in range(0, parts, BLOCK):
-        part = tl.load(norms + start + each, mask=start + each < parts, other=0.0).to(tl.float64)
+    place = each
+    while tl.min(place) < parts:
+        part = tl.load(norms + place, mask=place < parts, other=0.0).to(tl.float64)
         total += part * part
+        place += BLOCK
     whole = tl.sqrt(tl.sum(total, 0))
     bad = ((whole - whole) != 0).to(tl.int32)  # infinity - infinity is NaN
     if tl.program_id(0) == 0:

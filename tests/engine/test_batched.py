@@ -99,6 +99,34 @@ def test_a_layer_that_runs_twice_counts_twice():
     assert same(state["optimizer"], want["optimizer"])
 
 
+@pytest.mark.parametrize("norm", [torch.nn.utils.spectral_norm, torch.nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_a_hook_makes_keep_their_bits(norm):
+    torch.manual_seed(0)
+    net = nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    twin = nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    twin.load_state_dict(net.state_dict())
+    assert same(steps(net), steps(twin, ready=alone))
+
+
+class Named(nn.Module):
+    """Calls a layer by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 10)
+
+    def forward(self, images):
+        return self.fc(input=images.mean((2, 3)))
+
+
+def test_a_layer_that_is_called_by_keyword():
+    torch.manual_seed(0)
+    net = Named()
+    twin = copy.deepcopy(net)
+    assert same(steps(net), steps(twin, ready=alone))
+
+
 def test_a_failed_step_leaves_the_modules_as_they_were():
     method = build("ce")
     step = Step(method, TrainOptions(lr=0.1, amp_dtype="bfloat16"), CPU)

@@ -4,37 +4,35 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from exchange_worker import CASES, WAYS, uneven
 from replays import same
 
-from fastkd.engine.exchange import FlatBlocks
+from fastkd.engine.exchange import FlatGradients
 
 WORKER = Path(__file__).parents[1] / "exchange_worker.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-@pytest.fixture(scope="module")
-def states(tmp_path_factory) -> list[dict]:
-    """Of rank 0 and rank 1: everything after 20 steps, by method and way."""
-    folder = tmp_path_factory.mktemp("exchange")
+def test_every_way_gives_the_bits_of_eager_ddp(tmp_path):
+    """One test, because the processes are started once. The states are those after 20 steps, by method and way."""
+    folder = tmp_path
     done = subprocess.run([*TORCHRUN, str(WORKER), str(folder)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    states = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    compare_ways(states)
+    compare_uneven_batches(states)
 
 
-@pytest.mark.xdist_group("exchange")
-@pytest.mark.parametrize("name", CASES)
-def test_every_way_gives_the_bits_of_eager_ddp(states, name):
-    for way in WAYS if name == "iakd" else WAYS[:-1]:
-        for rank in (0, 1):
-            assert same(states[rank][name, way], states[rank][name, "ddp"]), (way, rank)
-        assert same(states[0][name, way]["method"], states[1][name, way]["method"]), way
+def compare_ways(states):
+    for name in CASES:
+        for way in WAYS if name == "iakd" else WAYS[:-1]:
+            for rank in (0, 1):
+                assert same(states[rank][name, way], states[rank][name, "ddp"]), (name, way, rank)
+            assert same(states[0][name, way]["method"], states[1][name, way]["method"]), (name, way)
 
 
-@pytest.mark.xdist_group("exchange")
-def test_uneven_batches_count_by_their_images(states):
+def compare_uneven_batches(states):
     """As one process with all images; a mean of means would weigh 4 images of one as much as 5 of the other."""
     want = dict(uneven(flat=False))
     for way, got in states[0]["uneven"].items():
@@ -47,15 +45,16 @@ def test_blocks_hold_gradients_in_the_layout_of_their_weights():
         torch.randn(5),
         torch.randn(2, 7).t(),
     ]
-    blocks = FlatBlocks(weights, torch.device("cpu"))
+    blocks = FlatGradients(weights, torch.device("cpu"))
     for p in weights:
         p.grad = torch.randn_like(p)
     grads = [p.grad.clone() for p in weights]
     weights[1].grad = None
-    blocks.divisor(6)
-    blocks.collect(weights)
-    blocks.reduce()
-    blocks.spread(weights)
+    blocks.agree(6)
+    blocks.start(6)
+    blocks.flatten(weights)
+    blocks.all_reduce()
+    blocks.average(weights)
     assert weights[1].grad is None
     for p, grad in zip(weights[::2], grads[::2], strict=True):
         assert torch.equal(p.grad, grad) and p.grad.stride() == p.stride()

@@ -137,6 +137,16 @@ def test_an_untrained_student_does_not_hide_a_wrong_block(monkeypatch):
     assert choose_form(method, batch(0, 8)[0], "auto", FP32, lines.append) == "plain" and "refused" in lines[-1]
 
 
+def test_gates_that_were_refused_are_refused_again_when_the_run_goes_on(monkeypatch):
+    """`asked` is the user's option; the form is what an earlier run or rank 0 has made of it."""
+    monkeypatch.setattr(folded_gates, "_fold", lambda *_: "refused")
+    method, lines = iakd(kd_weight=1.0), []
+    assert choose_form(method, batch(0, 8)[0], "folded", FP32, lines.append, asked="auto") == "folded"
+    assert lines[-1] == "swapped-in blocks: plain, refused"
+    with pytest.raises(UserError, match="--teacher-form folded: swapped-in blocks: refused"):
+        choose_form(method, batch(0, 8)[0], "folded", FP32, lines.append)
+
+
 def test_statistics_of_the_batch_cannot_be_folded():
     method, lines = iakd(teacher_bn="batch"), []
     before = norms(method)

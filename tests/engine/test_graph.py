@@ -150,14 +150,32 @@ def skipped_in(kind, function):
 
 
 def test_eager_steps_run_in_the_graphs_memory_once_there_are_graphs():
-    where, sizes = [], (8, 8, 5, 8, 5)
+    memory = Memory([0, 0, 0, 0])
+    step = GraphedStep(Step(build("ce"), TrainOptions(lr=0.01), CPU), Graph, warm_up=1, memory=memory)
+    for size in (8, 8, 5, 8, 5):
+        step(*batch(0, size))
+    assert memory.where == [False, True, True] and step.eager == 3 and step.graphs and not memory.renewed
+
+
+class Memory:
+    """Stands for GraphMemory; `live` gives these numbers in turn."""
+
+    def __init__(self, live):
+        self.live, self.where, self.renewed = iter(live).__next__, [], 0
 
     @contextmanager
-    def memory(in_pool):
-        where.append(in_pool)
+    def eager(self, in_pool):
+        self.where.append(in_pool)
         yield
 
-    step = GraphedStep(Step(build("ce"), TrainOptions(lr=0.01), CPU), Graph, warm_up=1, eager=memory)
-    for size in sizes:
+    def renew(self):
+        self.renewed += 1
+
+
+def test_graphs_are_captured_anew_around_what_lives_on_in_their_memory():
+    memory = Memory([0, 512, 512, 512])
+    step = GraphedStep(Step(build("ce"), TrainOptions(lr=0.01), CPU), Graph, warm_up=1, memory=memory)
+    for size, graphs in ((8, 0), (8, 1), (5, 0), (8, 1), (5, 1), (8, 1)):
         step(*batch(0, size))
-    assert where == [False, True, True] and step.eager == 3
+        assert len(step.graphs) == graphs
+    assert memory.renewed == 1

@@ -9,7 +9,7 @@ from null_device.checks import no_host_sync
 from null_device.methods import CUDA, as_graph, new_pool, run_steps, step_of
 from torch import nn
 
-from fastkd import create_model
+from fastkd import create_model, distributed
 from fastkd.bench.steps.baselines import options
 from fastkd.bench.steps.workload import Workload
 from fastkd.engine import Step, TrainOptions, choose_form, graphed
@@ -52,8 +52,8 @@ class Asks(nn.Module):
         self.net = create_model("resnet8", 10)
 
     def forward(self, images):
-        found = images[0].nonzero()  # this line asks
-        return self.net(images) * (len(found) >= 0)
+        found = images[0, 0, 0].cpu()  # this line asks
+        return self.net(images) * (len(found) > 0)
 
 
 def after_six_steps(wanted: str, unnoticed: bool) -> tuple[list[str], torch.cuda.Stream]:
@@ -161,3 +161,58 @@ def test_peers_can_run_beside_each_other(name):
     runner.close()
     assert any(node.label == "peer" for node in graph)
     assert device.beside(graph, "peer") >= 20
+
+
+class Keeps(nn.Module):
+    """Makes a tensor for each shape of its input and keeps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.kept = create_model("resnet8", 10), {}
+
+    def forward(self, images):
+        if images.shape not in self.kept:
+            self.kept[images.shape] = torch.zeros(1024, 1024, device=images.device)
+        return self.net(images) + self.kept[images.shape][0, 0]
+
+
+def test_what_a_network_keeps_is_not_in_memory_that_replays_overwrite():
+    """An odd batch runs in the graphs' memory. What is made there and lives on needs graphs that leave it alone."""
+    runner = as_graph(kd(Keeps(), create_model("resnet14", 10)))
+    pools = [runner.memory.id]
+    for count in (8, 8, 5, 8, 8, 8):
+        runner(*images_of(16, count))
+        pools.append(runner.memory.id)
+    assert runner.graphs and pools[2] != pools[3]
+    kept = [tensor.data_ptr() for tensor in runner.step.method.student.kept.values()]
+    used = [(s["address"], s["total_size"]) for s in torch.cuda.memory_snapshot(runner.memory.id)]
+    assert used and not any(start <= address < start + size for address in kept for start, size in used)
+    runner.close()
+
+
+class FailsInUpdate(torch.optim.SGD):
+    """As if the memory ended in the update that is captured."""
+
+    def step(self, closure=None):
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_an_update_that_cannot_be_captured_goes_on_eagerly(flat, monkeypatch):
+    """In fp16, whose scaler would take the gradients for unscaled. With several processes nothing is sent twice."""
+    sent, said = [], []
+    if flat:
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        monkeypatch.setattr(distributed, "gather", lambda thing: [thing, thing])
+        monkeypatch.setattr(distributed, "broadcast", lambda net: None)
+        monkeypatch.setattr(distributed, "all_reduce_", sent.append)
+    step = step_of("kd", flat=flat, amp_dtype="float16")
+    step.optimizer.__class__ = type("Fails", (FailsInUpdate, type(step.optimizer)), {})
+    runner = as_graph(step)
+    runner.stop = said.append
+    run_steps(runner, step, range(5), may_wait=True)
+    assert len(said) == 1 and "out of memory" in said[0] and runner.eager == 5
+    assert not flat or len(sent) == 5
+    runner.close()

@@ -1,6 +1,7 @@
 """Job: every method's step as one graph, and as graphs of its modules; what can run beside the teacher."""
 
 import pytest
+import torch
 from every_method import NAMES, kind_of
 from null_device import device
 from null_device.methods import CUDA, as_graph, new_pool, run_steps, step_of
@@ -46,18 +47,25 @@ def test_the_student_can_run_beside_the_teacher(name):
     assert count >= 20, count
 
 
+def gathered(thing: int) -> list[int]:
+    """As NCCL does: through the device, which waits. The steps must not."""
+    torch.tensor(thing).to(CUDA).cpu()
+    return [thing, thing]
+
+
 @pytest.mark.parametrize("name", ["kd", "sokd", "dcm", "iekd", "iakd"])
 def test_with_several_processes_a_step_is_two_graphs(name, monkeypatch):
     """A launch stands for the all-reduce, which lies between the two and is in none of them."""
     reduced = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "gather", lambda thing: [thing, thing])
+    monkeypatch.setattr(distributed, "gather", gathered)
     for name_ in ("broadcast", "average_buffers"):
         monkeypatch.setattr(distributed, name_, lambda net: None)
     monkeypatch.setattr(distributed, "all_reduce_", lambda block: reduced.append(block.mul_(2)))
     step = step_of(name, flat=True)
     runner, first = as_graph(step), device.count_graphs()
-    run_steps(runner, step, range(3))
+    run_steps(runner, step, range(1), may_wait=True)  # the processes agree on the size of a batch
+    run_steps(runner, step, range(1, 3))
     run_steps(runner, step, range(3, 4), size=5)  # an odd last batch
     run_steps(runner, step, range(4, 16))
     graphs = device.graphs(first)

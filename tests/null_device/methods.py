@@ -21,7 +21,7 @@ def new_pool():
 def as_graph(step: Step, warm_up: int = 1, **more) -> GraphedStep:
     """The step, replayed; a step that cannot be captured is an error."""
     memory = GraphMemory(torch.cuda.Stream())
-    return GraphedStep(step, memory.graph, warm_up, eager=memory.eager, stop=cannot_be, **more)
+    return GraphedStep(step, memory.graph, warm_up, memory=memory, stop=cannot_be, **more)
 
 
 def cannot_be(reason: str) -> None:
