@@ -59,7 +59,7 @@ class _CompiledDIST(torch.autograd.Function):
         closed_form(Inputs(student, teacher, beta, gamma, temperature), (loss, unused, unused), gradient)
         ctx.save_for_backward(gradient)
         ctx.dtype = student.dtype
-        return loss
+        return loss.clone()  # torch 2.11 gives a tensor that was written in place the gradient 0
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
