@@ -1,12 +1,10 @@
 """What every fused loss shares: one operation registered with torch, and a short way past torch's dispatcher.
 
-A fused loss computes its gradient in the forward pass, while the inputs are in registers or caches. `FusedOp` holds the
-rest of the story once: autograd, compilers, and eager calls.
+A fused loss computes its gradient in the forward pass, while its inputs are in registers or caches.
 - Eager call: the function runs at once, which saves 20 to 60 us of host time per call. The first backward pass takes
   the gradient of the forward pass and scales it in place if it must. A second backward pass computes it anew.
-- Anything that has to see operators (a compiler, a dispatch mode, a function transform, a tensor subclass): the
-  registered operator is called. Its backward pass computes the gradient, because such a pass may run twice over what
-  it has saved.
+- For what has to see operators (a compiler, a dispatch mode, a function transform, a tensor subclass), the registered
+  operator is called. Its backward pass computes the gradient, since it may run twice over what it has saved.
 
 All losses are computed in fp32, or in fp64 by the closed forms in cpu/ if student or teacher is fp64. On a GPU a
 backward pass is one launch. It ends at once if the forward pass has left the gradient and grad_outputs are 1; else it
@@ -128,29 +126,24 @@ class FusedOp:
 
     @functools.cached_property
     def launch(self) -> Callable[..., None]:
-        """Triton is imported here, when a kernel is launched for the first time."""
-        return importlib.import_module(f".gpu.{self.name}", __package__).launch
+        return importlib.import_module(f".gpu.{self.name}", __package__).launch  # imports Triton
 
     def gradients(self, ctx: Any, grad_outputs: Tensors) -> list[Tensor | None]:
         """One for each student; None if it needs none."""
         if torch.is_grad_enabled():
             raise RuntimeError(f"{self.name} has no second derivative; fastkd.kernels.{self.reference} has one")
-        needs_grad = self._setting(ctx, "needs_grad") if ctx.many else [True]
+        needs_grad = ctx.settings[self.places["needs_grad"]] if ctx.many else [True]
+        weights = ctx.settings[self.places["weights"]] if "weights" in self.places else ()
         if all(gradient is None for gradient in grad_outputs) or not any(needs_grad):
             return [None] * len(ctx.dtypes)
         grads, ctx.grads = ctx.grads, None  # only the first backward pass gets it, because it may write it
         if not can_bypass_dispatcher(grad_outputs):
             inputs, saved = self._saved(ctx)
             grads = self.backward_op(*inputs, *saved, *grad_outputs)
-        elif grads is None or not scale_in_place(grads, *grad_outputs, weights=self._setting(ctx, "weights")):
+        elif grads is None or not scale_in_place(grads, *grad_outputs, weights=weights):
             grads = self.backward(*self._saved(ctx), grad_outputs, grads)
         rows = iter(grads.unbind() if ctx.many else [grads])
         return [next(rows).to(dtype) if need else None for dtype, need in zip(ctx.dtypes, needs_grad, strict=True)]
-
-    def _setting(self, ctx: Any, name: str) -> Sequence[Any]:
-        """The setting `name`, a list; empty if there is none."""
-        place = self.places.get(name)
-        return () if place is None else ctx.settings[place]
 
     def _saved(self, ctx: Any) -> tuple[Any, Tensors]:
         """(inputs, saved outputs). Only where they are needed: torch refuses tensors that were changed since."""
@@ -257,7 +250,7 @@ def _flat(students: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _context(device: torch.device, on_gpu: bool) -> AbstractContextManager[object]:
     """The GPU is the current one; a closed form is outside of autocast, which would multiply matrices in 16 bits."""
-    if on_gpu and device.type == "cuda":
+    if on_gpu:
         return on_device(device)
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 

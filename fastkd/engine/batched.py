@@ -1,4 +1,4 @@
-"""Casts of weights and counters of BatchNorm for all layers of a step, in one launch each.
+"""Casts of weights, and counters and statistics of BatchNorm, for all layers of a step: in one launch each.
 
 Under autocast each convolution and linear layer casts its own weights, and the gradients back: two launches a layer.
 Each BatchNorm counts its batches: another one. `BatchedLayers` notes in one step which layers do this. In later steps
@@ -14,9 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .exchange import ALIGNMENT
+
 CAST = (nn.Conv1d, nn.Conv2d, nn.Linear)  # exactly these: a subclass may compute with its weights outside of autocast
 NAMES = {"weight", "bias"}  # with other parameters, a hook makes the weight: spectral and weight norm
 NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNormAct2d")  # of torch and timm
+
+
+def join_buffers(net: nn.Module, device: torch.device) -> Tensor:
+    """One tensor of which the float32 buffers of `net` become views: one launch saves or restores all of them.
+
+    A batch that holds an infinity makes BatchNorm's running means NaN for good, even if the weights are not updated.
+    So a skipped step restores the statistics too.
+    Move `net` to its device first: `to()` would give it separate buffers again, which the tensor does not see. It has
+    no elements if there are no such buffers.
+    """
+    places = [
+        (module, name, buffer)
+        for module in net.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.dtype == torch.float32 and buffer.numel()
+    ]
+    sizes = [-(-buffer.numel() // ALIGNMENT) * ALIGNMENT for *_, buffer in places]
+    joined = torch.zeros(sum(sizes), device=device)
+    for (module, name, buffer), block in zip(places, joined.split(sizes), strict=True):
+        module._buffers[name] = block[: buffer.numel()].view(buffer.shape).copy_(buffer)
+    return joined
 
 
 class BatchedLayers:

@@ -17,9 +17,9 @@ from ..errors import UserError
 from ..kernels.step_end import add_to_sums, check_gradients
 from ..methods.base import Method
 from ..methods.context import RunContext
-from .batched import BatchedLayers
+from .batched import BatchedLayers, join_buffers
 from .ema import Ema
-from .exchange import ALIGNMENT, DdpExchange, FlatGradients
+from .exchange import DdpExchange, FlatGradients
 from .optim import can_skip, create_optimizer
 from .options import TrainOptions
 from .precision import Precision
@@ -61,27 +61,6 @@ class Meter:
                 totals[name] += value
                 weights[name] += weight
         return {name: totals[name] / weights[name] if weights[name] else float("nan") for name in totals}
-
-
-def join_buffers(net: nn.Module, device: torch.device) -> Tensor:
-    """One tensor of which the float32 buffers of `net` become views: one launch saves or restores all of them.
-
-    A batch that holds an infinity makes BatchNorm's running means NaN for good, even if the weights are not updated.
-    So a skipped step restores the statistics too.
-    Move `net` to its device first: `to()` would give it separate buffers again, which the tensor does not see. It has
-    no elements if there are no such buffers.
-    """
-    places = [
-        (module, name, buffer)
-        for module in net.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and buffer.dtype == torch.float32 and buffer.numel()
-    ]
-    sizes = [-(-buffer.numel() // ALIGNMENT) * ALIGNMENT for *_, buffer in places]
-    joined = torch.zeros(sum(sizes), device=device)
-    for (module, name, buffer), block in zip(places, joined.split(sizes), strict=True):
-        module._buffers[name] = block[: buffer.numel()].view(buffer.shape).copy_(buffer)
-    return joined
 
 
 class Step:

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load, save
 
 from fastkd import create_model
-from fastkd.engine.step import join_buffers
+from fastkd.engine.batched import join_buffers
 
 CPU = torch.device("cpu")
 
