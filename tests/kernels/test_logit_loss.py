@@ -10,8 +10,9 @@ from capture import Capture
 from logit_cases import DCM, DEVICE, DML, KD, SOKD, TABLES, independent, make
 from torch import Tensor
 
+from fastkd.kernels import kd_loss
 from fastkd.kernels.cpu.logit_loss import scratch
-from fastkd.kernels.gpu.logit_loss import launch
+from fastkd.kernels.gpu.logit_loss import _plan, launch
 from fastkd.kernels.logit_loss import logit_loss, logit_loss_reference
 
 pytestmark = [] if DEVICE == "cpu" else pytest.mark.gpu
@@ -633,3 +634,20 @@ def test_real_cuda_graph():
         terms, gradients = independent(heads, y, *KD, T=4.0)
         torch.testing.assert_close(loss.detach().double(), terms.sum(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(gradient.double(), gradients[0] * upstream, rtol=1e-2, atol=1e-6)
+
+
+def test_a_launch_is_worked_out_once_for_calls_that_are_alike():
+    """On the host that takes as long as the launch itself."""
+
+    logits, teacher, target = torch.randn(6, 10), torch.randn(6, 10), torch.randint(10, (6,))
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setattr("fastkd.kernels.op.runs_on_gpu", lambda device, dtype: True)  # the interpreter
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        given = [x.to(device) for x in (logits, teacher, target)]
+        kd_loss(*given)
+        before = _plan.cache_info()
+        kd_loss(*given)
+        kd_loss(*(x[:4] for x in given))
+    after = _plan.cache_info()
+    assert (after.hits - before.hits, after.misses - before.misses) == (1, 1)

@@ -53,15 +53,21 @@ def gathered(thing: int) -> list[int]:
     return [thing, thing]
 
 
-@pytest.mark.parametrize("name", ["kd", "sokd", "dcm", "iekd", "iakd"])
-def test_with_several_processes_a_step_is_two_graphs(name, monkeypatch):
-    """A launch stands for the all-reduce, which lies between the two and is in none of them."""
-    reduced = []
+@pytest.fixture
+def reduced(monkeypatch) -> list[torch.Tensor]:
+    """What was given to the all-reduce of two processes, for which a launch stands."""
+    blocks: list[torch.Tensor] = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "gather", gathered)
-    for name_ in ("broadcast", "average_buffers"):
-        monkeypatch.setattr(distributed, name_, lambda net: None)
-    monkeypatch.setattr(distributed, "all_reduce_", lambda block: reduced.append(block.mul_(2)))
+    for name in ("broadcast", "average_buffers"):
+        monkeypatch.setattr(distributed, name, lambda net: None)
+    monkeypatch.setattr(distributed, "all_reduce_", lambda block: blocks.append(block.mul_(2)))
+    return blocks
+
+
+@pytest.mark.parametrize("name", ["kd", "sokd", "dcm", "iekd", "iakd"])
+def test_with_several_processes_a_step_is_two_graphs(name, reduced):
+    """The all-reduce lies between the two and is in none of them."""
     step = step_of(name, flat=True)
     runner, first = as_graph(step), device.count_graphs()
     run_steps(runner, step, range(1), may_wait=True)  # the processes agree on the size of a batch
@@ -73,4 +79,13 @@ def test_with_several_processes_a_step_is_two_graphs(name, monkeypatch):
     assert len(reduced[0]) > 1000 and reduced[0].device == CUDA
     for forward, update in zip(graphs[::2], graphs[1::2], strict=True):
         assert not any("cudnn" in node.name for node in update) and len(update) < 20 < len(forward)
+    runner.close()
+
+
+def test_with_several_processes_modules_are_graphs(reduced):
+    step = step_of("iakd", flat=True)
+    runner = PartialGraphStep(step, new_pool, warm_up=1)
+    run_steps(runner, step, range(1), may_wait=True)
+    run_steps(runner, step, range(1, 12))
+    assert any(module.replays for module in runner.modules) and len(reduced) == 12
     runner.close()
