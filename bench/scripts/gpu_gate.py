@@ -3,7 +3,8 @@
     python bench/scripts/gpu_gate.py                bench/results/<gpu>/<date>-gate.json, and a .md beside it
     python bench/scripts/gpu_gate.py --minutes 9    stops in time; the same line continues where it stopped
     python bench/scripts/gpu_gate.py --quick        few rounds, without torch.compile
-    python bench/scripts/gpu_gate.py --dry-run      every stage once, small, on a device that computes nothing
+    tests/null_device/run python bench/scripts/gpu_gate.py --dry-run --file FILE
+                                                    every stage once, small, on a device that computes nothing
 
 In a clone without git, in which nothing is installed, this line does the same. OUT is a folder that is kept; FILE is
 the file of the last call, if there was one.
@@ -74,12 +75,12 @@ def check_device(dry: bool, file: Path | None) -> Record:
     def about(keep: Keep) -> Record:
         return {"gpu": torch.cuda.get_device_name(), "environment": bench.environment()}
 
-    found = run_isolated(about, 120, lambda line: None)
-    if "error" in found:
-        raise UserError(f"no CUDA device here ({found['error']})")
     if dry != ("NULL_DEVICE" in os.environ):
         hint = "start it by tests/null_device/run" if dry else "on that one, give --dry-run and --file"
         raise UserError(f"--dry-run is for the device that computes nothing and for no other; {hint}")
+    found = run_isolated(about, 120, lambda line: None)
+    if "error" in found:
+        raise UserError(f"no CUDA device here ({found['error']})")
     return found
 
 

@@ -226,7 +226,8 @@ class GraphedStep:
         megabytes = sum(graph.megabytes for graphs in self.graphs.values() for graph in graphs)
         self.graphs.clear()
         self.inputs.clear()
-        return f"{count} CUDA graphs, {megabytes:,.0f} MB, replayed in {self.replays} of {steps} steps"
+        graphs = "1 CUDA graph" if count == 1 else f"{count} CUDA graphs"
+        return f"{graphs}, {megabytes:,.0f} MB, replayed in {self.replays} of {steps} steps"
 
 
 @contextmanager

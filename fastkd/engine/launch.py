@@ -33,6 +33,7 @@ def graphed(step: Step, wanted: str, device: torch.device, log: Log) -> Runner:
             log(f"steps run eagerly: {reason}")
         return step
     capturable(step)
+    log(f"steps run as CUDA graphs{', compiled' if step.compiled else ''}")
     stop = partial(_stop, wanted, log)
     if count_paths(step.method) > LARGEST:
         stream = torch.cuda.Stream(device)

@@ -64,7 +64,7 @@ class TrainOptions:
     for values; it prints the reason."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile forward passes and losses by torch.compile, inside graphs too; once for each image size and path. auto
-    does so on a GPU in runs of 100,000 steps or more, and goes on without if the compiler fails."""
+    does so on a GPU in runs of 100,000 steps or more per process, and continues uncompiled if the compiler fails."""
     channels_last: bool = True
     """Use the channels-last memory layout, which is the fast one for convolutions on GPUs."""
     device: str = "auto"

@@ -125,7 +125,13 @@ def table() -> str:
     counts, rows = read()["launches"], []
     for pair in PAIRS:
         forms = [counts.get(title(pair, form)) for form in FORMS]
-        rows.append([pair.name, f"{by_hand(pair):,}", *(f"{each['graph']:,}" if each else "-" for each in forms)])
+        rows.append(
+            [
+                pair.name.replace(" | ", " and "),
+                f"{by_hand(pair):,}",
+                *(f"{each['graph']:,}" if each else "-" for each in forms),
+            ]
+        )
     return markdown_table(["pair", "by hand, eager", "fastkd's graph", "with a fused teacher"], rows)
 
 
