@@ -49,7 +49,7 @@ def test_the_dry_run_is_green_though_killed_in_each_stage(gate, tmp_path):
         process.stdout.close()
         status = process.wait()
         logs.append("".join(lines))
-        assert status == (-9 if stage else 0), logs
+        assert status == (-9 if stage else 0), "".join(logs)[-6000:]
         begun = {line.strip() for line in lines if line.startswith(STAGES) and line.count(": ") == 1}
         assert not begun & finished, logs
         if path.exists():
