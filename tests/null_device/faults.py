@@ -83,7 +83,8 @@ LINE = next(n for n, line in enumerate(Path(__file__).read_text().splitlines(), 
 
 @pytest.mark.parametrize("unnoticed", [False, True])
 def test_a_step_that_asks_the_device_goes_on_eagerly(unnoticed):
-    (said,), stream = after_six_steps("auto", unnoticed)
+    (begun, said), stream = after_six_steps("auto", unnoticed)
+    assert begun == "steps run as CUDA graphs"
     what = "cannot be captured" if unnoticed else "waits for the device"
     assert said.startswith("steps run eagerly from here on: ") and f"faults.py:{LINE} {what}" in said
     assert stream == torch.cuda.default_stream()
