@@ -53,7 +53,6 @@ class BatchedLayers:
     @contextmanager
     def record(self, kind: Hashable) -> Iterator[None]:
         """Note the layers that run within the block, which is a step."""
-
         self.batches[kind].clear()
 
         def cast(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:

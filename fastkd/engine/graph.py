@@ -101,7 +101,7 @@ class GraphMemory:
         current.wait_stream(self.stream)
 
     def live(self) -> int:
-        """Bytes of the pool that are in use, apart from the graphs' own: asked after a step, when a step has none."""
+        """Bytes of the pool that are in use. Asked between steps, when an eager step should have nothing left there."""
         segments = torch.cuda.memory_snapshot(self.id, include_traces=False)
         return sum(segment["allocated_size"] for segment in segments)
 
