@@ -2,7 +2,8 @@
 
 base.py          the Loader protocol, and the rule that splits an epoch over processes
 scan.py          finds the images of a folder and checks them
-folder.py        a folder of images, decoded by torchvision in worker processes
+decode.py        one picture file to pixels; names the file if it is damaged
+folder.py        a folder of images, decoded in worker processes
 dali.py          a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
 dali_package.py  which DALI package fits torch, and whether it can be imported
 digits.py        1,797 real images inside the package
@@ -47,6 +48,8 @@ class DataOptions:
     """Side of the square crop, in pixels; the digits are always 32."""
     workers: int = field(default_factory=default_workers)
     """Decoding threads (DALI, at least 1) or processes (torchvision; 0: the training process itself), per process."""
+    exif: bool = False
+    """Turn photos as their EXIF orientation says; off, as in torchvision's ImageFolder."""
     hw_decoder_load: float = 0.65
     """Fraction of the JPEGs that the GPU's hardware decoder decodes, 0 to 1; DALI on CUDA only."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -143,7 +146,10 @@ def _start_dali(
     if problem := import_problem():
         return None, f"NVIDIA DALI, which is faster, {problem}"
     from .dali import WAY_OUT, DaliLoader
+    from .dali_files import undecodable
 
+    if problem := undecodable(splits):
+        return None, problem
     train, val = (DaliLoader(split, options, device, shard, train=split is splits[0]) for split in splits)
     try:
         train.start()
