@@ -142,10 +142,10 @@ def _tiff_size(data: bytearray, width: int, height: int) -> None:
 WAYS = (flip_bytes, truncate, splice, zero_header, cut_out, huge_size)
 
 
-def damaged(count: int, seed: int, prefix: str = "") -> Iterator[tuple[str, bytes]]:
-    """(format and mode_the damage, the file): the formats in turn, the damage at random."""
+def damaged(count: int, seed: int, side: int | None = None) -> Iterator[tuple[str, bytes]]:
+    """(format and mode_the damage, the file): the formats in turn, the damage at random; `side`: square pictures."""
     random = np.random.default_rng(seed)
-    files = {name: data for name, data in good_files().items() if name.startswith(prefix)}
+    files = good_files(side, side) if side else good_files()
     names = list(files)
     for i in range(count):
         name, other = names[i % len(names)], names[int(random.integers(len(names)))]
