@@ -78,7 +78,7 @@ class DaliLoader(EpochLoader):
             return
         pipeline, self._pipeline = self._pipeline or self._build(), None
         runs, batch_size = 0, self.options.batch_size
-        self._first_pass = None if self._checked else FirstPass(self._file_batches(), self.shard.rank, self.threads)
+        self._first_pass = None if self._checked else self._new_pass()
         for step, (start, stop) in enumerate(self.slices):
             batch = self._run(pipeline, step)
             runs += 1
@@ -160,6 +160,10 @@ class DaliLoader(EpochLoader):
             except RuntimeError:
                 return file
         return None
+
+    def _new_pass(self) -> FirstPass:
+        side = None if self.train else resize_side(self.options.image_size)
+        return FirstPass(self._file_batches(), side, self.shard.rank, self.threads)
 
     def _file_batches(self) -> Iterator[list[str]]:
         """The files of each run of DALI in the first pass: a second reader tells the order, and decodes nothing."""

@@ -73,8 +73,8 @@ def _is_utf8(name: str) -> bool:
 class FirstPass:
     """Checks the files of a process in the order in which DALI reads them, `AHEAD` batches before it does."""
 
-    def __init__(self, batches: Iterable[list[str]], rank: int, threads: Executor):
-        self.rank, self.threads = rank, threads
+    def __init__(self, batches: Iterable[list[str]], side: int | None, rank: int, threads: Executor):
+        self.side, self.rank, self.threads = side, rank, threads
         self._batches = iter(batches)
         self._submitted: list[list[str]] = []
         self._waiting: deque[Future[str]] = deque()
@@ -104,7 +104,7 @@ class FirstPass:
         """What is wrong with the first bad file, or ""."""
         where = f"epoch 0, batch {run}, rank {self.rank}"
         for file in batch:
-            kind, reason = inspect(file)
+            kind, reason = inspect(file, self.side)
             if reason:
                 return f"{file!r} cannot be decoded ({reason}; {where}): repair or remove it"
             if kind not in FORMATS:

@@ -10,6 +10,7 @@ Measured on one core, 500 x 375 pixels: torchvision decodes 1,040 JPEGs/s (after
 """
 
 import io
+import math
 import re
 import warnings
 from typing import Any
@@ -44,30 +45,53 @@ def ignore_warnings() -> None:
 ignore_warnings()
 
 
-def decode(file: str, exif: bool = False) -> Tensor:
-    """uint8 [3, H, W], RGB; with `exif`, turned as the EXIF orientation says. Raises UserError for a bad file."""
+def decode(file: str, exif: bool = False, side: int | None = None) -> Tensor:
+    """uint8 [3, H, W], RGB; with `exif`, turned as the EXIF orientation says.
+
+    Raises UserError for a bad file, and for a picture that would fill the memory if its shorter side became `side`.
+    """
     try:
-        return _pixels(_read(file), exif)
+        pixels = _pixels(_read(file), exif)
+        check_resized((pixels.shape[2], pixels.shape[1]), side)
+        return pixels
     except Exception as error:  # damaged files raise anything: struct.error, KeyError, RuntimeError, MemoryError ...
         raise UserError(f"{file!r} cannot be decoded ({_reason(error)}): repair or remove it") from None
 
 
-def inspect(file: str) -> tuple[str, str]:
+def inspect(file: str, side: int | None = None) -> tuple[str, str]:
     """(Pillow's name of the format, ""), or ("", why the file is bad), at about a tenth of the cost of decoding.
 
-    Finds what DALI would not notice, and pictures whose size would fill the memory. The pixels are decoded only if the
-    file's structure leaves a doubt, or if it has none that could be checked (BMP). 0.1 ms for a JPEG of 70 kB.
+    Finds what DALI would not notice, and pictures whose size would fill the memory; with `side`, also after resizing.
+    The pixels are decoded only if the file's structure leaves a doubt, or if it has none that could be checked (BMP).
+    0.1 ms for a JPEG of 70 kB.
     """
     try:
         data = _read(file)
         with Image.open(io.BytesIO(data)) as image:
             kind = str(image.format)
+            check_resized(image.size, side)
             sound = (kind == "PNG" and _checksums_fit(image)) or (kind == "WEBP" and _is_whole_webp(data))
         if not sound and not _is_plain_jpeg(data):
             _pixels(data, exif=False)
     except Exception as error:
         return "", _reason(error)
-    return kind, ""
+    # Pillow takes the pixels from after the header then, other decoders from its beginning
+    nowhere = kind == "BMP" and int.from_bytes(data[10:14], "little") < 14 + int.from_bytes(data[14:18], "little")
+    return ("BMP without the place of its pixels" if nowhere else kind), ""
+
+
+def check_resized(size: tuple[int, int], side: int | None) -> None:
+    """Raise ValueError if a picture with its shorter side resized to `side` would have more pixels than Pillow reads.
+
+    1 x 20,000 pixels would become 256 x 5,120,000: 4 GB.
+    """
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+    pixels = side * side * max(size) // min(size) if side else 0
+    if pixels > limit:
+        raise ValueError(
+            f"its {size[0]} x {size[1]} pixels become {pixels:,} when the shorter side is resized to {side}, more than "
+            f"{limit:,}, cut it"
+        )
 
 
 def _read(file: str) -> bytes:

@@ -40,6 +40,7 @@ class Images(Dataset):
         self.files = np.array([os.fsencode(file) for file in split.files])
         self.labels = torch.tensor(split.labels)
         self.seed, self.exif = seed, exif
+        self.side = None if train else resize_side(image_size)
         if train:
             self.transform = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()])
         else:
@@ -57,7 +58,7 @@ class Images(Dataset):
         return torch.stack(images), self.labels[[i for _, i in keys]]
 
     def _image(self, epoch: int, i: int) -> Tensor:
-        image = decode(os.fsdecode(self.files[i]), self.exif)
+        image = decode(os.fsdecode(self.files[i]), self.exif, self.side)
         with torch.random.fork_rng(devices=[]):  # with workers=0 this is the training process: keep its random state
             torch.default_generator.manual_seed(derived_seed(self.seed, epoch, i))
             return self.transform(image).permute(1, 2, 0).contiguous()

@@ -414,30 +414,36 @@ def test_a_format_that_came_later_is_named(tmp_path):
         list(train)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_exif_turns_as_in_the_folder_loader(kind, tmp_path):
+def test_exif_turns_as_in_the_folder_loader(tmp_path):
     root = spoilt(tmp_path, {}, samples=1)
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        data = damage.saved(damage.noisy(80, 60), kind, exif=exif)
-        (root / "val" / "one" / f"turned{orientation}.jpg").write_bytes(data)
-    options = DataOptions(data=str(root), workers=1, batch_size=4, image_size=48, exif=True)
-    got, want, off = (
-        epoch(
-            create_loaders(replace(options, loader=loader, exif=exif), torch.device("cpu"), log=lambda line: None)[1]
-        )[0]
-        for loader, exif in (("dali", True), ("folder", True), ("folder", False))
-    )
+    for kind in ("JPEG", "PNG", "WEBP"):
+        for orientation in range(1, 9):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            data = damage.saved(damage.noisy(80, 60), kind, exif=exif)
+            (root / "val" / "one" / f"{kind}{orientation}.jpg").write_bytes(data)
+    options = DataOptions(data=str(root), workers=1, batch_size=16, image_size=48)
+    choices = [replace(options, loader=name, exif=exif) for name, exif in (("dali", 1), ("folder", 1), ("folder", 0))]
+    got, want, off = (epoch(create_loaders(choice, torch.device("cpu"))[1])[0] for choice in choices)
     assert (got - want).abs().mean((1, 2, 3)).max() < 0.03
     turned = (want - off).abs().mean((1, 2, 3)) > 0.1
-    assert turned.tolist() == [False, False, *[True] * 7, False]  # 0.jpg, orientations 1 to 8, two/0.jpg
+    assert turned.tolist() == [False, *[False, *[True] * 7] * 3, False]  # 0.jpg, orientations 1 to 8 three times, 0.jpg
+
+
+@pytest.mark.parametrize("loader", ["dali", "folder"])
+def test_a_long_picture_does_not_fill_the_memory(loader, tmp_path):
+    """1 x 20,000 pixels: evaluation would resize it to 256 x 5,120,000 pixels, 4 GB."""
+    root = spoilt(tmp_path, {"long.jpg": damage.saved(damage.noisy(1, 20_000), "JPEG")})
+    assert len(epoch(loaders(root, loader)[0])[1]) == 13
+    os.rename(root / "train" / "one" / "long.jpg", root / "val" / "one" / "long.jpg")
+    with pytest.raises(UserError, match="long.jpg' cannot be decoded .its 1 x 20000 pixels become 1,310,720,000 when"):
+        list(loaders(root, loader, image_size=224)[1])
 
 
 def test_every_file_is_looked_at_once(pictures, monkeypatch):
     """In the first epoch and evaluation, and not in a resumed run."""
     seen = []
-    monkeypatch.setattr(dali_files, "inspect", lambda file: seen.append(file) or ("JPEG", ""))
+    monkeypatch.setattr(dali_files, "inspect", lambda file, side: seen.append(file) or ("JPEG", ""))
     train, val = loaders(pictures)
     for loader, files in ((train, scan(str(pictures / "train")).files), (val, scan(str(pictures / "val")).files)):
         for _ in range(2):

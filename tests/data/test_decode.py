@@ -199,6 +199,14 @@ def test_inspection_finds_what_dali_passes_over(tmp_path):
         assert inspect(written(tmp_path, data))[1]
 
 
+def test_a_bmp_that_other_decoders_read_otherwise_is_told_from_a_plain_one(tmp_path):
+    """Pillow finds the pixels without their place in the header, DALI does not."""
+    file = bytearray(ALL["bmp_alpha"])
+    file[10:14] = bytes(4)
+    assert (decoded(tmp_path, bytes(file)) == pillow(ALL["bmp_alpha"])).all()
+    assert inspect(str(tmp_path / "x.jpg")) == ("BMP without the place of its pixels", "")
+
+
 def test_inspection_decodes_nothing_that_is_plain(tmp_path, monkeypatch):
     """Else the first epoch would pay for each picture twice."""
     monkeypatch.setattr(decode_module, "_pixels", None)
