@@ -201,7 +201,7 @@ def test_another_run_is_not_overwritten(tiny_net, tiny_loaders, tmp_path):
     before = (tmp_path / "run/student.safetensors").read_bytes()
     with pytest.raises(UserError, match="not empty.*--resume"):
         fit(tiny_net, tiny_loaders, tmp_path / "run", epochs=1)
-    with pytest.raises(UserError, match="other options: epochs was 1, now 2"):
+    with pytest.raises(UserError, match="other options: epochs was 1, now 2; give the old ones to go on, or"):
         fit(tiny_net, tiny_loaders, tmp_path / "run", epochs=2, resume=True)
     assert (tmp_path / "run/student.safetensors").read_bytes() == before
 

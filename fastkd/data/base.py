@@ -149,7 +149,8 @@ def epoch_of(state: dict, loader: str) -> int:
     if state.get("loader") != loader:
         raise UserError(
             f"the checkpoint's data state was written by the {state.get('loader')!r} loader and this run uses "
-            f"{loader!r}, whose batches differ: resume with the loader of the checkpoint"
+            f"{loader!r}, whose batches differ: resume with loader={state.get('loader')!r}, or begin a new run with "
+            "another --out"
         )
     return state["epoch"]
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import fastkd.data.dali_files as dali_files
 import fastkd.data.scan as scan_module
+from fastkd.checkpoint import claim_folder
 from fastkd.data import DataOptions, create_loaders
 from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD, training_slices
 from fastkd.data.scan import scan
@@ -438,6 +439,17 @@ def test_a_long_picture_does_not_fill_the_memory(loader, tmp_path):
     os.rename(root / "train" / "one" / "long.jpg", root / "val" / "one" / "long.jpg")
     with pytest.raises(UserError, match="long.jpg' cannot be decoded .its 1 x 20000 pixels become 1,310,720,000 when"):
         list(loaders(root, loader, image_size=224)[1])
+
+
+def test_resume_with_another_loader(tmp_path):
+    """The options may differ, since a run that stopped in its first epoch can go on; a state of DALI is refused."""
+    claim_folder(tmp_path, {"loader": "auto", "epochs": 2}, resume=False)
+    claim_folder(tmp_path, {"loader": "folder", "epochs": 2}, resume=True)
+    with pytest.raises(UserError, match="epochs was 2, now 3; give the old ones to go on, or begin a new run"):
+        claim_folder(tmp_path, {"loader": "dali", "epochs": 3}, resume=True)
+    train, _ = loaders(labelled(tmp_path / "images", 4), "folder", image_size=8, workers=0)
+    with pytest.raises(UserError, match="resume with loader='dali', or begin a new run"):
+        train.load_state_dict({"loader": "dali", "epoch": 1})
 
 
 def test_every_file_is_looked_at_once(pictures, monkeypatch):
