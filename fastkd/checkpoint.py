@@ -20,9 +20,6 @@ FORMAT = 1
 # Options that may differ when a run is resumed: they do not change what is computed.
 # (`load_run` checks that a data folder in another place holds as many images and the same classes.)
 FREE_TO_CHANGE = ("data", "resume", "out", "workers", "tensorboard", "hw_decoder_load", "device", "graph")
-# `loader` does change it, but a checkpoint's own state refuses another loader (`epoch_of` in data/base.py), and "auto"
-# may take another one than before: then --loader has to be given.
-FREE_TO_RESUME = (*FREE_TO_CHANGE, "loader")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -134,7 +131,10 @@ def claim_folder(path: Path, config: dict, resume: bool) -> None:
         raise UserError(f"--out {path} is not empty{hint} choose another folder")
     if holds_something and not run:
         raise UserError(f"--resume: {path} holds files but no run (no config.yaml); choose another --out")
-    changed = differences(path, config, FREE_TO_RESUME) if holds_something else []
+    # The loader changes what is computed, but the loaders' own states refuse another one (`epoch_of` in data/base.py),
+    # and with "auto" an option may be needed to get the one from before.
+    free = (*FREE_TO_CHANGE, "loader")
+    changed = differences(path, config, free) if holds_something else []
     if changed:
         raise UserError(
             f"--resume: {path} was started with other options: {', '.join(changed)}; give the old ones to go on, or "
