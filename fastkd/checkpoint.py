@@ -156,8 +156,21 @@ def find_finished(folders: list[Path], config: dict, data: dict) -> Path | None:
     return None
 
 
+def about_input(options: dict[str, Any]) -> dict[str, Any]:
+    """What has to be as in training when a network is evaluated: options of the images, and what was held out.
+
+    Empty for the digits, whose size and normalisation are fixed.
+    """
+    if options.get("data") == "digits":
+        return {}
+    always = {name: options[name] for name in ("image_size", "mean", "std") if name in options}
+    return always | {name: options[name] for name in ("exif", "val_fraction", "split_seed") if options.get(name)}
+
+
 def read_about(weights: Path) -> dict:
-    """The `about` that `save_network` wrote into a safetensors file; empty for other files."""
+    """The `about` that `save_network` wrote into a safetensors file, or that of a run's checkpoint; else empty."""
+    if weights.suffix == ".pt" and weights.is_file():
+        return _about_checkpoint(weights)
     if weights.suffix != ".safetensors" or not weights.is_file():
         return {}
     try:
@@ -165,6 +178,18 @@ def read_about(weights: Path) -> dict:
             return json.loads((file.metadata() or {}).get("fastkd", "{}"))
     except SafetensorError as error:
         raise UserError(f"{weights} is not a whole safetensors file: {error}") from None
+
+
+def _about_checkpoint(path: Path) -> dict:
+    """Of last.pt or best.pt: the data it was trained on and, from config.yaml beside it, the network and its input."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        options = yaml.safe_load((path.parent / "config.yaml").read_text())
+    except Exception:  # of torch, for a file that is no checkpoint; loading the weights will tell
+        return {}
+    if not (isinstance(state, dict) and state.get("format") == FORMAT and isinstance(options, dict)):
+        return {}
+    return {"model": options.get("student", ""), "data": state["data"], "input": about_input(options)}
 
 
 def new_folder(stem: str) -> Path:
