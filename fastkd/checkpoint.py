@@ -19,7 +19,7 @@ FORMAT = 1
 
 # Options that may differ when a run is resumed: they do not change what is computed.
 # (`load_run` checks that a data folder in another place holds as many images and the same classes.)
-FREE_TO_CHANGE = ("data", "resume", "out", "workers", "tensorboard", "hw_decoder_load", "device", "graph")
+FREE_TO_CHANGE = ("data", "unlabelled", "resume", "out", "workers", "tensorboard", "hw_decoder_load", "device", "graph")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -147,7 +147,7 @@ def differences(path: Path, config: dict, free: tuple[str, ...]) -> list[str]:
 
 def find_finished(folders: list[Path], config: dict, data: dict) -> Path | None:
     """The student's weights in the first of `folders` with a finished run of these options on this data."""
-    free = tuple(name for name in FREE_TO_CHANGE if name != "data")
+    free = tuple(name for name in FREE_TO_CHANGE if name not in ("data", "unlabelled"))
     for folder in folders:
         weights = folder / "student.safetensors"
         same_data = (folder / "config.yaml").exists() and read_about(weights).get("data") == data

@@ -28,6 +28,7 @@ from ..methods.context import NoOptions, RunContext
 from ..models import create_model, load_weights
 from ..report import board_class, log_rank0, show_table
 from ..train import Trainer
+from .unlabelled import check_unlabelled
 
 
 def run(arguments: list[str]) -> None:
@@ -72,6 +73,7 @@ class Job:
             log=log_rank0,
             gather=distributed.gather,
         )
+        check_unlabelled(kind, config, self.train_loader)
         self.first_epoch = self.train_loader.state_dict()
         self.student = self._network(names.student, names.student_weights)
         _check_options(kind, config)
@@ -83,6 +85,8 @@ class Job:
     def _check_fit(self, kind: type[Method]) -> None:
         """Raise UserError if networks, options or schedule do not fit the method, before a teacher is trained."""
         trial = kind(*copy.deepcopy((self.student, self.teacher, self.config.method, self.peers)))
+        if self.config.data.unlabelled:
+            trial.allow_unlabelled()
         options = self.config.train
         run = RunContext(
             epochs=options.epochs,
@@ -172,6 +176,8 @@ class Job:
         self.train_loader.load_state_dict(self.first_epoch)
         torch.manual_seed(config.train.seed)  # so that a method's own layers do not depend on earlier trainings
         method = find_method(config.run.method)(student, teacher, config.method, peers)
+        if config.data.unlabelled:
+            method.allow_unlabelled()
         options = replace(config.train, resume=True)  # continue whatever run is in the job's folder
         trainer = Trainer(method, self.train_loader, self.val_loader, options, flat(config))
         trainer.fit()
