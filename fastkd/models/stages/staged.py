@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..ensemble import Ensemble
 from .families import split_family
 from .split import split_at
 
@@ -69,6 +70,11 @@ def staged(model: nn.Module, stages: Sequence[str] | None = None) -> Staged:
     and only the output of a stage may be used after it. `name_stages` stores the names on the network. Raises UserError
     if the network cannot be divided.
     """
+    if isinstance(model, Ensemble):
+        raise UserError(
+            f"{len(model.nets)} teachers together have no feature maps: give one teacher, or use a method that learns "
+            "from logits alone (kd, dkd, dist)"
+        )
     stages = getattr(model, "_fastkd_stages", None) if stages is None else stages
     stem, middle, head = split_family(model) if stages is None else split_at(model, stages)
     return Staged(model, stem, middle, head)
