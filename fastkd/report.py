@@ -59,7 +59,10 @@ class Report:
         # `fastkd eval` reads these from the weights file. The digits have a fixed size and normalisation.
         names = () if about.get("data") == "digits" else ("image_size", "mean", "std")
         self.about = {"data": data, "input": {name: about[name] for name in names if name in about}}
-        self.models = {"student": about.get("student", ""), "improved_teacher": about.get("teacher", "")}
+        self.models = {
+            "student": about.get("student", ""),
+            "improved_teacher": next(iter(about.get("teacher", ())), ""),
+        }
         self.models |= {f"peer{number}": name for number, name in enumerate(about.get("peers", ()), 1)}
         self.main = distributed.rank() == 0
         board = board_class() if config.tensorboard and self.main else None
