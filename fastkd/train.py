@@ -12,9 +12,10 @@ from torch import nn
 
 from . import checkpoint, distributed
 from .checkpoint import Result
-from .data.base import Loader, check_count, check_loaders, describe, first_images, rewound
+from .data.base import EpochLoader, Loader, check_count, check_loaders, describe, first_images, rewound
 from .engine import Schedule, Step, TrainOptions, graphed
 from .engine.backends import backends
+from .engine.labels import LabelCheck
 from .engine.launch import Runner, check_compile, compiles, uses_graphs
 from .engine.mixup import Mixup
 from .engine.teacher_forms import check_form, teacher_form
@@ -49,6 +50,8 @@ class Trainer:
         self.schedule = Schedule(config, self.step.optimizer)
         alphas = (config.mixup, config.cutmix, config.smoothing)
         self.mixup = Mixup(*alphas, len(train_loader.classes), config.seed, distributed.rank())
+        is_ours = isinstance(train_loader, EpochLoader)  # its labels are right by construction
+        self.labels = None if is_ours else LabelCheck(len(train_loader.classes), self.device)
         self.report = Report(config, about or {}, self.data)
         self.epoch, self.form = 0, str(config.teacher_form)
         self.history: list[dict[str, Any]] = []
@@ -103,12 +106,15 @@ class Trainer:
         lr = 0.0
         for images, target in self.train_loader:
             lr = self.schedule.write(done / len(self.train_loader))
+            target = self.labels(target) if self.labels else target
             images, target = self.mixup(images, target, done)
             for plan in self.method.plans(done):
                 self.runner(images, target, plan)
             bar.advance(len(images), self.step.meter)
             done += 1
-        check_count(done - first, self.train_loader, self.epoch + 1, log_rank0)
+        check_count(done - first, self.train_loader, self.epoch + 1)
+        if self.labels:
+            self.labels.finish(self.epoch + 1)
         rates = self.method.selection_rates(range(first, done))
         row = {"epoch": self.epoch + 1, "lr": lr, **self.step.meter.read(), **rates, **bar.rates()}
         self.step.meter.reset()

@@ -56,12 +56,16 @@ def check_loaders(train_loader: Loader, val_loader: Iterable, gather: Callable[[
         raise UserError("val_loader is empty: it gives no batch (its length is 0)")
 
 
-def check_count(batches: int, loader: Loader, epoch: int, log: Callable[[str], None]) -> None:
-    """Raise UserError if an epoch had no batch; log a warning if it had another number than len(loader)."""
-    if batches == 0:
-        raise UserError(f"train_loader gave no batch in epoch {epoch}; len(train_loader) is {len(loader)}")
+def check_count(batches: int, loader: Loader, epoch: int) -> None:
+    """Raise UserError if an epoch had another number of batches than len(loader).
+
+    The learning rate, the draws of IAKD and an exact resume follow that number, so that the run would go wrong.
+    """
     if batches != len(loader):
-        log(f"warning: train_loader gave {batches} batches in epoch {epoch}, but its length is {len(loader)}")
+        raise UserError(
+            f"train_loader gave {batches or 'no'} batch{'' if batches == 1 else 'es'} in epoch {epoch}, but its length "
+            f"is {len(loader)}; the schedule follows the length: let len(train_loader) be the number of batches"
+        )
 
 
 @contextmanager

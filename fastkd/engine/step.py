@@ -220,8 +220,8 @@ class Step:
         # fp16 finds its scale by overflow: some 20 such steps at the start are normal
         if bad > max(steps / 2, 25 if self.precision.scaler.is_enabled() else 0):
             raise UserError(
-                f"training diverged: {message}; lower --lr {self.options.lr:g}, or set --clip-grad or --warmup-epochs; "
-                f"the last good state is in {self.options.out}"
+                f"training diverged: {message}; lower --lr {self.options.lr:g}, or set --clip-grad or --warmup-epochs"
+                f"{_last_state(Path(self.options.out))}"
             )
         if bad:
             log(f"warning: {message}")
@@ -285,3 +285,9 @@ class Step:
         self.precision.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.net.load_state_dict(state["ema"])
+
+
+def _last_state(folder: Path) -> str:
+    """The end of a message: the state before the epoch that went wrong, if an epoch was finished before it."""
+    state = folder / "last.pt"
+    return f"; the last good state is {state}" if state.is_file() else ""
