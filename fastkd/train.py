@@ -15,6 +15,7 @@ from .checkpoint import Result
 from .data.base import EpochLoader, Loader, check_count, check_loaders, describe, first_images, rewound
 from .engine import Schedule, Step, TrainOptions, graphed
 from .engine.backends import backends
+from .engine.ema import needs_warm_up
 from .engine.labels import LabelCheck
 from .engine.launch import Runner, check_compile, compiles, uses_graphs
 from .engine.mixup import Mixup
@@ -45,7 +46,15 @@ class Trainer:
         self.method = method.to(self.device).to(memory_format=config.memory_format)
         compiled = compiles(method, config, self.device, config.epochs * len(train_loader), log_rank0)
         flat = uses_graphs(config, self.device)
-        self.step = Step(method, config, self.device, flat=flat, compiled=compiled, log=log_rank0)
+        self.step = Step(
+            method,
+            config,
+            self.device,
+            flat=flat,
+            compiled=compiled,
+            ema_warms_up=_ema_warms_up(config, config.epochs * len(train_loader)),
+            log=log_rank0,
+        )
         self.runner: Runner = self.step
         self.schedule = Schedule(config, self.step.optimizer)
         alphas = (config.mixup, config.cutmix, config.smoothing)
@@ -108,6 +117,8 @@ class Trainer:
             lr = self.schedule.write(done / len(self.train_loader))
             target = self.labels(target) if self.labels else target
             images, target = self.mixup(images, target, done)
+            if self.step.ema:
+                self.step.ema.write(done)
             for plan in self.method.plans(done):
                 self.runner(images, target, plan)
             bar.advance(len(images), self.step.meter)
@@ -140,3 +151,15 @@ class Trainer:
             self.train_loader.load_state_dict(state["loaders"][distributed.rank()])
             self.step.load_state_dict(state)
             log_rank0(f"resuming {self.report.out} after epoch {self.epoch} of {self.config.epochs}")
+
+
+def _ema_warms_up(config: TrainOptions, steps: int) -> bool:
+    """Whether the decay of the weights' average has to rise in a run of so many steps; logs it if so."""
+    decay = config.ema_decay
+    if not decay or not needs_warm_up(decay, steps):
+        return False
+    log_rank0(
+        f"--ema-decay {decay:g}: {steps:,} steps would leave {100 * decay**steps:.2g} % of the initial weights in the "
+        "average; so the decay rises from 0, as in timm's --model-ema-warmup"
+    )
+    return True

@@ -74,6 +74,7 @@ class Step:
     With several processes, gradients are averaged by DDP, or with `flat` in one block: what graphs need.
     `compiled`: by torch.compile. If that fails and `options.compile` is not "on", `log` gets the reason and the steps
     run without it; with "on" it is a UserError.
+    `ema_warms_up`: the decay of the weights' average rises, and `step.ema.write(number)` comes before each step.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Step:
         *,
         flat: bool = False,
         compiled: bool = False,
+        ema_warms_up: bool = False,
         log: Callable[[str], None] = print,
     ):
         self.method, self.options, self.compiled, self.log = method, options, compiled, log
@@ -101,7 +103,7 @@ class Step:
             self.processes = FlatGradients(self.parameters, device) if flat else DdpExchange(device)
         self.can_skip = can_skip(self.optimizer)
         self.precision = Precision(options.amp_dtype, device)
-        self.ema = Ema(nn.ModuleDict(method.networks()), options.ema_decay) if options.ema_decay else None
+        self.ema = Ema(nn.ModuleDict(method.networks()), options.ema_decay, ema_warms_up) if options.ema_decay else None
         self.meter = Meter()
         self.nonfinite = torch.zeros((), device=device)  # steps whose gradient was not finite
         self.found_inf = torch.zeros((), device=device)
