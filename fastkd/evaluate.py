@@ -25,33 +25,33 @@ def evaluate(net: nn.Module, loader: Batches, precision: Precision) -> dict[str,
     """
     training = net.training
     net.eval()
-    counts = torch.zeros(6, dtype=torch.float64, device=precision.device)
+    counts = torch.zeros(5, dtype=torch.float64, device=precision.device)
     batches = 0
     for images, target in loader:
         with precision.autocast():
             logits = net(images)
         _check_shapes(net, logits, target, getattr(loader, "classes", None))
-        counts[:5] += _count(logits, target)
+        counts += _count(logits, target)
         batches += 1
     net.train(training)
-    expected = len(loader) if isinstance(loader, Sized) else batches
-    counts[5] += max(0, expected - batches)
-    loss, top1, top5, images, strangers, missing = distributed.all_reduce_sum(counts).tolist()
-    _check_counts(images, strangers, missing)
+    expected = max(batches, len(loader) if isinstance(loader, Sized) else 0)
+    counts = torch.cat([counts, counts.new_tensor([batches, expected])])
+    loss, top1, top5, images, labelled, given, promised = distributed.all_reduce_sum(counts).tolist()
+    _check_counts(images, labelled, given, promised)
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
 
 
 def _count(logits_NC: Tensor, target_N: Tensor) -> Tensor:
-    """[5] on the device: sum of the losses, hits of top-1 and of top-5, images, labels that are none of the classes.
+    """[5] on the device: sum of the losses, hits of top-1 and of top-5, images, labels that are one of the classes.
 
-    Such a label is replaced by class 0: on CUDA, torch's loss would end the process, and it skips -100 without a word.
+    Another label is replaced by class 0: on CUDA, torch's loss would end the process, and it skips -100 without a word.
     """
     classes = logits_NC.shape[1]
-    is_strange = (target_N < 0) | (target_N >= classes)
-    target_N = target_N.masked_fill(is_strange, 0)
+    is_class = (target_N >= 0) & (target_N < classes)
+    target_N = target_N.masked_fill(~is_class, 0)
     hits = logits_NC.topk(min(5, classes), dim=1).indices == target_N[:, None]
     loss_sum = F.cross_entropy(logits_NC.float(), target_N, reduction="sum")
-    return torch.stack([loss_sum, hits[:, 0].sum(), hits.sum(), loss_sum.new_full((), len(target_N)), is_strange.sum()])
+    return torch.stack([loss_sum, hits[:, 0].sum(), hits.sum(), loss_sum.new_full((), len(target_N)), is_class.sum()])
 
 
 def _check_shapes(net: nn.Module, logits: Tensor, target: Tensor, classes: Iterable[str] | None) -> None:
@@ -75,19 +75,19 @@ def _check_shapes(net: nn.Module, logits: Tensor, target: Tensor, classes: Itera
         )
 
 
-def _check_counts(images: float, strangers: float, missing: float) -> None:
+def _check_counts(images: float, labelled: float, given: float, promised: float) -> None:
     """Raise UserError if the sums over all processes show that the accuracy would be wrong."""
     if not images:
         raise UserError("the evaluation loader gave no images; give one with at least one batch")
-    if strangers:
+    if labelled < images:
         raise UserError(
-            f"{strangers:.0f} of the {images:.0f} evaluation labels are none of the classes (below 0, such as -100 for "
-            "an unlabelled image, or too large); evaluate on labelled images alone"
+            f"{images - labelled:.0f} of the {images:.0f} evaluation labels are none of the classes (below 0, such as "
+            "-100 for an unlabelled image, or too large); evaluate on labelled images alone"
         )
-    if missing:
+    if given < promised:
         raise UserError(
-            f"the evaluation loader gave {missing:.0f} batches fewer than its length; the accuracy would be that of a "
-            "part of the images: let len() be the number of batches"
+            f"the evaluation loader gave {given:.0f} batches, but its length is {promised:.0f}; the accuracy would be "
+            "that of a part of the images: let len() be the number of batches"
         )
 
 

@@ -3,6 +3,7 @@
 result = Trainer(KD(student, teacher), train_loader, val_loader, TrainOptions(epochs=10)).fit()
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from .engine.labels import LabelCheck
 from .engine.launch import Runner, check_compile, compiles, uses_graphs
 from .engine.mixup import Mixup
 from .engine.teacher_forms import check_form, teacher_form
+from .engine.trial import try_step
 from .evaluate import Batches, evaluate_networks
 from .methods.base import Method
 from .report import Bar, Report, log_rank0, track
@@ -37,13 +39,14 @@ class Trainer:
         self, method: Method, train_loader: Loader, val_loader: Batches, config: TrainOptions, about: dict | None = None
     ):
         self.device = distributed.device_for(config.device)
-        check_loaders(train_loader, val_loader, distributed.gather)
+        batch = check_loaders(train_loader, val_loader, distributed.gather)
         check_form(method, config.teacher_form)
         check_compile(method, config)
         out = config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run")
         self.config = config = replace(config, out=str(out))
         self.train_loader, self.val_loader, self.data = train_loader, val_loader, describe(train_loader)
         self.method = method.to(self.device).to(memory_format=config.memory_format)
+        try_step(method, batch, train_loader.classes, config, self.device, roles(about or {}))
         compiled = compiles(method, config, self.device, config.epochs * len(train_loader), log_rank0)
         flat = uses_graphs(config, self.device)
         self.step = Step(
@@ -151,6 +154,12 @@ class Trainer:
             self.train_loader.load_state_dict(state["loaders"][distributed.rank()])
             self.step.load_state_dict(state)
             log_rank0(f"resuming {self.report.out} after epoch {self.epoch} of {self.config.epochs}")
+
+
+def roles(about: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the networks by role: student, teacher, peer1, ..."""
+    names = {role: str(about[role]) for role in ("student", "teacher") if about.get(role)}
+    return names | {f"peer{number}": name for number, name in enumerate(about.get("peers", ()), 1)}
 
 
 def _ema_warms_up(config: TrainOptions, steps: int) -> bool:

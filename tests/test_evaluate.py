@@ -50,7 +50,7 @@ def test_labels_that_are_no_class_are_an_error(tiny_net, label):
 
 def test_fewer_batches_than_the_length_are_an_error(tiny_net):
     loader = batches(2, __len__=lambda self: 3)
-    with pytest.raises(UserError, match="gave 1 batches fewer than its length"):
+    with pytest.raises(UserError, match="gave 2 batches, but its length is 3"):
         evaluate(tiny_net(), loader, CPU32)
 
 

@@ -29,7 +29,7 @@ class LabelCheck:
 
     def finish(self, epoch: int | None = None) -> None:
         """Raise UserError if there was such a label. Waits for the device. `epoch` counts from 1, for the message."""
-        if count := int(self.count):
+        if count := int(self.count.item()):
             when = "" if epoch is None else f" of epoch {epoch}"
             raise UserError(
                 f"{count} training labels{when} are none of the {self.classes} classes; labels go from 0 to "
