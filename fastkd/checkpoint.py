@@ -133,7 +133,10 @@ def claim_folder(path: Path, config: dict, resume: bool) -> None:
         raise UserError(f"--resume: {path} holds files but no run (no config.yaml); choose another --out")
     changed = differences(path, config, FREE_TO_CHANGE) if holds_something else []
     if changed:
-        raise UserError(f"--resume: {path} was started with other options: {', '.join(changed)}; choose another --out")
+        raise UserError(
+            f"--resume: {path} was started with other options: {', '.join(changed)}; give the old ones to go on, or "
+            "begin a new run with the new ones: drop --resume and choose another --out"
+        )
     config = {key: value for key, value in config.items() if key != "resume"}
     write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
