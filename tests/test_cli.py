@@ -209,7 +209,8 @@ def test_the_processes_choose_a_decoder_together(fastkd, monkeypatch, command):
     def create_loaders(*options, gather, **more):
         raise UserError(f"together: {gather is distributed.gather}")
 
-    monkeypatch.setattr(f"fastkd.commands.{command[0]}.create_loaders", create_loaders)
+    name = "create_loaders" if command[0] == "train" else "create_eval_loader"
+    monkeypatch.setattr(f"fastkd.commands.{command[0]}.{name}", create_loaders)
     check_refused(fastkd(*command), "together: True")
 
 

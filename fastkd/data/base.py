@@ -13,6 +13,7 @@ from ..errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+UNLABELLED = -100  # the label of an image without one: the default ignore_index of torch's losses
 
 
 class Loader(Protocol):
@@ -82,8 +83,13 @@ def first_images(train_loader: Loader) -> Tensor:
 
 
 def describe(loader: Loader) -> dict[str, Any]:
-    """What must be equal when a run is resumed: the number of images, and the names of the classes."""
-    return {"images": loader.samples, "classes": list(loader.classes)}
+    """What must be equal when a run is resumed: the number of images, and the names of the classes.
+
+    If some of the images are unlabelled, their number too.
+    """
+    unlabelled = getattr(loader, "unlabelled", 0)
+    about = {"images": loader.samples, "classes": list(loader.classes)}
+    return about | ({"unlabelled": unlabelled} if unlabelled else {})
 
 
 def shard_bounds(samples: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -158,6 +164,7 @@ class EpochLoader:
     """What our loaders share: a Loader whose batches depend on the seed and the number of the epoch."""
 
     name: str  # in the state
+    unlabelled = 0  # images of an epoch that have no label
 
     def __init__(self, classes: tuple[str, ...], samples: int, batch_size: int, shard: Shard, *, train: bool):
         self.classes, self.samples, self.train, self.seed = classes, samples, train, shard.seed
