@@ -13,13 +13,14 @@ from torch import nn
 from .. import checkpoint, distributed
 from ..config import Config, NetworkOptions, RunOptions, flat, parse
 from ..data import create_loaders
-from ..data.base import describe
+from ..data.base import describe, first_batch
 from ..engine import TrainOptions
 from ..engine.backends import backends
 from ..engine.launch import check_compile, check_graph
 from ..engine.optim import APEX, apex_optimizers
 from ..engine.precision import Precision
 from ..engine.teacher_forms import check_form
+from ..engine.trial import try_step
 from ..errors import UserError
 from ..evaluate import evaluate, speed
 from ..methods import find_method
@@ -27,7 +28,7 @@ from ..methods.base import Method
 from ..methods.context import NoOptions, RunContext
 from ..models import load_weights
 from ..report import board_class, log_rank0, show_table
-from ..train import Trainer
+from ..train import Trainer, titles
 from .networks import NetworkMaker, check_networks, teacher_of
 
 
@@ -98,6 +99,18 @@ class Job:
         check_form(trial, options.teacher_form)
         check_compile(trial, options)
         check_graph(options.graph, options, self.device)
+        self._try_steps(trial)
+
+    def _try_steps(self, method: Method) -> None:
+        """Make a step of `method`, and of the training of its teacher if there is one, on images of the first batch."""
+        batch, classes, options = first_batch(self.train_loader), self.train_loader.classes, self.config.train
+        trials = [(method, titles(vars(self.names)))]
+        if self.names.teacher_epochs:
+            for name, net in zip(self.names.teacher, self.teachers, strict=False):
+                trials.append((find_method("ce")(copy.deepcopy(net)), {"student": f"the teacher {name}"}))
+        for trial, called in trials:
+            trial.to(self.device).to(memory_format=options.memory_format)
+            try_step(trial, batch, classes, options, self.device, called)
 
     def claim(self) -> None:
         """Make the run folder; without --out it is a new one in runs/."""
