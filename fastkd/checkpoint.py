@@ -1,5 +1,6 @@
 """The files of a run: each is written whole or not at all, and none can run code when it is read."""
 
+import hashlib
 import io
 import json
 import os
@@ -187,9 +188,22 @@ def claim_folder(path: Path, config: dict, resume: bool) -> None:
     write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
-def differences(path: Path, config: dict, free: tuple[str, ...]) -> list[str]:
-    """The options in which a run folder differs from `config`, as "name was X, now Y"; `free` ones are left out."""
-    saved = yaml.safe_load((path / "config.yaml").read_text()) or {}
+def add_missing_options(path: Path, defaults: dict) -> None:
+    """Write the options that a run of an older version lacks into its config.yaml: they were at their `defaults`."""
+    file = path / "config.yaml"
+    if file.is_file():
+        saved = yaml.safe_load(file.read_text()) or {}
+        missing = {name: value for name, value in defaults.items() if name not in saved and name != "resume"}
+        if missing:
+            write_atomic(file, yaml.safe_dump(saved | missing, sort_keys=False))
+
+
+def differences(path: Path, config: dict, free: tuple[str, ...], defaults: dict | None = None) -> list[str]:
+    """The options in which a run folder differs from `config`, as "name was X, now Y"; `free` ones are left out.
+
+    `defaults`: the values of options that the folder lacks.
+    """
+    saved = (defaults or {}) | (yaml.safe_load((path / "config.yaml").read_text()) or {})
     for name, value in saved.items():  # options that take several values now took one in older versions
         if isinstance(value, str) and isinstance(config.get(name), list):
             saved[name] = [value] if value else []
@@ -197,13 +211,19 @@ def differences(path: Path, config: dict, free: tuple[str, ...]) -> list[str]:
     return [f"{name} was {saved.get(name)!r}, now {config.get(name)!r}" for name in changed]
 
 
-def find_finished(folders: list[Path], config: dict, data: dict) -> Path | None:
-    """The student's weights in the first of `folders` with a finished run of these options on this data."""
+def find_finished(folders: list[Path], config: dict, data: dict, defaults: dict | None = None) -> Path | None:
+    """The student's weights in the first of `folders` with a finished run of these options on this data.
+
+    Options that a folder of an older version lacks were at their `defaults`.
+    A file of initial weights counts by its content (`student_sha256`), not by its name.
+    """
     free = tuple(name for name in FREE_TO_CHANGE if name != "data")
+    if config.get("student_sha256"):
+        free = (*free, "student_weights")
     for folder in folders:
         weights = folder / "student.safetensors"
         same_data = (folder / "config.yaml").exists() and read_about(weights).get("data") == data
-        if same_data and not differences(folder, config, free):
+        if same_data and not differences(folder, config, free, defaults):
             return weights
     return None
 
@@ -242,6 +262,13 @@ def _about_checkpoint(path: Path) -> dict:
     if not (isinstance(state, dict) and state.get("format") == FORMAT and isinstance(options, dict)):
         return {}
     return {"model": options.get("student", ""), "data": state["data"], "input": about_input(options)}
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal; empty if there is no such file."""
+    if not path.is_file():
+        return ""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def new_folder(stem: str) -> Path:
