@@ -65,7 +65,7 @@ class NetworkOptions:
     """The student's initial weights: a file, `pretrained` or a tag. Weights of another number of classes get a new
     classifier. Default: a random initialisation."""
     student_sha256: str = ""
-    """SHA-256 of the file of --student-weights; another content is an error. Fine-tuned teachers note theirs."""
+    """SHA-256 of the file of --student-weights. Another content is an error."""
     baseline: bool = False
     """Also train the student alone, with the same options, to compare in the final table."""
 

@@ -7,14 +7,15 @@ from torch import nn
 
 from ..errors import UserError
 
-# Networks distilled by a token of its own have two classifiers: in timm, and in Hugging Face's transformers.
-DISTILLED = (("head", "head_dist"), ("cls_classifier", "distillation_classifier"))
+# Two classifiers whose logits are added: networks distilled by a token of its own, in timm and in Hugging Face's
+# transformers, and VOLO, which adds logits of its patches.
+PAIRS = (("head", "head_dist"), ("cls_classifier", "distillation_classifier"), ("head", "aux_head"))
 
 
 def classifiers_of(net: nn.Module) -> dict[str, nn.Module]:
     """The layers whose outputs are the logits, by their dotted names in `net`: linear layers or 1x1 convolutions.
 
-    Networks of timm name theirs by `get_classifier`. Distilled DeiT and LeViT have two, whose logits are averaged. In
+    Networks of timm name theirs by `get_classifier`. Distilled DeiT and LeViT, and VOLO, have two. In
     any other network it is the last layer that has weights. Raises UserError if that layer is of another kind, or if
     the layers differ in their number of classes.
     """
@@ -63,7 +64,7 @@ def reorder_classes(net: nn.Module, order: Sequence[int]) -> None:
 def _roots(net: nn.Module) -> list[nn.Module]:
     """The parts of `net` whose last layers make the logits."""
     for module in net.modules():
-        for names in DISTILLED:
+        for names in PAIRS:
             parts = [part for name in names if isinstance(part := getattr(module, name, None), nn.Module)]
             if len(parts) == len(names) and all(map(_last_layer, parts)):
                 return parts
