@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -51,6 +52,26 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first_failure() -> bool:
+    """True for the first process of this job that calls this; it tells the user why the job ends.
+
+    Its peers fail as well, because they wait for it. The count is in torchrun's store, which is there before the process
+    group and after it. Where it cannot be reached within 5 seconds, every process is the first.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+        return store.add(f"fastkd/failures/{attempt}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """True if gloo or NCCL cannot reach another process. gloo's errors have no class, but name its source file."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 
 def barrier() -> None:
