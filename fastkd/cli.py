@@ -51,8 +51,8 @@ def main() -> None:
     except KeyboardInterrupt as stop:  # commands/train.py adds how to go on
         _fail("; ".join(["fastkd: stopped", *stop.args]), 130)
     except Exception as error:
-        if not _is_first_failure():  # the process that has failed before this one says why
-            sys.exit(1)
+        if status := _earlier_failure(1):
+            sys.exit(status)
         if not _is_lost_peer(error):
             raise
         _print_error(f"fastkd: another process of this job has ended, so this one stops: {error}")
@@ -65,9 +65,10 @@ def main() -> None:
 
 def _fail(message: str, status: int) -> NoReturn:
     """Print the message, unless another process of the job has printed why it ends, and exit."""
-    if _is_first_failure():
+    earlier = _earlier_failure(status)
+    if not earlier:
         _print_error(message)
-    sys.exit(status)
+    sys.exit(earlier or status)
 
 
 def _print_error(message: str) -> None:
@@ -75,9 +76,9 @@ def _print_error(message: str) -> None:
     print(printable(message, getattr(sys.stderr, "encoding", None)), file=sys.stderr, flush=True)
 
 
-def _is_first_failure() -> bool:
-    """False if another process of this job has failed before."""
-    return not _is_several() or import_module(".distributed", __package__).is_first_failure()
+def _earlier_failure(status: int) -> int:
+    """The exit status of another process of this job that failed before this one, or 0; `status` is this one's."""
+    return import_module(".distributed", __package__).earlier_failure(status) if _is_several() else 0
 
 
 def _is_lost_peer(error: Exception) -> bool:

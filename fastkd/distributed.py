@@ -54,19 +54,22 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first_failure() -> bool:
-    """True for the first process of this job that calls this; it tells the user why the job ends.
+def earlier_failure(status: int) -> int:
+    """The exit status of the process of this job that failed first, or 0 if this one is the first.
 
-    Its peers fail as well, because they wait for it. The count is in torchrun's store, which is there before the process
-    group and after it. Where it cannot be reached within 5 seconds, every process is the first.
+    The first one tells the user why the job ends. Its peers fail as well, because they wait for it: they are silent and
+    end with its status. `status` is that of this process. torchrun's store holds the note; it is there before the
+    process group and after it. If it cannot be reached within 5 seconds, every process is the first.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"fastkd/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    note = f"{os.environ.get('RANK')} {status}"
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
-        return store.add(f"fastkd/failures/{attempt}", 1) == 1
+        first = store.compare_set(key, "", note).decode()
     except (KeyError, ValueError, RuntimeError):
-        return True
+        return 0
+    return 0 if first == note else int(first.split()[1])
 
 
 def is_lost_peer(error: Exception) -> bool:

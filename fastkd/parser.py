@@ -19,7 +19,10 @@ T = TypeVar("T")
 # Names that options have in timm, torchvision's references, Hugging Face's Trainer and codes of papers. By the name
 # here, or by the first of several that the command has.
 NAMES_ELSEWHERE = {
-    ("student", "model"): "arch model_name_or_path net network backbone student_model student_arch model_s student_name",
+    (
+        "student",
+        "model",
+    ): "arch model_name_or_path net network backbone student_model student_arch model_s student_name",
     ("student",): "model",
     ("teacher",): "teacher_model teacher_arch teacher_name model_t teacher_model_name_or_path",
     ("teacher_weights",): "teacher_path teacher_ckpt teacher_checkpoint teacher_pretrained path_t",
@@ -37,7 +40,7 @@ NAMES_ELSEWHERE = {
     ("decay_milestones",): "milestones lr_milestones lr_steps lr_decay_epochs multi_steps",
     ("decay_rate",): "lr_gamma lr_decay_rate step_gamma",
     ("decay_epochs",): "lr_step_size step_size",
-    ("warmup_epochs",): "lr_warmup_epochs num_warmup_epochs warmup_steps",
+    ("warmup_epochs",): "warmup lr_warmup_epochs num_warmup_epochs warmup_steps",
     ("clip_grad",): "grad_clip max_grad_norm clip_grad_norm gradient_clip_val",
     ("grad_accum",): "gradient_accumulation_steps accumulation_steps grad_accum_steps accumulate_grad_batches",
     ("smoothing",): "label_smoothing label_smoothing_factor",
@@ -138,9 +141,9 @@ def _refusal(stop: BaseException) -> str:
     while cause is not None:
         causes.append(cause)
         cause = cause.__context__
-    wrong = [cause for cause in causes if isinstance(cause, UserError)]
-    wrong += [cause for cause in causes if isinstance(cause, ValueError)]
-    return str(wrong[0]) if wrong else ""
+    ours = [str(cause) for cause in causes if isinstance(cause, UserError)]
+    others = [str(cause) for cause in causes if isinstance(cause, ValueError)]
+    return next(iter(ours + others), "")
 
 
 def _unboxed(text: str) -> str:
