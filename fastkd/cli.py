@@ -1,5 +1,6 @@
 """The command line: dispatch to commands/. Bad input gives one line and exit status 2, never a traceback."""
 
+import errno
 import io
 import os
 import sys
@@ -43,14 +44,19 @@ def main() -> None:
         else:
             near = nearest(command, [*COMMANDS, "--version", "--help"])
             raise UserError(f"unknown command {command!r}{near}; see `fastkd --help`")
+        if sys.stdout:
+            sys.stdout.flush()  # here, where an error is one line
     except UserError as error:
         _fail(f"fastkd: {error}", 2)
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         sys.exit(1)
     except KeyboardInterrupt as stop:  # commands/train.py adds how to go on
         _fail("; ".join(["fastkd: stopped", *stop.args]), 130)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _drop_stdout()  # files of a run have names, and errors of their own
+            _fail(f"fastkd: cannot write the output: {error.strerror}", 2)
         if status := _earlier_failure(1):
             sys.exit(status)
         if not _is_lost_peer(error):
@@ -69,6 +75,11 @@ def _fail(message: str, status: int) -> NoReturn:
     if not earlier:
         _print_error(message)
     sys.exit(earlier or status)
+
+
+def _drop_stdout() -> None:
+    """Send what is still to be printed nowhere: Python flushes stdout once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_error(message: str) -> None:

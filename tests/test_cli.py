@@ -531,3 +531,11 @@ def test_a_teacher_serves_for_other_forms_and_epochs(fastkd, few_digits, tmp_pat
     fastkd("train", "--out", "a", "--epochs", "1", *short)
     status, out, _ = fastkd("train", "--out", "b", "--epochs", "2", "--teacher-form", "fused", *short)
     assert status == 0 and "trained before with these settings" in out
+
+
+def test_a_full_disk_behind_stdout():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastkd", "--help"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, "fastkd: cannot write the output: No space left on device\n")
