@@ -44,4 +44,7 @@ class RKD(Method):
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, theirs = (out.features(net)[-1].flatten(2).mean(2) for net in (self.student, self.teacher))
-        return {"ce": cross_entropy(out(self.student), target, self.options.ce_weight), "rkd": self.loss(ours, theirs)}
+        return {
+            "ce": cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index),
+            "rkd": self.loss(ours, theirs),
+        }

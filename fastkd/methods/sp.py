@@ -41,4 +41,7 @@ class SP(Method):
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, theirs = (out.features(net)[-1] for net in (self.student, self.teacher))
-        return {"ce": cross_entropy(out(self.student), target, self.options.ce_weight), "sp": self.loss(ours, theirs)}
+        return {
+            "ce": cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index),
+            "sp": self.loss(ours, theirs),
+        }
