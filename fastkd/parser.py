@@ -56,6 +56,8 @@ NAMES_ELSEWHERE = {
     ("temperature",): "temp tau kd_t kd_temperature distillation_temperature t",
     ("kd_weight",): "kd_alpha distill_weight distillation_weight",
     ("tensorboard",): "tb log_tb",
+    ("val_fraction",): "val_split val_frac val_ratio train_val_split validation_split",
+    ("split_seed",): "val_seed",
 }
 ELSEWHERE = {name: ours for ours, names in NAMES_ELSEWHERE.items() for name in names.split()}
 
