@@ -118,7 +118,7 @@ def logits(
         weights = [w for i in range(heads) for w in (1.0, *(float((i < half) != (j < half)) for j in range(heads)))]
     networks = [meta(N, C, dtype=dtype) for _ in range(heads)], meta(N, dtype=torch.int64)
     needs_grad = [i < learners for i in range(heads)]
-    inputs = logit_loss.Inputs(*networks, weights, temperature, 0.0, None, standardize, needs_grad)
+    inputs = logit_loss.Inputs(*networks, None, weights, temperature, 0.0, None, standardize, False, "mean", needs_grad)
     return passes(logit_loss._logit_loss, inputs)[backward]
 
 
