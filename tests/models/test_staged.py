@@ -232,7 +232,7 @@ def test_named_stages_of_library_nets(name, stages, size):
     check_same(model, view, images(size))
     seen.clear()
     with torch.no_grad():
-        taps = view.features(images(size))[1]
+        taps = view.outputs(images(size))[1]
     assert len(taps) == len(stages) and all(tap is out for tap, out in zip(taps, seen, strict=True))
 
 

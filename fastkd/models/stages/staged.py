@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from .families import split_family
+from .layout import layout_of
 from .split import split_at
 
-SIZE = 64  # pixels; shapes in error messages are for images of this size
+SIZE = 64  # pixels; shapes are probed at this size if nothing says which size the network gets
 Shapes = list[tuple[int, ...]]
 
 
@@ -42,22 +43,35 @@ class NetworkView(nn.Module):
 
 
 class Staged(NetworkView):
-    """A view of a network as `stem`, `stages` (nn.ModuleList) and `head`."""
+    """A view of a network as `stem`, `stages` (nn.ModuleList) and `head`, which run one after another.
+
+    Between them the tensors are as the network has them: maps [N, C, H, W], or tokens [N, L, C], or [N, H, W, C].
+    """
 
     def __init__(self, model: nn.Module, stem: nn.Module, stages: Iterable[nn.Module], head: nn.Module):
         super().__init__(model)
+        self.layout = layout_of(model)
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.head = head
 
-    def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Images [N, 3, H, W] -> logits [N, classes] and the outputs of the stages, in most networks [N, C, H', W']."""
+    def outputs(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images [N, 3, H, W] -> logits [N, classes] and the outputs of the stages, as the next stage takes them."""
         x = self.stem(x)
-        maps = []
+        outputs = []
         for stage in self.stages:
             x = stage(x)
-            maps.append(x)
-        return self.head(x), maps
+            outputs.append(x)
+        return self.head(x), outputs
+
+    def maps(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs of stages as maps [N, C, H, W]: of a network of maps they are the same tensors."""
+        return self.layout.maps(outputs)
+
+    def features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images [N, 3, H, W] -> logits [N, classes] and the maps [N, C, H', W'] of the stages."""
+        logits, outputs = self.outputs(x)
+        return logits, self.maps(outputs)
 
 
 def staged(model: nn.Module, stages: Sequence[str] | None = None) -> Staged:
