@@ -17,6 +17,7 @@ from ..data.base import Loader
 from ..errors import UserError, check_number
 from ..models import staged
 from .context import NoOptions, RunContext
+from .embedding import ClassifierInput, classifier_input
 from .forwards import ForwardCache, StagedView
 from .frozen import FrozenTeacher
 from .hooks import OptionalHooks
@@ -53,6 +54,7 @@ class Method(OptionalHooks):
         self.peers = nn.ModuleList(peers)
         self.options = options or self.Options()
         self.staged_views: dict[nn.Module, StagedView] = {}
+        self.classifiers: dict[nn.Module, ClassifierInput] = {}
         self.build()
 
     def build(self) -> None:
@@ -71,6 +73,14 @@ class Method(OptionalHooks):
         """Make `out.features(net)` available to `losses` for each of `nets`, networks of the method."""
         for net in nets:
             self.staged_views[net] = staged(net.net if isinstance(net, FrozenTeacher) else net)
+
+    def request_embeddings(self, *nets: nn.Module) -> None:
+        """Make `out.embedding(net)`, the classifier's input [N, D], available to `losses` for each of `nets`.
+
+        The networks need no stages. Of two classifiers (distilled DeiT) the first counts: that of the class token.
+        """
+        for net in nets:
+            self.classifiers[net] = classifier_input(net.net if isinstance(net, FrozenTeacher) else net)
 
     def check(self, run: RunContext) -> None:
         """Raise UserError if the options do not fit the run. Called before a teacher is trained for it."""
@@ -101,7 +111,7 @@ class Method(OptionalHooks):
 
     def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
         """Images [N, 3, H, W] and their target -> the terms of `losses`. This is what the engine calls."""
-        out = ForwardCache(images, self.staged_views_for(plan))
+        out = ForwardCache(images, self.staged_views_for(plan), self.classifiers)
         others = [self.teacher, *self.peers] if self.asks_teacher else [*self.peers]
         out.start(self.student, others, self.learners(plan))
         terms = self.losses(out, target, plan)

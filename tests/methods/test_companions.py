@@ -12,7 +12,9 @@ from fastkd.errors import UserError
 from fastkd.methods import CE, METHODS, find_method
 
 NAMES = ["at", "fitnet", "ofd", "dkd", "dist", "rkd", "sp"]
-OPTIONS = [(name, option) for name in NAMES for option in vars(METHODS[name].Options()) if option != "stage"]
+OPTIONS = [
+    (name, option) for name in NAMES for option in vars(METHODS[name].Options()) if option not in ("stage", "features")
+]
 
 
 def network(name, seed, classes=4):
@@ -182,10 +184,19 @@ def cosine(f, i, j, k):
     return (f[i] - f[j]) @ (f[k] - f[j]) / (f[i] - f[j]).norm() / (f[k] - f[j]).norm()
 
 
-def test_sp(nets, batch):
-    grams = [f.flatten(1) @ f.flatten(1).T for f in (maps(net, batch[0])[0][-1] for net in nets)]
+@pytest.mark.parametrize("features", ["embedding", "maps"])
+def test_sp(nets, batch, features):
+    whole = [maps(net, batch[0])[0][-1] for net in nets]
+    rows = [f.flatten(1) if features == "maps" else f.mean((2, 3)) for f in whole]
+    grams = [f @ f.T for f in rows]
     g_s, g_t = (g / g.pow(2).sum(1, keepdim=True).sqrt() for g in grams)
-    check_terms(made("sp", nets), batch, "sp", 3000 * (g_s - g_t).pow(2).sum() / 25)
+    check_terms(made("sp", nets, features=features), batch, "sp", 3000 * (g_s - g_t).pow(2).sum() / 25)
+
+
+def test_sp_says_what_its_features_can_be():
+    with pytest.raises(UserError, match="--features must be embedding or maps, got 'map'"):
+        METHODS["sp"].Options(features="map")
+    assert METHODS["sp"].Options().features == "embedding"
 
 
 @pytest.mark.parametrize("name", NAMES)
