@@ -23,13 +23,15 @@ class Layout(NamedTuple):
 
         Raises UserError for other outputs.
         """
-        if x.ndim == 4:
+        shape = x.shape if isinstance(x, Tensor) else ()
+        if len(shape) == 4:
             return x.permute(0, 3, 1, 2) if self._is_channels_last(x) else x
-        prefix = self._prefix_of(x.shape[1]) if x.ndim == 3 else None
+        prefix = self._prefix_of(shape[1]) if len(shape) == 3 else None
         if prefix is None:
+            given = list(shape) or f"a {type(x).__name__}"
             raise UserError(
-                f"a stage gives {list(x.shape)}: maps need [N, C, H, W], [N, H, W, C] or the tokens [N, L, C] of a "
-                "square image; name other stages (--student-stages, --teacher-stages)"
+                f"a stage gives {given}: maps need [N, C, H, W], [N, H, W, C] or the tokens [N, L, C] of a square "
+                "image; name other stages (--student-stages, --teacher-stages)"
             )
         side = math.isqrt(x.shape[1] - prefix)
         return x[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
