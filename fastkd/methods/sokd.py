@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..errors import UserError, check_number
 from ..losses import AttentionTransferLoss, BridgeLoss, FactorTransferLoss, HintLoss
 from ..models import stage_shapes, staged
+from ..models.sizes import image_size_of
 from .base import Method
 from .forwards import ForwardCache
 from .parts.autoencoder import Coder
@@ -105,7 +106,8 @@ class SOKD(Method):
         if size != wanted:
             raise UserError(
                 f"--feature {self.options.feature} compares last-stage maps, {size} in the student and {wanted} in "
-                "the teacher for a 64 x 64 image: choose networks of equal resolution there, or --feature none"
+                f"the teacher for images of {image_size_of(self.student)} pixels: choose networks of equal resolution "
+                "there, or --feature none"
             )
         self.request_features(self.student)
         self.feature_loss = FEATURE_LOSSES[self.options.feature]()

@@ -102,7 +102,8 @@ def test_tables_and_scales_start_as_in_their_libraries():
     scales = reinit(learned(NETS["metaformer"]()))
     assert scales.layer_scale1.scale.eq(1e-5).all() and scales.res_scale1.scale.eq(1).all()
     assert reinit(learned(NETS["cait"]())).gamma_1.eq(1e-5).all()
-    assert reinit(learned(SwinTransformerBlockV2(8, 2, [4, 4], [0, 0]))).attn.logit_scale.exp().allclose(torch.tensor(10.0))
+    block = reinit(learned(SwinTransformerBlockV2(8, 2, [4, 4], [0, 0])))
+    assert block.attn.logit_scale.exp().allclose(torch.tensor(10.0))
 
 
 class Scaled(nn.Module):
