@@ -141,6 +141,9 @@ def claim_folder(path: Path, config: dict, resume: bool) -> None:
 def differences(path: Path, config: dict, free: tuple[str, ...]) -> list[str]:
     """The options in which a run folder differs from `config`, as "name was X, now Y"; `free` ones are left out."""
     saved = yaml.safe_load((path / "config.yaml").read_text()) or {}
+    for name, value in saved.items():  # options that take several values now took one in older versions
+        if isinstance(value, str) and isinstance(config.get(name), list):
+            saved[name] = [value] if value else []
     changed = [name for name in saved | config if name not in free and saved.get(name) != config.get(name)]
     return [f"{name} was {saved.get(name)!r}, now {config.get(name)!r}" for name in changed]
 

@@ -17,6 +17,7 @@ from .data import DataOptions
 from .engine import TrainOptions
 from .errors import UserError, nearest
 from .methods import METHODS, find_method
+from .models.ensemble import Mean
 from .parser import name_of, option_types, run_parser, tokens_of, typed_options
 
 SWITCHES = ("graph", "compile")  # their values: auto, on, off
@@ -47,12 +48,16 @@ class NetworkOptions:
 
     student: str = "timm/resnet18"
     """The student: a CIFAR net (resnet20, wrn_40_2, vgg8, ...), timm/NAME or torchvision/NAME."""
-    teacher: str = "timm/resnet50"
-    """The teacher: a name as for the student."""
-    teacher_weights: str = ""
-    """The teacher's weights: a file (.safetensors, .pth), `pretrained`, or a tag of timm or torchvision."""
+    teacher: tuple[str, ...] = ("timm/resnet50",)
+    """The teacher: a name as for the student. Several names: the student learns from the mean of their predictions."""
+    teacher_weights: tuple[str, ...] = ()
+    """The weights of each teacher: a file (.safetensors, .pth), `pretrained`, a tag of its library, or `none`."""
     teacher_epochs: int = 0
-    """Without weights: train the teacher for this many epochs first. Later runs with equal settings reuse it."""
+    """Train the teachers for this many epochs first. Later runs with equal settings reuse them."""
+    teacher_ratios: tuple[float, ...] = ()
+    """With several teachers: the share of each in the mean, such as `2 1`. Default: equal shares."""
+    ensemble: Mean = "probabilities"
+    """With several teachers: the mean of their probabilities, at the method's temperature, or of their logits."""
     peers: tuple[str, ...] = ()
     """Networks that are trained together with the student by dml, dcm and iedml. Default: one like the student."""
     student_weights: str = ""
@@ -63,6 +68,22 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         if self.teacher_epochs < 0:
             raise UserError(f"--teacher-epochs must not be negative, got {self.teacher_epochs}")
+        if not all(self.teacher):
+            raise UserError("--teacher needs a name")
+        weights = tuple("" if each == "none" else each for each in self.teacher_weights)
+        object.__setattr__(self, "teacher_weights", weights if any(weights) else ())
+        for name in ("teacher_weights", "teacher_ratios"):
+            values, count = getattr(self, name), len(self.teacher)
+            if values and len(values) != count:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {' '.join(map(str, values))}: {len(values)} for {count} teachers; "
+                    "give one for each of --teacher"
+                )
+
+    @property
+    def weights_of_teachers(self) -> tuple[str, ...]:
+        """One entry for each teacher: a file or tag, or an empty string."""
+        return self.teacher_weights or ("",) * len(self.teacher)
 
 
 @dataclass(frozen=True)

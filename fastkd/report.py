@@ -59,7 +59,10 @@ class Report:
         # `fastkd eval` reads these from the weights file. The digits have a fixed size and normalisation.
         names = () if about.get("data") == "digits" else ("image_size", "mean", "std")
         self.about = {"data": data, "input": {name: about[name] for name in names if name in about}}
-        self.models = {"student": about.get("student", ""), "improved_teacher": about.get("teacher", "")}
+        self.models = {
+            "student": about.get("student", ""),
+            "improved_teacher": next(iter(about.get("teacher", ())), ""),
+        }
         self.models |= {f"peer{number}": name for number, name in enumerate(about.get("peers", ()), 1)}
         self.main = distributed.rank() == 0
         board = board_class() if config.tensorboard and self.main else None
@@ -96,16 +99,25 @@ class Report:
         checkpoint.write_atomic(self.out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
     def finish(self, history: list[dict[str, Any]], networks: dict[str, nn.Module]) -> None:
-        """Write the history, curves.png and the weights of the networks."""
+        """Write the history and the weights of the networks, and draw curves.png last."""
         if not self.main:
             return
         self._write_history(history)  # again, because a killed run may have a checkpoint that is newer than this file
-        checkpoint.write_atomic(self.out / "curves.png", plot(history))
         for name, net in networks.items():
             about = self.about | {"model": self.models.get(name, "")}
             checkpoint.save_network(self.out / f"{name}.safetensors", net, about)
+        self._draw(history)
         if self.board:
             self.board.close()
+
+    def _draw(self, history: list[dict[str, Any]]) -> None:
+        """Write curves.png. The weights are on the disk by now, so that a broken matplotlib costs the picture alone."""
+        try:
+            picture = plot(history)
+        except Exception as error:  # of an installation without fonts, of a cache folder that cannot be written, ...
+            log_rank0(f"curves.png is not drawn: {type(error).__name__}: {error}".splitlines()[0])
+            return
+        checkpoint.write_atomic(self.out / "curves.png", picture)
 
 
 def board_class() -> type[Any]:

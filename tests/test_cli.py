@@ -141,7 +141,7 @@ def test_sources_override_each_other(fastkd, tmp_path):
     assert shown["decay_milestones"] == [3, 5] and shown["channels_last"] is False
     Path("named.yaml").write_text("recipe: digits\nlr: 0.125\n")
     named = yaml.safe_load(fastkd("train", "--config", "named.yaml", "--print-config")[1])
-    assert (named["lr"], named["teacher"]) == (0.125, "resnet20")
+    assert (named["lr"], named["teacher"]) == (0.125, ["resnet20"])
     Path("again.yaml").write_text(out)
     assert yaml.safe_load(fastkd("train", "--config", "again.yaml", "--print-config")[1]) == shown
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []

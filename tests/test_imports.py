@@ -28,7 +28,7 @@ ALLOWED = {
     "fastkd/report.py": {"engine", "checkpoint", "distributed", "environment", "errors"},
     "fastkd/train.py": {"engine", *PROTOCOL, "data.base", "checkpoint", "distributed", "evaluate", "report", "errors"},
     "fastkd/parser.py": {"errors"},
-    "fastkd/config.py": {"data", "engine", "errors", "methods", "parser"},
+    "fastkd/config.py": {"data", "engine", "errors", "methods", "models", "parser"},
 }
 
 

@@ -25,6 +25,8 @@ from fastkd.losses import (
     SPLoss,
 )
 
+LOSSES = [name for name in fastkd.losses.__all__ if name.endswith("Loss")]
+
 
 def test_kd_loss_is_the_sum_of_its_terms():
     z_s, z_t, y = torch.randn(5, 7), torch.randn(5, 7), torch.arange(5)
@@ -74,14 +76,14 @@ def test_a_number_as_text_is_refused(name, value):
 def test_a_loss_shows_its_options():
     assert repr(KDLoss(temperature=2.0)).startswith("KDLoss(temperature=2.0, ce_weight=0.1, kd_weight=0.9, ")
     assert "pair_weights=[[1.0, 0.5], [0.5, 1.0]]" in repr(MutualLoss(pair_weights=[[1, 0.5], [0.5, 1]]))
-    for name in fastkd.losses.__all__:
+    for name in LOSSES:
         kind = getattr(fastkd.losses, name)
         options = inspect.signature(kind).parameters.values()
         want = ", ".join(f"{option.name}={option.default!r}" for option in options)
         assert repr(kind()) == f"{name}({want})"
 
 
-@pytest.mark.parametrize("loss", [getattr(fastkd.losses, name) for name in fastkd.losses.__all__])
+@pytest.mark.parametrize("loss", [getattr(fastkd.losses, name) for name in LOSSES])
 def test_help_names_every_argument_of_a_loss(loss):
     _, *arguments = inspect.signature(loss.forward).parameters
     assert all(name in loss.__doc__ for name in arguments)
@@ -334,7 +336,7 @@ EVERY = {
 
 
 def test_none_is_forgotten():
-    assert sorted(EVERY) == sorted(fastkd.losses.__all__)
+    assert sorted(EVERY) == sorted(LOSSES)
 
 
 @pytest.mark.parametrize("name", EVERY)

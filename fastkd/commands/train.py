@@ -13,21 +13,23 @@ from torch import nn
 from .. import checkpoint, distributed
 from ..config import Config, NetworkOptions, RunOptions, flat, parse
 from ..data import create_loaders
-from ..data.base import describe
+from ..data.base import describe, first_batch
 from ..engine import TrainOptions
 from ..engine.backends import backends
 from ..engine.launch import check_compile, check_graph
 from ..engine.optim import APEX, apex_optimizers
 from ..engine.precision import Precision
 from ..engine.teacher_forms import check_form
+from ..engine.trial import try_step
 from ..errors import UserError
 from ..evaluate import evaluate, speed
 from ..methods import find_method
 from ..methods.base import Method
 from ..methods.context import NoOptions, RunContext
-from ..models import create_model, load_weights
+from ..models import load_weights
 from ..report import board_class, log_rank0, show_table
-from ..train import Trainer
+from ..train import Trainer, titles
+from .networks import NetworkMaker, check_networks, teacher_of
 
 
 def run(arguments: list[str]) -> None:
@@ -73,10 +75,12 @@ class Job:
             gather=distributed.gather,
         )
         self.first_epoch = self.train_loader.state_dict()
-        self.student = self._network(names.student, names.student_weights)
+        self.maker = NetworkMaker(names, self.train_loader.classes, config.train.seed)
+        self.student = self.maker.student()
         _check_options(kind, config)
-        self.teacher = self._network(names.teacher, names.teacher_weights) if kind.needs_teacher else None
-        self.peers = [self._network(peer, "", number) for number, peer in enumerate(names.peers, 1)]
+        self.teachers = self.maker.teachers() if kind.needs_teacher else []
+        self.teacher = teacher_of(self.teachers, config)
+        self.peers = self.maker.peers()
         self._check_fit(kind)
         self.rows: list[list[str]] = []
 
@@ -95,6 +99,18 @@ class Job:
         check_form(trial, options.teacher_form)
         check_compile(trial, options)
         check_graph(options.graph, options, self.device)
+        self._try_steps(trial)
+
+    def _try_steps(self, method: Method) -> None:
+        """Make a step of `method`, and of the training of its teacher if there is one, on images of the first batch."""
+        batch, classes, options = first_batch(self.train_loader), self.train_loader.classes, self.config.train
+        trials = [(method, titles(vars(self.names)))]
+        if self.names.teacher_epochs:
+            for name, net in zip(self.names.teacher, self.teachers, strict=False):
+                trials.append((find_method("ce")(copy.deepcopy(net)), {"student": f"the teacher {name}"}))
+        for trial, called in trials:
+            trial.to(self.device).to(memory_format=options.memory_format)
+            try_step(trial, batch, classes, options, self.device, called)
 
     def claim(self) -> None:
         """Make the run folder; without --out it is a new one in runs/."""
@@ -111,31 +127,35 @@ class Job:
 
     def work(self) -> None:
         """Train what needs training, the student last, and show the table."""
-        if self.teacher is not None:
-            self.prepare_teacher(self.teacher)
+        for number, teacher in enumerate(self.teachers):
+            self.prepare_teacher(number, teacher)
+        if self.teacher is not None and len(self.teachers) > 1:
+            self._add_row("teachers' mean", " ".join(self.names.teacher), self.teacher)
         name, method = self.names.student, self.config.run.method
         if self.names.baseline and method != "ce":
             log_rank0(f"student {name}: alone, for comparison")
-            net = self._network(name, self.names.student_weights)
+            net = self.maker.student()
             trainer = self._fit(self._without_teacher(name, self.config.train, "alone"), net)
             self._add_row("student alone", name, trainer.network)
-        log_rank0(f"student {name}: {method}" + (f" from {self.names.teacher}" if self.teacher else ""))
+        log_rank0(f"student {name}: {method}" + (f" from {', '.join(self.names.teacher)}" if self.teacher else ""))
         trainer = self._fit(self.config, self.student, self.teacher, self.peers)
         for label, net in trainer.networks.items():
             self._add_row(f"{label.replace('_', ' ')}, {method}", trainer.report.models.get(label, ""), net)
         show_table(["", "network", "top-1 %", "parameters", "inference img/s"], self.rows, numbers=3)
         log_rank0(f"everything is in {self.out}")
 
-    def prepare_teacher(self, teacher: nn.Module) -> None:
-        """Train a teacher without weights, if no finished run here or in a sibling folder has the same settings.
+    def prepare_teacher(self, number: int, teacher: nn.Module) -> None:
+        """Train teacher `number` (from 0) if it has no weights, unless a finished run has the same settings.
 
         Then log its accuracy, with a warning if it is near chance.
         """
-        name = self.names.teacher
-        if not self.names.teacher_weights:
+        name, weights = self.names.teacher[number], self.names.weights_of_teachers[number]
+        folder = "teacher" + (str(number + 1) if number else "")
+        if not weights:
             options = self.config.train.stretched(self.names.teacher_epochs)
-            config = self._without_teacher(name, options, "teacher")
-            folders = [self.out / "teacher", *sorted(self.out.parent.glob("*/teacher"))]
+            options = replace(options, seed=options.seed + number)  # equal teachers that start alike would stay equal
+            config = self._without_teacher(name, options, folder)
+            folders = [self.out / folder, *sorted(self.out.parent.glob("*/teacher*"))]
             data = describe(self.train_loader)
             found = distributed.from_rank_zero(checkpoint.find_finished, folders, flat(config), data)
             if found:
@@ -144,12 +164,12 @@ class Job:
                 log_rank0(f"teacher {name}: training it first")
                 found = self._fit(config, teacher).report.out / "student.safetensors"
             load_weights(teacher, found)  # the saved weights, whether or not they were trained just now
-        top1 = self._add_row("teacher", name, teacher)
+        top1 = self._add_row(folder.replace("teacher", "teacher ").strip(), name, teacher)
         chance = 100 / len(self.val_loader.classes)
         log_rank0(f"teacher {name}: top-1 {top1:.2f} % on the validation images")
         if top1 < chance + 0.1 * (100 - chance):
             reason = "Its weights, the order of the classes or the normalisation (--mean, --std) do not fit this data"
-            if not self.names.teacher_weights:
+            if not weights:
                 reason = f"It was trained for too short a time (--teacher-epochs {self.names.teacher_epochs})"
             log_rank0(
                 f"WARNING: the teacher's top-1 is {top1:.2f} % and chance is {chance:.2f} %. {reason}; "
@@ -177,16 +197,6 @@ class Job:
         trainer.fit()
         return trainer
 
-    def _network(self, name: str, weights: str, number: int = 0) -> nn.Module:
-        """`number` changes the initial weights: equal peers that start alike have nothing to teach each other."""
-        torch.manual_seed(self.config.train.seed + number)  # so that it does not depend on the networks before it
-        if distributed.rank() > 0:
-            distributed.barrier()  # rank 0 goes first, so that pre-trained weights are downloaded once
-        net = create_model(name, len(self.train_loader.classes), weights or None)
-        if distributed.rank() == 0:
-            distributed.barrier()
-        return net
-
     def _add_row(self, label: str, name: str, net: nn.Module) -> float:
         net.to(self.device).to(memory_format=self.config.train.memory_format)
         top1 = evaluate(net, self.val_loader, self.precision)["top1"]
@@ -198,24 +208,12 @@ class Job:
 
 def _check_options(kind: type[Method], config: Config) -> None:
     """Raise UserError if the options need a package that is not installed, or do not fit the method or the batch."""
-    names, method = config.networks, config.run.method
+    check_networks(kind, config)
     if config.train.tensorboard:
         board_class()
     if config.train.opt in APEX:
         apex_optimizers()
-    if names.peers and not kind.needs_peers:
-        raise UserError(f"--peers {' '.join(names.peers)}: method {method} trains the student alone; drop --peers")
-    if names.teacher_weights and not kind.needs_teacher:
-        raise UserError(
-            f"--teacher-weights {names.teacher_weights}: method {method} has no teacher, all learn from scratch"
-            + ("; name the other networks by --peers" if kind.needs_peers else "")
-        )
     parts, images = config.train.grad_accum, config.data.batch_size
     if images < 2 * parts:
         most = images // 2
         raise UserError(f"--grad-accum {parts}: a batch of {images} has {most} parts at most, of 2 images or more")
-    if kind.needs_teacher and not (names.teacher_weights or names.teacher_epochs):
-        raise UserError(
-            f"the teacher {names.teacher} has no weights: give --teacher-weights FILE (or `pretrained`), "
-            "or --teacher-epochs N to train it first"
-        )

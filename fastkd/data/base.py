@@ -39,8 +39,12 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
-def check_loaders(train_loader: Loader, val_loader: Iterable, gather: Callable[[Any], list[Any]]) -> None:
-    """Raise UserError if a loader lacks what the trainer needs, or gives no batch. The training loader is rewound.
+def check_loaders(
+    train_loader: Loader, val_loader: Iterable, gather: Callable[[Any], list[Any]]
+) -> tuple[Tensor, Tensor]:
+    """Raise UserError if a loader lacks what the trainer needs, or gives no batch.
+
+    Gives the next training batch, so that it need not be read again; the training loader is rewound.
 
     A torch DataLoader is enough for evaluation, but not for training: it cannot be continued at a given epoch.
     `gather(x)` gives the x of every process. A process may have no images to evaluate if another has some.
@@ -51,17 +55,22 @@ def check_loaders(train_loader: Loader, val_loader: Iterable, gather: Callable[[
         if missing:
             kind = type(loader).__name__
             raise UserError(f"{role} ({kind}) lacks {', '.join(missing)}; see Loader in fastkd/data/base.py")
-    first_images(train_loader)
+    batch = first_batch(train_loader)
     if all(gather(isinstance(val_loader, Sized) and len(val_loader) == 0)):
         raise UserError("val_loader is empty: it gives no batch (its length is 0)")
+    return batch
 
 
-def check_count(batches: int, loader: Loader, epoch: int, log: Callable[[str], None]) -> None:
-    """Raise UserError if an epoch had no batch; log a warning if it had another number than len(loader)."""
-    if batches == 0:
-        raise UserError(f"train_loader gave no batch in epoch {epoch}; len(train_loader) is {len(loader)}")
+def check_count(batches: int, loader: Loader, epoch: int) -> None:
+    """Raise UserError if an epoch had another number of batches than len(loader).
+
+    The learning rate, the draws of IAKD and an exact resume follow that number, so that the run would go wrong.
+    """
     if batches != len(loader):
-        log(f"warning: train_loader gave {batches} batches in epoch {epoch}, but its length is {len(loader)}")
+        raise UserError(
+            f"train_loader gave {batches or 'no'} batch{'' if batches == 1 else 'es'} in epoch {epoch}, but its length "
+            f"is {len(loader)}; the schedule follows the length: let len(train_loader) be the number of batches"
+        )
 
 
 @contextmanager
@@ -74,11 +83,19 @@ def rewound(loader: Loader) -> Iterator[None]:
 
 def first_images(train_loader: Loader) -> Tensor:
     """The images of the next batch, [B, 3, H, W]. The loader is rewound. Raises UserError if there is no batch."""
+    return first_batch(train_loader)[0]
+
+
+def first_batch(train_loader: Loader) -> tuple[Tensor, Tensor]:
+    """The next batch: images [B, 3, H, W] and target. The loader is rewound. Raises UserError if there is none."""
     with rewound(train_loader):
-        images = next((images for images, _ in train_loader), None) if len(train_loader) else None
-    if images is None:
+        batch: Any = next(iter(train_loader), None) if len(train_loader) else None
+    if batch is None:
         raise UserError(f"train_loader is empty: it gives no batch (its length is {len(train_loader)})")
-    return images
+    is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    if not is_pair or not all(isinstance(part, Tensor) for part in batch):
+        raise UserError(f"train_loader gives {type(batch).__name__}; a batch is the pair (images, target) of tensors")
+    return batch[0], batch[1]
 
 
 def describe(loader: Loader) -> dict[str, Any]:

@@ -5,6 +5,7 @@ CPU or on CUDA. No loss synchronises with the host, and each compiles without a 
 gets a gradient. Wrong options and shapes raise ValueError, wrong types TypeError.
 """
 
+from .base import UNLABELLED
 from .features import (
     AttentionTransferLoss,
     ExplorationLoss,
@@ -19,6 +20,7 @@ from .features import (
 from .logits import BridgeLoss, DISTLoss, DKDLoss, KDLoss, MutualLoss
 
 __all__ = [
+    "UNLABELLED",
     "AttentionTransferLoss",
     "BridgeLoss",
     "DISTLoss",

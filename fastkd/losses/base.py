@@ -7,6 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+UNLABELLED = -100
+"""The label of an image without one, as torch ignores it; see `ignore_index`."""
+
 Check = Callable[[str, Any], Any]  # name and value of an option -> the value to store, or ValueError
 
 

@@ -42,5 +42,5 @@ class AT(Method):
         self.loss = AttentionTransferLoss(self.options.attention_weight)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        ce = cross_entropy(out(self.student), target, self.options.ce_weight)
+        ce = cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index)
         return {"ce": ce, "at": self.loss(out.features(self.student), out.features(self.teacher))}

@@ -143,6 +143,7 @@ def combine(kinds: dict[str, type[Method]], name: str) -> type[Combo]:
         "needs_stages": "; ".join(f"{each}: {kind.needs_stages}" for each, kind in kinds.items() if kind.needs_stages),
         "needs_teacher": any(kind.needs_teacher for kind in kinds.values()),
         "needs_peers": any(kind.needs_peers for kind in kinds.values()),
+        "needs_labels": any(kind.needs_labels for kind in kinds.values()),
     }
     return type(name, (Combo,), about)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.classifier import classifiers_of
+from ..models.ensemble import Ensemble
 
 
 class ClassifierInput:
@@ -52,6 +53,11 @@ def classifier_input(net: nn.Module) -> ClassifierInput:
     A network with two classifiers (distilled DeiT and LeViT) gives the input of the first: that of the class token.
     Raises UserError if the classifier is not known.
     """
+    if isinstance(net, Ensemble):
+        raise UserError(
+            f"{len(net.nets)} teachers together have no one input of a classifier: give one teacher, or use a method "
+            "that learns from logits alone (kd, dkd, dist)"
+        )
     try:
         name, classifier = next(iter(classifiers_of(net).items()))
     except UserError as error:

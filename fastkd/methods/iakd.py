@@ -93,7 +93,7 @@ class IAKD(Method):
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         if not self.options.kd_weight:
-            return {"ce": cross_entropy(out(self.student), target)}
+            return {"ce": cross_entropy(out(self.student), target, ignore_index=self.ignore_index)}
         return self.kd.terms(out(self.student), out(self.teacher), target)
 
     @property

@@ -43,4 +43,7 @@ class RKD(Method):
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, theirs = (out.embedding(net) for net in (self.student, self.teacher))
-        return {"ce": cross_entropy(out(self.student), target, self.options.ce_weight), "rkd": self.loss(ours, theirs)}
+        return {
+            "ce": cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index),
+            "rkd": self.loss(ours, theirs),
+        }

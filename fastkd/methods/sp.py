@@ -55,7 +55,10 @@ class SP(Method):
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, theirs = (self._features(out, net) for net in (self.student, self.teacher))
-        return {"ce": cross_entropy(out(self.student), target, self.options.ce_weight), "sp": self.loss(ours, theirs)}
+        return {
+            "ce": cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index),
+            "sp": self.loss(ours, theirs),
+        }
 
     def _features(self, out: ForwardCache, net: nn.Module) -> Tensor:
         return out.features(net)[-1] if self.options.features == "maps" else out.embedding(net)

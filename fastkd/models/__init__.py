@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError, nearest
+from .ensemble import Ensemble
 from .nets.mobilenet import CifarMobileNet, CifarMobileNetV2
 from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet, WideResNet
 from .nets.vgg import CONVOLUTIONS, CifarVGG
@@ -18,6 +19,7 @@ from .weights import SUFFIXES, load_weights, read_state_dict
 from .zoo import timm_model, torchvision_model
 
 __all__ = [
+    "Ensemble",
     "PreActivation",
     "Staged",
     "create_model",

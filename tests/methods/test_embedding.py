@@ -17,6 +17,7 @@ from fastkd.engine.teacher_forms import choose_form
 from fastkd.errors import UserError
 from fastkd.methods import METHODS, ForwardCache, find_method
 from fastkd.methods.embedding import ClassifierInput, classifier_input
+from fastkd.models import Ensemble
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([1, 0, 2])  # RKD's distances of two images are always 1
@@ -113,6 +114,11 @@ def test_a_classifier_that_is_not_known_is_refused():
         UserError, match=r"classifier is compared, but .* ends with '2', a BatchNorm1d.*; use kd or dkd"
     ):
         METHODS["rkd"](net, NoStages())
+
+
+def test_several_teachers_have_no_one_classifier():
+    with pytest.raises(UserError, match="2 teachers together have no one input of a classifier: give one teacher"):
+        METHODS["sp"](NoStages(), Ensemble([NoStages(), NoStages()]))
 
 
 def test_one_vector_per_image_is_needed():
