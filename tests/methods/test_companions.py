@@ -89,6 +89,26 @@ def test_at(nets, batch):
     check_terms(made("at", nets, ce_weight=0.5, attention_weight=3.0), batch, "at", 3 * want)
 
 
+def test_at_pools_the_larger_map(nets, batch):
+    teacher = network("vgg8", 1).eval()
+    theirs, x = [], teacher.block0(batch[0])
+    for block in (teacher.block1, teacher.block2, [*teacher.block3, *teacher.block4]):
+        x = teacher.pool(x)
+        for layer in block:
+            x = layer(x)
+        theirs.append(x)
+    want = 0
+    for s, t in zip(maps(nets[0], batch[0])[0], theirs, strict=True):
+        assert s.shape[2] == 2 * t.shape[2]
+        s = s.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))
+        (a_s, a_t) = (f.pow(2).mean(1).flatten(1) for f in (s, t))
+        (a_s, a_t) = (a / a.pow(2).sum(1, keepdim=True).sqrt() for a in (a_s, a_t))
+        want = want + (a_s - a_t).pow(2).sum() / a_s.numel()
+    check_terms(made("at", (nets[0], teacher)), batch, "at", 1000 * want)
+    smaller = METHODS["at"](network("vgg8", 2), network("resnet8", 0)).double()  # here the teacher's maps are pooled
+    assert smaller(*batch)["at"] > 0
+
+
 @pytest.mark.parametrize("stage, index", [(0, 1), (1, 0), (2, 1), (3, 2)])
 def test_fitnet(nets, batch, stage, index):
     method = made("fitnet", nets, stage=stage, hint_weight=2.0)
@@ -267,8 +287,13 @@ def test_temperature_is_above_0(name):
         METHODS[name].Options(temperature=0.0)
 
 
-@pytest.mark.parametrize("name", ["at", "fitnet", "ofd"])
-@pytest.mark.parametrize("teacher, shapes", [("vgg8", "128x32x32, 256x16x16, 512x8x8"), ("mobilenetv2", "32x32x32")])
+@pytest.mark.parametrize(
+    "name, teacher, shapes",
+    [
+        *((name, "vgg8", "128x32x32, 256x16x16, 512x8x8") for name in ("fitnet", "ofd")),
+        *((name, "mobilenetv2", "32x32x32") for name in ("at", "fitnet", "ofd")),
+    ],
+)
 def test_stages_that_do_not_match_are_shown(name, teacher, shapes):
     with pytest.raises(UserError) as error:
         METHODS[name](create_model("resnet8", 4), create_model(teacher, 4))
