@@ -65,8 +65,8 @@ def check_stage_counts(student: nn.Module, teacher: nn.Module) -> None:
     if len(ours) != len(theirs):
         listed = [", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in (ours, theirs)]
         raise UserError(
-            f"AT compares the maps of every stage; for images of {image_size_of(student)} pixels the stages (C x H x W) "
-            f"of the student {type(student).__name__} are {listed[0]}, those of the teacher {type(teacher).__name__} "
-            f"{listed[1]}: use networks with equally many stages, name them (--student-stages, --teacher-stages), or use "
-            "a method without maps (kd, dkd, dist, rkd, sp)"
+            f"AT compares the maps of every stage; for images of {image_size_of(student)} pixels the stages "
+            f"(C x H x W) of the student {type(student).__name__} are {listed[0]}, those of the teacher "
+            f"{type(teacher).__name__} {listed[1]}: use networks with equally many stages, name them "
+            "(--student-stages, --teacher-stages), or use a method without maps (kd, dkd, dist, rkd, sp)"
         )
