@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # What a method and the engine know of one another.
-PROTOCOL = {f"methods.{name}" for name in ("base", "context", "forwards", "frozen", "hooks")}
+PROTOCOL = {f"methods.{name}" for name in ("base", "context", "embedding", "forwards", "frozen", "hooks")}
 
 # Folder or file -> the parts of fastkd it may import (besides its own folder).
 ALLOWED = {
