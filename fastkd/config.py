@@ -5,6 +5,7 @@ The options of a method exist only if that method is chosen.
 """
 
 import importlib.resources
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
@@ -53,6 +54,12 @@ class NetworkOptions:
     """The teacher's weights: a file (.safetensors, .pth), `pretrained`, or a tag of timm or torchvision."""
     teacher_epochs: int = 0
     """Without weights: train the teacher for this many epochs first. Later runs with equal settings reuse it."""
+    teacher_size: int = 0
+    """Side in pixels of the images that the teacher takes; 0: as its weights say, or else as the student."""
+    teacher_mean: tuple[float, ...] = ()
+    """Mean of each channel of the teacher's images. Default: as its weights say, or else as the student."""
+    teacher_std: tuple[float, ...] = ()
+    """Standard deviation of each channel of the teacher's images. Default: as for the mean."""
     peers: tuple[str, ...] = ()
     """Networks that are trained together with the student by dml, dcm and iedml. Default: one like the student."""
     student_weights: str = ""
@@ -63,6 +70,14 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         if self.teacher_epochs < 0:
             raise UserError(f"--teacher-epochs must not be negative, got {self.teacher_epochs}")
+        if self.teacher_size and self.teacher_size < 8:
+            raise UserError(f"--teacher-size must be 8 or more pixels, got {self.teacher_size}")
+        for name, values in (("mean", self.teacher_mean), ("std", self.teacher_std)):
+            if len(values) not in (0, 3) or not all(math.isfinite(value) for value in values):
+                words = " ".join(map(str, values))
+                raise UserError(f"--teacher-{name} takes three finite numbers, for red, green and blue, got {words}")
+        if self.teacher_std and min(self.teacher_std) <= 0:
+            raise UserError(f"--teacher-std must be above 0, got {' '.join(map(str, self.teacher_std))}")
 
 
 @dataclass(frozen=True)

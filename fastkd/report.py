@@ -20,6 +20,7 @@ from .engine import TrainOptions
 from .engine.step import Meter
 from .environment import environment
 from .errors import UserError
+from .models.own_input import OwnInput, plain_network
 
 FILES = """\
 This folder holds one run of fastkd. FOLDER stands for its path.
@@ -52,13 +53,14 @@ class Report:
     """Prints the epochs of a run and writes its folder. Only rank 0 prints and writes.
 
     config: the options of the training. about: further options for config.yaml. data: a description of the data set.
+    image: size, mean and std of the images that the networks take.
     """
 
-    def __init__(self, config: TrainOptions, about: dict[str, Any], data: dict[str, Any]) -> None:
+    def __init__(
+        self, config: TrainOptions, about: dict[str, Any], data: dict[str, Any], image: dict[str, Any]
+    ) -> None:
         self.config, self.out = config, Path(config.out)
-        # `fastkd eval` reads these from the weights file. The digits have a fixed size and normalisation.
-        names = () if about.get("data") == "digits" else ("image_size", "mean", "std")
-        self.about = {"data": data, "input": {name: about[name] for name in names if name in about}}
+        self.about = {"data": data, "input": image}  # `fastkd eval` reads these from the weights file
         self.models = {"student": about.get("student", ""), "improved_teacher": about.get("teacher", "")}
         self.models |= {f"peer{number}": name for number, name in enumerate(about.get("peers", ()), 1)}
         self.main = distributed.rank() == 0
@@ -102,7 +104,9 @@ class Report:
         self._write_history(history)  # again, because a killed run may have a checkpoint that is newer than this file
         for name, net in networks.items():
             about = self.about | {"model": self.models.get(name, "")}
-            checkpoint.save_network(self.out / f"{name}.safetensors", net, about)
+            if isinstance(net, OwnInput):
+                about["input"] = net.wanted.as_dict()
+            checkpoint.save_network(self.out / f"{name}.safetensors", plain_network(net), about)
         self._draw(history)
         if self.board:
             self.board.close()

@@ -13,7 +13,7 @@ from torch import nn
 from .. import checkpoint, distributed
 from ..config import Config, NetworkOptions, RunOptions, flat, parse
 from ..data import create_loaders
-from ..data.base import describe, first_batch
+from ..data.base import describe, first_batch, input_of
 from ..engine import TrainOptions
 from ..engine.backends import backends
 from ..engine.launch import check_compile, check_graph
@@ -27,8 +27,10 @@ from ..methods import find_method
 from ..methods.base import Method
 from ..methods.context import NoOptions, RunContext
 from ..models import create_model, load_weights
+from ..models.own_input import InputSpec, OwnInput, own_input
 from ..report import board_class, log_rank0, show_table
 from ..train import Trainer, roles
+from .teacher_input import check_teacher_input, teacher_input
 
 
 def run(arguments: list[str]) -> None:
@@ -76,7 +78,7 @@ class Job:
         self.first_epoch = self.train_loader.state_dict()
         self.student = self._network(names.student, names.student_weights)
         _check_options(kind, config)
-        self.teacher = self._network(names.teacher, names.teacher_weights) if kind.needs_teacher else None
+        self.teacher = self._teacher(kind) if kind.needs_teacher else None
         self.peers = [self._network(peer, "", number) for number, peer in enumerate(names.peers, 1)]
         self._check_fit(kind)
         self.rows: list[list[str]] = []
@@ -93,6 +95,8 @@ class Job:
             device=self.device,
         )
         trial.check(run)
+        if isinstance(self.teacher, OwnInput) and any(getattr(each, "swaps_blocks", False) for each in trial.modules()):
+            log_rank0("swapped-in blocks get the student's features: the teacher's own images are not for them")
         check_form(trial, options.teacher_form)
         check_compile(trial, options)
         check_graph(options.graph, options, self.device)
@@ -102,7 +106,7 @@ class Job:
         """Make a step of `method`, and of the training of its teacher if there is one, on images of the first batch."""
         batch, classes, options = first_batch(self.train_loader), self.train_loader.classes, self.config.train
         trials = [(method, roles(vars(self.names)))]
-        if self.teacher is not None and self.names.teacher_epochs:
+        if self.teacher is not None and not self.names.teacher_weights:
             trials.append((find_method("ce")(copy.deepcopy(self.teacher)), {"student": self.names.teacher}))
         for trial, names in trials:
             trial.to(self.device).to(memory_format=options.memory_format)
@@ -199,6 +203,15 @@ class Job:
             distributed.barrier()
         return net
 
+    def _teacher(self, kind: type[Method]) -> nn.Module:
+        """The teacher, with its own input if it takes other images than the student."""
+        names, data = self.names, self.config.data
+        given = InputSpec.of(input_of(self.train_loader, vars(data)))
+        assert given is not None  # all of our loaders have a size and a normalisation
+        is_trained = not names.teacher_weights
+        wanted = teacher_input(names, names.teacher, names.teacher_weights, given, log_rank0, is_trained=is_trained)
+        return own_input(self._network(names.teacher, names.teacher_weights), given, wanted)
+
     def _add_row(self, label: str, name: str, net: nn.Module) -> float:
         net.to(self.device).to(memory_format=self.config.train.memory_format)
         top1 = evaluate(net, self.val_loader, self.precision)["top1"]
@@ -222,6 +235,7 @@ def _check_options(kind: type[Method], config: Config) -> None:
             f"--teacher-weights {names.teacher_weights}: method {method} has no teacher, all learn from scratch"
             + ("; name the other networks by --peers" if kind.needs_peers else "")
         )
+    check_teacher_input(names, kind.needs_teacher, is_trained=not names.teacher_weights)
     parts, images = config.train.grad_accum, config.data.batch_size
     if images < 2 * parts:
         most = images // 2

@@ -19,6 +19,7 @@ from .. import distributed
 from ..errors import UserError
 from ..methods.base import Method
 from ..methods.frozen import FrozenTeacher
+from ..models.own_input import plain_network
 from .labels import UNLABELLED, out_of_range
 from .mixup import Mixup
 from .options import TrainOptions
@@ -138,7 +139,7 @@ def networks_of(method: Method, names: Mapping[str, str]) -> list[Network]:
     nets: dict[str, nn.Module] = dict(method.networks())
     if method.teacher is not None:
         nets["teacher"] = method.teacher.net
-    titles = {role: names.get(role) or type(net).__name__ for role, net in nets.items()}
+    titles = {role: names.get(role) or type(plain_network(net)).__name__ for role, net in nets.items()}
     networks = [Network(f"the {role.replace('_', ' ')} {titles[role]}", net) for role, net in nets.items()]
     for title, net in networks:
         if any(is_lazy(tensor) for tensor in chain(net.parameters(), net.buffers())):
@@ -220,6 +221,7 @@ def _failed(what: str, error: Exception, hint: str = "") -> UserError:
 
 def _other_size(net: nn.Module, images: Tensor) -> str:
     """The way out for a network that cannot take images of this size, with the size that it is made for, if known."""
+    net = plain_network(net)
     config = getattr(net, "pretrained_cfg", None) or {}
     side = getattr(net, "image_size", 0)
     if isinstance(config, dict) and config.get("input_size"):

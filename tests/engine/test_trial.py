@@ -82,7 +82,10 @@ ODD = {
     "named tuple": (lambda z, x, t: Heads((z, z)) if t else z, r"in training returns Heads \(logits, aux_logits\)"),
     "dict": (lambda z, x, t: {"logits": z}, r"in evaluation returns dict \(logits\)"),
     "object": (lambda z, x, t: SimpleNamespace(logits=z), "in evaluation returns SimpleNamespace and not"),
-    "map": (lambda z, x, t: z[..., None, None], r"in evaluation returns \[4, 4, 1, 1\] for 4 images of 8 x 8 pixels, and \[4, 4\]"),
+    "map": (
+        lambda z, x, t: z[..., None, None],
+        r"in evaluation returns \[4, 4, 1, 1\] for 4 images of 8 x 8 pixels, and \[4, 4\]",
+    ),
     "one image": (lambda z, x, t: z[:1], r"in evaluation returns \[1, 4\] for 4 images"),
     "nan": (lambda z, x, t: z / 0, "in evaluation gives logits that are NaN or infinite"),
     "size": (sized, r"fails in evaluation on images of 8 x 8 pixels \(AssertionError: Input height .8. doesn't match"),

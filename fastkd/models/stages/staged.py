@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..own_input import OwnInput
 from .families import split_family
 from .split import split_at
 
@@ -69,6 +70,9 @@ def staged(model: nn.Module, stages: Sequence[str] | None = None) -> Staged:
     and only the output of a stage may be used after it. `name_stages` stores the names on the network. Raises UserError
     if the network cannot be divided.
     """
+    if isinstance(model, OwnInput):  # its images are adapted before everything else
+        inner = staged(model.net, stages)
+        return Staged(model, nn.Sequential(model.adapt, inner.stem), inner.stages, inner.head)
     stages = getattr(model, "_fastkd_stages", None) if stages is None else stages
     stem, middle, head = split_family(model) if stages is None else split_at(model, stages)
     return Staged(model, stem, middle, head)
