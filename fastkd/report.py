@@ -21,6 +21,7 @@ from .engine import TrainOptions
 from .engine.step import Meter
 from .environment import environment
 from .errors import UserError, printable
+from .models.own_input import OwnInput, plain_network
 
 FILES = """\
 This folder holds one run of fastkd. FOLDER stands for its path.
@@ -53,12 +54,15 @@ class Report:
     """Prints the epochs of a run and writes its folder. Only rank 0 prints and writes.
 
     config: the options of the training. about: further options for config.yaml. data: a description of the data set.
+    image: size, mean and std of the images that the networks take.
     """
 
-    def __init__(self, config: TrainOptions, about: dict[str, Any], data: dict[str, Any]) -> None:
+    def __init__(
+        self, config: TrainOptions, about: dict[str, Any], data: dict[str, Any], image: dict[str, Any]
+    ) -> None:
         self.config, self.out = config, Path(config.out)
         # `fastkd eval` reads these from the weights file.
-        self.about = {"data": data, "input": checkpoint.about_input(about)}
+        self.about = {"data": data, "input": checkpoint.about_input(about) | image}
         self.models = {"student": about.get("student", "")}
         self.models["improved_teacher"] = next(iter(about.get("teacher", ())), "")  # sokd's, of its one teacher
         self.models |= {f"peer{number}": name for number, name in enumerate(about.get("peers", ()), 1)}
@@ -103,7 +107,9 @@ class Report:
         self._write_history(history)  # again, because a killed run may have a checkpoint that is newer than this file
         for name, net in networks.items():
             about = self.about | {"model": self.models.get(name, "")}
-            checkpoint.save_network(self.out / f"{name}.safetensors", net, about)
+            if isinstance(net, OwnInput):
+                about["input"] = net.wanted.as_dict()
+            checkpoint.save_network(self.out / f"{name}.safetensors", plain_network(net), about)
         self._draw(history)
         if self.board:
             self.board.close()
