@@ -27,6 +27,7 @@ from ..methods.base import Method
 from ..methods.forwards import StagedView
 from ..methods.frozen import FrozenTeacher
 from ..models import Staged, staged
+from ..models.stages.layout import CONVOLUTIONAL, Layout, layout_of
 from .folded_gates import LARGEST_ERROR, fold_gates, foldable, unfold_gates
 from .fuse_conv_bn import fuse_conv_bn, fuse_relu
 from .fused_variants import choose_variants, count_variants
@@ -46,14 +47,31 @@ class TeacherForm(nn.Module):
     not worth a second compilation, which could also fail in the middle of a run.
     """
 
-    def __init__(self, sequence: list[nn.Module], dtype: torch.dtype, wants_features: bool, compiled: bool = False):
+    def __init__(
+        self,
+        sequence: list[nn.Module],
+        dtype: torch.dtype,
+        wants_features: bool,
+        compiled: bool = False,
+        layout: Layout = CONVOLUTIONAL,
+    ):
         super().__init__()
         self.sequence, self.dtype, self.wants_features = nn.ModuleList(sequence), dtype, wants_features
+        self.layout = layout
         self.compiled = torch.compile(self._run, dynamic=False) if compiled else None
         self.shape: torch.Size | None = None  # of the images that are compiled for
 
     def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Images [N, 3, H, W] -> (logits [N, C], one feature map per stage, or none without `wants_features`)."""
+        """Images [N, 3, H, W] -> (logits [N, C], one map [N, C, H, W] per stage, or none without `wants_features`)."""
+        logits, outputs = self.outputs(images)
+        return logits, self.maps(outputs)
+
+    def maps(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs of stages as maps [N, C, H, W]."""
+        return self.layout.maps(outputs)
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images [N, 3, H, W] -> (logits [N, C], the output of every stage, or none without `wants_features`)."""
         x = images.to(self.dtype, memory_format=torch.channels_last)
         self.shape = self.shape or images.shape
         run = self.compiled if self.compiled and images.shape == self.shape else self._run
@@ -62,7 +80,7 @@ class TeacherForm(nn.Module):
             return run(x)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.features(images)[0]
+        return self.outputs(images)[0]
 
     def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         maps = []
@@ -237,13 +255,13 @@ def try_forms(
 
 def _build(name: str, net: nn.Module, images: Tensor, dtype: torch.dtype, wants_features: bool) -> TeacherForm:
     twin = fuse_conv_bn(net, images[:2].float()).to(dtype).to(memory_format=torch.channels_last)
-    sequence = [twin]
+    sequence, layout = [twin], layout_of(net)
     if wants_features:
         view = staged(twin)
         sequence = [view.stem, *view.stages, view.head]
     if name == "fused":
         sequence = [fuse_relu(module) for module in sequence]
         choose_variants(sequence, images.to(dtype))
-    form = TeacherForm(sequence, dtype, wants_features, compiled=name == "compiled").eval().requires_grad_(False)
+    form = TeacherForm(sequence, dtype, wants_features, name == "compiled", layout).eval().requires_grad_(False)
     form.features(images)  # an error, also one of the compiler, is raised here
     return form

@@ -40,9 +40,10 @@ def epoch(loader):
 def labelled(tmp_path, samples: int):
     """A folder whose images tell which they are: one flat gray in each, and the number of grays apart."""
     for part in ("train", "val"):
-        (tmp_path / part / "one").mkdir(parents=True)
-        for i in range(samples):
-            Image.new("RGB", (20, 20), (i * 5,) * 3).save(tmp_path / part / "one" / f"{i:03}.png")
+        for i in range(samples):  # the last one is of another class
+            folder = tmp_path / part / ("one" if i < samples - 1 else "two")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), (i * 5,) * 3).save(folder / f"{i:03}.png")
     return tmp_path
 
 
@@ -86,10 +87,11 @@ def test_evaluation_agrees_with_torchvision(pictures, device, capsys):
 def test_evaluation_agrees_on_every_resized_size_and_crop(tmp_path):
     """Odd and even margins on both sides: a crop that is off by one pixel would show in a steep ramp."""
     for part in ("train", "val"):
-        (tmp_path / part / "one").mkdir(parents=True)
+        for name in ("one", "two"):
+            (tmp_path / part / name).mkdir(parents=True)
         for i, (width, height) in enumerate([(80, 73), (73, 97), (99, 73), (73, 101), (73, 73), (103, 73), (75, 105)]):
             ramp = np.add.outer(np.arange(height) * 1.2, np.arange(width) * 1.2)[..., None].repeat(3, -1)
-            Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / part / "one" / f"{i}.png")
+            Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / part / ("one" if i < 6 else "two") / f"{i}.png")
     got, want = (epoch(loaders(tmp_path, name, batch_size=2)[1])[0] for name in ("dali", "folder"))
     steps = (got - want).abs() * torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255
     assert steps.mean((1, 2, 3)).max() < 0.6 and steps.max() < 2.1
@@ -175,7 +177,7 @@ def test_an_epoch_left_in_its_middle_is_given_again(pictures):
 def test_the_processes_crop_differently(tmp_path):
     """Two processes that draw the same numbers would halve the augmentation."""
     root = labelled(tmp_path, 4)
-    for file in (root / "train" / "one").iterdir():
+    for file in (root / "train").glob("*/*"):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(file)
     images = [epoch(loaders(root, rank=rank, world_size=2)[0])[0] for rank in range(2)]
     assert not torch.equal(images[0], images[1])
@@ -200,9 +202,10 @@ def test_crops_and_flips_are_those_of_random_resized_crop(tmp_path):
     """The area of the crop, read off a ramp, is distributed as in the torchvision loader, and half are flipped."""
     ramp = np.stack(np.broadcast_arrays(np.arange(200)[None, :], np.arange(200)[:, None], 0), -1).astype(np.uint8)
     for part in ("train", "val"):
-        (tmp_path / part / "one").mkdir(parents=True)
+        for name in ("one", "two"):
+            (tmp_path / part / name).mkdir(parents=True)
         for i in range(40):
-            Image.fromarray(ramp).save(tmp_path / part / "one" / f"{i}.png")
+            Image.fromarray(ramp).save(tmp_path / part / ("one" if i < 39 else "two") / f"{i}.png")
     areas, flips = {}, {}
     for name in ("dali", "folder"):
         train, _ = loaders(tmp_path, name, batch_size=20, image_size=32)
@@ -329,14 +332,14 @@ def spoilt(tmp_path, odd: dict[str, bytes], samples: int = 6):
 def test_names_in_any_bytes_are_read_in_the_same_order(tmp_path):
     """DALI takes UTF-8 only: a name in Latin-1 was a traceback."""
     names = [b"caf\xe9", b"a b", b"a\nb", b"a'\"b", b" x", "ü✓".encode(), b"\\n{0}%s", b"\xff\xfe", b"tab\t"]
-    root = labelled(tmp_path, len(names))
+    root = labelled(tmp_path, len(names) + 1)  # the last one stays as it is
     for i, name in enumerate(names):
         for part in ("train", "val"):
             os.rename(root / part / "one" / f"{i:03}.png", os.fsencode(root / part / "one") + b"/" + name + b".png")
     train, val = loaders(root, batch_size=4, image_size=8)
     folder_val = loaders(root, "folder", batch_size=4, image_size=8, workers=0)[1]
     assert numbers(epoch(val)[0]) == numbers(epoch(folder_val)[0])
-    assert sorted(numbers(epoch(train)[0])) == list(range(len(names)))
+    assert sorted(numbers(epoch(train)[0])) == list(range(len(names) + 1))
 
 
 def test_a_damaged_file_whose_name_is_not_utf8_is_named_by_its_own_name(tmp_path):

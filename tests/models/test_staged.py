@@ -232,14 +232,14 @@ def test_named_stages_of_library_nets(name, stages, size):
     check_same(model, view, images(size))
     seen.clear()
     with torch.no_grad():
-        taps = view.features(images(size))[1]
+        taps = view.outputs(images(size))[1]
     assert len(taps) == len(stages) and all(tap is out for tap, out in zip(taps, seen, strict=True))
 
 
 def test_unknown_family_lists_the_top_level_modules():
     assert all(
         part in message(Plain())
-        for part in ("the stages of Plain are not known", "name its stages", "first, body, act, fc")
+        for part in ("the stages of Plain are not known", "--student-stages", "first, body, act, fc")
     )
     assert "top-level modules are none" in message(nn.Identity())
 
