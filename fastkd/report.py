@@ -58,10 +58,8 @@ class Report:
         self.config, self.out = config, Path(config.out)
         # `fastkd eval` reads these from the weights file.
         self.about = {"data": data, "input": checkpoint.about_input(about)}
-        self.models = {
-            "student": about.get("student", ""),
-            "improved_teacher": next(iter(about.get("teacher", ())), ""),
-        }
+        self.models = {"student": about.get("student", "")}
+        self.models["improved_teacher"] = next(iter(about.get("teacher", ())), "")  # sokd's, of its one teacher
         self.models |= {f"peer{number}": name for number, name in enumerate(about.get("peers", ()), 1)}
         self.main = distributed.rank() == 0
         board = board_class() if config.tensorboard and self.main else None

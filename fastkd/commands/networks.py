@@ -1,48 +1,95 @@
 """The networks of a run, made from its options: the student, the teachers and the peers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from .. import distributed
+from .. import checkpoint, distributed
 from ..config import Config, NetworkOptions
+from ..data.classes import class_note, class_order
 from ..errors import UserError
 from ..methods.base import Method
-from ..models import create_model
+from ..models import create_model, new_classifier_of, reorder_classes
 from ..models.ensemble import Ensemble
+from ..report import log_rank0
 
 
 @dataclass(frozen=True)
 class NetworkMaker:
-    """Makes the networks of a run. Each depends on the options and the seed alone, and is equal in every process."""
+    """Makes the networks of a run. Each depends on the options and the seed alone, and is equal in every process.
+
+    A network that will be trained takes weights of another number of classes, or of classes with other names.
+    """
 
     options: NetworkOptions
     classes: tuple[str, ...]  # names, in label order
     seed: int
+    ignore_class_names: bool = False
 
     def student(self) -> nn.Module:
         """The student, with its initial weights."""
-        return self.make(self.options.student, self.options.student_weights)
+        options = self.options
+        check_hash(options.student_weights, options.student_sha256)
+        return self.make("student", options.student, options.student_weights)
 
     def teachers(self) -> list[nn.Module]:
         """The teachers in the order of --teacher. Teachers that are trained first have other initial weights each."""
         pairs = zip(self.options.teacher, self.options.weights_of_teachers, strict=True)
-        return [self.make(name, weights, number) for number, (name, weights) in enumerate(pairs)]
+        trained = self.options.teacher_epochs > 0
+        return [
+            self.make("teacher", name, weights, number, trained=trained) for number, (name, weights) in enumerate(pairs)
+        ]
 
     def peers(self) -> list[nn.Module]:
         """The peers. They start with other weights each: equal networks have nothing to teach each other."""
-        return [self.make(name, "", number) for number, name in enumerate(self.options.peers, 1)]
+        return [self.make("peer", name, "", number) for number, name in enumerate(self.options.peers, 1)]
 
-    def make(self, name: str, weights: str, number: int = 0) -> nn.Module:
+    def make(self, role: str, name: str, weights: str, number: int = 0, *, trained: bool = True) -> nn.Module:
         """A network by its name. `number` is added to the seed of the initial weights."""
         torch.manual_seed(self.seed + number)  # so that it does not depend on the networks before it
         if distributed.rank() > 0:
             distributed.barrier()  # rank 0 goes first, so that pre-trained weights are downloaded once
-        net = create_model(name, len(self.classes), weights or None)
+        net = create_model(name, len(self.classes), weights or None, new_classifier=trained)
         if distributed.rank() == 0:
             distributed.barrier()
+        if fresh := new_classifier_of(net):
+            have = f"{fresh.classes} classes" if fresh.classes else "no classifier"
+            log_rank0(
+                f"{role} {name}: {weights or 'the tag'} has {have}, the data {len(self.classes)} classes: a new "
+                f"classifier; these keys start fresh: {', '.join(fresh.keys)}"
+            )
+        elif weights:
+            self._align_classes(role, net, weights, trained)
         return net
+
+    def _align_classes(self, role: str, net: nn.Module, weights: str, trained: bool) -> None:
+        """Put the logits into the order of the data's classes, if the file notes the names of its classes.
+
+        Raises UserError if a network that will not be trained has classes of other names.
+        """
+        noted = checkpoint.read_about(Path(weights)).get("data", {}).get("classes", self.classes)
+        source = f"--{role}-weights {weights}"
+        if trained and sorted(noted) != sorted(self.classes):
+            if not self.ignore_class_names:
+                log_rank0(f"{source}: its classes have other names than the data's; its classifier is trained further")
+            return
+        order = class_order(noted, self.classes, source, self.ignore_class_names)
+        if order is not None:
+            reorder_classes(net, order)
+            log_rank0(f"{source}: it has the classes in another order; its logits are put into the data's order")
+        elif note := class_note(noted, self.classes, source, self.ignore_class_names):
+            log_rank0(note)
+
+
+def check_hash(weights: str, sha256: str) -> None:
+    """Raise UserError if the file `weights` has another content than the noted one; an empty hash fits any file."""
+    if sha256 and (found := checkpoint.sha256_of(Path(weights))) != sha256:
+        raise UserError(
+            f"--student-weights {weights} has the SHA-256 {found or 'of no file'}, and --student-sha256 is {sha256}: "
+            "give the file of the run that is repeated, or drop --student-sha256"
+        )
 
 
 def teacher_of(teachers: list[nn.Module], config: Config) -> nn.Module | None:

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from .. import checkpoint, distributed
-from ..config import Config, NetworkOptions, RunOptions, flat, parse
+from ..config import Config, NetworkOptions, RunOptions, defaults, flat, parse
 from ..data import create_loaders
 from ..data.base import describe, first_batch
 from ..engine import TrainOptions
@@ -77,7 +77,7 @@ class Job:
         )
         check_unlabelled(kind, config, self.train_loader)
         self.first_epoch = self.train_loader.state_dict()
-        self.maker = NetworkMaker(names, self.train_loader.classes, config.train.seed)
+        self.maker = NetworkMaker(names, self.train_loader.classes, config.train.seed, config.data.ignore_class_names)
         self.student = self.maker.student()
         _check_options(kind, config)
         self.teachers = self.maker.teachers() if kind.needs_teacher else []
@@ -126,6 +126,10 @@ class Job:
         self.config = replace(self.config, train=replace(options, out=str(out)))
         if options.resume and not (self.out / "last.pt").exists():
             log_rank0(f"--resume: {out} has no checkpoint of the student yet; its training starts from the beginning")
+        if distributed.rank() == 0 and options.resume:
+            checkpoint.add_missing_options(self.out, defaults(self.config.run.method))
+            for folder in (*self.out.glob("teacher*"), self.out / "alone"):
+                checkpoint.add_missing_options(folder, defaults("ce"))
         if distributed.rank() == 0:
             checkpoint.claim_folder(self.out, flat(self.config), options.resume)
 
@@ -139,7 +143,7 @@ class Job:
         if self.names.baseline and method != "ce":
             log_rank0(f"student {name}: alone, for comparison")
             net = self.maker.student()
-            trainer = self._fit(self._without_teacher(name, self.config.train, "alone"), net)
+            trainer = self._fit(self._alone(name, self.names.student_weights, self.config.train, "alone"), net)
             self._add_row("student alone", name, trainer.network)
         log_rank0(f"student {name}: {method}" + (f" from {', '.join(self.names.teacher)}" if self.teacher else ""))
         trainer = self._fit(self.config, self.student, self.teacher, self.peers)
@@ -149,43 +153,50 @@ class Job:
         log_rank0(f"everything is in {self.out}")
 
     def prepare_teacher(self, number: int, teacher: nn.Module) -> None:
-        """Train teacher `number` (from 0) if it has no weights, unless a finished run has the same settings.
+        """Train or fine-tune teacher `number` (from 0) if --teacher-epochs says so, and log its accuracy.
 
-        Then log its accuracy, with a warning if it is near chance.
+        Its accuracy near chance is a warning.
         """
-        name, weights = self.names.teacher[number], self.names.weights_of_teachers[number]
+        name = self.names.teacher[number]
         folder = "teacher" + (str(number + 1) if number else "")
-        if not weights:
-            options = self.config.train.stretched(self.names.teacher_epochs)
-            options = replace(options, seed=options.seed + number)  # equal teachers that start alike would stay equal
-            config = self._without_teacher(name, options, folder)
-            folders = [self.out / folder, *sorted(self.out.parent.glob("*/teacher*"))]
-            data = describe(self.train_loader)
-            found = distributed.from_rank_zero(checkpoint.find_finished, folders, flat(config), data)
-            if found:
-                log_rank0(f"teacher {name}: trained before with these settings, taken from {found.parent}")
-            else:
-                log_rank0(f"teacher {name}: training it first")
-                found = self._fit(config, teacher).report.out / "student.safetensors"
-            load_weights(teacher, found)  # the saved weights, whether or not they were trained just now
+        if self.names.teacher_epochs:
+            load_weights(teacher, self._trained_teacher(number, teacher, folder))
         top1 = self._add_row(folder.replace("teacher", "teacher ").strip(), name, teacher)
         chance = 100 / len(self.val_loader.classes)
         log_rank0(f"teacher {name}: top-1 {top1:.2f} % on the validation images")
         if top1 < chance + 0.1 * (100 - chance):
             reason = "Its weights, the order of the classes or the normalisation (--mean, --std) do not fit this data"
-            if not weights:
+            if self.names.teacher_epochs:
                 reason = f"It was trained for too short a time (--teacher-epochs {self.names.teacher_epochs})"
             log_rank0(
                 f"WARNING: the teacher's top-1 is {top1:.2f} % and chance is {chance:.2f} %. {reason}; "
                 "the student will learn noise."
             )
 
-    def _without_teacher(self, name: str, options: TrainOptions, folder: str) -> Config:
+    def _trained_teacher(self, number: int, teacher: nn.Module, folder: str) -> Path:
+        """The saved weights of teacher `number`, trained in `folder` unless a finished run has the same settings."""
+        name, weights = self.names.teacher[number], self.names.weights_of_teachers[number]
+        options = self.config.train.stretched(self.names.teacher_epochs)
+        options = replace(options, seed=options.seed + number)  # equal teachers that start alike would stay equal
+        config = self._alone(name, weights, options, folder)
+        folders = [self.out / folder, *sorted(self.out.parent.glob("*/teacher*"))]
+        data = describe(self.train_loader)
+        found = distributed.from_rank_zero(checkpoint.find_finished, folders, flat(config), data, defaults("ce"))
+        origin = f" from {weights}" if weights else ""
+        if found:
+            log_rank0(f"teacher {name}: trained before{origin} with these settings, taken from {found.parent}")
+            return found
+        work = f"fine-tuning it{origin}, {self.names.teacher_epochs} epochs" if weights else "training it first"
+        log_rank0(f"teacher {name}: {work}")
+        return self._fit(config, teacher).report.out / "student.safetensors"
+
+    def _alone(self, name: str, weights: str, options: TrainOptions, folder: str) -> Config:
         """The configuration of a training with the labels alone, in a folder below this job's."""
+        content = distributed.from_rank_zero(checkpoint.sha256_of, Path(weights)) if weights else ""
         return replace(
             self.config,
             run=RunOptions(method="ce"),
-            networks=NetworkOptions(student=name),
+            networks=NetworkOptions(student=name, student_weights=weights, student_sha256=content),
             method=NoOptions(),
             train=replace(options, out=str(self.out / folder), teacher_form="auto"),  # it has no teacher
         )

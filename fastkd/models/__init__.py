@@ -9,24 +9,28 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError, nearest
+from .classifier import classifiers_of, reorder_classes
 from .ensemble import Ensemble
 from .nets.mobilenet import CifarMobileNet, CifarMobileNetV2
 from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet, WideResNet
 from .nets.vgg import CONVOLUTIONS, CifarVGG
 from .stages.preactivation import PreActivation
 from .stages.staged import Staged, name_stages, stage_shapes, staged
-from .weights import SUFFIXES, load_weights, read_state_dict
+from .weights import SUFFIXES, load_weights, new_classifier_of, read_state_dict
 from .zoo import timm_model, torchvision_model
 
 __all__ = [
     "Ensemble",
     "PreActivation",
     "Staged",
+    "classifiers_of",
     "create_model",
     "load_weights",
     "model_names",
     "name_stages",
+    "new_classifier_of",
     "read_state_dict",
+    "reorder_classes",
     "stage_shapes",
     "staged",
 ]
@@ -42,14 +46,17 @@ CIFAR_NETS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def create_model(name: str, num_classes: int, weights: str | os.PathLike | None = None) -> nn.Module:
+def create_model(
+    name: str, num_classes: int, weights: str | os.PathLike | None = None, *, new_classifier: bool = False
+) -> nn.Module:
     """A network for images [N, 3, H, W] and `num_classes` classes, fp32, on the CPU, in train mode.
 
     `name`: one of `model_names()`, any `wrn_D_K`, `timm/<name>` or `torchvision/<name>`. `weights`: a file (see
     `read_state_dict`), "pretrained" for the library's default weights, or the tag of other weights: timm's (also as
     part of the name, `timm/resnet50.a1_in1k`) or torchvision's (`IMAGENET1K_V2`). A file overrides a tag in the name.
-    Raises UserError for unknown names and weights, for pre-trained weights of another number of classes, and when a
-    download fails.
+    With `new_classifier`, weights of another number of classes are taken too: the classifier keeps its initial values,
+    and `new_classifier_of(net)` names its keys. Every other key must match exactly.
+    Raises UserError for unknown names and weights, for weights of another number of classes, and when a download fails.
     """
     if not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(f"num_classes is {num_classes!r}: a net needs at least one class")
@@ -61,13 +68,13 @@ def create_model(name: str, num_classes: int, weights: str | os.PathLike | None 
         if tag is not None:
             raise UserError(f"{tag!r} is not a file, and {name!r} has no pre-trained weights: pass a weights file")
     elif library == "timm":
-        model = timm_model(rest if file is None else rest.partition(".")[0], num_classes, tag)
+        model = timm_model(rest if file is None else rest.partition(".")[0], num_classes, tag, new_classifier)
     elif library == "torchvision":
-        model = torchvision_model(rest, num_classes, tag)
+        model = torchvision_model(rest, num_classes, tag, new_classifier)
     else:
         raise UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision'])}")
     if file is not None:
-        load_weights(model, file)
+        load_weights(model, file, new_classifier)
     return model
 
 

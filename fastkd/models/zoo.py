@@ -7,10 +7,14 @@ from types import ModuleType
 from torch import nn
 
 from ..errors import UserError, nearest
+from .weights import HINT, copy_weights
 
 
-def timm_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
-    """`resnet50`, or with weights `resnet50.a1_in1k`; `tag` is another way to name them ("pretrained": the default)."""
+def timm_model(name: str, num_classes: int, tag: str | None, new_classifier: bool = False) -> nn.Module:
+    """`resnet50`, or with weights `resnet50.a1_in1k`; `tag` is another way to name them ("pretrained": the default).
+
+    With `new_classifier`, weights of another class count are taken too, but for the classifier.
+    """
     timm = _library("timm")
     architecture, _, name_tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -28,12 +32,19 @@ def timm_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
     elif wanted not in tags:
         raise UserError(_no_weights(f"timm/{architecture}", wanted, tags))
     full = f"{architecture}.{wanted}".removesuffix(".")
+    if timm.get_pretrained_cfg(full).num_classes != num_classes and new_classifier:
+        # The weights' own class count: timm then checks every key, and so does copy_weights.
+        trained = _download(f"timm/{full}", lambda: timm.create_model(full, pretrained=True))
+        return _transfer(trained, timm.create_model(full, num_classes=num_classes), f"timm/{full}")
     _check_classes(f"timm/{full}", timm.get_pretrained_cfg(full).num_classes, num_classes)
     return _download(f"timm/{full}", lambda: timm.create_model(full, pretrained=True, num_classes=num_classes))
 
 
-def torchvision_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
-    """`resnet18`; `tag` names its weights (`IMAGENET1K_V1`), "pretrained" the default ones; None: no weights."""
+def torchvision_model(name: str, num_classes: int, tag: str | None, new_classifier: bool = False) -> nn.Module:
+    """`resnet18`; `tag` names its weights (`IMAGENET1K_V1`), "pretrained" the default ones; None: no weights.
+
+    With `new_classifier`, weights of another class count are taken too, but for the classifier.
+    """
     models = _library("torchvision").models
     names = models.list_models(module=models)
     if name not in names:
@@ -45,6 +56,10 @@ def torchvision_model(name: str, num_classes: int, tag: str | None) -> nn.Module
     if member not in choices:
         raise UserError(_no_weights(f"torchvision/{name}", tag, list(choices)))
     weights = choices[member]
+    if len(weights.meta["categories"]) != num_classes and new_classifier:
+        trained = _download(f"torchvision/{name}", lambda: models.get_model(name, weights=weights))
+        net = models.get_model(name, weights=None, num_classes=num_classes)
+        return _transfer(trained, net, f"torchvision/{name} with {weights.name}")
     _check_classes(f"torchvision/{name} with {weights.name}", len(weights.meta["categories"]), num_classes)
     return _download(f"torchvision/{name}", lambda: models.get_model(name, weights=weights))
 
@@ -67,8 +82,14 @@ def _check_classes(model: str, have: int, wanted: int) -> None:
     if have != wanted:
         raise UserError(
             f"{model} was trained for {have} classes and {wanted} are wanted: its classifier does not fit, and partial "
-            "loading is an error; fine-tune it first and pass the weights as a file"
+            f"loading is an error; {HINT}"
         )
+
+
+def _transfer(trained: nn.Module, net: nn.Module, source: str) -> nn.Module:
+    """`net` with the weights of `trained`, all but the classifier's."""
+    copy_weights(net, trained.state_dict(), source, new_classifier=True)
+    return net
 
 
 def _download(model: str, build: Callable[[], nn.Module]) -> nn.Module:
