@@ -13,7 +13,7 @@ from torch import nn
 from .. import checkpoint, distributed
 from ..config import Config, NetworkOptions, RunOptions, defaults, flat, parse
 from ..data import create_loaders
-from ..data.base import describe, first_batch
+from ..data.base import describe, first_batch, input_of
 from ..engine import TrainOptions
 from ..engine.backends import backends
 from ..engine.launch import check_compile, check_graph
@@ -27,6 +27,7 @@ from ..methods import find_method
 from ..methods.base import Method
 from ..methods.context import NoOptions, RunContext
 from ..models import load_weights
+from ..models.own_input import InputSpec, OwnInput
 from ..report import board_class, log_rank0, show_table
 from ..train import Trainer, titles
 from .networks import NetworkMaker, check_networks, teacher_of
@@ -77,7 +78,10 @@ class Job:
         )
         check_unlabelled(kind, config, self.train_loader)
         self.first_epoch = self.train_loader.state_dict()
-        self.maker = NetworkMaker(names, self.train_loader.classes, config.train.seed, config.data.ignore_class_names)
+        images = InputSpec.of(input_of(self.train_loader, vars(config.data)))
+        assert images is not None  # all of our loaders have a size and a normalisation
+        classes, ignore = self.train_loader.classes, config.data.ignore_class_names
+        self.maker = NetworkMaker(names, classes, images, config.train.seed, ignore)
         self.student = self.maker.student()
         _check_options(kind, config)
         self.teachers = self.maker.teachers() if kind.needs_teacher else []
@@ -98,6 +102,8 @@ class Job:
             device=self.device,
         )
         trial.check(run)
+        if isinstance(self.teacher, OwnInput) and any(getattr(each, "swaps_blocks", False) for each in trial.modules()):
+            log_rank0("swapped-in blocks get the student's features: the teacher's own images are not for them")
         check_form(trial, options.teacher_form)
         check_compile(trial, options)
         check_graph(options.graph, options, self.device)
