@@ -128,7 +128,7 @@ class Trainer:
             done += 1
         check_count(done - first, self.train_loader, self.epoch + 1)
         if self.labels:
-            self.labels.finish(self.epoch + 1)
+            self.labels.check_labels(self.epoch + 1)
         rates = self.method.selection_rates(range(first, done))
         row = {"epoch": self.epoch + 1, "lr": lr, **self.step.meter.read(), **rates, **bar.rates()}
         self.step.meter.reset()

@@ -171,7 +171,7 @@ class Job:
         chance = 100 / len(self.val_loader.classes)
         log_rank0(f"teacher {name}: top-1 {top1:.2f} % on the validation images")
         if top1 < chance + 0.1 * (100 - chance):
-            reason = "Its weights, the order of the classes or the normalisation (--mean, --std) do not fit this data"
+            reason = "Its weights or the normalisation (--teacher-mean, --teacher-std) do not fit this data"
             if self.names.teacher_epochs:
                 reason = f"It was trained for too short a time (--teacher-epochs {self.names.teacher_epochs})"
             log_rank0(

@@ -11,7 +11,7 @@ UNLABELLED = -100  # the `ignore_index` of torch's losses: an image without a la
 class LabelCheck:
     """`check(target)` gives the labels [N] int64 with those that are none of the classes replaced by class 0.
 
-    On CUDA they are counted, and `finish(epoch)` raises UserError at the end of the epoch: no step waits for the
+    On CUDA they are counted, and `check_labels(epoch)` raises UserError at the end of the epoch: no step waits for the
     device, and torch's loss would end the process. On the CPU the error comes at once. Targets [N, C] pass as they are.
     """
 
@@ -24,10 +24,10 @@ class LabelCheck:
         is_strange = out_of_range(target, self.classes)
         self.count += is_strange.sum()
         if target.device.type == "cpu":
-            self.finish()
+            self.check_labels()
         return target.masked_fill(is_strange, 0)
 
-    def finish(self, epoch: int | None = None) -> None:
+    def check_labels(self, epoch: int | None = None) -> None:
         """Raise UserError if there was such a label. Waits for the device. `epoch` counts from 1, for the message."""
         if count := int(self.count.item()):
             when = "" if epoch is None else f" of epoch {epoch}"

@@ -15,7 +15,7 @@ def test_good_labels_pass_as_they_are():
     check = LabelCheck(4, torch.device("cpu"))
     for target in (torch.tensor([0, 3, -100]), torch.rand(3, 4)):
         assert torch.equal(check(target), target)
-    check.finish(1)
+    check.check_labels(1)
 
 
 @pytest.mark.parametrize("label", [-1, -99, 4, 255])
