@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ..logit_loss import Inputs
 from ..op import Tensors, acc_dtype
-from .logit_loss_general import Rows
+from .logit_loss_general import Rows, table_of
 
 
 def by_rows(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensors) -> None:
     """Writes grads, and outputs unless they are None. Asks the device nothing: fp64 on a GPU comes here too."""
     H = len(inputs.heads)
     z = torch.stack([head.to(acc_dtype(inputs.heads)) for head in inputs.heads])
-    table = torch.tensor(inputs.weights, dtype=z.dtype, device=z.device).view(H, H + 1)
+    table = table_of(inputs.weights, z).view(H, H + 1)
     rows = Rows(z, inputs.temperature, inputs.standardize, [i for i in range(H) if inputs.weights[i * (H + 1)]])
     y, scale = _target(inputs, z[0])
     factors = table * scale[:, None]
