@@ -81,8 +81,12 @@ class Rows:
 
     def divergences(self) -> Tensor:
         """[H, H]: KL(p_j || p_i) at [i, j], mean over rows, unless a class is ruled out: log p = -inf."""
+        return self.row_divergences().mean(0).T
+
+    def row_divergences(self) -> Tensor:
+        """[N, H, H]: the same of every row, at [n, j, i]."""
         cross = torch.bmm(self.p.transpose(0, 1), self.scaled.permute(1, 2, 0)) - self.log_sum.T[:, None]
-        return (cross.diagonal(dim1=1, dim2=2)[:, :, None] - cross).mean(0).T  # cross [N, j, i]: sum_c p_j log p_i
+        return cross.diagonal(dim1=1, dim2=2)[:, :, None] - cross  # cross [N, j, i]: sum_c p_j log p_i
 
     def careful_divergences(self) -> Tensor:
         """The same for every case; a class of probability 0 adds 0, not 0 * inf."""
