@@ -24,7 +24,7 @@ GPU_TESTS = [
 
 RUNS = {
     "every-method-as-graphs": ["tests/null_device/graphs.py"],
-    "every-method-eager": ["tests/null_device/steps.py", "tests/null_device/rules.py"],
+    "every-method-eager": [f"tests/null_device/{job}.py" for job in ("steps", "rules", "losses")],
     "launches-within-budget": ["tests/null_device/launches.py"],
     "options-and-teacher-forms": ["tests/null_device/options.py"],
     "faults-stay-fixed": ["tests/null_device/faults.py"],

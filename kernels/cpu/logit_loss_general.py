@@ -6,7 +6,7 @@ product per row, the gradients as one product with the [H, H] table.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def general(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tenso
         mine.copy_(head)
     labels = Labels(target, C, smoothing, ignore_index, z.dtype)
     rows = Rows(z, temperature, standardize, [i for i in range(H) if weights[i * (H + 1)]])
-    table = torch.tensor(weights, dtype=z.dtype, device=z.device).view(H, H + 1)
+    table = table_of(weights, z).view(H, H + 1)
     if grad_outputs:
         above = sum((gradient for gradient in grad_outputs if gradient is not None), torch.zeros_like(table))
         table = torch.where(table == 0, 0, table * above)
@@ -39,6 +39,22 @@ def general(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tenso
     if table.device.type != "cpu" or not math.isfinite(terms.sum()):
         terms = torch.where(table == 0, 0, factors * torch.cat([ce, rows.careful_divergences()], 1))
     outputs[0].copy_(outputs[1].copy_(terms).sum())
+
+
+def table_of(weights: Sequence[float], like: Tensor) -> Tensor:
+    """The weights as a tensor. Off the CPU they are filled in one by one, for a copy would wait for the device."""
+    if like.device.type == "cpu":
+        return torch.tensor(weights, dtype=like.dtype, device="cpu")
+    table = like.new_zeros(len(weights))
+    for k, weight in enumerate(weights):
+        if weight:
+            table[k].fill_(weight)
+    return table
+
+
+def picked(x: Tensor, places: list[int]) -> Tensor:
+    """x[places]. A list as an index would be copied to the device, which waits for it."""
+    return x if len(places) == len(x) else torch.stack([x[place] for place in places])
 
 
 class Rows:
@@ -65,8 +81,12 @@ class Rows:
 
     def divergences(self) -> Tensor:
         """[H, H]: KL(p_j || p_i) at [i, j], mean over rows, unless a class is ruled out: log p = -inf."""
+        return self.row_divergences().mean(0).T
+
+    def row_divergences(self) -> Tensor:
+        """[N, H, H]: the same of every row, at [n, j, i]."""
         cross = torch.bmm(self.p.transpose(0, 1), self.scaled.permute(1, 2, 0)) - self.log_sum.T[:, None]
-        return (cross.diagonal(dim1=1, dim2=2)[:, :, None] - cross).mean(0).T  # cross [N, j, i]: sum_c p_j log p_i
+        return cross.diagonal(dim1=1, dim2=2)[:, :, None] - cross  # cross [N, j, i]: sum_c p_j log p_i
 
     def careful_divergences(self) -> Tensor:
         """The same for every case; a class of probability 0 adds 0, not 0 * inf."""
@@ -88,18 +108,18 @@ def _gradients(
     plain = rows.p1 is rows.p and not labels.soft and labels.kept is None
     if plain:  # the labels' softmax is the teachers': one product serves both
         towards += (table[:, 0] / N).diag()
-    mine = slice(None) if len(learners) == H else learners
+    towards, ce_weights = picked(towards, learners), picked(table[:, 0], learners)
     gradient = grads if grads.dtype == rows.p.dtype else scratch("gradient", grads.shape, rows.p)
     on_cpu = rows.p.device.type == "cpu"
     if on_cpu:
-        torch.mm(towards[mine], rows.p.flatten(1), out=gradient.flatten(1))
+        torch.mm(towards, rows.p.flatten(1), out=gradient.flatten(1))
     if not on_cpu or not math.isfinite(rows.log_sum.sum()):  # with a factor of 0 not even NaN counts
-        for out, factors in zip(gradient, towards[mine, :, None, None], strict=True):
+        for out, factors in zip(gradient, towards[:, :, None, None], strict=True):
             torch.sum(torch.where(factors == 0, 0, factors * rows.p), 0, out=out)
     if rows.way_back:
         gradient.copy_(rows.way_back(gradient, learners))
     labelled = [rows.p1[i] if i in rows.labelled else None for i in learners]
-    labels.add_gradient(gradient, None if plain else labelled, table[mine, 0])
+    labels.add_gradient(gradient, None if plain else labelled, ce_weights)
     if gradient is not grads:
         grads.copy_(gradient)
 
@@ -118,7 +138,7 @@ def _inverse_temperature(
     scale = 1 / (std + 1e-7)
 
     def way_back(gradient: Tensor, learners: list[int]) -> Tensor:
-        u, s, d, r = (tensor[learners] for tensor in (off, std, degrees, scale))
+        u, s, d, r = (picked(tensor, learners) for tensor in (off, std, degrees, scale))
         factor = torch.where(s > 0, r * r / (d * s), 0)
         return gradient * r - factor * (gradient * u).sum(2, keepdim=True) * u
 
