@@ -22,7 +22,7 @@ FORMAT = 1
 
 # Options that may differ when a run is resumed: they do not change what is computed.
 # (`load_run` checks that a data folder in another place holds as many images and the same classes.)
-FREE_TO_CHANGE = ("data", "resume", "out", "workers", "tensorboard", "hw_decoder_load", "device", "graph")
+FREE_TO_CHANGE = ("data", "unlabelled", "resume", "out", "workers", "tensorboard", "hw_decoder_load", "device", "graph")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -183,7 +183,10 @@ def claim_folder(path: Path, config: dict, resume: bool) -> None:
         raise UserError(f"--resume: {path} holds files but no run (no config.yaml); choose another --out")
     changed = differences(path, config, FREE_TO_CHANGE) if holds_something else []
     if changed:
-        raise UserError(f"--resume: {path} was started with other options: {', '.join(changed)}; choose another --out")
+        raise UserError(
+            f"--resume: {path} was started with other options: {', '.join(changed)}; give the old ones to go on, or "
+            "begin a new run with the new ones: drop --resume and choose another --out"
+        )
     config = {key: value for key, value in config.items() if key != "resume"}
     write_atomic(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
@@ -217,7 +220,7 @@ def find_finished(folders: list[Path], config: dict, data: dict, defaults: dict 
     Options that a folder of an older version lacks were at their `defaults`.
     A file of initial weights counts by its content (`student_sha256`), not by its name.
     """
-    free = tuple(name for name in FREE_TO_CHANGE if name != "data")
+    free = tuple(name for name in FREE_TO_CHANGE if name not in ("data", "unlabelled"))
     if config.get("student_sha256"):
         free = (*free, "student_weights")
     for folder in folders:

@@ -5,6 +5,7 @@ The options of a method exist only if that method is chosen.
 """
 
 import importlib.resources
+import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, make_dataclass
@@ -59,6 +60,12 @@ class NetworkOptions:
     """With several teachers: the share of each in the mean, such as `2 1`. Default: equal shares."""
     ensemble: Mean = "probabilities"
     """With several teachers: the mean of their probabilities, at the method's temperature, or of their logits."""
+    teacher_size: int = 0
+    """Side in pixels of the images that the teacher takes; 0: as its weights say, or else as the student."""
+    teacher_mean: tuple[float, ...] = ()
+    """Mean of each channel of the teacher's images. Default: as its weights say, or else as the student."""
+    teacher_std: tuple[float, ...] = ()
+    """Standard deviation of each channel of the teacher's images. Default: as for the mean."""
     peers: tuple[str, ...] = ()
     """Networks that are trained together with the student by dml, dcm and iedml. Default: one like the student."""
     student_weights: str = ""
@@ -87,6 +94,14 @@ class NetworkOptions:
             raise UserError("--teacher-ratios are the shares of several teachers, and there is one; drop the option")
         if self.student_sha256 and not self.student_weights:
             raise UserError("--student-sha256 is the hash of the file of --student-weights, and no file is given")
+        if self.teacher_size and self.teacher_size < 8:
+            raise UserError(f"--teacher-size must be 8 or more pixels, got {self.teacher_size}")
+        for name, values in (("mean", self.teacher_mean), ("std", self.teacher_std)):
+            if len(values) not in (0, 3) or not all(math.isfinite(value) for value in values):
+                words = " ".join(map(str, values))
+                raise UserError(f"--teacher-{name} takes three finite numbers, for red, green and blue, got {words}")
+        if self.teacher_std and min(self.teacher_std) <= 0:
+            raise UserError(f"--teacher-std must be above 0, got {' '.join(map(str, self.teacher_std))}")
 
     @property
     def weights_of_teachers(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from . import checkpoint, distributed
 from .checkpoint import Result
-from .data.base import EpochLoader, Loader, check_count, check_loaders, describe, first_images, rewound
+from .data.base import EpochLoader, Loader, check_count, check_loaders, describe, first_images, input_of, rewound
 from .engine import Schedule, Step, TrainOptions, graphed
 from .engine.backends import backends
 from .engine.ema import needs_warm_up
@@ -66,7 +66,7 @@ class Trainer:
         self.mixup = Mixup(*alphas, len(train_loader.classes), config.seed, distributed.rank())
         is_ours = isinstance(train_loader, EpochLoader)  # its labels are right by construction
         self.labels = None if is_ours else LabelCheck(len(train_loader.classes), self.device)
-        self.report = Report(config, about or {}, self.data)
+        self.report = Report(config, about or {}, self.data, input_of(train_loader, about or {}))
         self.epoch, self.form = 0, str(config.teacher_form)
         self.history: list[dict[str, Any]] = []
 

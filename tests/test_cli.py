@@ -1,10 +1,17 @@
 """The commands as a person types them. Bad input: one line that names it, exit status 2, nothing written."""
 
+import ast
+import inspect
+import io
 import pickle
+import re
 import resource
 import shutil
 import subprocess
 import sys
+import textwrap
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +20,12 @@ import yaml
 from PIL import Image
 
 from fastkd import create_model
+from fastkd.commands.bench import LossOptions, StepOptions
+from fastkd.commands.doctor import DoctorOptions
+from fastkd.commands.eval import EvalOptions
+from fastkd.config import RunOptions, config_type
+from fastkd.data import DataOptions
+from fastkd.methods import METHODS
 
 QUICK = ["--epochs", "1", "--warmup-epochs", "0", "--teacher-epochs", "1", "-b", "256"]
 FROZEN = ["--epochs", "1", "--warmup-epochs", "0", "--teacher-epochs", "0", "-b", "256"]
@@ -169,6 +182,79 @@ HELP = [["doctor", "--help"], ["methods", "-h"]]
 def test_commands_that_only_tell(fastkd, command):
     status, out, err = fastkd(*command)
     assert status == 0 and out and not err
+
+
+def explained(kind: type) -> dict[str, str]:
+    """By option, the text below it in the source of the dataclass `kind` and its bases."""
+    texts = {}
+    for base in kind.__mro__[-2::-1]:
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        except OSError:  # made by make_dataclass
+            continue
+        for option, text in pairwise(body):
+            if isinstance(option, ast.AnnAssign) and isinstance(text, ast.Expr):
+                texts[option.target.id] = " ".join(text.value.value.split())
+    return texts
+
+
+def shown_by(fastkd, *arguments: str) -> str:
+    """The help without the lines of its boxes and without line breaks."""
+    status, out, _ = fastkd(*arguments, "--help")
+    assert status == 0
+    return " ".join(re.sub("[─│╭╮╰╯]", " ", out).split())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_shows_the_whole_text_of_every_option(fastkd, method):
+    kind, shown = config_type(method), shown_by(fastkd, "train", "--method", method)
+    assert "method" in explained(RunOptions) and "data" in explained(DataOptions)
+    for section in fields(kind):
+        for name, text in explained(section.type).items():
+            assert text in shown, (name, text)
+
+
+@pytest.mark.parametrize(
+    "command, kind",
+    [("eval", EvalOptions), ("doctor", DoctorOptions), ("bench loss", LossOptions), ("bench step", StepOptions)],
+)
+def test_help_of_the_other_commands_is_whole(fastkd, command, kind):
+    shown = shown_by(fastkd, *command.split())
+    for name, text in explained(kind).items():
+        assert f"--{name.replace('_', '-')}" in shown and text in shown, (name, text)
+
+
+def test_help_shows_markup_as_it_is(fastkd, monkeypatch):
+    monkeypatch.setattr("fastkd.commands.methods.ABOUT", "pip install 'fastkd[dali]' [bold]x[/bold] :cat: {0} <class>")
+    assert "pip install 'fastkd[dali]' [bold]x[/bold] :cat: {0} <class>" in shown_by(fastkd, "methods")
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (["train", "--epochs", "0"], "--epochs must be 1 or more, got 0"),
+        (["train", "--temperature", "0"], "temperature must be a positive number, got 0.0"),
+        (["eval"], "--weights is missing; `fastkd eval --help` explains it"),
+        (["train", "--teacher-epochs", "-1"], "--teacher-epochs must not be negative, got -1"),
+        (["caf\udce9\n"], r"unknown command 'caf\udce9\n'; see `fastkd --help`"),
+        (["train", "--config", "caf\udce9\n.yaml"], r"--config caf\udce9\n.yaml: No such file or directory"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_errors_are_the_same_on_every_terminal(fastkd, monkeypatch, arguments, wanted, encoding):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    monkeypatch.setenv("COLUMNS", "40")
+    assert fastkd(*arguments)[::2] == (2, f"fastkd: {wanted}\n")
+
+
+@pytest.mark.parametrize("command", ["train --help", "methods", "doctor", "train --print-config"])
+def test_a_plain_terminal_gets_plain_letters(fastkd, monkeypatch, command):
+    stream = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(stream, encoding="ascii"))
+    monkeypatch.setattr("fastkd.commands.doctor.platform.python_version", lambda: "3.11 caf\xe9")
+    assert fastkd(*command.split())[0] == 0
+    sys.stdout.flush()
+    assert len(stream.getvalue().decode("ascii")) > 500
 
 
 def test_doctor_names_the_paths(fastkd):
@@ -449,3 +535,11 @@ def test_a_teacher_serves_for_other_forms_and_epochs(fastkd, few_digits, tmp_pat
     fastkd("train", "--out", "a", "--epochs", "1", *short)
     status, out, _ = fastkd("train", "--out", "b", "--epochs", "2", "--teacher-form", "fused", *short)
     assert status == 0 and "trained before with these settings" in out
+
+
+def test_a_full_disk_behind_stdout():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastkd", "--help"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, "fastkd: cannot write the output: No space left on device\n")

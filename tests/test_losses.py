@@ -201,6 +201,8 @@ def test_what_is_no_tensor_is_named(loss, places, change, words):
         z, y = logits(3)
         given = [*z[: places - 1], y] if places > 2 else z[:2]
         given[place] = change(given[place])
+        if given[-1] is None and isinstance(loss, KDLoss | BridgeLoss):
+            continue  # a target may be missing where no term uses it: tests/kernels/test_logit_rows.py
         with pytest.raises(TypeError, match=words):
             loss(*given)
 
@@ -406,15 +408,17 @@ def test_a_teacher_from_inference_mode(name):
 def test_options_may_change_between_calls(name):
     """As in a schedule: what is printed is what counts, and what could not be given at first cannot be given later."""
     kind = getattr(fastkd.losses, name)
-    changed = {"p": 2, "pair_weights": [[2.0]], "ignore_index": 1, "standardize": True, "label_smoothing": 0.1}
+    changed = {"p": 2, "pair_weights": [[2.0]], "ignore_index": 1, "standardize": True, "label_smoothing": 0.1,
+               "reduction": "sum", "class_weights": torch.linspace(0, 2, 7), "mask_kd": True}  # fmt: skip
     (z, y), f = logits(4), maps(*[(5, 4, 3, 3)] * 2)
     for option, default in ((o.name, o.default) for o in inspect.signature(kind).parameters.values()):
         value = changed[option] if option in changed else 1.5 * default
-        loss, reinit = kind(), kind(**{option: value})
+        others = {"ignore_index": 1} if option == "mask_kd" else {}  # it needs that one
+        loss, reinit = kind(**others), kind(**others, **{option: value})
         setattr(loss, option, value)
         assert repr(loss) == repr(reinit)
         assert torch.equal(called(loss, z, f, y), called(reinit, z, f, y))
-        assert not torch.equal(called(loss, z, f, y), called(kind(), z, f, y)), option
+        assert not torch.equal(called(loss, z, f, y), called(kind(**others), z, f, y)), option
         if option != "standardize":
             with pytest.raises(ValueError, match=option):
                 setattr(loss, option, "much")

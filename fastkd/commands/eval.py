@@ -8,6 +8,7 @@ import torch
 
 from .. import checkpoint
 from ..data import DataOptions, create_eval_loader
+from ..data.base import Loader
 from ..data.classes import Relabelled, class_note, class_order
 from ..data.layout import parts_of
 from ..distributed import device_for, gather, rank, world_size
@@ -58,12 +59,10 @@ def run(arguments: list[str]) -> None:
         log=log_rank0,
         gather=gather,
     )
-    if noted := about.get("data", {}).get("classes", []) if config.data.data != "synthetic" else []:
-        names = (noted, loader.classes, f"--weights {weights}", config.data.ignore_class_names)
-        order = class_order(*names)
-        if note := class_note(*names):
-            log_rank0(note)
-        loader = Relabelled(loader, noted, order, device) if order else loader
+    if config.data.data != "synthetic":
+        noted = about.get("data", {}).get("classes", [])
+        source = f"--weights {weights}" + ("" if "data" in typed else " (evaluated on the digits: there is no --data)")
+        loader = _with_classes_of(noted, source, loader, config.data.ignore_class_names, device)
     net = create_model(model, len(loader.classes), options.weights)
     net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
     with backends(device):
@@ -71,6 +70,16 @@ def run(arguments: list[str]) -> None:
     row = [model, f"{scores['images']:,}", f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}"]
     columns = ["network", "images", "top-1 %", "top-5 %", "loss", "inference img/s"]
     show_table(columns, [[*row, f"{rate:,.0f}"]], numbers=5)
+
+
+def _with_classes_of(noted: list[str], source: str, loader: Loader, ignore: bool, device: torch.device) -> Any:
+    """The loader with the classes that the weights note, if they note any. Logs a difference that is allowed."""
+    if not noted:
+        return loader
+    order = class_order(noted, loader.classes, source, ignore)
+    if note := class_note(noted, loader.classes, source, ignore):
+        log_rank0(note)
+    return Relabelled(loader, noted, order, device) if order else loader
 
 
 def _noted_input(about: dict[str, Any], typed: dict[str, str]) -> dict[str, Any]:

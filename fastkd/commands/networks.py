@@ -13,7 +13,9 @@ from ..errors import UserError
 from ..methods.base import Method
 from ..models import create_model, new_classifier_of, reorder_classes
 from ..models.ensemble import Ensemble
+from ..models.own_input import InputSpec, own_input
 from ..report import log_rank0
+from .teacher_input import check_teacher_input, teacher_input
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class NetworkMaker:
 
     options: NetworkOptions
     classes: tuple[str, ...]  # names, in label order
+    images: InputSpec  # as the loaders give them
     seed: int
     ignore_class_names: bool = False
 
@@ -37,21 +40,28 @@ class NetworkMaker:
     def teachers(self) -> list[nn.Module]:
         """The teachers in the order of --teacher. Teachers that are trained first have other initial weights each."""
         pairs = zip(self.options.teacher, self.options.weights_of_teachers, strict=True)
+        return [self._teacher(number, name, weights) for number, (name, weights) in enumerate(pairs)]
+
+    def _teacher(self, number: int, name: str, weights: str) -> nn.Module:
+        """A teacher, with its own input if it takes other images than the student."""
         trained = self.options.teacher_epochs > 0
-        return [
-            self.make("teacher", name, weights, number, trained=trained) for number, (name, weights) in enumerate(pairs)
-        ]
+        wanted = teacher_input(self.options, name, weights, self.images, log_rank0, is_trained=trained)
+        net = self.make("teacher", name, weights, number, trained=trained, image_size=wanted.image_size)
+        return own_input(net, self.images, wanted)
 
     def peers(self) -> list[nn.Module]:
         """The peers. They start with other weights each: equal networks have nothing to teach each other."""
         return [self.make("peer", name, "", number) for number, name in enumerate(self.options.peers, 1)]
 
-    def make(self, role: str, name: str, weights: str, number: int = 0, *, trained: bool = True) -> nn.Module:
-        """A network by its name. `number` is added to the seed of the initial weights."""
+    def make(
+        self, role: str, name: str, weights: str, number: int = 0, *, trained: bool = True, image_size: int = 0
+    ) -> nn.Module:
+        """A network by its name. `number` is added to the seed of the initial weights. `image_size` 0: the run's."""
         torch.manual_seed(self.seed + number)  # so that it does not depend on the networks before it
         if distributed.rank() > 0:
             distributed.barrier()  # rank 0 goes first, so that pre-trained weights are downloaded once
-        net = create_model(name, len(self.classes), weights or None, new_classifier=trained)
+        size = image_size or self.images.image_size
+        net = create_model(name, len(self.classes), weights or None, image_size=size, new_classifier=trained)
         if distributed.rank() == 0:
             distributed.barrier()
         if fresh := new_classifier_of(net):
@@ -120,3 +130,4 @@ def check_networks(kind: type[Method], config: Config) -> None:
             f"the teacher {bare[0]} has no weights: give --teacher-weights FILE (or `pretrained`), "
             "or --teacher-epochs N to train it first"
         )
+    check_teacher_input(names, kind.needs_teacher, is_trained=names.teacher_epochs > 0)

@@ -13,7 +13,7 @@ from torch import nn
 from .. import checkpoint, distributed
 from ..config import Config, NetworkOptions, RunOptions, defaults, flat, parse
 from ..data import create_loaders
-from ..data.base import describe, first_batch
+from ..data.base import describe, first_batch, input_of
 from ..engine import TrainOptions
 from ..engine.backends import backends
 from ..engine.launch import check_compile, check_graph
@@ -27,9 +27,11 @@ from ..methods import find_method
 from ..methods.base import Method
 from ..methods.context import NoOptions, RunContext
 from ..models import load_weights
+from ..models.own_input import InputSpec, OwnInput
 from ..report import board_class, log_rank0, show_table
 from ..train import Trainer, titles
 from .networks import NetworkMaker, check_networks, teacher_of
+from .unlabelled import check_unlabelled
 
 
 def run(arguments: list[str]) -> None:
@@ -74,8 +76,12 @@ class Job:
             log=log_rank0,
             gather=distributed.gather,
         )
+        check_unlabelled(kind, config, self.train_loader)
         self.first_epoch = self.train_loader.state_dict()
-        self.maker = NetworkMaker(names, self.train_loader.classes, config.train.seed, config.data.ignore_class_names)
+        images = InputSpec.of(input_of(self.train_loader, vars(config.data)))
+        assert images is not None  # all of our loaders have a size and a normalisation
+        classes, ignore = self.train_loader.classes, config.data.ignore_class_names
+        self.maker = NetworkMaker(names, classes, images, config.train.seed, ignore)
         self.student = self.maker.student()
         _check_options(kind, config)
         self.teachers = self.maker.teachers() if kind.needs_teacher else []
@@ -96,6 +102,8 @@ class Job:
             device=self.device,
         )
         trial.check(run)
+        if isinstance(self.teacher, OwnInput) and any(getattr(each, "swaps_blocks", False) for each in trial.modules()):
+            log_rank0("swapped-in blocks get the student's features: the teacher's own images are not for them")
         check_form(trial, options.teacher_form)
         check_compile(trial, options)
         check_graph(options.graph, options, self.device)
@@ -112,6 +120,8 @@ class Job:
             for name, net in zip(self.names.teacher, self.teachers, strict=False):
                 trials.append((find_method("ce")(copy.deepcopy(net)), {"student": f"the teacher {name}"}))
         for trial, called in trials:
+            if self.config.data.unlabelled:
+                trial.allow_unlabelled()
             trial.to(self.device).to(memory_format=options.memory_format)
             try_step(trial, batch, classes, options, self.device, called)
 
@@ -206,6 +216,8 @@ class Job:
         self.train_loader.load_state_dict(self.first_epoch)
         torch.manual_seed(config.train.seed)  # so that a method's own layers do not depend on earlier trainings
         method = find_method(config.run.method)(student, teacher, config.method, peers)
+        if config.data.unlabelled:
+            method.allow_unlabelled()
         options = replace(config.train, resume=True)  # continue whatever run is in the job's folder
         trainer = Trainer(method, self.train_loader, self.val_loader, options, flat(config))
         trainer.fit()

@@ -5,7 +5,8 @@ layout.py        which images of a folder are for training and which for evaluat
 scan.py          finds the images of a folder and checks them
 walk.py          the files below a folder: which are images, and why the others are skipped
 classes.py       the class names of a weights file against those of the data
-folder.py        a folder of images, decoded by torchvision in worker processes
+decode.py        one picture file to pixels; names the file if it is damaged
+folder.py        a folder of images, decoded in worker processes
 dali.py          a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
 dali_package.py  which DALI package fits torch, and whether it can be imported
 digits.py        1,797 real images inside the package
@@ -59,6 +60,8 @@ class DataOptions:
     """Side of the square crop, in pixels; the digits are always 32."""
     workers: int = field(default_factory=default_workers)
     """Decoding threads (DALI, at least 1) or processes (torchvision; 0: the training process itself), per process."""
+    exif: bool = False
+    """Turn photos as their EXIF orientation says; off, as in torchvision's ImageFolder."""
     hw_decoder_load: float = 0.65
     """Fraction of the JPEGs that the GPU's hardware decoder decodes, 0 to 1; DALI on CUDA only."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -207,7 +210,10 @@ def _start_dali(
     if problem := import_problem():
         return None, f"NVIDIA DALI, which is faster, {problem}"
     from .dali import WAY_OUT, DaliLoader
+    from .dali_files import undecodable
 
+    if problem := undecodable(tuple(splits.values())):
+        return None, problem
     loaders = [DaliLoader(split, options, device, shard, train=name == "train") for name, split in splits.items()]
     try:
         if loaders[0].slices:  # a process may have no images to evaluate

@@ -1,7 +1,7 @@
 """What the trainer needs from a source of batches, and how an epoch is split over processes."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -107,6 +107,12 @@ def describe(loader: Loader) -> dict[str, Any]:
     unlabelled = getattr(loader, "unlabelled", 0)
     about = {"images": loader.samples, "classes": list(loader.classes)}
     return about | ({"unlabelled": unlabelled} if unlabelled else {})
+
+
+def input_of(loader: Loader, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The loader's image_size, mean and std where it has them, as that of the digits; else those of `options`."""
+    values = {name: getattr(loader, name, options.get(name)) for name in ("image_size", "mean", "std")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def shard_bounds(samples: int, rank: int, world_size: int) -> tuple[int, int]:

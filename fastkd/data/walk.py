@@ -1,6 +1,7 @@
 """The files below a folder: each entry is an image by its name, or is skipped with a reason, or is wrong.
 
-os.scandir tells files from folders without asking for each of them: about 2 us an entry. Links are followed.
+os.scandir tells files from folders without asking for each of them: about 4 us an entry, as ImageFolder takes. It
+follows links.
 """
 
 import os

@@ -19,6 +19,7 @@ from .. import distributed
 from ..errors import UserError
 from ..methods.base import Method
 from ..methods.frozen import FrozenTeacher
+from ..models.own_input import plain_network
 from .labels import UNLABELLED, out_of_range
 from .mixup import Mixup
 from .options import TrainOptions
@@ -139,7 +140,7 @@ def networks_of(method: Method, titles: Mapping[str, str]) -> list[Network]:
     nets: dict[str, nn.Module] = dict(method.networks())
     if method.teacher is not None:
         nets["teacher"] = method.teacher.net
-    plain = {role: f"the {role.replace('_', ' ')} {type(net).__name__}" for role, net in nets.items()}
+    plain = {role: f"the {role.replace('_', ' ')} {type(plain_network(net)).__name__}" for role, net in nets.items()}
     networks = [Network(titles.get(role) or plain[role], net) for role, net in nets.items()]
     for title, net in networks:
         if any(is_lazy(tensor) for tensor in chain(net.parameters(), net.buffers())):
@@ -221,6 +222,7 @@ def _failed(what: str, error: Exception, hint: str = "") -> UserError:
 
 def _other_size(net: nn.Module, images: Tensor) -> str:
     """The way out for a network that cannot take images of this size, with the size that it is made for, if known."""
+    net = plain_network(net)
     config = getattr(net, "pretrained_cfg", None) or {}
     side = getattr(net, "image_size", 0)
     if isinstance(config, dict) and config.get("input_size"):

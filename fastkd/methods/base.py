@@ -18,6 +18,7 @@ from ..errors import UserError, check_number
 from ..losses import UNLABELLED, BridgeLoss, KDLoss, MutualLoss
 from ..models import staged
 from .context import NoOptions, RunContext
+from .embedding import ClassifierInput, classifier_input
 from .forwards import ForwardCache, StagedView
 from .frozen import FrozenTeacher
 from .hooks import OptionalHooks
@@ -58,6 +59,7 @@ class Method(OptionalHooks):
         self.peers = nn.ModuleList(peers)
         self.options = options or self.Options()
         self.staged_views: dict[nn.Module, StagedView] = {}
+        self.classifiers: dict[nn.Module, ClassifierInput] = {}
         self.build()
 
     def build(self) -> None:
@@ -76,6 +78,14 @@ class Method(OptionalHooks):
         """Make `out.features(net)` available to `losses` for each of `nets`, networks of the method."""
         for net in nets:
             self.staged_views[net] = staged(net.net if isinstance(net, FrozenTeacher) else net)
+
+    def request_embeddings(self, *nets: nn.Module) -> None:
+        """Make `out.embedding(net)`, the classifier's input [N, D], available to `losses` for each of `nets`.
+
+        The networks need no stages. Of two classifiers (distilled DeiT) the first counts: that of the class token.
+        """
+        for net in nets:
+            self.classifiers[net] = classifier_input(net.net if isinstance(net, FrozenTeacher) else net)
 
     def allow_unlabelled(self) -> None:
         """From now on, images with the label UNLABELLED have no cross-entropy. UserError if the method needs labels.
@@ -119,7 +129,7 @@ class Method(OptionalHooks):
 
     def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
         """Images [N, 3, H, W] and their target -> the terms of `losses`. This is what the engine calls."""
-        out = ForwardCache(images, self.staged_views_for(plan))
+        out = ForwardCache(images, self.staged_views_for(plan), self.classifiers)
         others = [self.teacher, *self.peers] if self.asks_teacher else [*self.peers]
         out.start(self.student, others, self.learners(plan))
         terms = self.losses(out, target, plan)

@@ -14,6 +14,7 @@ from .ensemble import Ensemble
 from .nets.mobilenet import CifarMobileNet, CifarMobileNetV2
 from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet, WideResNet
 from .nets.vgg import CONVOLUTIONS, CifarVGG
+from .sizes import note_image_size
 from .stages.preactivation import PreActivation
 from .stages.staged import Staged, name_stages, stage_shapes, staged
 from .weights import SUFFIXES, load_weights, new_classifier_of, read_state_dict
@@ -47,7 +48,12 @@ CIFAR_NETS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def create_model(
-    name: str, num_classes: int, weights: str | os.PathLike | None = None, *, new_classifier: bool = False
+    name: str,
+    num_classes: int,
+    weights: str | os.PathLike | None = None,
+    *,
+    image_size: int | None = None,
+    new_classifier: bool = False,
 ) -> nn.Module:
     """A network for images [N, 3, H, W] and `num_classes` classes, fp32, on the CPU, in train mode.
 
@@ -75,6 +81,8 @@ def create_model(
         raise UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision'])}")
     if file is not None:
         load_weights(model, file, new_classifier)
+    if image_size is not None:
+        note_image_size(model, image_size)
     return model
 
 

@@ -165,3 +165,18 @@ def test_images_without_labels_may_be_alone(tmp_path):
 
 def test_the_label_is_the_one_that_torchs_losses_ignore():
     assert torch.nn.CrossEntropyLoss().ignore_index == UNLABELLED
+
+
+def test_images_on_both_sides_are_said(tmp_path):
+    write(tmp_path, {"train/ant": 2, "train/bee": 2, "apart/ant": 2, "more": 2})
+    (tmp_path / "val").symlink_to("train")
+    said = []
+    splits(tmp_path, said.append)
+    assert len(said) == 1 and "WARNING" in said[0] and "val/ant" in said[0] and "val/bee" in said[0]
+    (tmp_path / "val").unlink()
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "ant").symlink_to(tmp_path / "apart" / "ant")
+    splits(tmp_path, said.append, unlabelled=str(tmp_path / "more"))
+    assert not any("WARNING" in line for line in said[1:])
+    splits(tmp_path, said.append, unlabelled=str(tmp_path / "apart"))
+    assert "WARNING" in said[-1] and "val/ant" in said[-1]

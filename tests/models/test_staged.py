@@ -239,7 +239,7 @@ def test_named_stages_of_library_nets(name, stages, size):
 def test_unknown_family_lists_the_top_level_modules():
     assert all(
         part in message(Plain())
-        for part in ("the stages of Plain are not known", "name its stages", "first, body, act, fc")
+        for part in ("the stages of Plain are not known", "--student-stages", "first, body, act, fc")
     )
     assert "top-level modules are none" in message(nn.Identity())
 

@@ -46,17 +46,32 @@ class Family(NamedTuple):
     head: str
 
 
+def is_known(model: nn.Module) -> bool:
+    """True if the network is of a class in `FAMILIES`."""
+    return _family(model) is not None
+
+
+def _family(model: nn.Module) -> type | None:
+    return next((cls for cls in type(model).__mro__ if f"{cls.__module__}.{cls.__name__}" in FAMILIES), None)
+
+
+def advice(model: nn.Module) -> str:
+    """The end of an error message: how a user divides this network."""
+    modules = ", ".join(child for child, _ in model.named_children()) or "none"
+    return (
+        "name the modules that end its stages with --student-stages or --teacher-stages (in Python: "
+        f"fastkd.models.name_stages(net, [...])); its top-level modules are {modules}"
+    )
+
+
 def split_family(model: nn.Module) -> Split:
     """(stem, stages, head), made of the model's modules. Raises UserError if the family is not known."""
-    cls = next((cls for cls in type(model).__mro__ if f"{cls.__module__}.{cls.__name__}" in FAMILIES), None)
-    name = type(model).__name__
-    modules = ", ".join(child for child, _ in model.named_children()) or "none"
-    advice = f"name its stages, fastkd.models.name_stages(net, [...]); its top-level modules are {modules}"
+    cls, name = _family(model), type(model).__name__
     if cls is None:
-        raise UserError(f"the stages of {name} are not known: {advice}")
+        raise UserError(f"the stages of {name} are not known: {advice(model)}")
     for method in ("forward", "_forward_impl", "forward_features", "forward_head"):
         if method in vars(model) or getattr(type(model), method, None) is not getattr(cls, method, None):
-            raise UserError(f"{name} is a {cls.__name__} with another forward method: {advice}")
+            raise UserError(f"{name} is a {cls.__name__} with another forward method: {advice(model)}")
     if getattr(model, "grad_checkpointing", False):
         raise UserError(f"a staged {name} would bypass its gradient checkpointing: set_grad_checkpointing(False) first")
     family = FAMILIES[f"{cls.__module__}.{cls.__name__}"]

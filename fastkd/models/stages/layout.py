@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..own_input import plain_network
 
 # networks whose stages give [N, H, W, C], by the name of the class; timm's say so themselves, in `output_fmt`
 CHANNELS_LAST = {"torchvision.models.swin_transformer.SwinTransformer"}
@@ -23,13 +24,15 @@ class Layout(NamedTuple):
 
         Raises UserError for other outputs.
         """
-        if x.ndim == 4:
+        shape = x.shape if isinstance(x, Tensor) else ()
+        if len(shape) == 4:
             return x.permute(0, 3, 1, 2) if self._is_channels_last(x) else x
-        prefix = self._prefix_of(x.shape[1]) if x.ndim == 3 else None
+        prefix = self._prefix_of(shape[1]) if len(shape) == 3 else None
         if prefix is None:
+            given = list(shape) or f"a {type(x).__name__}"
             raise UserError(
-                f"a stage gives {list(x.shape)}: maps need [N, C, H, W], [N, H, W, C] or the tokens [N, L, C] of a "
-                "square image; name other stages (--student-stages, --teacher-stages)"
+                f"a stage gives {given}: maps need [N, C, H, W], [N, H, W, C] or the tokens [N, L, C] of a square "
+                "image; name other stages (--student-stages, --teacher-stages)"
             )
         side = math.isqrt(x.shape[1] - prefix)
         return x[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
@@ -57,6 +60,7 @@ CONVOLUTIONAL = Layout(channels_last=False)
 
 def layout_of(model: nn.Module) -> Layout:
     """The layout of the outputs of the stages of `model`."""
+    model = plain_network(model)
     stated = getattr(model, "output_fmt", None)  # a string or an enum, in timm
     channels_last = str(getattr(stated, "value", stated)) == "NHWC" if stated else None
     if any(f"{cls.__module__}.{cls.__name__}" in CHANNELS_LAST for cls in type(model).__mro__):

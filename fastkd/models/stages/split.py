@@ -1,5 +1,6 @@
 """Divide any network into stages at modules that the user names, by cutting its torch.fx graph."""
 
+import operator
 from collections.abc import Sequence
 from inspect import Parameter, signature
 from itertools import pairwise
@@ -20,6 +21,14 @@ class OutlineTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.opened
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Images have the dtype that the network wants: transformers casts them `if x.dtype != wanted`."""
+        node = obj.node
+        source = first_input(node) if node.target is operator.ne else None
+        if source is not None and source.target is getattr and source.args[1] == "dtype":
+            return False
+        return super().to_bool(obj)
+
 
 class ByMode(nn.Module):
     """A segment of a network whose forward runs other code in train mode than in eval mode.
@@ -39,7 +48,7 @@ class ByMode(nn.Module):
                 calls = [node for node in form.graph.nodes if node.op == "call_module"]
                 guide = called_module(form, calls[-1]) if calls else guide
             elif not isinstance(form, nn.Identity):
-                guide = form
+                guide = form[-1] if isinstance(form, nn.Sequential) else form
         return self.train_form(x) if guide.training else self.eval_form(x)
 
 
@@ -54,21 +63,27 @@ def first_input(node: fx.Node) -> fx.Node | None:
     return argument if isinstance(argument, fx.Node) else None
 
 
-def split_at(model: nn.Module, names: Sequence[str]) -> Split:
+def split_at(model: nn.Module, names: Sequence[str], first: str = "") -> Split:
     """(stem, stages, head) of `model`, made of its modules. Stage i ends with the output of the module `names[i]`.
 
-    The stem is everything before the first named module. Raises UserError if the names or the network do not allow it.
+    The stem is everything before the module `first`, or without it, before the first named module. Raises UserError if
+    the names or the network do not allow it.
     """
     _check_names(model, names)
+    forms = [_segments(model, names, first or names[0], training) for training in (True, False)]
     segments = []
-    for train_form, eval_form in zip(_segments(model, names, True), _segments(model, names, False), strict=True):
-        if isinstance(train_form, fx.GraphModule) and isinstance(eval_form, fx.GraphModule):
-            same = train_form.code == eval_form.code
-        else:
-            same = train_form is eval_form or type(train_form) is type(eval_form) is nn.Identity
-        segments.append(train_form if same else ByMode(train_form, eval_form))
+    for train_form, eval_form in zip(*forms, strict=True):
+        segments.append(train_form if _are_equal(train_form, eval_form) else ByMode(train_form, eval_form))
     stem, *stages, head = segments
     return stem, stages, head
+
+
+def _are_equal(one: nn.Module, other: nn.Module) -> bool:
+    if isinstance(one, fx.GraphModule) and isinstance(other, fx.GraphModule):
+        return one.code == other.code
+    if isinstance(one, nn.Sequential) and isinstance(other, nn.Sequential):
+        return list(one) == list(other)
+    return one is other or type(one) is type(other) is nn.Identity
 
 
 def _check_names(model: nn.Module, names: Sequence[str]) -> None:
@@ -84,16 +99,16 @@ def _check_names(model: nn.Module, names: Sequence[str]) -> None:
             raise UserError(f"the stages {outer or name!r} and {name!r} overlap: name modules that follow one another")
 
 
-def _segments(model: nn.Module, names: Sequence[str], training: bool) -> list[nn.Module]:
+def _segments(model: nn.Module, names: Sequence[str], first: str, training: bool) -> list[nn.Module]:
     """Stem, stages and head as they run in one mode."""
-    graph = trace(model, names, training)
+    graph = trace(model, [first, *names], training)
     for node in graph.nodes:  # a segment runs only what its output depends on
         if not node.users and (node.op == "call_module" or _overwrites(model, node)):
             raise UserError(f"the result of {str(node)!r} in the forward of {type(model).__name__} is not used: use it")
     ends = [_end(model, graph, name) for name in names]
-    features = first_input(ends[0])
+    features = first_input(_end(model, graph, first))
     if features is None:
-        raise UserError(f"stage {names[0]!r} does not take the features as its first argument: name another module")
+        raise UserError(f"stage {first!r} does not take the features as its first argument: name another module")
     logits = first_input(graph.output_node())
     if logits is None:
         raise UserError(f"{type(model).__name__} returns more than the logits: it cannot be divided into stages")
@@ -155,8 +170,12 @@ def _segment(model: nn.Module, graph: fx.Graph, start: fx.Node, end: fx.Node) ->
     if start is end:
         return nn.Identity()
     nodes = _between(graph, start, end)
-    if len(nodes) == 1 and end.op == "call_module" and end.args == (start,) and not end.kwargs:
-        return called_module(model, end)
+    if all(
+        node.op == "call_module" and node.args == (before,) and not node.kwargs
+        for before, node in pairwise([start, *nodes])
+    ):
+        modules = [called_module(model, node) for node in nodes]
+        return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
     segment = fx.Graph()
     copies = {start: segment.placeholder("x")}
     for node in nodes:

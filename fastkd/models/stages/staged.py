@@ -2,16 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
 from ..ensemble import Ensemble
-from .families import split_family
+from ..own_input import OwnInput
+from ..sizes import image_size_of, probe
+from .families import Split, advice, is_known, split_family
 from .layout import layout_of
+from .library import library_stages, widened
 from .split import split_at
 
-SIZE = 64  # pixels; shapes are probed at this size if nothing says which size the network gets
 Shapes = list[tuple[int, ...]]
 
 
@@ -78,7 +79,8 @@ class Staged(NetworkView):
 def staged(model: nn.Module, stages: Sequence[str] | None = None) -> Staged:
     """View `model` as stem, stages and head. Its state dict stays as it is.
 
-    Without `stages`, the network must be one of ours or of a family in `families.FAMILIES` (timm, torchvision).
+    Without `stages`, the network must be one of ours, or of timm, torchvision or transformers (see `families` and
+    `library`).
     `stages` are dotted module names in forward order, such as `["features.denseblock1", "features.denseblock2"]`: a
     stage ends where the named module ends. torch.fx must be able to trace the forward methods outside of these modules,
     and only the output of a stage may be used after it. `name_stages` stores the names on the network. Raises UserError
@@ -89,9 +91,26 @@ def staged(model: nn.Module, stages: Sequence[str] | None = None) -> Staged:
             f"{len(model.nets)} teachers together have no feature maps: give one teacher, or use a method that learns "
             "from logits alone (kd, dkd, dist)"
         )
+    if isinstance(model, OwnInput):  # its images are adapted before everything else
+        inner = staged(model.net, stages)
+        return Staged(model, nn.Sequential(model.adapt, inner.stem), inner.stages, inner.head)
     stages = getattr(model, "_fastkd_stages", None) if stages is None else stages
-    stem, middle, head = split_family(model) if stages is None else split_at(model, stages)
+    stem, middle, head = _split(model) if stages is None else split_at(model, stages)
     return Staged(model, stem, middle, head)
+
+
+def _split(model: nn.Module) -> Split:
+    ends = None if is_known(model) else library_stages(model)
+    if ends is None:
+        return split_family(model)
+    try:
+        return split_at(model, ends.names, ends.first)
+    except UserError as error:
+        around = widened(model, ends.names)
+        try:
+            return split_at(model, around)
+        except UserError:
+            raise UserError(f"{error}; {advice(model)}") from error
 
 
 def name_stages(model: nn.Module, stages: Sequence[str]) -> nn.Module:
@@ -104,28 +123,23 @@ def name_stages(model: nn.Module, stages: Sequence[str]) -> nn.Module:
     return model
 
 
-def stage_shapes(net: nn.Module, size: int = SIZE) -> Shapes:
-    """[(C, H, W)] of every stage's output for an image [3, size, size]. Weights and statistics stay as they are."""
+def stage_shapes(net: nn.Module, size: int | None = None) -> Shapes:
+    """[(C, H, W)] of every stage's map for an image [3, size, size]. Weights and statistics stay as they are.
+
+    `size`: by default the image size that the network was made for (see `create_model`), else 64. Raises UserError if
+    the network cannot take such images.
+    """
     view = staged(net)
-    return output_shapes(net, [view.stem, *view.stages], size)[1:]
+    outputs = probe(net, [view.stem, *view.stages], size or image_size_of(net))[1:]
+    return [tuple(x.shape[1:]) for x in view.maps(outputs)]
 
 
-@torch.no_grad()
-def output_shapes(net: nn.Module, modules: Sequence[nn.Module], size: int = SIZE) -> Shapes:
-    """[(C, H, W)] of the outputs of these modules of `net`, which run one after another on an image."""
-    modes = {module: module.training for module in net.modules()}
-    first = next(net.parameters())
-    x, shapes = torch.zeros(1, 3, size, size, dtype=first.dtype, device=first.device), []
-    net.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            for module in modules:
-                x = module(x)
-                shapes.append(tuple(x.shape[1:]))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return shapes
+def output_shapes(net: nn.Module, modules: Sequence[nn.Module], size: int | None = None) -> Shapes:
+    """The shapes, without N, of the outputs of these modules of `net`, which run one after another on an image.
+
+    (C, H, W) of maps, (L, C) of tokens. `size` as in `stage_shapes`.
+    """
+    return [tuple(x.shape[1:]) for x in probe(net, modules, size or image_size_of(net))]
 
 
 def check_stage_shapes(
@@ -145,9 +159,14 @@ def check_stage_shapes(
     if [shape[1:] for shape in compared[0]] != [shape[1:] for shape in compared[1]]:
         listed = [", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in (ours, theirs)]
         raise UserError(
-            f"{method} compares maps of equal height and width at {where}; for {SIZE} x {SIZE} images the stages "
-            f"(C x H x W) of the student {type(student).__name__} are {listed[0]}, those of the teacher "
+            f"{method} compares maps of equal height and width at {where}; for images of {_sizes(student, teacher)} "
+            f"the stages (C x H x W) of the student {type(student).__name__} are {listed[0]}, those of the teacher "
             f"{type(teacher).__name__} {listed[1]}: use networks with equal resolutions, {another}or a method without "
             "maps (kd, dkd, dist, rkd, sp)"
         )
     return ours, theirs
+
+
+def _sizes(student: nn.Module, teacher: nn.Module) -> str:
+    ours, theirs = image_size_of(student), image_size_of(teacher)
+    return f"{ours} x {ours}" if ours == theirs else f"{ours} x {ours} and {theirs} x {theirs}"

@@ -1,0 +1,65 @@
+"""The image size of a network: it is noted when the network is made, and shapes are probed at it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+SIZE = 64  # pixels; shapes are probed at this size if nothing says which size the network gets
+
+
+def note_image_size(net: nn.Module, size: int) -> None:
+    """Store the height and width, in pixels, of the images that `net` will get."""
+    object.__setattr__(net, "_fastkd_image_size", size)
+
+
+def image_size_of(net: nn.Module) -> int:
+    """The height of the images [3, H, H] of `net`: as noted, else the size of a network of a fixed size, else 64."""
+    noted = getattr(net, "_fastkd_image_size", None)
+    if noted is not None:
+        return int(noted)
+    embedding = getattr(net, "patch_embed", None)  # timm
+    places: list[Any] = [getattr(embedding, "img_size", None), getattr(net, "image_size", None)]  # torchvision's ViT
+    places.append(getattr(getattr(net, "config", None), "image_size", None))  # transformers
+    cfg = getattr(net, "pretrained_cfg", None)  # timm
+    if isinstance(cfg, dict) and cfg.get("fixed_input_size"):
+        places.append(cfg["input_size"][-1])
+    sizes = [place[0] if isinstance(place, Sequence) else place for place in places if place]
+    return int(sizes[0]) if sizes else SIZE
+
+
+@torch.no_grad()
+def probe(net: nn.Module, modules: Sequence[nn.Module], size: int) -> list[Tensor]:
+    """The outputs of these modules of `net`, run one after another on an image of zeros, in eval mode.
+
+    Weights, statistics, modes and random numbers stay as they are. Raises UserError, in one line, if the network
+    cannot take images of this size.
+    """
+    first = next(net.parameters())
+    x, outputs = torch.zeros(1, 3, size, size, dtype=first.dtype, device=first.device), []
+    with _evaluating(net), torch.random.fork_rng(devices=[]):
+        for module in modules:
+            try:
+                x = module(x)
+            except UserError:
+                raise
+            except Exception as error:  # the network's own code
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+                raise UserError(f"{type(net).__name__} cannot take images of {size} x {size} ({reason})") from error
+            outputs.append(x)
+    return outputs
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
