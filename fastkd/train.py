@@ -42,6 +42,8 @@ class Trainer:
         batch = check_loaders(train_loader, val_loader, distributed.gather)
         check_form(method, config.teacher_form)
         check_compile(method, config)
+        for name, net in method.networks().items():
+            checkpoint.check_savable(net, name.replace("_", " "))
         out = config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run")
         self.config = config = replace(config, out=str(out))
         self.train_loader, self.val_loader, self.data = train_loader, val_loader, describe(train_loader)

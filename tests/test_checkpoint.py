@@ -8,9 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_model
 from torch import nn
 
-from fastkd import create_model
+from fastkd import Trainer, TrainOptions, create_model
 from fastkd.checkpoint import check_savable, save_network
 from fastkd.errors import UserError
+from fastkd.methods import METHODS
 from fastkd.models import load_weights
 
 
@@ -108,3 +109,11 @@ def test_what_cannot_be_saved_is_named(make, said):
     with pytest.raises(UserError) as error:
         check_savable(make(), "student")
     assert str(error.value).startswith("the student (") and said in str(error.value)
+
+
+def test_a_trainer_refuses_what_it_could_not_save(tiny_net, tiny_loaders, tmp_path):
+    net = tiny_net()
+    net.register_buffer("table", torch.eye(3).to_sparse())
+    with pytest.raises(UserError, match="the student .* cannot be saved: table"):
+        Trainer(METHODS["ce"](net), *tiny_loaders(), TrainOptions(epochs=1, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()

@@ -107,6 +107,9 @@ class Job:
         check_form(trial, options.teacher_form)
         check_compile(trial, options)
         check_graph(options.graph, options, self.device)
+        trained = dict.fromkeys(self.teachers, "teacher") if self.names.teacher_epochs else {}
+        for net, role in (trained | {net: role for role, net in trial.networks().items()}).items():
+            checkpoint.check_savable(net, role.replace("_", " "))
         self._try_steps(trial)
 
     def _try_steps(self, method: Method) -> None:
