@@ -1,16 +1,25 @@
-"""Networks of timm and torchvision by name. Partial loading is an error."""
+"""Networks of timm, torchvision and transformers by name. Partial loading is an error."""
 
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import UserError, nearest
 
+Made = TypeVar("Made")
+AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}  # torchvision's heads beside the classifier
 
-def timm_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
-    """`resnet50`, or with weights `resnet50.a1_in1k`; `tag` is another way to name them ("pretrained": the default)."""
+
+def timm_model(name: str, num_classes: int, tag: str | None, image_size: int | None = None) -> nn.Module:
+    """`resnet50`, or with weights `resnet50.a1_in1k`; `tag` is another way to name them ("pretrained": the default).
+
+    Networks of a fixed image size (ViT, Swin, ...) are made for `image_size`; timm resamples the position embeddings of
+    pre-trained weights.
+    """
     timm = _library("timm")
     architecture, _, name_tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -19,7 +28,7 @@ def timm_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
         raise UserError(f"timm/{name} names the weights {name_tag!r}, and {tag!r} was asked for: leave one of them out")
     wanted = name_tag or tag
     if not wanted:
-        return timm.create_model(architecture, num_classes=num_classes)
+        return _made_by_timm(architecture, num_classes, image_size)
     names = [listed.partition(".") for listed in timm.list_pretrained(f"{architecture}*")]
     tags = [tag for listed, _, tag in names if listed == architecture]
     default = timm.get_pretrained_cfg(architecture)
@@ -29,32 +38,109 @@ def timm_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
         raise UserError(_no_weights(f"timm/{architecture}", wanted, tags))
     full = f"{architecture}.{wanted}".removesuffix(".")
     _check_classes(f"timm/{full}", timm.get_pretrained_cfg(full).num_classes, num_classes)
-    return _download(f"timm/{full}", lambda: timm.create_model(full, pretrained=True, num_classes=num_classes))
+    return _download(f"timm/{full}", lambda: _made_by_timm(full, num_classes, image_size, True))
 
 
-def torchvision_model(name: str, num_classes: int, tag: str | None) -> nn.Module:
-    """`resnet18`; `tag` names its weights (`IMAGENET1K_V1`), "pretrained" the default ones; None: no weights."""
+def _made_by_timm(name: str, num_classes: int, image_size: int | None, pretrained: bool = False) -> nn.Module:
+    timm = _library("timm")
+    if image_size is not None:
+        try:
+            return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, img_size=image_size)
+        except TypeError as error:  # raised before anything is built; there is no list of the networks that take it
+            if "img_size" not in str(error):
+                raise
+    return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+
+
+def torchvision_model(
+    name: str, num_classes: int, tag: str | None, image_size: int | None = None, with_auxiliary: bool = False
+) -> nn.Module:
+    """`resnet18`; `tag` names its weights (`IMAGENET1K_V1`), "pretrained" the default ones; None: no weights.
+
+    Networks of a fixed image size (ViT, MaxViT) without weights are made for `image_size`. The auxiliary heads of
+    GoogLeNet and Inception are left out, unless their weights must be loaded: see `drop_auxiliary`.
+    """
     models = _library("torchvision").models
     names = models.list_models(module=models)
     if name not in names:
         raise UserError(f"torchvision has no classification model {name!r}{nearest(name, names)}")
     if tag is None:
-        return models.get_model(name, weights=None, num_classes=num_classes)
+        options: dict[str, Any] = {}
+        if image_size is not None and name.startswith("vit_"):
+            options = {"image_size": image_size}
+        elif image_size is not None and name.startswith("maxvit"):
+            options = {"input_size": (image_size, image_size)}
+        elif name in AUXILIARY:
+            options = {"aux_logits": with_auxiliary, "init_weights": True}  # their own default, without its warning
+        return models.get_model(name, weights=None, num_classes=num_classes, **options)
     choices = models.get_model_weights(name).__members__
     member = "DEFAULT" if tag == "pretrained" else tag
     if member not in choices:
         raise UserError(_no_weights(f"torchvision/{name}", tag, list(choices)))
     weights = choices[member]
     _check_classes(f"torchvision/{name} with {weights.name}", len(weights.meta["categories"]), num_classes)
-    return _download(f"torchvision/{name}", lambda: models.get_model(name, weights=weights))
+    return _download(f"torchvision/{name}", lambda: drop_auxiliary(models.get_model(name, weights=weights)))
 
 
-def _library(name: str) -> ModuleType:
+def drop_auxiliary(net: nn.Module) -> nn.Module:
+    """Remove the auxiliary heads of torchvision's GoogLeNet and Inception, whose outputs stand beside the logits.
+
+    Returns `net`, which is changed.
+    """
+    if hasattr(net, "aux_logits"):
+        setattr(net, "aux_logits", False)  # noqa: B010  # the type checker takes attributes of a network for modules
+        for head in (head for heads in AUXILIARY.values() for head in heads if hasattr(net, head)):
+            setattr(net, head, None)
+    return net
+
+
+def hf_model(name: str, num_classes: int, tag: str | None, image_size: int | None = None) -> nn.Module:
+    """transformers' network for image classification by its name on the Hugging Face hub, or from a local folder.
+
+    `tag`: "pretrained" loads the weights, None gives random ones. Random networks of a fixed image size are made for
+    `image_size`. The result takes images and returns logits; its state dict has the keys of transformers' network.
+    """
+    transformers = _library("transformers", "hf", "fastkd[hf]")
+    auto, full = transformers.AutoModelForImageClassification, f"hf/{name}"
+    if tag not in (None, "pretrained"):
+        raise UserError(_no_weights(full, str(tag), ["pretrained"]))
+    config = _download(full, lambda: transformers.AutoConfig.from_pretrained(name), "the configuration")
+    if tag is not None:
+        _check_classes(full, config.num_labels, num_classes)
+        return _logits_only(_download(full, lambda: auto.from_pretrained(name, dtype=torch.float32)).train())
+    config.num_labels = num_classes
+    config.architectures = config.architectures or []  # transformers iterates over it
+    if image_size is not None and getattr(config, "image_size", None):
+        config.image_size = image_size
+    try:
+        return _logits_only(auto.from_config(config).train())
+    except ValueError as error:
+        raise UserError(f"{full} does not classify images: {' '.join(str(error).split())[:160]}") from error
+
+
+def _logits_only(net: nn.Module) -> nn.Module:
+    """The same network, of a subclass whose forward pass takes images [N, 3, H, W] and returns logits [N, classes].
+
+    A module around it would change the keys of its state dict.
+    """
+    kind = type(net)
+
+    class Classifier(kind):  # type: ignore[misc, valid-type]
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(pixel_values=images, return_dict=True).logits
+
+    Classifier.__name__ = Classifier.__qualname__ = kind.__name__
+    net.__class__ = Classifier
+    return net
+
+
+def _library(name: str, prefix: str = "", package: str = "") -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
         raise UserError(
-            f"models '{name}/...' need {name}, which cannot be imported ({error}): pip install {name}"
+            f"models '{prefix or name}/...' need {name}, which cannot be imported ({error}): "
+            f"pip install '{package or name}'"
         ) from error
 
 
@@ -71,9 +157,10 @@ def _check_classes(model: str, have: int, wanted: int) -> None:
         )
 
 
-def _download(model: str, build: Callable[[], nn.Module]) -> nn.Module:
+def _download(model: str, build: Callable[[], Made], what: str = "the weights") -> Made:
     try:
         return build()
     except Exception as error:  # both hubs raise the exceptions of their HTTP libraries
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise UserError(f"the weights of {model} could not be fetched ({reason}): pass them as a file") from error
+        form = "file" if what == "the weights" else "folder"
+        raise UserError(f"{what} of {model} could not be fetched ({reason}): pass them as a {form}") from error
