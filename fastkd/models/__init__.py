@@ -14,11 +14,11 @@ from .ensemble import Ensemble
 from .nets.mobilenet import CifarMobileNet, CifarMobileNetV2
 from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet, WideResNet
 from .nets.vgg import CONVOLUTIONS, CifarVGG
-from .sizes import note_image_size
+from .sizes import blaming_size, check_image_size
 from .stages.preactivation import PreActivation
 from .stages.staged import Staged, name_stages, stage_shapes, staged
 from .weights import SUFFIXES, load_weights, new_classifier_of, read_state_dict
-from .zoo import timm_model, torchvision_model
+from .zoo import AUXILIARY, drop_auxiliary, hf_model, timm_model, torchvision_model
 
 __all__ = [
     "Ensemble",
@@ -57,33 +57,61 @@ def create_model(
 ) -> nn.Module:
     """A network for images [N, 3, H, W] and `num_classes` classes, fp32, on the CPU, in train mode.
 
-    `name`: one of `model_names()`, any `wrn_D_K`, `timm/<name>` or `torchvision/<name>`. `weights`: a file (see
-    `read_state_dict`), "pretrained" for the library's default weights, or the tag of other weights: timm's (also as
-    part of the name, `timm/resnet50.a1_in1k`) or torchvision's (`IMAGENET1K_V2`). A file overrides a tag in the name.
+    `name`: one of `model_names()`, any `wrn_D_K`, `timm/<name>`, `torchvision/<name>`, or `hf/<name or folder>` for
+    transformers' networks. `weights`: a file (see `read_state_dict`), "pretrained" for the library's default weights,
+    or the tag of other weights: timm's (also as part of the name, `timm/resnet50.a1_in1k`) or torchvision's
+    (`IMAGENET1K_V2`). A file overrides a tag in the name. `image_size`: the height and width of the images. Networks of
+    a fixed size are made for it, and one image of it is tried. The network returns logits alone: auxiliary heads of
+    GoogLeNet and Inception are dropped.
     With `new_classifier`, weights of another number of classes are taken too: the classifier keeps its initial values,
     and `new_classifier_of(net)` names its keys. Every other key must match exactly.
-    Raises UserError for unknown names and weights, for weights of another number of classes, and when a download fails.
+    Raises UserError for unknown names and weights, for weights of another number of classes, for an image size that the
+    network cannot take, and when a download fails.
     """
     if not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(f"num_classes is {num_classes!r}: a net needs at least one class")
     file = weights if weights is not None and _is_file(weights) else None
     tag = None if file is not None or weights is None else str(weights)
-    library, slash, rest = name.partition("/")
-    if not slash:
-        model = _cifar_net(name, num_classes)
-        if tag is not None:
-            raise UserError(f"{tag!r} is not a file, and {name!r} has no pre-trained weights: pass a weights file")
-    elif library == "timm":
-        model = timm_model(rest if file is None else rest.partition(".")[0], num_classes, tag, new_classifier)
-    elif library == "torchvision":
-        model = torchvision_model(rest, num_classes, tag, new_classifier)
-    else:
-        raise UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision'])}")
+
+    def at_random(size: int) -> nn.Module:
+        return _network(name.partition(".")[0] if name.startswith("timm/") else name, num_classes, None, size, None)
+
+    with blaming_size(name, image_size, at_random):
+        model = _network(name, num_classes, tag, image_size, file, new_classifier)
     if file is not None:
         load_weights(model, file, new_classifier)
+    drop_auxiliary(model)
     if image_size is not None:
-        note_image_size(model, image_size)
+        check_image_size(model, name, image_size, at_random)
     return model
+
+
+def _network(
+    name: str,
+    num_classes: int,
+    tag: str | None,
+    size: int | None,
+    file: str | os.PathLike | None,
+    new_classifier: bool = False,
+) -> nn.Module:
+    """The network as its library makes it, with the weights of `tag` but without those of `file`."""
+    library, slash, rest = name.partition("/")
+    if not slash:
+        if tag is not None:
+            raise UserError(f"{tag!r} is not a file, and {name!r} has no pre-trained weights: pass a weights file")
+        return _cifar_net(name, num_classes)
+    if library == "timm":
+        return timm_model(rest if file is None else rest.partition(".")[0], num_classes, tag, size, new_classifier)
+    if library == "torchvision":
+        heads = rest in AUXILIARY and file is not None and _has_any(file, AUXILIARY[rest])
+        return torchvision_model(rest, num_classes, tag, size, heads, new_classifier)
+    if library == "hf":
+        return hf_model(rest, num_classes, tag, size, new_classifier)
+    raise UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision', 'hf'])}")
+
+
+def _has_any(file: str | os.PathLike, modules: tuple[str, ...]) -> bool:
+    return any(key.partition(".")[0] in modules for key in read_state_dict(file))
 
 
 def model_names() -> list[str]:
@@ -108,7 +136,9 @@ def _cifar_net(name: str, num_classes: int) -> nn.Module:
         if name in models.list_models(module=models):  # by spelling, resnet50 would be close to resnet56
             hint = f" (did you mean 'torchvision/{name}'?)"
         ours = ", ".join(CIFAR_NETS)
-        raise UserError(f"unknown model {name!r}{hint}: ours are {ours}; else 'timm/NAME' or 'torchvision/NAME'")
+        raise UserError(
+            f"unknown model {name!r}{hint}: ours are {ours}; else 'timm/NAME', 'torchvision/NAME' or 'hf/NAME'"
+        )
     depth, width = int(wide[1]), int(wide[2])
     if depth < 10 or (depth - 4) % 6:
         near = max(10, 4 + 6 * round((depth - 4) / 6))

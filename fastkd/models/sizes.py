@@ -1,6 +1,6 @@
 """The image size of a network: it is noted when the network is made, and shapes are probed at it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,50 @@ def image_size_of(net: nn.Module) -> int:
     return int(sizes[0]) if sizes else SIZE
 
 
+def check_image_size(net: nn.Module, name: str, size: int, build: Callable[[int], nn.Module]) -> None:
+    """Note the size on `net` and try one image. Raises UserError if the network cannot take it, with one that works.
+
+    `build` makes such a network for an image size.
+    """
+    note_image_size(net, size)
+    try:
+        probe(net, [net], size)
+    except UserError as error:
+        reason = str(error).removeprefix(type(net).__name__)
+        raise UserError(f"{name}{reason}{_hint(size, build)}") from error
+
+
+@contextmanager
+def blaming_size(name: str, size: int | None, build: Callable[[int], nn.Module]) -> Iterator[None]:
+    """If an image size is given, errors other than UserError within the block are taken to be about it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the library's own code
+        if size is None:
+            raise
+        raise UserError(f"{name}{_refusal(size, error)}{_hint(size, build)}") from error
+
+
+def _refusal(size: int, error: Exception) -> str:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return f" cannot take images of {size} x {size} ({reason})"
+
+
+def _hint(size: int, build: Callable[[int], nn.Module]) -> str:
+    """The nearest size that works, of multiples of powers of two above `size` and of common sizes, as a hint."""
+    steps = {(size // step + 1) * step for step in (4, 8, 16, 32, 64)} | {224, 256, 299}
+    for other in sorted(steps, key=lambda each: abs(each - size)):
+        try:
+            with torch.device("meta"), torch.no_grad():  # shapes alone: neither memory nor time
+                build(other).eval()(torch.zeros(1, 3, other, other))
+        except Exception:  # the library's own code; this size does not work either
+            continue
+        return f"; {other} x {other} works"
+    return ""
+
+
 @torch.no_grad()
 def probe(net: nn.Module, modules: Sequence[nn.Module], size: int) -> list[Tensor]:
     """The outputs of these modules of `net`, run one after another on an image of zeros, in eval mode.
@@ -48,8 +92,7 @@ def probe(net: nn.Module, modules: Sequence[nn.Module], size: int) -> list[Tenso
             except UserError:
                 raise
             except Exception as error:  # the network's own code
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-                raise UserError(f"{type(net).__name__} cannot take images of {size} x {size} ({reason})") from error
+                raise UserError(f"{type(net).__name__}{_refusal(size, error)}") from error
             outputs.append(x)
     return outputs
 
@@ -61,5 +104,6 @@ def _evaluating(net: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        net.train()  # some networks drop what they have computed for eval mode (LeViT its attention biases)
         for module, mode in modes.items():
             module.training = mode

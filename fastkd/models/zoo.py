@@ -1,19 +1,27 @@
-"""Networks of timm and torchvision by name. Partial loading is an error."""
+"""Networks of timm, torchvision and transformers by name. Partial loading is an error."""
 
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import UserError, nearest
 from .weights import HINT, copy_weights
 
+Made = TypeVar("Made")
+AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}  # torchvision's heads beside the classifier
 
-def timm_model(name: str, num_classes: int, tag: str | None, new_classifier: bool = False) -> nn.Module:
+
+def timm_model(
+    name: str, num_classes: int, tag: str | None, image_size: int | None = None, new_classifier: bool = False
+) -> nn.Module:
     """`resnet50`, or with weights `resnet50.a1_in1k`; `tag` is another way to name them ("pretrained": the default).
 
-    With `new_classifier`, weights of another class count are taken too, but for the classifier.
+    Networks of a fixed image size (ViT, Swin, ...) are made for `image_size`; timm resamples the position embeddings of
+    pre-trained weights. With `new_classifier`, weights of another class count are taken too, but for the classifier.
     """
     timm = _library("timm")
     architecture, _, name_tag = name.partition(".")
@@ -23,7 +31,7 @@ def timm_model(name: str, num_classes: int, tag: str | None, new_classifier: boo
         raise UserError(f"timm/{name} names the weights {name_tag!r}, and {tag!r} was asked for: leave one of them out")
     wanted = name_tag or tag
     if not wanted:
-        return timm.create_model(architecture, num_classes=num_classes)
+        return _made_by_timm(architecture, num_classes, image_size)
     names = [listed.partition(".") for listed in timm.list_pretrained(f"{architecture}*")]
     tags = [tag for listed, _, tag in names if listed == architecture]
     default = timm.get_pretrained_cfg(architecture)
@@ -34,15 +42,36 @@ def timm_model(name: str, num_classes: int, tag: str | None, new_classifier: boo
     full = f"{architecture}.{wanted}".removesuffix(".")
     if timm.get_pretrained_cfg(full).num_classes != num_classes and new_classifier:
         # The weights' own class count: timm then checks every key, and so does copy_weights.
-        trained = _download(f"timm/{full}", lambda: timm.create_model(full, pretrained=True))
-        return _transfer(trained, timm.create_model(full, num_classes=num_classes), f"timm/{full}")
+        classes = timm.get_pretrained_cfg(full).num_classes
+        trained = _download(f"timm/{full}", lambda: _made_by_timm(full, classes, image_size, True))
+        return _transfer(trained, _made_by_timm(full, num_classes, image_size), f"timm/{full}")
     _check_classes(f"timm/{full}", timm.get_pretrained_cfg(full).num_classes, num_classes)
-    return _download(f"timm/{full}", lambda: timm.create_model(full, pretrained=True, num_classes=num_classes))
+    return _download(f"timm/{full}", lambda: _made_by_timm(full, num_classes, image_size, True))
 
 
-def torchvision_model(name: str, num_classes: int, tag: str | None, new_classifier: bool = False) -> nn.Module:
+def _made_by_timm(name: str, num_classes: int, image_size: int | None, pretrained: bool = False) -> nn.Module:
+    timm = _library("timm")
+    if image_size is not None:
+        try:
+            return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, img_size=image_size)
+        except TypeError as error:  # raised before anything is built; there is no list of the networks that take it
+            if "img_size" not in str(error):
+                raise
+    return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+
+
+def torchvision_model(
+    name: str,
+    num_classes: int,
+    tag: str | None,
+    image_size: int | None = None,
+    with_auxiliary: bool = False,
+    new_classifier: bool = False,
+) -> nn.Module:
     """`resnet18`; `tag` names its weights (`IMAGENET1K_V1`), "pretrained" the default ones; None: no weights.
 
+    Networks of a fixed image size (ViT, MaxViT) without weights are made for `image_size`. The auxiliary heads of
+    GoogLeNet and Inception are left out, unless their weights must be loaded: see `drop_auxiliary`.
     With `new_classifier`, weights of another class count are taken too, but for the classifier.
     """
     models = _library("torchvision").models
@@ -50,7 +79,14 @@ def torchvision_model(name: str, num_classes: int, tag: str | None, new_classifi
     if name not in names:
         raise UserError(f"torchvision has no classification model {name!r}{nearest(name, names)}")
     if tag is None:
-        return models.get_model(name, weights=None, num_classes=num_classes)
+        options: dict[str, Any] = {}
+        if image_size is not None and name.startswith("vit_"):
+            options = {"image_size": image_size}
+        elif image_size is not None and name.startswith("maxvit"):
+            options = {"input_size": (image_size, image_size)}
+        elif name in AUXILIARY:
+            options = {"aux_logits": with_auxiliary, "init_weights": True}  # their own default, without its warning
+        return models.get_model(name, weights=None, num_classes=num_classes, **options)
     choices = models.get_model_weights(name).__members__
     member = "DEFAULT" if tag == "pretrained" else tag
     if member not in choices:
@@ -58,18 +94,84 @@ def torchvision_model(name: str, num_classes: int, tag: str | None, new_classifi
     weights = choices[member]
     if len(weights.meta["categories"]) != num_classes and new_classifier:
         trained = _download(f"torchvision/{name}", lambda: models.get_model(name, weights=weights))
-        net = models.get_model(name, weights=None, num_classes=num_classes)
-        return _transfer(trained, net, f"torchvision/{name} with {weights.name}")
+        heads = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
+        net = models.get_model(name, weights=None, num_classes=num_classes, **heads)
+        return _transfer(drop_auxiliary(trained), net, f"torchvision/{name} with {weights.name}")
     _check_classes(f"torchvision/{name} with {weights.name}", len(weights.meta["categories"]), num_classes)
-    return _download(f"torchvision/{name}", lambda: models.get_model(name, weights=weights))
+    return _download(f"torchvision/{name}", lambda: drop_auxiliary(models.get_model(name, weights=weights)))
 
 
-def _library(name: str) -> ModuleType:
+def drop_auxiliary(net: nn.Module) -> nn.Module:
+    """Remove the auxiliary heads of torchvision's GoogLeNet and Inception, whose outputs stand beside the logits.
+
+    Returns `net`, which is changed.
+    """
+    if hasattr(net, "aux_logits"):
+        setattr(net, "aux_logits", False)  # noqa: B010  # the type checker takes attributes of a network for modules
+        for head in (head for heads in AUXILIARY.values() for head in heads if hasattr(net, head)):
+            setattr(net, head, None)
+    return net
+
+
+def hf_model(
+    name: str, num_classes: int, tag: str | None, image_size: int | None = None, new_classifier: bool = False
+) -> nn.Module:
+    """transformers' network for image classification by its name on the Hugging Face hub, or from a local folder.
+
+    `tag`: "pretrained" loads the weights, None gives random ones. Random networks of a fixed image size are made for
+    `image_size`. The result takes images and returns logits; its state dict has the keys of transformers' network.
+    With `new_classifier`, weights of another class count are taken too, but for the classifier.
+    """
+    transformers = _library("transformers", "hf", "fastkd[hf]")
+    auto, full = transformers.AutoModelForImageClassification, f"hf/{name}"
+    if tag not in (None, "pretrained"):
+        raise UserError(_no_weights(full, str(tag), ["pretrained"]))
+    config = _download(full, lambda: transformers.AutoConfig.from_pretrained(name), "the configuration")
+    if tag is None:
+        return _random_hf_model(auto, config, num_classes, image_size, full)
+    if not new_classifier:
+        _check_classes(full, config.num_labels, num_classes)
+    trained = _logits_only(_download(full, lambda: auto.from_pretrained(name, dtype=torch.float32)).train())
+    if config.num_labels == num_classes:
+        return trained
+    return _transfer(trained, _random_hf_model(auto, config, num_classes, None, full), full)
+
+
+def _random_hf_model(auto: Any, config: Any, num_classes: int, image_size: int | None, full: str) -> nn.Module:
+    """transformers' network of this configuration, which is changed, for `num_classes` classes."""
+    config.num_labels = num_classes
+    config.architectures = config.architectures or []  # transformers iterates over it
+    if image_size is not None and getattr(config, "image_size", None):
+        config.image_size = image_size
+    try:
+        return _logits_only(auto.from_config(config).train())
+    except ValueError as error:
+        raise UserError(f"{full} does not classify images: {' '.join(str(error).split())[:160]}") from error
+
+
+def _logits_only(net: nn.Module) -> nn.Module:
+    """The same network, of a subclass whose forward pass takes images [N, 3, H, W] and returns logits [N, classes].
+
+    A module around it would change the keys of its state dict.
+    """
+    kind = type(net)
+
+    class Classifier(kind):  # type: ignore[misc, valid-type]
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(pixel_values=images, return_dict=True).logits
+
+    Classifier.__name__ = Classifier.__qualname__ = kind.__name__
+    net.__class__ = Classifier
+    return net
+
+
+def _library(name: str, prefix: str = "", package: str = "") -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
         raise UserError(
-            f"models '{name}/...' need {name}, which cannot be imported ({error}): pip install {name}"
+            f"models '{prefix or name}/...' need {name}, which cannot be imported ({error}): "
+            f"pip install '{package or name}'"
         ) from error
 
 
@@ -92,9 +194,10 @@ def _transfer(trained: nn.Module, net: nn.Module, source: str) -> nn.Module:
     return net
 
 
-def _download(model: str, build: Callable[[], nn.Module]) -> nn.Module:
+def _download(model: str, build: Callable[[], Made], what: str = "the weights") -> Made:
     try:
         return build()
     except Exception as error:  # both hubs raise the exceptions of their HTTP libraries
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise UserError(f"the weights of {model} could not be fetched ({reason}): pass them as a file") from error
+        form = "file" if what == "the weights" else "folder"
+        raise UserError(f"{what} of {model} could not be fetched ({reason}): pass them as a {form}") from error

@@ -1,4 +1,4 @@
-"""Networks of timm and torchvision without a family of their own: stages by their libraries' names, bit-equal."""
+"""Networks of timm and torchvision without a family of their own: stages by the names of their libraries."""
 
 import copy
 
