@@ -12,6 +12,7 @@ from fastkd.checkpoint import save_network
 from fastkd.commands.networks import NetworkMaker
 from fastkd.config import NetworkOptions, defaults
 from fastkd.errors import UserError
+from fastkd.models.own_input import InputSpec
 
 SHORT = ["--epochs", "1", "--warmup-epochs", "0", "-b", "256", "--no-baseline"]
 QUICK = [*SHORT, "--teacher-epochs", "1"]
@@ -96,7 +97,9 @@ def test_a_fine_tuned_teacher_is_reused_by_the_content_of_its_file(fastkd, few_d
 
 
 def maker(classes: str, ignore: bool = False, **options) -> NetworkMaker:
-    return NetworkMaker(NetworkOptions(student="resnet8", teacher=("resnet8",), **options), tuple(classes), 0, ignore)
+    images = InputSpec(32, (0.5,) * 3, (0.5,) * 3)
+    names = NetworkOptions(student="resnet8", teacher=("resnet8",), **options)
+    return NetworkMaker(names, tuple(classes), images, 0, ignore)
 
 
 def test_a_teachers_classes_are_put_into_the_order_of_the_data(tmp_path, capsys):
