@@ -12,6 +12,7 @@ from fastkd.engine import Step, TrainOptions, choose_form
 from fastkd.engine.mixup import Mixup
 from fastkd.methods import KD
 from fastkd.models import Ensemble
+from fastkd.models.own_input import InputSpec, OwnInput
 
 OPTIONS = [
     {"opt": "adamw", "ema_decay": 0.9},
@@ -81,3 +82,17 @@ def test_auto_tries_every_form_and_takes_one():
     chosen = choose_form(step.method, batch(0, 8)[0].to(CUDA), "auto", step.precision, logged.append)
     assert not [line for line in logged if "not possible" in line or "refused" in line], logged
     assert chosen in ("plain", "folded", "fused", "compiled")
+
+
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_a_teacher_with_images_of_its_own_in_a_graph(form):
+    given, wanted = InputSpec(16, (0.5,) * 3, (0.5,) * 3), InputSpec(24, (0.4,) * 3, (0.2,) * 3)
+    method = KD(create_model("resnet8", 10), OwnInput(create_model("resnet14", 10), given, wanted))
+    step, logged = Step(method.to(CUDA).to(memory_format=torch.channels_last), TrainOptions(device="cuda"), CUDA), []
+    images, target = (part.to(CUDA) for part in batch(0, 8))
+    assert choose_form(method, images, form, step.precision, logged.append) == form, logged
+    runner = as_graph(step)
+    for _ in range(4):
+        runner(images, target, None)
+    assert runner.graphs
+    runner.close()
