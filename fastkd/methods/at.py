@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..losses import AttentionTransferLoss
 from ..models import stage_shapes
+from ..models.own_input import plain_network
 from ..models.sizes import image_size_of
 from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
@@ -64,9 +65,10 @@ def check_stage_counts(student: nn.Module, teacher: nn.Module) -> None:
     ours, theirs = stage_shapes(student), stage_shapes(teacher)
     if len(ours) != len(theirs):
         listed = [", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in (ours, theirs)]
+        names = [type(plain_network(net)).__name__ for net in (student, teacher)]
         raise UserError(
             f"AT compares the maps of every stage; for images of {image_size_of(student)} pixels the stages "
-            f"(C x H x W) of the student {type(student).__name__} are {listed[0]}, those of the teacher "
-            f"{type(teacher).__name__} {listed[1]}: use networks with equally many stages, name them "
+            f"(C x H x W) of the student {names[0]} are {listed[0]}, those of the teacher "
+            f"{names[1]} {listed[1]}: use networks with equally many stages, name them "
             "(--student-stages, --teacher-stages), or use a method without maps (kd, dkd, dist, rkd, sp)"
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..models.classifier import classifiers_of
 from ..models.ensemble import Ensemble
+from ..models.own_input import plain_network
 
 
 class ClassifierInput:
@@ -58,6 +59,7 @@ def classifier_input(net: nn.Module) -> ClassifierInput:
             f"{len(net.nets)} teachers together have no one input of a classifier: give one teacher, or use a method "
             "that learns from logits alone (kd, dkd, dist)"
         )
+    net = plain_network(net)
     try:
         name, classifier = next(iter(classifiers_of(net).items()))
     except UserError as error:

@@ -15,9 +15,10 @@ from fastkd.engine.partial_graphs import PartialGraphStep
 from fastkd.engine.precision import Precision
 from fastkd.engine.teacher_forms import choose_form
 from fastkd.errors import UserError
-from fastkd.methods import METHODS, ForwardCache, find_method
+from fastkd.methods import METHODS, ForwardCache, FrozenTeacher, find_method
 from fastkd.methods.embedding import ClassifierInput, classifier_input
 from fastkd.models import Ensemble
+from fastkd.models.own_input import InputSpec, OwnInput
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([1, 0, 2])  # RKD's distances of two images are always 1
@@ -119,6 +120,19 @@ def test_a_classifier_that_is_not_known_is_refused():
 def test_several_teachers_have_no_one_classifier():
     with pytest.raises(UserError, match="2 teachers together have no one input of a classifier: give one teacher"):
         METHODS["sp"](NoStages(), Ensemble([NoStages(), NoStages()]))
+
+
+def test_a_teacher_of_another_size_gives_that_of_its_own_network():
+    given, wanted = (InputSpec(size, (0.5,) * 3, (0.5,) * 3) for size in (32, 64))
+    net = deit(img_size=64).eval()
+    teacher = FrozenTeacher(OwnInput(net, given, wanted))
+    hook = classifier_input(teacher.net)
+    assert (hook.net, hook.name) == ("VisionTransformerDistilled", "head")
+    larger = teacher.net.adapt(images())
+    assert torch.equal(
+        ForwardCache(images(), {}, {teacher: hook}).embedding(teacher),
+        ForwardCache(larger, {}, {net: hook}).embedding(net),
+    )
 
 
 def test_one_vector_per_image_is_needed():
