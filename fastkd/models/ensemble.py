@@ -87,5 +87,7 @@ def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...
     normalised = tuple(weight / math.fsum(weights) for weight in weights if 0 < weight < math.inf)
     if len(normalised) < count or not all(normalised):  # a weight that is tiny beside another may become 0
         shown = " ".join(f"{weight:g}" for weight in weights)
-        raise UserError(f"the teachers' weights must be numbers above 0, got {shown}; leave out a teacher instead")
+        raise UserError(
+            f"the teachers' weights in the mean must be numbers above 0, got {shown}; leave out a teacher instead"
+        )
     return normalised
