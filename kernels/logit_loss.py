@@ -28,6 +28,9 @@ from torch import Tensor
 from .check import check_logit_loss, check_rows
 from .op import FusedOp, acc_dtype, is_compiled_for_cpu
 
+UNLABELLED = -100
+"""The label of an image without one: the default `ignore_index` of torch's losses."""
+
 
 class LogitLoss(NamedTuple):
     """What one pass over the logits gives; `loss` and `terms` are differentiable."""

@@ -24,7 +24,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..errors import UserError, nearest
-from .base import IMAGENET_MEAN, IMAGENET_STD, UNLABELLED, EpochLoader, Loader, Shard
+from ..kernels.logit_loss import UNLABELLED
+from .base import IMAGENET_MEAN, IMAGENET_STD, EpochLoader, Loader, Shard
 from .dali_package import import_problem
 from .layout import evaluation_split, training_splits
 from .scan import Split

@@ -13,7 +13,6 @@ from ..errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-UNLABELLED = -100  # the label of an image without one: the default ignore_index of torch's losses
 
 
 class Loader(Protocol):

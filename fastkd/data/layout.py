@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, nearest
-from .base import UNLABELLED
+from ..kernels.logit_loss import UNLABELLED
 from .scan import Formats, Split, scan, scan_images
 from .walk import Found, identity, look, shown, some
 

@@ -19,7 +19,7 @@ Formats = dict[str, tuple[int, str]]  # by the kind of image: the number of file
 class Split:
     """The images of train/ or val/. `labels[i]` is the position in `classes` of the class of `files[i]`.
 
-    The label of an image without a class is UNLABELLED (see base.py). `notes` are lines to log: what was skipped.
+    The label of an image without a class is UNLABELLED (-100). `notes` are lines to log: what was skipped.
     """
 
     classes: tuple[str, ...]

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-
-UNLABELLED = -100  # the `ignore_index` of torch's losses: an image without a label
+from ..kernels.logit_loss import UNLABELLED
 
 
 class LabelCheck:

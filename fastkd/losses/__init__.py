@@ -6,7 +6,7 @@ each compiles without a graph break. Only the student's side gets a gradient. Wr
 wrong types TypeError.
 """
 
-from .base import UNLABELLED
+from ..kernels.logit_loss import UNLABELLED
 from .features import (
     AttentionTransferLoss,
     ExplorationLoss,

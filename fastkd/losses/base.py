@@ -8,9 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-UNLABELLED = -100
-"""The label of an image without one, as torch ignores it; see `ignore_index`."""
-
 Check = Callable[[str, Any], Any]  # name and value of an option -> the value to store, or ValueError
 
 
