@@ -5,11 +5,12 @@ The options of a method exist only if that method is chosen.
 """
 
 import importlib.resources
+import math
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, make_dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -17,6 +18,7 @@ from .data import DataOptions
 from .engine import TrainOptions
 from .errors import UserError, nearest
 from .methods import METHODS, find_method
+from .models.ensemble import Mean
 from .parser import name_of, option_types, run_parser, tokens_of, typed_options
 
 SWITCHES = ("graph", "compile")  # their values: auto, on, off
@@ -47,22 +49,68 @@ class NetworkOptions:
 
     student: str = "timm/resnet18"
     """The student: a CIFAR net (resnet20, wrn_40_2, vgg8, ...), timm/NAME or torchvision/NAME."""
-    teacher: str = "timm/resnet50"
-    """The teacher: a name as for the student."""
-    teacher_weights: str = ""
-    """The teacher's weights: a file (.safetensors, .pth), `pretrained`, or a tag of timm or torchvision."""
+    teacher: tuple[str, ...] = ("timm/resnet50",)
+    """The teacher: a name as for the student. Several names: the student learns from the mean of their predictions."""
+    teacher_weights: tuple[str, ...] = ()
+    """The weights of each teacher: a file (.safetensors, .pth), `pretrained`, a tag of its library, or `none`."""
     teacher_epochs: int = 0
-    """Without weights: train the teacher for this many epochs first. Later runs with equal settings reuse it."""
+    """Train the teachers for this many epochs first, from their weights if they have some: fine-tuning, with a new
+    classifier for another number of classes. Later runs with equal settings and equal weights reuse them."""
+    teacher_ratios: tuple[float, ...] = ()
+    """With several teachers: the share of each in the mean, such as `2 1`. Default: equal shares."""
+    ensemble: Mean = "probabilities"
+    """With several teachers: the mean of their probabilities, at the method's temperature, or of their logits."""
+    teacher_size: int = 0
+    """Side in pixels of the images that the teacher takes; 0: as its weights say, or else as the student."""
+    teacher_mean: tuple[float, ...] = ()
+    """Mean of each channel of the teacher's images. Default: as its weights say, or else as the student."""
+    teacher_std: tuple[float, ...] = ()
+    """Standard deviation of each channel of the teacher's images. Default: as for the mean."""
     peers: tuple[str, ...] = ()
     """Networks that are trained together with the student by dml, dcm and iedml. Default: one like the student."""
     student_weights: str = ""
-    """The student's initial weights: a file or tag. Default: a random initialisation."""
+    """The student's initial weights: a file, `pretrained` or a tag. Weights of another number of classes get a new
+    classifier. Default: a random initialisation."""
+    student_sha256: str = ""
+    """SHA-256 of the file of --student-weights. Another content is an error."""
+    student_stages: tuple[str, ...] = ()
+    """Modules of the student that end its stages, by name, in forward order; for networks that fastkd cannot divide."""
+    teacher_stages: tuple[str, ...] = ()
+    """The same for the teachers."""
     baseline: bool = False
     """Also train the student alone, with the same options, to compare in the final table."""
 
     def __post_init__(self) -> None:
         if self.teacher_epochs < 0:
             raise UserError(f"--teacher-epochs must not be negative, got {self.teacher_epochs}")
+        if not all(self.teacher):
+            raise UserError("--teacher needs a name")
+        weights = tuple("" if each == "none" else each for each in self.teacher_weights)
+        object.__setattr__(self, "teacher_weights", weights if any(weights) else ())
+        for name in ("teacher_weights", "teacher_ratios"):
+            values, count = getattr(self, name), len(self.teacher)
+            if values and len(values) != count:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {' '.join(map(str, values))}: {len(values)} for {count} teachers; "
+                    "give one for each of --teacher"
+                )
+        if self.teacher_ratios and len(self.teacher) == 1:
+            raise UserError("--teacher-ratios are the shares of several teachers, and there is one; drop the option")
+        if self.student_sha256 and not self.student_weights:
+            raise UserError("--student-sha256 is the hash of the file of --student-weights, and no file is given")
+        if self.teacher_size and self.teacher_size < 8:
+            raise UserError(f"--teacher-size must be 8 or more pixels, got {self.teacher_size}")
+        for name, values in (("mean", self.teacher_mean), ("std", self.teacher_std)):
+            if len(values) not in (0, 3) or not all(math.isfinite(value) for value in values):
+                words = " ".join(map(str, values))
+                raise UserError(f"--teacher-{name} takes three finite numbers, for red, green and blue, got {words}")
+        if self.teacher_std and min(self.teacher_std) <= 0:
+            raise UserError(f"--teacher-std must be above 0, got {' '.join(map(str, self.teacher_std))}")
+
+    @property
+    def weights_of_teachers(self) -> tuple[str, ...]:
+        """One entry for each teacher: a file or tag, or an empty string."""
+        return self.teacher_weights or ("",) * len(self.teacher)
 
 
 @dataclass(frozen=True)
@@ -86,7 +134,9 @@ def parse(arguments: list[str], log: Callable[[str], None] = print) -> Config:
     _refuse_options_of_other_methods(method, sources)
     kind = config_type(method)
     tokens = [token for source, values in sources[:-1] for token in tokens_of(values, kind, source)]
-    return run_parser(kind, arguments, "fastkd train", tokens)
+    config = run_parser(kind, arguments, "fastkd train", tokens)
+    _refuse_options_without_effect(config, sources[-1][1].keys())
+    return config
 
 
 def config_type(method: str) -> type[Config]:
@@ -100,6 +150,13 @@ def flat(config: Config) -> dict[str, Any]:
     for name in ("recipe", *NOT_IN_FILES):
         del values[name]
     return values | {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+
+
+def defaults(method: str) -> dict[str, Any]:
+    """`flat` of a configuration of this method without any given option."""
+    kind = config_type(method)
+    sections: dict[str, Any] = {section.name: cast(type, section.type)() for section in fields(kind)}
+    return flat(kind(**sections))
 
 
 def recipe_names() -> list[str]:
@@ -186,6 +243,38 @@ def _refuse_options_of_other_methods(method: str, sources: Sources) -> None:
                 hint = f"did you mean {' or '.join(prefixed)}?"
             if prefixed or having:
                 raise UserError(f"{source}: method {method} has no option {name} ({hint})")
+
+
+def _refuse_options_without_effect(config: Config, typed: Collection[str]) -> None:
+    """Raise UserError if an option of the command line changes nothing, and is not at its default.
+
+    Recipes and files may hold such options: they are made for several methods and schedules.
+    """
+    method, names, train = config.run.method, config.networks, config.train
+    kind = find_method(method)
+    teacher = [name for name in vars(names) if name.partition("_")[0] == "teacher" and name != "teacher_weights"]
+    reasons = (
+        {} if kind.needs_teacher else dict.fromkeys([*teacher, "ensemble"], f"the method has no teacher ({method})")
+    )
+    if len(names.teacher) == 1:
+        reasons.setdefault("ensemble", "there is one teacher")
+    if method == "ce":
+        reasons["baseline"] = "method ce is the student alone"
+    if train.sched != "cosine":
+        reasons["min_lr"] = f"it ends the cosine, and --sched is {train.sched}"
+    if train.sched != "step":
+        reasons["decay_epochs"] = f"it is for --sched step, and --sched is {train.sched}"
+    if train.sched != "multistep":
+        reasons["decay_milestones"] = f"they are for --sched multistep, and --sched is {train.sched}"
+    if train.sched not in ("step", "multistep"):
+        reasons["decay_rate"] = f"it is for --sched step and multistep, and --sched is {train.sched}"
+    if not train.warmup_epochs:
+        reasons["warmup_lr"] = "--warmup-epochs is 0"
+    for section in (names, train):
+        for option in fields(section):
+            if option.name in typed and option.name in reasons and getattr(section, option.name) != option.default:
+                flag = option.name.replace("_", "-")
+                raise UserError(f"--{flag} has no effect: {reasons[option.name]}; drop --{flag}")
 
 
 def _from(sources: Sources, key: str) -> str:

@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -51,6 +52,29 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def earlier_failure(status: int) -> int:
+    """The exit status of the process of this job that failed first, or 0 if this one is the first.
+
+    The first one tells the user why the job ends. Its peers fail as well, because they wait for it: they are silent and
+    end with its status. `status` is that of this process. torchrun's store holds the note; it is there before the
+    process group and after it. If it cannot be reached within 5 seconds, every process is the first.
+    """
+    key = f"fastkd/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    note = f"{os.environ.get('RANK')} {status}"
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+        first = store.compare_set(key, "", note).decode()
+    except (KeyError, ValueError, RuntimeError):
+        return 0
+    return 0 if first == note else int(first.split()[1])
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """True if gloo or NCCL cannot reach another process. gloo's errors have no class, but name its source file."""
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
 
 def barrier() -> None:

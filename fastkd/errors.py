@@ -1,6 +1,7 @@
-"""The one exception for bad input, and the check of a number that several options share."""
+"""The one exception for bad input, its text on any terminal, and the check of a number that several options share."""
 
 import math
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -19,8 +20,34 @@ def check_number(name: str, value: float, *, above_zero: bool = False, hint: str
         raise UserError(f"--{name.replace('_', '-')} must be a number {wanted}, got {value}{hint}")
 
 
+def printable(text: str, encoding: str | None, keep: str = "") -> str:
+    """`text` as a terminal of this encoding can show it; None is UTF-8.
+
+    Letters that it lacks, bytes of file names that are not UTF-8, and control characters that are not in `keep` become
+    escapes such as \\xe9, \\udce9 and \\n.
+    """
+    escaped = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: _escape(found[0], keep), text)
+    encoding = encoding or "utf-8"
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _escape(letter: str, keep: str) -> str:
+    return letter if letter in keep else repr(letter)[1:-1]
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the closest of `choices`, or the empty string."""
-    by_letters = {choice.lower(): choice for choice in choices}
-    match = get_close_matches(word.lower(), list(by_letters), n=1, cutoff=0.5)
-    return f" (did you mean {by_letters[match[0]]!r}?)" if match else ""
+    """`" (did you mean 'x'?)"` for the closest of `choices`, or the empty string if none is near.
+
+    A choice is near if it begins with the word, of 3 letters or more, or if two thirds of the letters agree in order,
+    three quarters in a word of up to 3 letters. Dashes, underscores and capitals count for nothing.
+    """
+    by_letters = {_letters(choice): choice for choice in choices}
+    wanted = _letters(word)
+    begun = sorted((each for each in by_letters if each.startswith(wanted)), key=len) if len(wanted) > 2 else []
+    cutoff = 0.75 if len(wanted) < 4 else 0.65
+    found = [wanted] if wanted in by_letters else begun or get_close_matches(wanted, list(by_letters), 1, cutoff)
+    return f" (did you mean {by_letters[found[0]]!r}?)" if found else ""
+
+
+def _letters(word: str) -> str:
+    return re.sub("[-_]", "", word.lower())

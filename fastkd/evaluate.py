@@ -1,7 +1,7 @@
 """Accuracy of a network, with each image counted exactly once over all processes, and its speed."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 
 import torch
 import torch.nn.functional as F
@@ -19,23 +19,76 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 def evaluate(net: nn.Module, loader: Batches, precision: Precision) -> dict[str, float]:
     """{"top1": %, "top5": %, "loss": mean cross-entropy, "images": count} in eval mode; one host sync at the end.
 
-    With fewer than five classes, top-5 counts all of them. Every process of the run must call it.
-    Raises UserError if no process has an image.
+    With fewer than five classes, top-5 counts all of them. Every process of the run must call it. Raises UserError if
+    no process has an image, if the loader gives fewer batches than its length, if a label is none of the classes, or
+    if the shapes of logits and labels do not fit.
     """
     training = net.training
     net.eval()
-    counts = torch.zeros(4, dtype=torch.float64, device=precision.device)
+    counts = torch.zeros(5, dtype=torch.float64, device=precision.device)
+    batches = 0
     for images, target in loader:
         with precision.autocast():
             logits = net(images)
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
-        loss_sum = F.cross_entropy(logits.float(), target, reduction="sum")
-        counts += torch.stack([loss_sum, hits[:, 0].sum(), hits.sum(), loss_sum.new_full((), len(target))])
+        _check_shapes(net, logits, target, getattr(loader, "classes", None))
+        counts += _count(logits, target)
+        batches += 1
     net.train(training)
-    loss, top1, top5, images = distributed.all_reduce_sum(counts).tolist()
+    expected = max(batches, len(loader) if isinstance(loader, Sized) else 0)
+    counts = torch.cat([counts, counts.new_tensor([batches, expected])])
+    loss, top1, top5, images, labelled, given, promised = distributed.all_reduce_sum(counts).tolist()
+    _check_counts(images, labelled, given, promised)
+    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+
+
+def _count(logits_NC: Tensor, target_N: Tensor) -> Tensor:
+    """[5] on the device: sum of the losses, hits of top-1 and of top-5, images, labels that are one of the classes.
+
+    Another label is replaced by class 0: on CUDA, torch's loss would end the process, and it skips -100 without a word.
+    """
+    classes = logits_NC.shape[1]
+    is_class = (target_N >= 0) & (target_N < classes)
+    target_N = target_N.masked_fill(~is_class, 0)
+    hits = logits_NC.topk(min(5, classes), dim=1).indices == target_N[:, None]
+    loss_sum = F.cross_entropy(logits_NC.float(), target_N, reduction="sum")
+    return torch.stack([loss_sum, hits[:, 0].sum(), hits.sum(), loss_sum.new_full((), len(target_N)), is_class.sum()])
+
+
+def _check_shapes(net: nn.Module, logits: Tensor, target: Tensor, classes: Iterable[str] | None) -> None:
+    """Raise UserError unless the batch can be evaluated. Values are not read: nothing waits for the device."""
+    name = type(net).__name__
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"{name} returns {found} in evaluation, but logits [images, classes] are needed")
+    if target.dim() != 1 or target.dtype != torch.int64:
+        raise UserError(
+            f"the evaluation loader gives labels of shape {list(target.shape)} and {target.dtype}; accuracy needs one "
+            "class index per image, [images] int64: give mixed or soft labels to the training loader alone"
+        )
+    if len(logits) != len(target):
+        raise UserError(f"the evaluation loader gives {len(target)} labels for {len(logits)} images in one batch")
+    count = None if classes is None else len(list(classes))
+    if count is not None and count != logits.shape[1]:
+        raise UserError(
+            f"{name} has {logits.shape[1]} outputs and the evaluation loader {count} classes; take a network, or "
+            "weights, for the classes of this data"
+        )
+
+
+def _check_counts(images: float, labelled: float, given: float, promised: float) -> None:
+    """Raise UserError if the sums over all processes show that the accuracy would be wrong."""
     if not images:
         raise UserError("the evaluation loader gave no images; give one with at least one batch")
-    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+    if labelled < images:
+        raise UserError(
+            f"{images - labelled:.0f} of the {images:.0f} evaluation labels are none of the classes (below 0, such as "
+            "-100 for an unlabelled image, or too large); evaluate on labelled images alone"
+        )
+    if given < promised:
+        raise UserError(
+            f"the evaluation loader gave {given:.0f} batches, but its length is {promised:.0f}; the accuracy would be "
+            "that of a part of the images: let len() be the number of batches"
+        )
 
 
 def evaluate_networks(networks: Mapping[str, nn.Module], loader: Batches, precision: Precision) -> dict[str, float]:

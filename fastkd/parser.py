@@ -6,16 +6,60 @@ In this file `kind` is always a dataclass whose fields are sections, and a secti
 
 import contextlib
 import io
-import os
 import re
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, fields
 from functools import partial
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 from .errors import UserError, nearest
 
 T = TypeVar("T")
+
+# Names that options have in timm, torchvision's references, Hugging Face's Trainer and codes of papers. By the name
+# here, or by the first of several that the command has.
+NAMES_ELSEWHERE = {
+    (
+        "student",
+        "model",
+    ): "arch model_name_or_path net network backbone student_model student_arch model_s student_name",
+    ("student",): "model",
+    ("teacher",): "teacher_model teacher_arch teacher_name model_t teacher_model_name_or_path",
+    ("teacher_weights",): "teacher_path teacher_ckpt teacher_checkpoint teacher_pretrained path_t",
+    ("student_weights", "weights"): "student_path student_ckpt pretrained initial_checkpoint checkpoint ckpt",
+    ("method",): "distill distiller distill_method kd_method loss",
+    ("data",): "data_dir data_path dataset dataset_name root train_dir imagenet",
+    ("batch_size",): "bs per_device_train_batch_size train_batch_size bsz",
+    ("workers",): "j num_workers n_workers dataloader_num_workers",
+    ("image_size",): "img_size input_size size resolution crop_size train_crop_size crop",
+    ("epochs",): "num_epochs num_train_epochs max_epochs n_epochs",
+    ("lr",): "learning_rate base_lr init_lr blr",
+    ("opt",): "optim optimizer",
+    ("weight_decay",): "wd l2",
+    ("sched",): "scheduler lr_scheduler lr_scheduler_type lr_sched lr_policy lr_decay",
+    ("decay_milestones",): "milestones lr_milestones lr_steps lr_decay_epochs multi_steps",
+    ("decay_rate",): "lr_gamma lr_decay_rate step_gamma",
+    ("decay_epochs",): "lr_step_size step_size",
+    ("warmup_epochs",): "warmup lr_warmup_epochs num_warmup_epochs warmup_steps",
+    ("clip_grad",): "grad_clip max_grad_norm clip_grad_norm gradient_clip_val",
+    ("grad_accum",): "gradient_accumulation_steps accumulation_steps grad_accum_steps accumulate_grad_batches",
+    ("smoothing",): "label_smoothing label_smoothing_factor",
+    ("mixup",): "mixup_alpha",
+    ("cutmix",): "cutmix_alpha",
+    ("ema_decay",): "ema model_ema model_ema_decay",
+    ("amp_dtype",): "amp fp16 bf16 half precision mixed_precision",
+    ("compile",): "torchcompile torch_compile",
+    ("device",): "gpu gpus gpu_id cuda",
+    ("seed",): "random_seed manual_seed",
+    ("out",): "output output_dir output_path save_dir save_path save log_dir logdir work_dir exp_dir experiment",
+    ("resume",): "resume_from_checkpoint auto_resume continue",
+    ("temperature",): "temp tau kd_t kd_temperature distillation_temperature t",
+    ("kd_weight",): "kd_alpha distill_weight distillation_weight",
+    ("tensorboard",): "tb log_tb",
+    ("val_fraction",): "val_split val_frac val_ratio train_val_split validation_split",
+    ("split_seed",): "val_seed",
+}
+ELSEWHERE = {name: ours for ours, names in NAMES_ELSEWHERE.items() for name in names.split()}
 
 
 def option_types(kind: type) -> dict[str, type]:
@@ -46,13 +90,23 @@ def typed_options(arguments: list[str]) -> dict[str, str]:
     return {name_of(flag): words[0] if words else "" for flag, words in groups(arguments)}
 
 
+def nearest_option(name: str, known: Collection[str], dashes: bool = False) -> str:
+    """`" (did you mean 'x'?)"` for an unknown option, by its meaning elsewhere or its letters, or an empty string.
+
+    `name` and `known` have underscores. With `dashes` the hint is as the command line has it: '--batch-size'.
+    """
+    shown = {choice: "--" + choice.replace("_", "-") if dashes else choice for choice in known}
+    meant = [choice for choice in ELSEWHERE.get(name.lower(), ()) if choice in known]
+    return f" (did you mean {shown[meant[0]]!r}?)" if meant else nearest(name, shown.values())
+
+
 def tokens_of(values: dict[str, Any], kind: type, source: str) -> list[str]:
     """The options of a file in the form of the command line. Errors name the `source`."""
     types = option_types(kind)
     tokens: list[str] = []
     for name, value in values.items():
         if name not in types:
-            raise UserError(f"{source}: unknown option {name!r}{nearest(name, types)}")
+            raise UserError(f"{source}: unknown option {name!r}{nearest_option(name, types)}")
         words = [str(item) for item in (value if isinstance(value, list) else [value])]
         has_value = not isinstance(value, dict) and value is not None
         if not has_value or isinstance(value, bool) != (types[name] is bool) or not _fits(types[name], words):
@@ -74,19 +128,39 @@ def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Seque
     if "--help" in arguments or "-h" in arguments:
         return parse()
     _check(arguments, kind, command)
-    before, text = os.environ.get("COLUMNS"), io.StringIO()
-    os.environ["COLUMNS"] = "1000"
+    _check_required([*earlier, *arguments], kind, command)
+    text = io.StringIO()
     try:
         with contextlib.redirect_stderr(text):
             return parse()
-    except SystemExit:  # tyro has printed the error in a box
-        lines = [re.sub("[│╭╮╰╯]", "", line).strip() for line in text.getvalue().splitlines()[1:]]
-        rule = next((number for number, line in enumerate(lines) if line.startswith("───")), len(lines))
-        # The messages of fastkd's checks name the option: drop "Error parsing <section>: ".
-        message = re.sub(r"^Error parsing (\w+: )?", "", " ".join(line for line in lines[:rule] if line))
-        raise UserError(message) from None
-    finally:
-        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
+    except SystemExit as stop:  # tyro has printed the error in a box
+        raise UserError(_refusal(stop) or _unboxed(text.getvalue())) from None
+
+
+def _refusal(stop: BaseException) -> str:
+    """The message of the check that made tyro stop, from the exceptions that led to `stop`; or the empty string."""
+    causes, cause = [], stop.__context__
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__context__
+    ours = [str(cause) for cause in causes if isinstance(cause, UserError)]
+    others = [str(cause) for cause in causes if isinstance(cause, ValueError)]
+    return next(iter(ours + others), "")
+
+
+def _unboxed(text: str) -> str:
+    """What tyro prints in a box, on one line; the box is drawn with other characters where the terminal is ASCII."""
+    lines = [re.sub(r"[─│╭╮╰╯|+]|-{3,}", " ", line).strip() for line in text.splitlines()]
+    return " ".join(" ".join(lines).split())
+
+
+def _check_required(arguments: list[str], kind: type, command: str) -> None:
+    """Raise UserError if an option without a default is not given."""
+    given = typed_options(arguments)
+    for option in (option for section in fields(kind) for option in fields(cast(type, section.type))):
+        if option.default is MISSING and option.default_factory is MISSING and option.name not in given:
+            flag = option.name.replace("_", "-")
+            raise UserError(f"--{flag} is missing; `{command} --help` explains it")
 
 
 def _check(arguments: list[str], kind: type, command: str) -> None:
@@ -99,8 +173,8 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
             hint = f" (did you mean --weights {words[0]}?)" if "weights" in types else ""
             raise UserError(f"unexpected {words[0]!r}{hint}; `{command} --help` lists the options")
         elif name not in types:
-            flags = ["--" + known.replace("_", "-") for known in types]
-            raise UserError(f"unknown option {flag!r}{nearest(flag, flags)}; `{command} --help` lists them")
+            hint = nearest_option(name_of(flag), types, dashes=True)
+            raise UserError(f"unknown option {flag!r}{hint}; `{command} --help` lists them")
         elif types[name] is bool and words:
             raise UserError(f"{flag} takes no value, got {' '.join(words)!r}: write --{name} or --no-{name}")
         elif types[name] is not bool and not _fits(types[name], words):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -19,7 +20,8 @@ from . import checkpoint, distributed
 from .engine import TrainOptions
 from .engine.step import Meter
 from .environment import environment
-from .errors import UserError
+from .errors import UserError, printable
+from .models.own_input import OwnInput, plain_network
 
 FILES = """\
 This folder holds one run of fastkd. FOLDER stands for its path.
@@ -52,14 +54,17 @@ class Report:
     """Prints the epochs of a run and writes its folder. Only rank 0 prints and writes.
 
     config: the options of the training. about: further options for config.yaml. data: a description of the data set.
+    image: size, mean and std of the images that the networks take.
     """
 
-    def __init__(self, config: TrainOptions, about: dict[str, Any], data: dict[str, Any]) -> None:
+    def __init__(
+        self, config: TrainOptions, about: dict[str, Any], data: dict[str, Any], image: dict[str, Any]
+    ) -> None:
         self.config, self.out = config, Path(config.out)
-        # `fastkd eval` reads these from the weights file. The digits have a fixed size and normalisation.
-        names = () if about.get("data") == "digits" else ("image_size", "mean", "std")
-        self.about = {"data": data, "input": {name: about[name] for name in names if name in about}}
-        self.models = {"student": about.get("student", ""), "improved_teacher": about.get("teacher", "")}
+        # `fastkd eval` reads these from the weights file.
+        self.about = {"data": data, "input": checkpoint.about_input(about) | image}
+        self.models = {"student": about.get("student", "")}
+        self.models["improved_teacher"] = next(iter(about.get("teacher", ())), "")  # sokd's, of its one teacher
         self.models |= {f"peer{number}": name for number, name in enumerate(about.get("peers", ()), 1)}
         self.main = distributed.rank() == 0
         board = board_class() if config.tensorboard and self.main else None
@@ -96,16 +101,27 @@ class Report:
         checkpoint.write_atomic(self.out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
     def finish(self, history: list[dict[str, Any]], networks: dict[str, nn.Module]) -> None:
-        """Write the history, curves.png and the weights of the networks."""
+        """Write the history and the weights of the networks, and draw curves.png last."""
         if not self.main:
             return
         self._write_history(history)  # again, because a killed run may have a checkpoint that is newer than this file
-        checkpoint.write_atomic(self.out / "curves.png", plot(history))
         for name, net in networks.items():
             about = self.about | {"model": self.models.get(name, "")}
-            checkpoint.save_network(self.out / f"{name}.safetensors", net, about)
+            if isinstance(net, OwnInput):
+                about["input"] = net.wanted.as_dict()
+            checkpoint.save_network(self.out / f"{name}.safetensors", plain_network(net), about)
+        self._draw(history)
         if self.board:
             self.board.close()
+
+    def _draw(self, history: list[dict[str, Any]]) -> None:
+        """Write curves.png. The weights are on the disk by now, so that a broken matplotlib costs the picture alone."""
+        try:
+            picture = plot(history)
+        except Exception as error:  # of an installation without fonts, of a cache folder that cannot be written, ...
+            log_rank0(f"curves.png is not drawn: {type(error).__name__}: {error}".splitlines()[0])
+            return
+        checkpoint.write_atomic(self.out / "curves.png", picture)
 
 
 def board_class() -> type[Any]:
@@ -122,7 +138,7 @@ class Bar:
 
     def __init__(self, epochs: int, epoch: int, steps: int) -> None:
         """`epochs` of the whole run, of which `epoch` are done; `steps` per epoch."""
-        self.progress = progress_with(TextColumn("{task.fields[shown]}"))
+        self.progress = progress_with(TextColumn("{task.fields[shown]}", markup=False))
         self.task = self.progress.add_task("", total=epochs * steps, completed=epoch * steps, shown="")
         self.epochs = epochs
 
@@ -149,7 +165,8 @@ class Bar:
 def progress_with(column: ProgressColumn) -> Progress:
     """A bar on the terminal of rank 0: description, bar, `column`, remaining time."""
     screen = console()
-    columns = (TextColumn("{task.description}"), BarColumn(), column, TimeRemainingColumn(), TextColumn("left"))
+    title = TextColumn("{task.description}", markup=False)  # else rich would drop "[dali]"
+    columns = (title, BarColumn(), column, TimeRemainingColumn(), TextColumn("left"))
     return Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
 
 
@@ -157,7 +174,7 @@ def track(steps: Sequence, title: str) -> Iterable:
     """Iterate over `steps` with a progress bar, for the work of a method before the first epoch."""
     log_rank0(title)
     with progress_with(MofNCompleteColumn()) as progress:
-        yield from progress.track(steps, description=title)
+        yield from progress.track(steps, description=_text(title).plain)
 
 
 def is_loss_term(name: str) -> bool:
@@ -207,14 +224,22 @@ def console() -> Console:
 
 def log_rank0(message: str) -> None:
     """Print a line, on rank 0 only."""
-    console().print(message, highlight=False, markup=False, soft_wrap=True)
+    console().print(_text(message), soft_wrap=True)
 
 
 def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0) -> None:
     """Print a table. The last `numbers` columns are numbers and are right-aligned."""
     table = Table()
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < len(columns) - numbers else "right", overflow="fold")
+        table.add_column(_text(column), justify="left" if place < len(columns) - numbers else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # as a str, "fastkd[dali]" would lose what looks like markup
+        table.add_row(*map(_text, row))
     console().print(table)
+
+
+def _text(text: str) -> Text:
+    """The text letter by letter, with escapes for what stdout cannot show.
+
+    In a str, rich would drop "[dali]" and would replace ":x:" by a picture.
+    """
+    return Text(printable(text, getattr(sys.stdout, "encoding", None), keep="\n\t"))

@@ -3,6 +3,7 @@
 result = Trainer(KD(student, teacher), train_loader, val_loader, TrainOptions(epochs=10)).fit()
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,12 +13,15 @@ from torch import nn
 
 from . import checkpoint, distributed
 from .checkpoint import Result
-from .data.base import Loader, check_count, check_loaders, describe, first_images, rewound
+from .data.base import EpochLoader, Loader, check_count, check_loaders, describe, first_images, input_of, rewound
 from .engine import Schedule, Step, TrainOptions, graphed
 from .engine.backends import backends
+from .engine.ema import needs_warm_up
+from .engine.labels import LabelCheck
 from .engine.launch import Runner, check_compile, compiles, uses_graphs
 from .engine.mixup import Mixup
 from .engine.teacher_forms import check_form, teacher_form
+from .engine.trial import try_step
 from .evaluate import Batches, evaluate_networks
 from .methods.base import Method
 from .report import Bar, Report, log_rank0, track
@@ -35,21 +39,32 @@ class Trainer:
         self, method: Method, train_loader: Loader, val_loader: Batches, config: TrainOptions, about: dict | None = None
     ):
         self.device = distributed.device_for(config.device)
-        check_loaders(train_loader, val_loader, distributed.gather)
+        batch = check_loaders(train_loader, val_loader, distributed.gather)
         check_form(method, config.teacher_form)
         check_compile(method, config)
         out = config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run")
         self.config = config = replace(config, out=str(out))
         self.train_loader, self.val_loader, self.data = train_loader, val_loader, describe(train_loader)
         self.method = method.to(self.device).to(memory_format=config.memory_format)
+        try_step(method, batch, train_loader.classes, config, self.device, titles(about or {}))
         compiled = compiles(method, config, self.device, config.epochs * len(train_loader), log_rank0)
         flat = uses_graphs(config, self.device)
-        self.step = Step(method, config, self.device, flat=flat, compiled=compiled, log=log_rank0)
+        self.step = Step(
+            method,
+            config,
+            self.device,
+            flat=flat,
+            compiled=compiled,
+            ema_warms_up=_ema_warms_up(config, config.epochs * len(train_loader)),
+            log=log_rank0,
+        )
         self.runner: Runner = self.step
         self.schedule = Schedule(config, self.step.optimizer)
         alphas = (config.mixup, config.cutmix, config.smoothing)
         self.mixup = Mixup(*alphas, len(train_loader.classes), config.seed, distributed.rank())
-        self.report = Report(config, about or {}, self.data)
+        is_ours = isinstance(train_loader, EpochLoader)  # its labels are right by construction
+        self.labels = None if is_ours else LabelCheck(len(train_loader.classes), self.device)
+        self.report = Report(config, about or {}, self.data, input_of(train_loader, about or {}))
         self.epoch, self.form = 0, str(config.teacher_form)
         self.history: list[dict[str, Any]] = []
 
@@ -103,12 +118,17 @@ class Trainer:
         lr = 0.0
         for images, target in self.train_loader:
             lr = self.schedule.write(done / len(self.train_loader))
+            target = self.labels(target) if self.labels else target
             images, target = self.mixup(images, target, done)
+            if self.step.ema:
+                self.step.ema.write(done)
             for plan in self.method.plans(done):
                 self.runner(images, target, plan)
             bar.advance(len(images), self.step.meter)
             done += 1
-        check_count(done - first, self.train_loader, self.epoch + 1, log_rank0)
+        check_count(done - first, self.train_loader, self.epoch + 1)
+        if self.labels:
+            self.labels.finish(self.epoch + 1)
         rates = self.method.selection_rates(range(first, done))
         row = {"epoch": self.epoch + 1, "lr": lr, **self.step.meter.read(), **rates, **bar.rates()}
         self.step.meter.reset()
@@ -134,3 +154,23 @@ class Trainer:
             self.train_loader.load_state_dict(state["loaders"][distributed.rank()])
             self.step.load_state_dict(state)
             log_rank0(f"resuming {self.report.out} after epoch {self.epoch} of {self.config.epochs}")
+
+
+def titles(about: Mapping[str, Any]) -> dict[str, str]:
+    """By role, what errors call a network, such as {"student": "the student resnet8"}."""
+    peers = {f"peer{number}": f"the peer {name}" for number, name in enumerate(about.get("peers", ()), 1)}
+    named = {role: about[role] for role in ("student", "teacher") if about.get(role)}
+    lists = {role: [name] if isinstance(name, str) else name for role, name in named.items()}
+    return {role: f"the {role} {' '.join(names)}" for role, names in lists.items()} | peers
+
+
+def _ema_warms_up(config: TrainOptions, steps: int) -> bool:
+    """Whether the decay of the weights' average has to rise in a run of so many steps; logs it if so."""
+    decay = config.ema_decay
+    if not decay or not needs_warm_up(decay, steps):
+        return False
+    log_rank0(
+        f"--ema-decay {decay:g}: {steps:,} steps would leave {100 * decay**steps:.2g} % of the initial weights in the "
+        "average; so the decay rises from 0, as in timm's --model-ema-warmup"
+    )
+    return True

@@ -114,7 +114,7 @@ def _way_to_target(target: Tensor, N: int, C: int) -> str:
 
 def check_logit_loss(
     heads: Sequence[Tensor],
-    target: Tensor,
+    target: Tensor | None,
     ce_weights: Sequence[float],
     table: Sequence[Sequence[float]],
     temperature: float,
@@ -123,7 +123,12 @@ def check_logit_loss(
 ) -> list[float]:
     """Raises TypeError or ValueError on what does not fit; the weights of all terms, row by row [H, 1 + H]."""
     check_logits(heads, temperature, names)
-    check_target(target, heads[0])
+    if target is not None:
+        check_target(target, heads[0])
+    elif any(ce_weights):
+        raise ValueError(
+            f"target is None, but the cross-entropy has a weight, {[*ce_weights]}: give the labels, or a weight of 0"
+        )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
     H = len(heads)
@@ -140,3 +145,33 @@ def check_logit_loss(
         if weight and i == j - 1:
             raise ValueError(f"{name} must be 0, for no head learns from itself; got {weight}")
     return weights
+
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_rows(
+    logits: Tensor,
+    target: Tensor | None,
+    class_weights: Tensor | None,
+    ignore_index: int | None,
+    mask_kd: bool,
+    reduction: str,
+) -> None:
+    """Raises TypeError or ValueError unless the options of how rows count fit logits [N, C]."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if mask_kd and (target is None or ignore_index is None):
+        missing = "a target" if target is None else "ignore_index, the label of the rows to leave out"
+        raise ValueError(f"mask_kd=True needs {missing}; got None")
+    if class_weights is None:
+        return
+    check_tensors(class_weights=class_weights)
+    C, device = logits.shape[1], logits.device
+    if class_weights.shape != (C,) or not class_weights.is_floating_point() or class_weights.device != device:
+        raise ValueError(
+            f"class_weights must be floating [{C}] on {device}, as the logits are, got {class_weights.dtype} "
+            f"{list(class_weights.shape)} on {class_weights.device}"
+        )
+    if class_weights.requires_grad:
+        raise ValueError(f"class_weights {list(class_weights.shape)} require a gradient, which no loss here gives them")

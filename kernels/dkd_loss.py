@@ -71,6 +71,8 @@ def dkd_loss(
     FASTKD_DEBUG=1, labels that are no class; on a GPU and under torch.compile such a label makes the loss NaN.
     """
     check_logits([student, teacher], temperature, ("student_logits", "teacher_logits"))
+    if target is None:
+        raise TypeError("DKD needs the label of every sample: target must be a tensor, got NoneType")
     check_target(target, student)
     if target.is_floating_point():
         raise ValueError(f"dkd_loss needs labels int64 [N], got {target.dtype} {list(target.shape)}")

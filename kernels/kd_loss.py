@@ -21,7 +21,7 @@ from .logit_loss import logit_loss, standardized
 
 
 class KDTerms(NamedTuple):
-    """Weighted scalars, all differentiable."""
+    """Weighted scalars, or [N] with reduction "none"; all differentiable."""
 
     loss: Tensor
     """ce + kd"""
@@ -34,26 +34,34 @@ class KDTerms(NamedTuple):
 def kd_loss_reference(
     student: Tensor,
     teacher: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     *,
     temperature: float = 4.0,
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
     label_smoothing: float = 0.0,
     standardize: bool = False,
+    class_weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> KDTerms:
     """The specification: autograd through torch's own softmaxes."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     student, teacher = student.to(dtype), teacher.detach().to(dtype)
-    target = target.to(dtype) if target.is_floating_point() else target
-    ce = F.cross_entropy(student, target, label_smoothing=label_smoothing)
+    ce = student.new_zeros(student.shape[0] if reduction == "none" else ())
+    if target is not None:
+        target = target.to(dtype) if target.is_floating_point() else target
+        weight = None if class_weights is None else class_weights.to(dtype)
+        ce = F.cross_entropy(student, target, weight, label_smoothing=label_smoothing, reduction=reduction)
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
     log_p_s = F.log_softmax(student / temperature, dim=1)
     log_p_t = F.log_softmax(teacher / temperature, dim=1)
     p_t = log_p_t.exp()
     # A class that the teacher rules out (logit -inf) adds 0, not 0 * inf.
-    divergence = torch.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s)).sum() / student.shape[0]
+    rows = torch.where(p_t == 0, 0.0, p_t * (log_p_t - log_p_s))
+    divergence = rows.sum(1) if reduction == "none" else rows.sum()
+    if reduction == "mean":
+        divergence = divergence / student.shape[0]
     ce, kd = ce_weight * ce, kd_weight * temperature**2 * divergence
     return KDTerms(ce + kd, ce, kd)
 
@@ -61,7 +69,7 @@ def kd_loss_reference(
 def kd_loss(
     student: Tensor,
     teacher: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     *,
     temperature: float = 4.0,
     ce_weight: float = 0.1,
@@ -69,10 +77,14 @@ def kd_loss(
     label_smoothing: float = 0.0,
     ignore_index: int | None = None,
     standardize: bool = False,
+    class_weights: Tensor | None = None,
+    mask_kd: bool = False,
+    reduction: str = "mean",
 ) -> KDTerms:
     """The same in one pass, with its gradient. Raises ValueError with the shapes that do not fit.
 
-    `ignore_index` and an empty batch: see `logit_loss`.
+    target: None if ce_weight is 0. `ignore_index`, `mask_kd`, `class_weights`, `reduction` and an empty batch: see
+    `logit_loss`.
     """
     fused = logit_loss(
         [student, teacher.detach() if isinstance(teacher, Tensor) and teacher.requires_grad else teacher],
@@ -83,7 +95,10 @@ def kd_loss(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         standardize=standardize,
+        class_weights=class_weights,
+        mask_kd=mask_kd,
+        reduction=reduction,
         names=("student_logits", "teacher_logits"),
     )
-    ce, _, kd = fused.terms.select(0, 0).unbind()
+    ce, _, kd = fused.terms.select(-2, 0).unbind(-1)
     return KDTerms(fused.loss, ce, kd)

@@ -1,10 +1,17 @@
 """The commands as a person types them. Bad input: one line that names it, exit status 2, nothing written."""
 
+import ast
+import inspect
+import io
 import pickle
+import re
 import resource
 import shutil
 import subprocess
 import sys
+import textwrap
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,8 +20,16 @@ import yaml
 from PIL import Image
 
 from fastkd import create_model
+from fastkd.commands.bench import LossOptions, StepOptions
+from fastkd.commands.doctor import DoctorOptions
+from fastkd.commands.eval import EvalOptions
+from fastkd.config import RunOptions, config_type
+from fastkd.data import DataOptions
+from fastkd.methods import METHODS
 
 QUICK = ["--epochs", "1", "--warmup-epochs", "0", "--teacher-epochs", "1", "-b", "256"]
+FROZEN = ["--epochs", "1", "--warmup-epochs", "0", "--teacher-epochs", "0", "-b", "256"]
+ALONE = ["--epochs", "1", "--warmup-epochs", "0", "-b", "256", "--no-baseline", "--method", "ce"]
 
 
 @pytest.fixture
@@ -69,7 +84,7 @@ def test_resume_with_nothing_to_resume_is_an_error(fastkd, tmp_path):
 
 
 def test_resume_before_the_first_checkpoint_starts_from_the_beginning(fastkd):
-    options = [*QUICK, "--no-baseline", "--method", "ce"]
+    options = ALONE
     Path("run").mkdir()
     Path("run/config.yaml").write_text(fastkd("train", *options, "--out", "run", "--print-config")[1])
     status, out, _ = fastkd("train", "--out", "run", "--resume")
@@ -89,7 +104,7 @@ def test_an_interrupt_says_how_to_go_on(fastkd, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fastkd.commands.train.Job._fit", interrupted)
-    options = [*QUICK, "--method", "ce", "--no-baseline"]
+    options = ALONE
     status, _, err = fastkd("train", *options, "--out", "my run")
     assert (status, err) == (130, "fastkd: stopped; go on with `fastkd train --out 'my run' --resume`\n")
     assert "--out runs/digits-ce-resnet8 --resume" in fastkd("train", *options)[2]
@@ -141,7 +156,7 @@ def test_sources_override_each_other(fastkd, tmp_path):
     assert shown["decay_milestones"] == [3, 5] and shown["channels_last"] is False
     Path("named.yaml").write_text("recipe: digits\nlr: 0.125\n")
     named = yaml.safe_load(fastkd("train", "--config", "named.yaml", "--print-config")[1])
-    assert (named["lr"], named["teacher"]) == (0.125, "resnet20")
+    assert (named["lr"], named["teacher"]) == (0.125, ["resnet20"])
     Path("again.yaml").write_text(out)
     assert yaml.safe_load(fastkd("train", "--config", "again.yaml", "--print-config")[1]) == shown
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
@@ -167,6 +182,79 @@ HELP = [["doctor", "--help"], ["methods", "-h"]]
 def test_commands_that_only_tell(fastkd, command):
     status, out, err = fastkd(*command)
     assert status == 0 and out and not err
+
+
+def explained(kind: type) -> dict[str, str]:
+    """By option, the text below it in the source of the dataclass `kind` and its bases."""
+    texts = {}
+    for base in kind.__mro__[-2::-1]:
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        except OSError:  # made by make_dataclass
+            continue
+        for option, text in pairwise(body):
+            if isinstance(option, ast.AnnAssign) and isinstance(text, ast.Expr):
+                texts[option.target.id] = " ".join(text.value.value.split())
+    return texts
+
+
+def shown_by(fastkd, *arguments: str) -> str:
+    """The help without the lines of its boxes and without line breaks."""
+    status, out, _ = fastkd(*arguments, "--help")
+    assert status == 0
+    return " ".join(re.sub("[─│╭╮╰╯]", " ", out).split())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_shows_the_whole_text_of_every_option(fastkd, method):
+    kind, shown = config_type(method), shown_by(fastkd, "train", "--method", method)
+    assert "method" in explained(RunOptions) and "data" in explained(DataOptions)
+    for section in fields(kind):
+        for name, text in explained(section.type).items():
+            assert text in shown, (name, text)
+
+
+@pytest.mark.parametrize(
+    "command, kind",
+    [("eval", EvalOptions), ("doctor", DoctorOptions), ("bench loss", LossOptions), ("bench step", StepOptions)],
+)
+def test_help_of_the_other_commands_is_whole(fastkd, command, kind):
+    shown = shown_by(fastkd, *command.split())
+    for name, text in explained(kind).items():
+        assert f"--{name.replace('_', '-')}" in shown and text in shown, (name, text)
+
+
+def test_help_shows_markup_as_it_is(fastkd, monkeypatch):
+    monkeypatch.setattr("fastkd.commands.methods.ABOUT", "pip install 'fastkd[dali]' [bold]x[/bold] :cat: {0} <class>")
+    assert "pip install 'fastkd[dali]' [bold]x[/bold] :cat: {0} <class>" in shown_by(fastkd, "methods")
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (["train", "--epochs", "0"], "--epochs must be 1 or more, got 0"),
+        (["train", "--temperature", "0"], "temperature must be a positive number, got 0.0"),
+        (["eval"], "--weights is missing; `fastkd eval --help` explains it"),
+        (["train", "--teacher-epochs", "-1"], "--teacher-epochs must not be negative, got -1"),
+        (["caf\udce9\n"], r"unknown command 'caf\udce9\n'; see `fastkd --help`"),
+        (["train", "--config", "caf\udce9\n.yaml"], r"--config caf\udce9\n.yaml: No such file or directory"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_errors_are_the_same_on_every_terminal(fastkd, monkeypatch, arguments, wanted, encoding):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    monkeypatch.setenv("COLUMNS", "40")
+    assert fastkd(*arguments)[::2] == (2, f"fastkd: {wanted}\n")
+
+
+@pytest.mark.parametrize("command", ["train --help", "methods", "doctor", "train --print-config"])
+def test_a_plain_terminal_gets_plain_letters(fastkd, monkeypatch, command):
+    stream = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(stream, encoding="ascii"))
+    monkeypatch.setattr("fastkd.commands.doctor.platform.python_version", lambda: "3.11 caf\xe9")
+    assert fastkd(*command.split())[0] == 0
+    sys.stdout.flush()
+    assert len(stream.getvalue().decode("ascii")) > 500
 
 
 def test_doctor_names_the_paths(fastkd):
@@ -209,7 +297,8 @@ def test_the_processes_choose_a_decoder_together(fastkd, monkeypatch, command):
     def create_loaders(*options, gather, **more):
         raise UserError(f"together: {gather is distributed.gather}")
 
-    monkeypatch.setattr(f"fastkd.commands.{command[0]}.create_loaders", create_loaders)
+    name = "create_loaders" if command[0] == "train" else "create_eval_loader"
+    monkeypatch.setattr(f"fastkd.commands.{command[0]}.{name}", create_loaders)
     check_refused(fastkd(*command), "together: True")
 
 
@@ -338,11 +427,11 @@ def test_bad_weights(fastkd, tmp_path):
     for name, words in {
         "short.pth": ["short.pth"],
         "other.pth": ["other.pth", "missing"],
-        "hundred.pth": ["hundred.pth", "[100, 64]", "[10, 64]"],
+        "hundred.pth": ["hundred.pth", "[100, 64]", "[10, 64]", "--teacher-epochs N"],
         "evil.pth": ["evil.pth"],
         "evil2.pth": ["evil2.pth"],
     }.items():
-        check_refused(fastkd("train", *QUICK, "--teacher-weights", name), *words)
+        check_refused(fastkd("train", *FROZEN, "--teacher-weights", name), *words)
         check_refused(fastkd("eval", "--model", "resnet20", "--weights", name), *words)
     assert not Path("touched").exists() and not Path("runs").exists()
 
@@ -350,13 +439,13 @@ def test_bad_weights(fastkd, tmp_path):
 def test_a_teacher_that_knows_nothing_is_a_loud_warning(fastkd):
     torch.manual_seed(1)
     torch.save(create_model("resnet20", 10).state_dict(), "fresh.pth")
-    status, out, _ = fastkd("train", *QUICK, "--no-baseline", "--teacher-weights", "fresh.pth")
+    status, out, _ = fastkd("train", *FROZEN, "--no-baseline", "--teacher-weights", "fresh.pth")
     assert status == 0 and "WARNING: the teacher's top-1 is" in out and "chance is 10.00 %" in out
 
 
 def test_given_teacher_weights_are_used(fastkd):
-    fastkd("train", *QUICK, "--no-baseline", "--epochs", "1", "--method", "ce", "--student", "resnet20", "--out", "t")
-    status, out, _ = fastkd("train", *QUICK, "--no-baseline", "--teacher-weights", "t/student.safetensors")
+    fastkd("train", *ALONE, "--student", "resnet20", "--out", "t")
+    status, out, _ = fastkd("train", *FROZEN, "--no-baseline", "--teacher-weights", "t/student.safetensors")
     assert status == 0 and "training it first" not in out and "teacher resnet20: top-1" in out
 
 
@@ -435,7 +524,8 @@ def test_folder_end_to_end(fastkd, images):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_is_said_before_anything_is_written(fastkd, tmp_path, words, said):
-    status, _, err = fastkd("train", "--out", "run", "--teacher", "resnet56", *words)
+    teacher = [] if "dml" in words else ["--teacher", "resnet56"]
+    status, _, err = fastkd("train", "--out", "run", *teacher, *words)
     assert status == 2 and said in err and not (tmp_path / "run").exists()
 
 
@@ -445,3 +535,11 @@ def test_a_teacher_serves_for_other_forms_and_epochs(fastkd, few_digits, tmp_pat
     fastkd("train", "--out", "a", "--epochs", "1", *short)
     status, out, _ = fastkd("train", "--out", "b", "--epochs", "2", "--teacher-form", "fused", *short)
     assert status == 0 and "trained before with these settings" in out
+
+
+def test_a_full_disk_behind_stdout():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastkd", "--help"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, "fastkd: cannot write the output: No space left on device\n")

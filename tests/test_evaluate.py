@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastkd.engine.precision import Precision
+from fastkd.errors import UserError
 from fastkd.evaluate import evaluate, speed
 
 CPU32 = Precision("float32", torch.device("cpu"))
@@ -23,6 +24,7 @@ def test_each_image_counts_once(tiny_net, tiny_loaders, batch_size):
 
 def test_top5_counts_the_five_best(tiny_net, tiny_loaders):
     loader = tiny_loaders()[1]
+    loader.classes = tuple("abcdefghi")
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 9))
     ranks = net(loader.images.contiguous()).argsort(1, descending=True)
     want = (ranks[:, :5] == loader.target[:, None]).any(1).double().mean().item()
@@ -31,3 +33,48 @@ def test_top5_counts_the_five_best(tiny_net, tiny_loaders):
 
 def test_speed_is_images_per_second(tiny_net, tiny_loaders):
     assert speed(tiny_net(), tiny_loaders()[1], CPU32, seconds=0.05) > 100
+
+
+def batches(count: int, label: int = 0, **more):
+    """A loader of `count` batches of 4 images; `label` is that of the last image."""
+    target = torch.tensor([0, 1, 2, label])
+    kind = type("Loader", (list,), more)
+    return kind([(torch.zeros(4, 3, 8, 8), target)] * count)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 4, 1000])
+def test_labels_that_are_no_class_are_an_error(tiny_net, label):
+    with pytest.raises(UserError, match="2 of the 8 evaluation labels are none of the classes"):
+        evaluate(tiny_net(), batches(2, label), CPU32)
+
+
+def test_fewer_batches_than_the_length_are_an_error(tiny_net):
+    loader = batches(2, __len__=lambda self: 3)
+    with pytest.raises(UserError, match="gave 2 batches, but its length is 3"):
+        evaluate(tiny_net(), loader, CPU32)
+
+
+def test_another_number_of_classes_is_an_error(tiny_net):
+    with pytest.raises(UserError, match="TinyNet has 4 outputs and the evaluation loader 10 classes"):
+        evaluate(tiny_net(), batches(2, classes=tuple("0123456789")), CPU32)
+
+
+@pytest.mark.parametrize(
+    "target", [torch.eye(4), torch.zeros(4, 1).long(), torch.zeros(4), torch.zeros(4).int()], ids=str
+)
+def test_labels_that_are_no_indices_are_an_error(tiny_net, target):
+    with pytest.raises(UserError, match="accuracy needs one class index per image"):
+        evaluate(tiny_net(), [(torch.zeros(4, 3, 8, 8), target)], CPU32)
+
+
+@pytest.mark.parametrize("output", [(torch.zeros(4, 4), 1), torch.zeros(4, 4, 1), {"logits": 1}], ids=type)
+def test_a_network_that_returns_no_logits_is_named(output):
+    net = torch.nn.Module()
+    net.forward = lambda images: output
+    with pytest.raises(UserError, match=r"Module returns .* but logits \[images, classes\] are needed"):
+        evaluate(net, batches(1), CPU32)
+
+
+def test_labels_of_another_number_of_images_are_an_error(tiny_net):
+    with pytest.raises(UserError, match="3 labels for 4 images"):
+        evaluate(tiny_net(), [(torch.zeros(4, 3, 8, 8), torch.zeros(3).long())], CPU32)

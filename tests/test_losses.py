@@ -25,6 +25,8 @@ from fastkd.losses import (
     SPLoss,
 )
 
+LOSSES = [name for name in fastkd.losses.__all__ if name.endswith("Loss")]
+
 
 def test_kd_loss_is_the_sum_of_its_terms():
     z_s, z_t, y = torch.randn(5, 7), torch.randn(5, 7), torch.arange(5)
@@ -74,14 +76,14 @@ def test_a_number_as_text_is_refused(name, value):
 def test_a_loss_shows_its_options():
     assert repr(KDLoss(temperature=2.0)).startswith("KDLoss(temperature=2.0, ce_weight=0.1, kd_weight=0.9, ")
     assert "pair_weights=[[1.0, 0.5], [0.5, 1.0]]" in repr(MutualLoss(pair_weights=[[1, 0.5], [0.5, 1]]))
-    for name in fastkd.losses.__all__:
+    for name in LOSSES:
         kind = getattr(fastkd.losses, name)
         options = inspect.signature(kind).parameters.values()
         want = ", ".join(f"{option.name}={option.default!r}" for option in options)
         assert repr(kind()) == f"{name}({want})"
 
 
-@pytest.mark.parametrize("loss", [getattr(fastkd.losses, name) for name in fastkd.losses.__all__])
+@pytest.mark.parametrize("loss", [getattr(fastkd.losses, name) for name in LOSSES])
 def test_help_names_every_argument_of_a_loss(loss):
     _, *arguments = inspect.signature(loss.forward).parameters
     assert all(name in loss.__doc__ for name in arguments)
@@ -199,6 +201,8 @@ def test_what_is_no_tensor_is_named(loss, places, change, words):
         z, y = logits(3)
         given = [*z[: places - 1], y] if places > 2 else z[:2]
         given[place] = change(given[place])
+        if given[-1] is None and isinstance(loss, KDLoss | BridgeLoss):
+            continue  # a target may be missing where no term uses it: tests/kernels/test_logit_rows.py
         with pytest.raises(TypeError, match=words):
             loss(*given)
 
@@ -334,7 +338,7 @@ EVERY = {
 
 
 def test_none_is_forgotten():
-    assert sorted(EVERY) == sorted(fastkd.losses.__all__)
+    assert sorted(EVERY) == sorted(LOSSES)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -404,15 +408,17 @@ def test_a_teacher_from_inference_mode(name):
 def test_options_may_change_between_calls(name):
     """As in a schedule: what is printed is what counts, and what could not be given at first cannot be given later."""
     kind = getattr(fastkd.losses, name)
-    changed = {"p": 2, "pair_weights": [[2.0]], "ignore_index": 1, "standardize": True, "label_smoothing": 0.1}
+    changed = {"p": 2, "pair_weights": [[2.0]], "ignore_index": 1, "standardize": True, "label_smoothing": 0.1,
+               "reduction": "sum", "class_weights": torch.linspace(0, 2, 7), "mask_kd": True}  # fmt: skip
     (z, y), f = logits(4), maps(*[(5, 4, 3, 3)] * 2)
     for option, default in ((o.name, o.default) for o in inspect.signature(kind).parameters.values()):
         value = changed[option] if option in changed else 1.5 * default
-        loss, reinit = kind(), kind(**{option: value})
+        others = {"ignore_index": 1} if option == "mask_kd" else {}  # it needs that one
+        loss, reinit = kind(**others), kind(**others, **{option: value})
         setattr(loss, option, value)
         assert repr(loss) == repr(reinit)
         assert torch.equal(called(loss, z, f, y), called(reinit, z, f, y))
-        assert not torch.equal(called(loss, z, f, y), called(kind(), z, f, y)), option
+        assert not torch.equal(called(loss, z, f, y), called(kind(**others), z, f, y)), option
         if option != "standardize":
             with pytest.raises(ValueError, match=option):
                 setattr(loss, option, "much")

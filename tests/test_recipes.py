@@ -43,12 +43,14 @@ def config_of(name: str, *more: str):
 
 def networks_of(config) -> list[str]:
     kind, names = METHODS[config.run.method], config.networks
-    return [names.student, *([names.teacher] if kind.needs_teacher else []), *names.peers]
+    return [names.student, *(names.teacher if kind.needs_teacher else []), *names.peers]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_reads_and_every_value_arrives(name):
     effective, written = flat(config_of(name)), yaml.safe_load(text_of(name))
+    for key in {"teacher", "teacher_weights"} & written.keys():
+        written[key] = [written[key]]  # one name stands for a list of one
     assert {key: effective[key] for key in written} == written | {"data": "DIR"}
     assert config_of(name).run.method in METHODS
 
@@ -103,8 +105,8 @@ def test_its_weights_have_that_name(name):
     import timm
 
     names = config_of(name).networks
-    if names.teacher_weights:
-        assert f"{names.teacher.removeprefix('timm/')}.{names.teacher_weights}" in timm.list_pretrained()
+    for teacher, weights in zip(names.teacher, names.teacher_weights, strict=bool(names.teacher_weights)):
+        assert f"{teacher.removeprefix('timm/')}.{weights}" in timm.list_pretrained()
 
 
 @pytest.mark.parametrize("name", RECIPES)

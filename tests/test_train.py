@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -166,15 +165,13 @@ def test_an_empty_training_loader_is_an_error_before_anything_is_written(tiny_ne
         Trainer(CE(tiny_net()), Batches(2, 2), Batches(1, 0), options).fit()
 
 
-def test_a_loader_with_fewer_batches_than_its_length(tiny_net, tiny_loaders, tmp_path, capsys):
-    """Each epoch is reported as it was; an epoch without a batch is an error. IAKD counts the draws of its steps."""
+@pytest.mark.parametrize("given, words", [(0, "no batches"), (1, "1 batch"), (2, "2 batches"), (4, "4 batches")])
+def test_a_loader_with_other_batches_than_its_length(tiny_net, tiny_loaders, tmp_path, given, words):
+    """The schedule follows the length. The epochs before the wrong one are kept."""
     options = TrainOptions(epochs=2, lr=0.01, out=str(tmp_path / "run"), device="cpu")
-    history = Trainer(iakd(), Batches(3, 3, 2), tiny_loaders()[1], options).fit().history
-    assert [row["epoch"] for row in history] == [1, 2] and 0 <= history[1]["gate1_share"] <= 1
-    out = capsys.readouterr().out
-    assert "warning: train_loader gave 2 batches in epoch 2, but its length is 3" in out and "in epoch 1," not in out
-    with pytest.raises(UserError, match="train_loader gave no batch in epoch 2; .* is 3"):
-        Trainer(CE(tiny_net()), Batches(3, 3, 0), tiny_loaders()[1], replace(options, out=str(tmp_path / "b"))).fit()
+    with pytest.raises(UserError, match=f"train_loader gave {words} in epoch 2, but its length is 3; .*len"):
+        Trainer(CE(tiny_net()), Batches(3, 3, given), tiny_loaders()[1], options).fit()
+    assert len((tmp_path / "run/history.jsonl").read_text().splitlines()) == 1
 
 
 def test_best_checkpoint_is_a_weights_file_too(tiny_net, tiny_loaders, tmp_path):
@@ -219,12 +216,38 @@ def test_resume_needs_the_same_data(tiny_net, tiny_loaders, tmp_path):
 
 
 def test_divergence_stops_the_run_with_advice(tiny_net, tiny_loaders, tmp_path):
-    loaders = tiny_loaders()
-    loaders[0].images[:] = float("inf")
-    method = CE(tiny_net())
-    with pytest.raises(UserError, match="diverged.*3 of 3 steps.*--lr 0.05"):
-        Trainer(method, *loaders, TrainOptions(epochs=2, lr=0.05, out=str(tmp_path / "r"))).fit()
+    loaders, method = tiny_loaders(), CE(tiny_net())
+    with pytest.raises(UserError, match=r"diverged.*2 of 3 steps.*--lr 1e\+30"):
+        Trainer(method, *loaders, TrainOptions(epochs=2, lr=1e30, out=str(tmp_path / "r"))).fit()
     assert all(p.isfinite().all() for p in method.parameters())
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_the_last_good_state_is_named_where_there_is_one(tiny_net, tiny_loaders, tmp_path, epochs):
+    train, val = tiny_loaders()
+    images = train.images.clone()
+
+    def batches(self):
+        good_epoch = self.epoch < epochs
+        self.epoch += 1
+        for part in torch.arange(22).split(8):
+            is_good = good_epoch or part[0] == 0  # the first batch is looked at before the run
+            yield images[part] if is_good else images[part] * float("inf"), self.target[part]
+
+    loader = type("Diverging", (type(train),), {"__iter__": batches})()
+    options = TrainOptions(epochs=2, lr=0.05, out=str(tmp_path / "r"), device="cpu")
+    with pytest.raises(UserError, match="training diverged") as caught:
+        Trainer(CE(tiny_net()), loader, val, options).fit()
+    assert ("the last good state is" in str(caught.value)) == (tmp_path / "r/last.pt").exists() == bool(epochs)
+
+
+def test_weights_are_kept_where_the_picture_cannot_be_drawn(tiny_net, tiny_loaders, tmp_path, capsys, monkeypatch):
+    def broken(history):
+        raise ImportError("no fonts")
+
+    monkeypatch.setattr("fastkd.report.plot", broken)
+    result, _ = fit(tiny_net, tiny_loaders, tmp_path / "run", epochs=1)
+    assert result.student.exists() and "curves.png is not drawn: ImportError: no fonts" in capsys.readouterr().out
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

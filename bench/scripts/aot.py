@@ -110,6 +110,8 @@ def logits(
     backward: bool = False,
     temperature: float = 4.0,
     standardize: bool = False,
+    reduction: str = "mean",
+    weighted: bool = False,
 ) -> Call:
     """A launch of logit_loss: KD with two heads of which one learns, else the heads of two networks (DCM)."""
     half = heads // 2
@@ -118,7 +120,9 @@ def logits(
         weights = [w for i in range(heads) for w in (1.0, *(float((i < half) != (j < half)) for j in range(heads)))]
     networks = [meta(N, C, dtype=dtype) for _ in range(heads)], meta(N, dtype=torch.int64)
     needs_grad = [i < learners for i in range(heads)]
-    inputs = logit_loss.Inputs(*networks, weights, temperature, 0.0, None, standardize, needs_grad)
+    class_weights = meta(C, dtype=torch.float32) if weighted else None
+    ignored = (-100 if weighted else None, standardize, weighted)  # class weights come with masked rows
+    inputs = logit_loss.Inputs(*networks, class_weights, weights, temperature, 0.0, *ignored, reduction, needs_grad)
     return passes(logit_loss._logit_loss, inputs)[backward]
 
 
@@ -129,6 +133,9 @@ def cases() -> dict[str, Call]:
     return {
         **{f"KD {N} x {C}": logits(2, 1, N, C) for N, C in plain},
         "KD 256 x 1000 standardised": logits(2, 1, 256, 1000, standardize=True),
+        "Rows of KD 256 x 1000": logits(2, 1, 256, 1000, reduction="none"),
+        "Rows of KD 256 x 1000 backward": logits(2, 1, 256, 1000, reduction="none", backward=True),
+        "KD 256 x 1000 class weights, masked rows": logits(2, 1, 256, 1000, weighted=True),
         "KD 256 x 1000 backward": logits(2, 1, 256, 1000, backward=True),
         "KD 4096 x 1000 fp32": logits(2, 1, 4096, 1000, dtype=torch.float32),
         "DML 256 x 1000": logits(2, 2, 256, 1000, temperature=1.0),

@@ -7,7 +7,10 @@ from typing import Any, Literal
 import torch
 
 from .. import checkpoint
-from ..data import DataOptions, create_loaders
+from ..data import DataOptions, create_eval_loader
+from ..data.base import Loader
+from ..data.classes import Relabelled, class_note, class_order
+from ..data.layout import parts_of
 from ..distributed import device_for, gather, rank, world_size
 from ..engine.backends import backends
 from ..engine.precision import Precision
@@ -39,15 +42,15 @@ def run(arguments: list[str]) -> None:
     kind = make_dataclass("Eval", [("eval", EvalOptions), ("data", DataOptions)], frozen=True)
     typed = typed_options(arguments)
     weights = Path(typed.get("weights", ""))
-    noted = checkpoint.read_about(weights).get("input", {}) if typed.get("data", "digits") != "digits" else {}
-    tokens = tokens_of({name: noted[name] for name in noted if name not in typed}, kind, f"--weights {weights}")
+    about = checkpoint.read_about(weights)
+    tokens = tokens_of(_noted_input(about, typed), kind, f"--weights {weights}")
     config: Any = run_parser(kind, arguments, "fastkd eval", tokens)
     options, device = config.eval, device_for(config.eval.device)
     if tokens:  # the image size and normalisation
         log_rank0(f"as in training: {' '.join(tokens)}")
     model = options.model or _network_of(weights)
     precision = Precision(options.amp_dtype, device)
-    _, loader = create_loaders(
+    loader: Any = create_eval_loader(
         config.data,
         device,
         rank=rank(),
@@ -56,6 +59,10 @@ def run(arguments: list[str]) -> None:
         log=log_rank0,
         gather=gather,
     )
+    if config.data.data != "synthetic":
+        noted = about.get("data", {}).get("classes", [])
+        source = f"--weights {weights}" + ("" if "data" in typed else " (evaluated on the digits: there is no --data)")
+        loader = _with_classes_of(noted, source, loader, config.data.ignore_class_names, device)
     net = create_model(model, len(loader.classes), options.weights)
     net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
     with backends(device):
@@ -63,6 +70,31 @@ def run(arguments: list[str]) -> None:
     row = [model, f"{scores['images']:,}", f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}"]
     columns = ["network", "images", "top-1 %", "top-5 %", "loss", "inference img/s"]
     show_table(columns, [[*row, f"{rate:,.0f}"]], numbers=5)
+
+
+def _with_classes_of(noted: list[str], source: str, loader: Loader, ignore: bool, device: torch.device) -> Any:
+    """The loader with the classes that the weights note, if they note any. Logs a difference that is allowed."""
+    if not noted:
+        return loader
+    order = class_order(noted, loader.classes, source, ignore)
+    if note := class_note(noted, loader.classes, source, ignore):
+        log_rank0(note)
+    return Relabelled(loader, noted, order, device) if order else loader
+
+
+def _noted_input(about: dict[str, Any], typed: dict[str, str]) -> dict[str, Any]:
+    """The options of the images that a weights file notes, where the command line has none.
+
+    What was held out of another folder does not matter for one with a val/, or if --val-fraction is given.
+    """
+    data = typed.get("data", "digits")
+    noted = {name: value for name, value in about.get("input", {}).items() if name not in typed}
+    if data == "digits":
+        return {}
+    split = [name for name in ("val_fraction", "split_seed") if name in noted]
+    if split and (data == "synthetic" or "val_fraction" in typed or "val" in parts_of(data)):
+        noted = {name: value for name, value in noted.items() if name not in split}
+    return noted
 
 
 def _network_of(weights: Path) -> str:

@@ -11,23 +11,27 @@ import yaml
 from torch import nn
 
 from .. import checkpoint, distributed
-from ..config import Config, NetworkOptions, RunOptions, flat, parse
+from ..config import Config, NetworkOptions, RunOptions, defaults, flat, parse
 from ..data import create_loaders
-from ..data.base import describe
+from ..data.base import describe, first_batch, input_of
 from ..engine import TrainOptions
 from ..engine.backends import backends
 from ..engine.launch import check_compile, check_graph
 from ..engine.optim import APEX, apex_optimizers
 from ..engine.precision import Precision
 from ..engine.teacher_forms import check_form
+from ..engine.trial import try_step
 from ..errors import UserError
 from ..evaluate import evaluate, speed
 from ..methods import find_method
 from ..methods.base import Method
 from ..methods.context import NoOptions, RunContext
-from ..models import create_model, load_weights
+from ..models import load_weights
+from ..models.own_input import InputSpec, OwnInput
 from ..report import board_class, log_rank0, show_table
-from ..train import Trainer
+from ..train import Trainer, titles
+from .networks import NetworkMaker, check_networks, teacher_of
+from .unlabelled import check_unlabelled
 
 
 def run(arguments: list[str]) -> None:
@@ -72,11 +76,17 @@ class Job:
             log=log_rank0,
             gather=distributed.gather,
         )
+        check_unlabelled(kind, config, self.train_loader)
         self.first_epoch = self.train_loader.state_dict()
-        self.student = self._network(names.student, names.student_weights)
+        images = InputSpec.of(input_of(self.train_loader, vars(config.data)))
+        assert images is not None  # all of our loaders have a size and a normalisation
+        classes, ignore = self.train_loader.classes, config.data.ignore_class_names
+        self.maker = NetworkMaker(names, classes, images, config.train.seed, ignore)
+        self.student = self.maker.student()
         _check_options(kind, config)
-        self.teacher = self._network(names.teacher, names.teacher_weights) if kind.needs_teacher else None
-        self.peers = [self._network(peer, "", number) for number, peer in enumerate(names.peers, 1)]
+        self.teachers = self.maker.teachers() if kind.needs_teacher else []
+        self.teacher = teacher_of(self.teachers, config)
+        self.peers = self.maker.peers()
         self._check_fit(kind)
         self.rows: list[list[str]] = []
 
@@ -92,9 +102,25 @@ class Job:
             device=self.device,
         )
         trial.check(run)
+        if isinstance(self.teacher, OwnInput) and any(getattr(each, "swaps_blocks", False) for each in trial.modules()):
+            log_rank0("swapped-in blocks get the student's features: the teacher's own images are not for them")
         check_form(trial, options.teacher_form)
         check_compile(trial, options)
         check_graph(options.graph, options, self.device)
+        self._try_steps(trial)
+
+    def _try_steps(self, method: Method) -> None:
+        """Make a step of `method`, and of the training of its teacher if there is one, on images of the first batch."""
+        batch, classes, options = first_batch(self.train_loader), self.train_loader.classes, self.config.train
+        trials = [(method, titles(vars(self.names)))]
+        if self.names.teacher_epochs:
+            for name, net in zip(self.names.teacher, self.teachers, strict=False):
+                trials.append((find_method("ce")(copy.deepcopy(net)), {"student": f"the teacher {name}"}))
+        for trial, called in trials:
+            if self.config.data.unlabelled:
+                trial.allow_unlabelled()
+            trial.to(self.device).to(memory_format=options.memory_format)
+            try_step(trial, batch, classes, options, self.device, called)
 
     def claim(self) -> None:
         """Make the run folder; without --out it is a new one in runs/."""
@@ -106,62 +132,77 @@ class Job:
         self.config = replace(self.config, train=replace(options, out=str(out)))
         if options.resume and not (self.out / "last.pt").exists():
             log_rank0(f"--resume: {out} has no checkpoint of the student yet; its training starts from the beginning")
+        if distributed.rank() == 0 and options.resume:
+            checkpoint.add_missing_options(self.out, defaults(self.config.run.method))
+            for folder in (*self.out.glob("teacher*"), self.out / "alone"):
+                checkpoint.add_missing_options(folder, defaults("ce"))
         if distributed.rank() == 0:
             checkpoint.claim_folder(self.out, flat(self.config), options.resume)
 
     def work(self) -> None:
         """Train what needs training, the student last, and show the table."""
-        if self.teacher is not None:
-            self.prepare_teacher(self.teacher)
+        for number, teacher in enumerate(self.teachers):
+            self.prepare_teacher(number, teacher)
+        if self.teacher is not None and len(self.teachers) > 1:
+            self._add_row("teachers' mean", " ".join(self.names.teacher), self.teacher)
         name, method = self.names.student, self.config.run.method
         if self.names.baseline and method != "ce":
             log_rank0(f"student {name}: alone, for comparison")
-            net = self._network(name, self.names.student_weights)
-            trainer = self._fit(self._without_teacher(name, self.config.train, "alone"), net)
+            net = self.maker.student()
+            trainer = self._fit(self._alone(name, self.names.student_weights, self.config.train, "alone"), net)
             self._add_row("student alone", name, trainer.network)
-        log_rank0(f"student {name}: {method}" + (f" from {self.names.teacher}" if self.teacher else ""))
+        log_rank0(f"student {name}: {method}" + (f" from {', '.join(self.names.teacher)}" if self.teacher else ""))
         trainer = self._fit(self.config, self.student, self.teacher, self.peers)
         for label, net in trainer.networks.items():
             self._add_row(f"{label.replace('_', ' ')}, {method}", trainer.report.models.get(label, ""), net)
         show_table(["", "network", "top-1 %", "parameters", "inference img/s"], self.rows, numbers=3)
         log_rank0(f"everything is in {self.out}")
 
-    def prepare_teacher(self, teacher: nn.Module) -> None:
-        """Train a teacher without weights, if no finished run here or in a sibling folder has the same settings.
+    def prepare_teacher(self, number: int, teacher: nn.Module) -> None:
+        """Train or fine-tune teacher `number` (from 0) if --teacher-epochs says so, and log its accuracy.
 
-        Then log its accuracy, with a warning if it is near chance.
+        Its accuracy near chance is a warning.
         """
-        name = self.names.teacher
-        if not self.names.teacher_weights:
-            options = self.config.train.stretched(self.names.teacher_epochs)
-            config = self._without_teacher(name, options, "teacher")
-            folders = [self.out / "teacher", *sorted(self.out.parent.glob("*/teacher"))]
-            data = describe(self.train_loader)
-            found = distributed.from_rank_zero(checkpoint.find_finished, folders, flat(config), data)
-            if found:
-                log_rank0(f"teacher {name}: trained before with these settings, taken from {found.parent}")
-            else:
-                log_rank0(f"teacher {name}: training it first")
-                found = self._fit(config, teacher).report.out / "student.safetensors"
-            load_weights(teacher, found)  # the saved weights, whether or not they were trained just now
-        top1 = self._add_row("teacher", name, teacher)
+        name = self.names.teacher[number]
+        folder = "teacher" + (str(number + 1) if number else "")
+        if self.names.teacher_epochs:
+            load_weights(teacher, self._trained_teacher(number, teacher, folder))
+        top1 = self._add_row(folder.replace("teacher", "teacher ").strip(), name, teacher)
         chance = 100 / len(self.val_loader.classes)
         log_rank0(f"teacher {name}: top-1 {top1:.2f} % on the validation images")
         if top1 < chance + 0.1 * (100 - chance):
             reason = "Its weights, the order of the classes or the normalisation (--mean, --std) do not fit this data"
-            if not self.names.teacher_weights:
+            if self.names.teacher_epochs:
                 reason = f"It was trained for too short a time (--teacher-epochs {self.names.teacher_epochs})"
             log_rank0(
                 f"WARNING: the teacher's top-1 is {top1:.2f} % and chance is {chance:.2f} %. {reason}; "
                 "the student will learn noise."
             )
 
-    def _without_teacher(self, name: str, options: TrainOptions, folder: str) -> Config:
+    def _trained_teacher(self, number: int, teacher: nn.Module, folder: str) -> Path:
+        """The saved weights of teacher `number`, trained in `folder` unless a finished run has the same settings."""
+        name, weights = self.names.teacher[number], self.names.weights_of_teachers[number]
+        options = self.config.train.stretched(self.names.teacher_epochs)
+        options = replace(options, seed=options.seed + number)  # equal teachers that start alike would stay equal
+        config = self._alone(name, weights, options, folder)
+        folders = [self.out / folder, *sorted(self.out.parent.glob("*/teacher*"))]
+        data = describe(self.train_loader)
+        found = distributed.from_rank_zero(checkpoint.find_finished, folders, flat(config), data, defaults("ce"))
+        origin = f" from {weights}" if weights else ""
+        if found:
+            log_rank0(f"teacher {name}: trained before{origin} with these settings, taken from {found.parent}")
+            return found
+        work = f"fine-tuning it{origin}, {self.names.teacher_epochs} epochs" if weights else "training it first"
+        log_rank0(f"teacher {name}: {work}")
+        return self._fit(config, teacher).report.out / "student.safetensors"
+
+    def _alone(self, name: str, weights: str, options: TrainOptions, folder: str) -> Config:
         """The configuration of a training with the labels alone, in a folder below this job's."""
+        content = distributed.from_rank_zero(checkpoint.sha256_of, Path(weights)) if weights else ""
         return replace(
             self.config,
             run=RunOptions(method="ce"),
-            networks=NetworkOptions(student=name),
+            networks=NetworkOptions(student=name, student_weights=weights, student_sha256=content),
             method=NoOptions(),
             train=replace(options, out=str(self.out / folder), teacher_form="auto"),  # it has no teacher
         )
@@ -172,20 +213,12 @@ class Job:
         self.train_loader.load_state_dict(self.first_epoch)
         torch.manual_seed(config.train.seed)  # so that a method's own layers do not depend on earlier trainings
         method = find_method(config.run.method)(student, teacher, config.method, peers)
+        if config.data.unlabelled:
+            method.allow_unlabelled()
         options = replace(config.train, resume=True)  # continue whatever run is in the job's folder
         trainer = Trainer(method, self.train_loader, self.val_loader, options, flat(config))
         trainer.fit()
         return trainer
-
-    def _network(self, name: str, weights: str, number: int = 0) -> nn.Module:
-        """`number` changes the initial weights: equal peers that start alike have nothing to teach each other."""
-        torch.manual_seed(self.config.train.seed + number)  # so that it does not depend on the networks before it
-        if distributed.rank() > 0:
-            distributed.barrier()  # rank 0 goes first, so that pre-trained weights are downloaded once
-        net = create_model(name, len(self.train_loader.classes), weights or None)
-        if distributed.rank() == 0:
-            distributed.barrier()
-        return net
 
     def _add_row(self, label: str, name: str, net: nn.Module) -> float:
         net.to(self.device).to(memory_format=self.config.train.memory_format)
@@ -198,24 +231,12 @@ class Job:
 
 def _check_options(kind: type[Method], config: Config) -> None:
     """Raise UserError if the options need a package that is not installed, or do not fit the method or the batch."""
-    names, method = config.networks, config.run.method
+    check_networks(kind, config)
     if config.train.tensorboard:
         board_class()
     if config.train.opt in APEX:
         apex_optimizers()
-    if names.peers and not kind.needs_peers:
-        raise UserError(f"--peers {' '.join(names.peers)}: method {method} trains the student alone; drop --peers")
-    if names.teacher_weights and not kind.needs_teacher:
-        raise UserError(
-            f"--teacher-weights {names.teacher_weights}: method {method} has no teacher, all learn from scratch"
-            + ("; name the other networks by --peers" if kind.needs_peers else "")
-        )
     parts, images = config.train.grad_accum, config.data.batch_size
     if images < 2 * parts:
         most = images // 2
         raise UserError(f"--grad-accum {parts}: a batch of {images} has {most} parts at most, of 2 images or more")
-    if kind.needs_teacher and not (names.teacher_weights or names.teacher_epochs):
-        raise UserError(
-            f"the teacher {names.teacher} has no weights: give --teacher-weights FILE (or `pretrained`), "
-            "or --teacher-epochs N to train it first"
-        )

@@ -1,8 +1,12 @@
 """Where batches come from: `create_loaders` makes the training and the evaluation loader of a run.
 
 base.py          the Loader protocol, and the rule that splits an epoch over processes
+layout.py        which images of a folder are for training and which for evaluation
 scan.py          finds the images of a folder and checks them
-folder.py        a folder of images, decoded by torchvision in worker processes
+walk.py          the files below a folder: which are images, and why the others are skipped
+classes.py       the class names of a weights file against those of the data
+decode.py        one picture file to pixels; names the file if it is damaged
+folder.py        a folder of images, decoded in worker processes
 dali.py          a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
 dali_package.py  which DALI package fits torch, and whether it can be imported
 digits.py        1,797 real images inside the package
@@ -20,9 +24,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..errors import UserError, nearest
-from .base import IMAGENET_MEAN, IMAGENET_STD, Loader, Shard
+from .base import IMAGENET_MEAN, IMAGENET_STD, UNLABELLED, EpochLoader, Loader, Shard
 from .dali_package import import_problem
-from .scan import Split, scan_pair
+from .layout import evaluation_split, training_splits
+from .scan import Split
 
 
 def default_workers() -> int:
@@ -39,6 +44,14 @@ class DataOptions:
 
     data: str = "digits"
     """A folder with train/<class>/* and val/<class>/*, or "digits" (embedded), or "synthetic" (random, to measure)."""
+    val_fraction: float = 0.0
+    """Hold out this fraction of each class for evaluation: for a folder without val/, or of class folders alone."""
+    split_seed: int = 0
+    """Chooses the images that val_fraction holds out, together with their names."""
+    unlabelled: str = ""
+    """A folder of images without labels, at any depth: trained on beside those of train/, or alone if it is missing."""
+    ignore_class_names: bool = False
+    """Compare the classes of a weights file and of the data by position, not by their names."""
     loader: LoaderName = "auto"
     """What decodes a folder: NVIDIA DALI, or torchvision ("folder"); "auto" takes DALI where it can start."""
     batch_size: int = 128
@@ -47,6 +60,8 @@ class DataOptions:
     """Side of the square crop, in pixels; the digits are always 32."""
     workers: int = field(default_factory=default_workers)
     """Decoding threads (DALI, at least 1) or processes (torchvision; 0: the training process itself), per process."""
+    exif: bool = False
+    """Turn photos as their EXIF orientation says; off, as in torchvision's ImageFolder."""
     hw_decoder_load: float = 0.65
     """Fraction of the JPEGs that the GPU's hardware decoder decodes, 0 to 1; DALI on CUDA only."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -66,6 +81,13 @@ class DataOptions:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"{name}={getattr(self, name)}: give at least {low}")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"val_fraction={self.val_fraction}: give a fraction from 0 to below 1, such as 0.1")
+        if self.split_seed and not self.val_fraction:
+            raise UserError(f"split_seed={self.split_seed} needs val_fraction: it chooses the images that are held out")
+        for name in ("val_fraction", "unlabelled"):
+            if self.data in ("digits", "synthetic") and getattr(self, name):
+                raise UserError(f"{name}={getattr(self, name)!r} is for a folder of images, and data={self.data!r}")
         if not 0 <= self.hw_decoder_load <= 1:
             raise UserError(f"hw_decoder_load={self.hw_decoder_load}: give a fraction from 0 to 1")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -88,11 +110,48 @@ def create_loaders(
 ) -> tuple[Loader, Loader]:
     """The training and the evaluation loader: batches of `dtype` on `device`, this process's share of each epoch.
 
-    `log` gets one line for each choice made here. `gather(x)` gives the x of every process, so that all of them choose
-    the same decoder. Raises UserError if the data cannot be used.
+    Both have the classes of the training images. Images of `options.unlabelled` have the label UNLABELLED (-100).
+    `log` gets one line for each choice made here, and for what is skipped in the folder. `gather(x)` gives the x of
+    every process, so that all of them choose the same decoder. Raises UserError if the data cannot be used.
     """
     shard = Shard(seed, rank, world_size, dtype)
-    if options.data in ("digits", "synthetic") and options.loader != "auto":
+    if embedded := _embedded(options, device, shard):
+        return embedded
+    splits = training_splits(options, log)
+    train, val = _folder_loaders(splits, options, device, shard, log, gather)
+    train.unlabelled = splits["train"].labels.count(UNLABELLED)
+    return train, val
+
+
+def create_eval_loader(
+    options: DataOptions,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    log: Callable[[str], None] = print,
+    gather: Callable[[Any], list[Any]] = lambda thing: [thing],
+) -> Loader:
+    """The evaluation loader alone, as from `create_loaders`, of a folder that may have no train/.
+
+    Its classes are those of the images that are evaluated. Without val/ these are the images that `val_fraction` holds
+    out, or all images of a folder of classes.
+    """
+    if options.unlabelled:
+        raise UserError(f"unlabelled={options.unlabelled!r} is for training: accuracy needs labels")
+    shard = Shard(0, rank, world_size, dtype)
+    if embedded := _embedded(options, device, shard):
+        return embedded[1]
+    split = evaluation_split(options, log)
+    return _folder_loaders({"val": split}, options, device, shard, log, gather)[0]
+
+
+def _embedded(options: DataOptions, device: torch.device, shard: Shard) -> tuple[Loader, Loader] | None:
+    """The loaders of the digits or the synthetic data; None for a folder."""
+    if options.data not in ("digits", "synthetic"):
+        return None
+    if options.loader != "auto":
         raise UserError(
             f"loader={options.loader!r} decodes a folder of images and data={options.data!r} needs none: "
             "leave loader at 'auto', or set data to a folder"
@@ -101,28 +160,36 @@ def create_loaders(
         from .digits import create_digits
 
         return create_digits(options, device, shard)
-    if options.data == "synthetic":
-        from .synthetic import create_synthetic
+    from .synthetic import create_synthetic
 
-        return create_synthetic(options, device, shard)
-    splits = scan_pair(options.data)
-    loaders = None if options.loader == "folder" else _dali(splits, options, device, shard, log, gather)
-    if loaders is not None:
-        return loaders
-    from .folder import FolderLoader
-
-    train, val = (FolderLoader(split, options, device, shard, train=split is splits[0]) for split in splits)
-    return train, val
+    return create_synthetic(options, device, shard)
 
 
-def _dali(
-    splits: tuple[Split, Split],
+def _folder_loaders(
+    splits: dict[str, Split],
     options: DataOptions,
     device: torch.device,
     shard: Shard,
     log: Callable[[str], None],
     gather: Callable[[Any], list[Any]],
-) -> tuple[Loader, Loader] | None:
+) -> list[EpochLoader]:
+    """A loader for each split. The one called "train" is for training."""
+    loaders = None if options.loader == "folder" else _dali(splits, options, device, shard, log, gather)
+    if loaders is not None:
+        return loaders
+    from .folder import FolderLoader
+
+    return [FolderLoader(split, options, device, shard, train=name == "train") for name, split in splits.items()]
+
+
+def _dali(
+    splits: dict[str, Split],
+    options: DataOptions,
+    device: torch.device,
+    shard: Shard,
+    log: Callable[[str], None],
+    gather: Callable[[Any], list[Any]],
+) -> list[EpochLoader] | None:
     """The loaders, or None if the DALI of any process cannot start and `loader` is "auto". Logs the choice made."""
     loaders, problem = _start_dali(splits, options, device, shard)
     problem = _first_problem(gather(problem))
@@ -137,19 +204,23 @@ def _dali(
 
 
 def _start_dali(
-    splits: tuple[Split, Split], options: DataOptions, device: torch.device, shard: Shard
-) -> tuple[tuple[Loader, Loader] | None, str]:
+    splits: dict[str, Split], options: DataOptions, device: torch.device, shard: Shard
+) -> tuple[list[EpochLoader] | None, str]:
     """(the loaders, ""), or (None, why DALI cannot be used in this process)."""
     if problem := import_problem():
         return None, f"NVIDIA DALI, which is faster, {problem}"
     from .dali import WAY_OUT, DaliLoader
+    from .dali_files import undecodable
 
-    train, val = (DaliLoader(split, options, device, shard, train=split is splits[0]) for split in splits)
+    if problem := undecodable(tuple(splits.values())):
+        return None, problem
+    loaders = [DaliLoader(split, options, device, shard, train=name == "train") for name, split in splits.items()]
     try:
-        train.start()
+        if loaders[0].slices:  # a process may have no images to evaluate
+            loaders[0].start()
     except UserError as error:
         return None, str(error).removesuffix(WAY_OUT)
-    return (train, val), ""
+    return [*loaders], ""
 
 
 def _first_problem(problems: list[str]) -> str:

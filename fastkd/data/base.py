@@ -1,7 +1,7 @@
 """What the trainer needs from a source of batches, and how an epoch is split over processes."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from ..errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+UNLABELLED = -100  # the label of an image without one: the default ignore_index of torch's losses
 
 
 class Loader(Protocol):
@@ -39,8 +40,12 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
-def check_loaders(train_loader: Loader, val_loader: Iterable, gather: Callable[[Any], list[Any]]) -> None:
-    """Raise UserError if a loader lacks what the trainer needs, or gives no batch. The training loader is rewound.
+def check_loaders(
+    train_loader: Loader, val_loader: Iterable, gather: Callable[[Any], list[Any]]
+) -> tuple[Tensor, Tensor]:
+    """Raise UserError if a loader lacks what the trainer needs, or gives no batch.
+
+    Gives the next training batch, so that it need not be read again; the training loader is rewound.
 
     A torch DataLoader is enough for evaluation, but not for training: it cannot be continued at a given epoch.
     `gather(x)` gives the x of every process. A process may have no images to evaluate if another has some.
@@ -51,17 +56,22 @@ def check_loaders(train_loader: Loader, val_loader: Iterable, gather: Callable[[
         if missing:
             kind = type(loader).__name__
             raise UserError(f"{role} ({kind}) lacks {', '.join(missing)}; see Loader in fastkd/data/base.py")
-    first_images(train_loader)
+    batch = first_batch(train_loader)
     if all(gather(isinstance(val_loader, Sized) and len(val_loader) == 0)):
         raise UserError("val_loader is empty: it gives no batch (its length is 0)")
+    return batch
 
 
-def check_count(batches: int, loader: Loader, epoch: int, log: Callable[[str], None]) -> None:
-    """Raise UserError if an epoch had no batch; log a warning if it had another number than len(loader)."""
-    if batches == 0:
-        raise UserError(f"train_loader gave no batch in epoch {epoch}; len(train_loader) is {len(loader)}")
+def check_count(batches: int, loader: Loader, epoch: int) -> None:
+    """Raise UserError if an epoch had another number of batches than len(loader).
+
+    The learning rate, the draws of IAKD and an exact resume follow that number, so that the run would go wrong.
+    """
     if batches != len(loader):
-        log(f"warning: train_loader gave {batches} batches in epoch {epoch}, but its length is {len(loader)}")
+        raise UserError(
+            f"train_loader gave {batches or 'no'} batch{'' if batches == 1 else 'es'} in epoch {epoch}, but its length "
+            f"is {len(loader)}; the schedule follows the length: let len(train_loader) be the number of batches"
+        )
 
 
 @contextmanager
@@ -74,16 +84,35 @@ def rewound(loader: Loader) -> Iterator[None]:
 
 def first_images(train_loader: Loader) -> Tensor:
     """The images of the next batch, [B, 3, H, W]. The loader is rewound. Raises UserError if there is no batch."""
+    return first_batch(train_loader)[0]
+
+
+def first_batch(train_loader: Loader) -> tuple[Tensor, Tensor]:
+    """The next batch: images [B, 3, H, W] and target. The loader is rewound. Raises UserError if there is none."""
     with rewound(train_loader):
-        images = next((images for images, _ in train_loader), None) if len(train_loader) else None
-    if images is None:
+        batch: Any = next(iter(train_loader), None) if len(train_loader) else None
+    if batch is None:
         raise UserError(f"train_loader is empty: it gives no batch (its length is {len(train_loader)})")
-    return images
+    is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    if not is_pair or not all(isinstance(part, Tensor) for part in batch):
+        raise UserError(f"train_loader gives {type(batch).__name__}; a batch is the pair (images, target) of tensors")
+    return batch[0], batch[1]
 
 
 def describe(loader: Loader) -> dict[str, Any]:
-    """What must be equal when a run is resumed: the number of images, and the names of the classes."""
-    return {"images": loader.samples, "classes": list(loader.classes)}
+    """What must be equal when a run is resumed: the number of images, and the names of the classes.
+
+    If some of the images are unlabelled, their number too.
+    """
+    unlabelled = getattr(loader, "unlabelled", 0)
+    about = {"images": loader.samples, "classes": list(loader.classes)}
+    return about | ({"unlabelled": unlabelled} if unlabelled else {})
+
+
+def input_of(loader: Loader, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The loader's image_size, mean and std where it has them, as that of the digits; else those of `options`."""
+    values = {name: getattr(loader, name, options.get(name)) for name in ("image_size", "mean", "std")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def shard_bounds(samples: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -158,6 +187,7 @@ class EpochLoader:
     """What our loaders share: a Loader whose batches depend on the seed and the number of the epoch."""
 
     name: str  # in the state
+    unlabelled = 0  # images of an epoch that have no label
 
     def __init__(self, classes: tuple[str, ...], samples: int, batch_size: int, shard: Shard, *, train: bool):
         self.classes, self.samples, self.train, self.seed = classes, samples, train, shard.seed

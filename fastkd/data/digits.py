@@ -50,7 +50,10 @@ def create_digits(options: "DataOptions", device: torch.device, shard: Shard) ->
     # padded before normalising, so that a shift brings in background
     images, target = pad(images, (SHIFT,) * 4).sub(mean).div(std).to(device, shard.dtype), target.to(device)
     train = DigitsLoader(images[~held_out], target[~held_out], options.batch_size, shard, train=True)
-    return train, DigitsLoader(images[held_out], target[held_out], options.batch_size, shard, train=False)
+    val = DigitsLoader(images[held_out], target[held_out], options.batch_size, shard, train=False)
+    for loader in (train, val):
+        loader.mean, loader.std = (float(mean),) * 3, (float(std),) * 3
+    return train, val
 
 
 class DigitsLoader(EpochLoader):
@@ -58,6 +61,9 @@ class DigitsLoader(EpochLoader):
 
     name = "digits"
     labels: tuple[str, ...] = tuple("0123456789")
+    image_size = SIDE
+    mean: tuple[float, ...]  # of each channel, before normalising
+    std: tuple[float, ...]
 
     def __init__(self, images_NHW: Tensor, target: Tensor, batch_size: int, shard: Shard, *, train: bool):
         super().__init__(self.labels, len(images_NHW), batch_size, shard, train=train)

@@ -1,4 +1,4 @@
-"""A folder of images, decoded and cropped by torchvision in worker processes.
+"""A folder of images, decoded by decode.py and cropped by torchvision in worker processes.
 
 Training: RandomResizedCrop (area 0.08 to 1, aspect 3/4 to 4/3, bilinear, antialiased) and a flip with probability 1/2.
 Evaluation: shorter side to image_size * 256 / 224, centre crop. Both are the settings of torchvision's references.
@@ -6,62 +6,41 @@ Evaluation: shorter side to image_size * 256 / 224, centre crop. Both are the se
 Workers return uint8 [B, H, W, 3], a quarter of the bytes of float32. The device normalises, on CUDA one batch ahead of
 the step (prefetch.py). The crop of image i in epoch e depends only on (seed, e, i). So the numbers of workers and
 processes change no image, and the number of the epoch is the whole state. EXIF orientation is ignored, as in
-torchvision's ImageFolder.
+torchvision's ImageFolder, unless the option `exif` is on.
 """
 
 import os
-import re
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from ..errors import UserError
 from .base import ONE_PROCESS, EpochLoader, Shard, derived_seed, resize_side
+from .decode import decode
 from .normalise import Normalise
 from .prefetch import Prefetch
-from .scan import Split, image_kind
+from .scan import Split
 
 if TYPE_CHECKING:
     from . import DataOptions
 
 Batch = tuple[Tensor, Tensor] | str  # images and target, or an error message
 
-try:  # 1.28 times as fast as PIL, the same pixels, but deprecated by torchvision 0.29: PIL takes over once it is gone
-    from torchvision.io import decode_image
-except ImportError:
-    decode_image = None
-
-
-def decode(file: str) -> Tensor:
-    """uint8 [3, H, W], RGB, also from files in gray, CMYK or 16 bits, with a palette or with alpha."""
-    raw = np.fromfile(file, dtype=np.uint8)
-    if decode_image is not None and image_kind(raw[:16].tobytes()) != "bmp":  # torchvision cannot decode it
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pixels = decode_image(torch.from_numpy(raw), mode="RGB")
-        return (pixels.int() >> 8).to(torch.uint8) if pixels.dtype == torch.uint16 else pixels
-    with Image.open(file) as image:
-        if image.mode.startswith("I;16"):  # which convert("RGB") would clip at 255
-            gray = torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8))
-            return gray.expand(3, -1, -1)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
 
 class Images(Dataset):
     """Cropped images. A key is (epoch, position in the files): persistent workers get the epoch's number with it."""
 
-    def __init__(self, split: Split, image_size: int, *, train: bool, seed: int):
+    def __init__(self, split: Split, image_size: int, *, train: bool, seed: int, exif: bool = False):
         # one array of bytes: with a list of str, reference counts would make every worker copy its memory pages
         self.files = np.array([os.fsencode(file) for file in split.files])
         self.labels = torch.tensor(split.labels)
-        self.seed = seed
+        self.seed, self.exif = seed, exif
+        self.side = None if train else resize_side(image_size)
         if train:
             self.transform = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()])
         else:
@@ -79,12 +58,7 @@ class Images(Dataset):
         return torch.stack(images), self.labels[[i for _, i in keys]]
 
     def _image(self, epoch: int, i: int) -> Tensor:
-        file = os.fsdecode(self.files[i])
-        try:
-            image = decode(file)
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).split("\n")[0])  # torchvision names its source first
-            raise UserError(f"{file!r} cannot be decoded ({reason}): repair or remove it") from None
+        image = decode(os.fsdecode(self.files[i]), self.exif, self.side)
         with torch.random.fork_rng(devices=[]):  # with workers=0 this is the training process: keep its random state
             torch.default_generator.manual_seed(derived_seed(self.seed, epoch, i))
             return self.transform(image).permute(1, 2, 0).contiguous()
@@ -102,7 +76,7 @@ class FolderLoader(EpochLoader):
         self.device, self.normalise = device, Normalise(options.mean, options.std, device, shard.dtype)
         self.prefetch = Prefetch(self.normalise, device) if device.type == "cuda" else None
         self.decoded = DataLoader(
-            Images(split, options.image_size, train=train, seed=shard.seed),
+            Images(split, options.image_size, train=train, seed=shard.seed, exif=options.exif),
             batch_sampler=EpochKeys(self),
             num_workers=options.workers,
             persistent_workers=options.workers > 0,

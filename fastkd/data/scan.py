@@ -1,117 +1,152 @@
 """Find the images of a folder and check them before a run begins.
 
-Order and labels are those of torchvision's ImageFolder: classes sorted by name, then files sorted by path.
+Order and labels are those of torchvision's ImageFolder: classes sorted by name, then folders by path, then files by
+name. walk.py says which entries of the folder are read.
 """
 
 import os
-from collections.abc import Iterator
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ..errors import UserError, nearest
+from ..errors import UserError
+from .walk import EXTENSIONS, Found, files_below, identity, look, shown, some
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+Formats = dict[str, tuple[int, str]]  # by the kind of image: the number of files, and one of them
 
 
 @dataclass(frozen=True)
 class Split:
-    """The images of train/ or val/. `labels[i]` is the position in `classes` of the class of `files[i]`."""
+    """The images of train/ or val/. `labels[i]` is the position in `classes` of the class of `files[i]`.
+
+    The label of an image without a class is UNLABELLED (see base.py). `notes` are lines to log: what was skipped.
+    """
 
     classes: tuple[str, ...]
     files: list[str]
     labels: list[int]
-
-
-def scan_pair(root: str) -> tuple[Split, Split]:
-    """The images of `root`/train and `root`/val. Every file's header is read. Raises UserError if one is unusable."""
-    if not os.path.isdir(root):
-        raise UserError(
-            f"data={root!r}: no such folder; give one with train/<class>/* and val/<class>/*, or 'digits', or "
-            "'synthetic'" + nearest(root, ["digits", "synthetic"])
-        )
-    folders, others = next(_walk(root))[1:]
-    missing = [name for name in ("train", "val") if name not in folders]
-    if missing:
-        raise UserError(
-            f"data={root!r} has no {' and no '.join(name + '/' for name in missing)} inside "
-            f"(it holds {_some(sorted(folders + others)) or 'nothing'}): arrange the images as train/<class>/* and "
-            "val/<class>/*"
-        )
-    train, val = (scan(os.path.join(root, name)) for name in ("train", "val"))
-    only_train, only_val = sorted({*train.classes} - {*val.classes}), sorted({*val.classes} - {*train.classes})
-    if only_train or only_val:
-        raise UserError(
-            f"train/ and val/ of {root!r} hold different classes (only in train: {_some(only_train) or 'none'}; "
-            f"only in val: {_some(only_val) or 'none'}): make the class folders the same"
-        )
-    return train, val
+    formats: Formats = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def scan(root: str) -> Split:
-    """The images of one split; its folders are the classes. Hidden folders and other files are skipped."""
-    classes = sorted(name for name in next(_walk(root))[1] if name[0] != ".")
+    """The images of one split; its folders are the classes. Raises UserError if a file is unusable or a class empty."""
+    found = Found()
+    beside, classes = look(root, found)
+    if beside:
+        found.skip("beside the class folders", beside[0], len(beside))
     if not classes:
-        raise UserError(f"{root!r} holds no class folders: put the images of each class into a folder of their own")
-    by_class = []
+        raise UserError(
+            f"{root!r} holds no class folders{_but(found, root)}: put the images of each class into a folder of their "
+            "own"
+        )
+    by_class, empty = [], []
     for name in classes:
-        walk = sorted(_walk(os.path.join(root, name)))
-        paths = (os.path.join(where, file) for where, _, files in walk for file in sorted(files))
-        by_class.append([path for path in paths if path.lower().endswith(EXTENSIONS)])
-    empty = [name for name, files in zip(classes, by_class, strict=True) if not files]
+        below = Found()
+        by_class.append(files_below(os.path.join(root, name), below, (identity(root),)))
+        if not by_class[-1]:
+            empty.append(f"{shown(name)}{_but(below, root)}")
+        found.add(below)
+    found.refuse_wrong()
     if empty:
         raise UserError(
-            f"no images in {len(empty)} of the {len(classes)} classes of {root!r} ({_some(empty)}): "
+            f"no images in {len(empty)} of the {len(classes)} classes of {root!r} ({some(empty, quote=False)}): "
             f"add files ending in {' '.join(EXTENSIONS)}, or remove the folders from train/ and val/"
         )
     files = [file for group in by_class for file in group]
-    _check_headers(files)
-    return Split(tuple(classes), files, [label for label, group in enumerate(by_class) for _ in group])
+    labels = [label for label, group in enumerate(by_class) for _ in group]
+    return Split(tuple(classes), files, labels, check_headers(files), found.notes(root) + _look_alikes(root, classes))
 
 
-def _walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """os.walk, also through links. Raises UserError for a folder that cannot be read."""
+def scan_images(root: str) -> Split:
+    """All images below a folder, without classes or labels. Raises UserError if there is none or one is unusable."""
+    if not os.path.isdir(root):
+        raise UserError(f"unlabelled={root!r}: no such folder; give one with images at any depth")
+    found = Found()
+    files = files_below(root, found)
+    found.refuse_wrong()
+    if not files:
+        raise UserError(f"{root!r} holds no images{_but(found, root)}: add files ending in {' '.join(EXTENSIONS)}")
+    return Split((), files, [], check_headers(files), found.notes(root))
 
-    def stop(error: OSError) -> None:
-        raise UserError(f"{error.filename!r} cannot be read ({error.strerror}): check its permissions") from None
 
-    return os.walk(folder, onerror=stop, followlinks=True)
+def _but(found: Found, root: str) -> str:
+    text = found.skipped_text(root)
+    return f", but {text}" if text else ""
 
 
-def _check_headers(files: list[str]) -> None:
-    """Raise UserError for files that do not begin like an image or cannot be opened. Reads 16 bytes of each.
+def _look_alikes(root: str, classes: list[str]) -> tuple[str, ...]:
+    """A warning if names of classes differ by nothing that a reader would see as another class."""
+    groups: dict[str, list[str]] = {}
+    for name in classes:
+        groups.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), []).append(name)
+    alike = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    if not alike:
+        return ()
+    return (
+        f"WARNING: class folders of {shown(root)} differ by upper case or spaces alone: {some(alike, quote=False)}; "
+        "they count as different classes",
+    )
 
-    Threads help on network storage, where opening a file waits. On a local disk it takes about 10 us per file.
+
+def check_headers(files: list[str]) -> Formats:
+    """The kinds of the images. Raises UserError for files that do not begin like one or cannot be opened.
+
+    Reads 16 bytes of each file. Threads help on network storage, where opening a file waits. On a local disk it takes
+    about 10 us per file.
     """
     chunks = [files[start : start + 256] for start in range(0, len(files), 256)]
     with ThreadPoolExecutor(16) as pool:
-        wrong = [problem for found in pool.map(_problems, chunks) for problem in found]
-    if wrong:
-        more = f" and {len(wrong) - 1} more: {_some([repr(file) for file, _ in wrong[1:]])};" if wrong[1:] else ";"
-        raise UserError(f"{wrong[0][0]!r} {wrong[0][1]}{more} repair or remove these files")
+        results = list(pool.map(_kinds, chunks))
+    found, formats = Found(), Formats()
+    for kinds, wrong in results:
+        found.wrong += wrong
+        for kind, (count, file) in kinds.items():
+            before, first = formats.get(kind, (0, file))
+            formats[kind] = before + count, first
+    found.refuse_wrong()
+    return formats
 
 
-def _problems(files: list[str]) -> list[tuple[str, str]]:
-    found = []
+def _kinds(files: list[str]) -> tuple[Formats, list[tuple[str, str]]]:
+    """(the kinds of the images, [(file, what is wrong with it)])"""
+    formats, wrong = Formats(), []
     for file in files:
         try:
             with open(file, "rb", buffering=0) as stream:
                 head = stream.read(16)
         except OSError as error:
-            found.append((file, f"cannot be opened ({error.strerror})"))
+            wrong.append((file, f"cannot be opened ({error.strerror})"))
             continue
-        if image_kind(head) is None:
-            start = f"begins with {head[:8]!r}, not as a JPEG, PNG, BMP or WebP" if head else "is empty (0 bytes)"
-            found.append((file, start))
-    return found
+        kind = image_kind(head)
+        if kind is None:
+            names = ", ".join(sorted({kind.upper() for kind in STARTS.values()} - {"PPM"}))
+            start = f"begins with {head[:8]!r}, not as a picture ({names}, WEBP, AVIF, PPM)"
+            wrong.append((file, start if head else "is empty (0 bytes)"))
+        else:
+            count, first = formats.get(kind, (0, file))
+            formats[kind] = count + 1, first
+    return formats, wrong
+
+
+STARTS = {
+    b"\xff\xd8\xff": "jpeg",
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"BM": "bmp",
+    b"GIF87a": "gif",
+    b"GIF89a": "gif",
+    b"II*\0": "tiff",
+    b"MM\0*": "tiff",
+    b"II+\0": "tiff",  # with offsets of 64 bits
+    b"MM\0+": "tiff",
+    **{b"P%d" % number: "ppm" for number in range(1, 7)},  # also PGM and PBM
+}
 
 
 def image_kind(head: bytes) -> str | None:
     """The format of a file, from its first 16 bytes, or None."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
-    starts = {b"\xff\xd8\xff": "jpeg", b"\x89PNG\r\n\x1a\n": "png", b"BM": "bmp"}
-    return next((kind for start, kind in starts.items() if head.startswith(start)), None)
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
+    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", b"mif1"):  # HEIC has other brands
+        return "avif"
+    return next((kind for start, kind in STARTS.items() if head.startswith(start)), None)

@@ -73,8 +73,8 @@ def count_paths(method: Method) -> int:
 
 def _teacher_groups(method: Method) -> list[list[nn.Module]]:
     """The modules of the teacher's own forward pass, if the loss uses it."""
-    if not method.asks_teacher or method.teacher is None:
-        return []
+    if not method.asks_teacher or method.teacher is None or method.teacher in method.classifiers:
+        return []  # a replay would not keep the input of the classifier
     view = method.staged_views_for(method.plan(0)).get(method.teacher)
     if view is None:
         return [[method.teacher.net]]

@@ -74,6 +74,7 @@ class Step:
     With several processes, gradients are averaged by DDP, or with `flat` in one block: what graphs need.
     `compiled`: by torch.compile. If that fails and `options.compile` is not "on", `log` gets the reason and the steps
     run without it; with "on" it is a UserError.
+    `ema_warms_up`: the decay of the weights' average rises, and `step.ema.write(number)` comes before each step.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Step:
         *,
         flat: bool = False,
         compiled: bool = False,
+        ema_warms_up: bool = False,
         log: Callable[[str], None] = print,
     ):
         self.method, self.options, self.compiled, self.log = method, options, compiled, log
@@ -101,7 +103,7 @@ class Step:
             self.processes = FlatGradients(self.parameters, device) if flat else DdpExchange(device)
         self.can_skip = can_skip(self.optimizer)
         self.precision = Precision(options.amp_dtype, device)
-        self.ema = Ema(nn.ModuleDict(method.networks()), options.ema_decay) if options.ema_decay else None
+        self.ema = Ema(nn.ModuleDict(method.networks()), options.ema_decay, ema_warms_up) if options.ema_decay else None
         self.meter = Meter()
         self.nonfinite = torch.zeros((), device=device)  # steps whose gradient was not finite
         self.found_inf = torch.zeros((), device=device)
@@ -220,8 +222,8 @@ class Step:
         # fp16 finds its scale by overflow: some 20 such steps at the start are normal
         if bad > max(steps / 2, 25 if self.precision.scaler.is_enabled() else 0):
             raise UserError(
-                f"training diverged: {message}; lower --lr {self.options.lr:g}, or set --clip-grad or --warmup-epochs; "
-                f"the last good state is in {self.options.out}"
+                f"training diverged: {message}; lower --lr {self.options.lr:g}, or set --clip-grad or --warmup-epochs"
+                f"{_last_state(Path(self.options.out))}"
             )
         if bad:
             log(f"warning: {message}")
@@ -285,3 +287,9 @@ class Step:
         self.precision.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.net.load_state_dict(state["ema"])
+
+
+def _last_state(folder: Path) -> str:
+    """The end of a message: the state before the epoch that went wrong, if an epoch was finished before it."""
+    state = folder / "last.pt"
+    return f"; the last good state is {state}" if state.is_file() else ""

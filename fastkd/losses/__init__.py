@@ -1,10 +1,12 @@
 """The losses as modules, for use in any trainer: `loss = KDLoss()(student_logits, teacher_logits, target)`.
 
-Each returns a scalar in fp32, or in fp64 for fp64 input. Inputs may have any floating dtype and any row strides, on the
-CPU or on CUDA. No loss synchronises with the host, and each compiles without a graph break. Only the student's side
-gets a gradient. Wrong options and shapes raise ValueError, wrong types TypeError.
+Each returns a scalar in fp32, or in fp64 for fp64 input; with reduction="none", KDLoss returns that of each sample.
+Inputs may have any floating dtype and any row strides, on the CPU or on CUDA. No loss synchronises with the host, and
+each compiles without a graph break. Only the student's side gets a gradient. Wrong options and shapes raise ValueError,
+wrong types TypeError.
 """
 
+from .base import UNLABELLED
 from .features import (
     AttentionTransferLoss,
     ExplorationLoss,
@@ -19,6 +21,7 @@ from .features import (
 from .logits import BridgeLoss, DISTLoss, DKDLoss, KDLoss, MutualLoss
 
 __all__ = [
+    "UNLABELLED",
     "AttentionTransferLoss",
     "BridgeLoss",
     "DISTLoss",

@@ -5,7 +5,11 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+
+UNLABELLED = -100
+"""The label of an image without one, as torch ignores it; see `ignore_index`."""
 
 Check = Callable[[str, Any], Any]  # name and value of an option -> the value to store, or ValueError
 
@@ -72,6 +76,23 @@ def check_pairs(name: str, table: Sequence[Sequence[float]] | Tensor | None) -> 
     return rows
 
 
+def check_class_weights(name: str, value: Sequence[float] | Tensor | None) -> Tensor | None:
+    """The weights [C] as a floating tensor. Values are checked on the CPU, where reading them waits for nothing."""
+    if value is None:
+        return None
+    try:
+        weights = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be numbers [C], one for each class, got {value!r}") from None
+    weights = weights.detach() if weights.is_floating_point() else weights.float()
+    if weights.dim() != 1:
+        raise ValueError(f"{name} must be numbers [C], one for each class, got the shape {list(weights.shape)}")
+    if weights.device.type == "cpu":
+        for label, weight in enumerate(weights.tolist()):
+            check_weight(f"{name}[{label}]", weight)
+    return weights
+
+
 CHECKS: dict[str, Check] = {
     "temperature": _checked("a positive number", lambda value: isinstance(value, Real) and 0 < float(value) < math.inf),
     "label_smoothing": check_smoothing,
@@ -79,6 +100,9 @@ CHECKS: dict[str, Check] = {
         "the label of rows without a class, such as -100, or None",
         lambda value: value is None or isinstance(value, int) and not isinstance(value, bool),
     ),
+    "class_weights": check_class_weights,
+    "mask_kd": _checked("True or False", lambda value: isinstance(value, bool)),
+    "reduction": _checked("mean, sum or none", lambda value: value in ("mean", "sum", "none")),
     "standardize": lambda name, value: value,
     "p": _checked("1 or 2", lambda value: value in (1, 2)),
     "pair_weights": check_pairs,

@@ -1,7 +1,8 @@
 """Losses from logits [N, C]. Most of them are one call of the fused kernel in kernels/logit_loss.py."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
@@ -20,7 +21,10 @@ class KDLoss(Loss):
     The defaults are the usual ones for CIFAR; for ImageNet temperature 1 and weights 0.5 / 0.5 are common.
     `standardize=True` is logit standardisation (arXiv:2403.01427), usually with temperature 2 and kd_weight 9.
     student_logits, teacher_logits: [N, C], not probabilities. target: class indices [N] int64, or probabilities [N, C]
-    floating. Rows labelled `ignore_index` have no cross-entropy, but they keep the KD term.
+    floating, or None if ce_weight is 0. Rows labelled `ignore_index` have no cross-entropy, but they keep the KD term;
+    with `mask_kd=True` they have neither, and both means are over the other rows.
+    `reduction` is "mean", "sum" or "none", which gives [N]: the loss of each sample. `class_weights` [C] are the
+    `weight` of torch's cross_entropy: a weighted mean for labels. They follow the module to its device.
     A floating target is not normalised: the sum of a row scales its cross-entropy. `label_smoothing` is applied to it
     as well, even if mixup has smoothed it already; `ignore_index` has no effect.
     A label outside the classes is a ValueError on the CPU. Not checked on a GPU, since the check would synchronise: the
@@ -33,13 +37,23 @@ class KDLoss(Loss):
     label_smoothing: float = 0.0
     standardize: bool = False
     ignore_index: int | None = None
+    reduction: str = "mean"
+    class_weights: Sequence[float] | Tensor | None = None
+    mask_kd: bool = False
 
-    def terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KDLoss":
+        """`to`, `cuda` and their like move class_weights, an option and so no buffer."""
+        super()._apply(fn, recurse)
+        if self.class_weights is not None:
+            self.class_weights = fn(cast(Tensor, self.class_weights))
+        return self
+
+    def terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """The weighted terms by name; their sum is the loss."""
         fused = kd_loss(student_logits, teacher_logits, target, **self.settings())
         return {"ce": fused.ce, "kd": fused.kd}
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> Tensor:
         return kd_loss(student_logits, teacher_logits, target, **self.settings()).loss
 
 
@@ -52,7 +66,8 @@ class MutualLoss(Loss):
     `pair_weights` [K][K], K = the largest number of heads of a network: entry [k][l] scales the KL term by which head k
     learns from head l (DCM's same-stage and cross-stage weights).
     heads[n][k]: logits [N, C] of classifier k of network n. target: class indices [N] int64, or probabilities [N, C]
-    floating. Every head that requires a gradient gets one; as a target of other heads it is a constant.
+    floating, or None if ce_weight is 0. Every head that requires a gradient gets one; as a target of other heads it is
+    a constant.
     """
 
     temperature: float = 1.0
@@ -62,7 +77,7 @@ class MutualLoss(Loss):
     label_smoothing: float = 0.0
     ignore_index: int | None = None
 
-    def fused(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> LogitLoss:
+    def fused(self, heads: Sequence[Sequence[Tensor]], target: Tensor | None) -> LogitLoss:
         """`loss`, a scalar, and `terms` [H, 1 + H] of all H heads, those of the first network first."""
         counts = _counts(heads)
         K = max(counts)
@@ -79,7 +94,7 @@ class MutualLoss(Loss):
         every = [z for net in heads for z in net]
         return logit_loss(every, target, [self.ce_weight] * len(every), table, **self.settings(*SHARED))
 
-    def terms(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> dict[str, Tensor]:
+    def terms(self, heads: Sequence[Sequence[Tensor]], target: Tensor | None) -> dict[str, Tensor]:
         """ce1, kl1, ce2, kl2, ...: the weighted terms of each network, summed over its heads."""
         rows = self.fused(heads, target).terms.split([len(net) for net in heads])
         terms: dict[str, Tensor] = {}
@@ -87,7 +102,7 @@ class MutualLoss(Loss):
             terms |= {f"ce{n}": mine[:, 0].sum(), f"kl{n}": mine[:, 1:].sum()}
         return terms
 
-    def forward(self, heads: Sequence[Sequence[Tensor]], target: Tensor) -> Tensor:
+    def forward(self, heads: Sequence[Sequence[Tensor]], target: Tensor | None) -> Tensor:
         return self.fused(heads, target).loss
 
 
@@ -115,8 +130,8 @@ class BridgeLoss(Loss):
 
     L_S = ce_s CE(z_S, y) + kd_sa KD(S <- A),   L_A = ce_a CE(z_A, y) + kd_at KD(A <- T) + kd_as KD(A <- S)
     with KD(a <- b) = T^2 KL(sg p_b || p_a). Temperature 4 and all weights 1 as in the authors' code.
-    student, bridge, teacher: logits [N, C]. target: class indices [N] int64, or probabilities [N, C] floating. The
-    student gets the gradient of L_S only, the bridge that of L_A only, and the teacher none.
+    student, bridge, teacher: logits [N, C]. target: class indices [N] int64, or probabilities [N, C] floating, or None
+    if ce_s and ce_a are 0. The student gets the gradient of L_S only, the bridge that of L_A only, the teacher none.
     """
 
     temperature: float = 4.0
@@ -128,19 +143,19 @@ class BridgeLoss(Loss):
     label_smoothing: float = 0.0
     ignore_index: int | None = None
 
-    def fused(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor) -> LogitLoss:
+    def fused(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor | None) -> LogitLoss:
         """`loss`, a scalar, and `terms` [3, 4] of student, bridge and teacher."""
-        check_tensors(student=student, bridge=bridge, teacher=teacher, target=target)
+        check_tensors(student=student, bridge=bridge, teacher=teacher)
         table = [[0.0, self.kd_sa, 0.0], [self.kd_as, 0.0, self.kd_at], [0.0, 0.0, 0.0]]
         heads = [student, bridge, teacher.detach()]
         return logit_loss(heads, target, [self.ce_s, self.ce_a, 0.0], table, **self.settings(*SHARED))
 
-    def terms(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def terms(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """The five weighted terms by name."""
         (ce_s, _, kd_sa, _), (ce_a, kd_as, _, kd_at), _ = self.fused(student, bridge, teacher, target).terms.unbind()
         return {"ce_s": ce_s, "kd_sa": kd_sa, "ce_a": ce_a, "kd_at": kd_at, "kd_as": kd_as}
 
-    def forward(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    def forward(self, student: Tensor, bridge: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         return self.fused(student, bridge, teacher, target).loss
 
 

@@ -14,6 +14,7 @@ from .fitnet import FitNet
 from .forwards import ForwardCache
 from .frozen import FrozenTeacher
 from .ft import FT
+from .hardkd import HardKD
 from .iakd import IAKD
 from .iedml import IEDML
 from .iekd import IEKD
@@ -23,7 +24,7 @@ from .rkd import RKD
 from .sokd import SOKD
 from .sp import SP
 
-KINDS = (CE, KD, DML, IEKD, IEDML, IAKD, SOKD, DCM, AT, FitNet, FT, OFD, DKD, DIST, RKD, SP)
+KINDS = (CE, KD, HardKD, DML, IEKD, IEDML, IAKD, SOKD, DCM, AT, FitNet, FT, OFD, DKD, DIST, RKD, SP)
 METHODS: dict[str, type[Method]] = {kind.__name__.lower(): kind for kind in KINDS}  # "fitnet": FitNet
 
 
@@ -59,6 +60,7 @@ __all__ = [
     "Combo",
     "ForwardCache",
     "FrozenTeacher",
+    "HardKD",
     "Method",
     "RunContext",
     "find_method",

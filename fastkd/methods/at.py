@@ -3,17 +3,21 @@
     L = ce_weight * CE(z_s, y) + attention_weight * sum over stages of mean (a_s - a_t)^2
     a = l2norm(flatten(mean_c f^2)), f: the output of the stage
 
-Defaults: ce_weight 1 and attention_weight 1000, as in the code of DKD's comparison.
+If the maps of a stage differ in height or width, the larger one is average-pooled to the smaller one first.
+Defaults: ce_weight 1 and attention_weight 1000, as in the code of DKD's comparison; the pooling is from there too.
 Departures: none. As in the authors' code, the map of a Wide ResNet (pre-activation) is the sum before the activation.
 """
 
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from ..errors import UserError
 from ..losses import AttentionTransferLoss
-from ..models.stages.staged import check_stage_shapes
+from ..models import stage_shapes
+from ..models.sizes import image_size_of
 from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
 
@@ -34,13 +38,35 @@ class AT(Method):
     Options = ATOptions
     options: ATOptions
     paper = "arXiv:1612.03928"
-    needs_stages = "both staged, equal H x W at every stage"
+    needs_stages = "both staged, equally many stages"
 
     def build(self) -> None:
-        check_stage_shapes(self.student, self.teacher.net, "AT")
+        check_stage_counts(self.student, self.teacher.net)
         self.request_features(self.student, self.teacher)
         self.loss = AttentionTransferLoss(self.options.attention_weight)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        ce = cross_entropy(out(self.student), target, self.options.ce_weight)
-        return {"ce": ce, "at": self.loss(out.features(self.student), out.features(self.teacher))}
+        ce = cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index)
+        stages = zip(out.features(self.student), out.features(self.teacher), strict=True)
+        ours, theirs = zip(*(pooled(mine, other) for mine, other in stages), strict=True)
+        return {"ce": ce, "at": self.loss(list(ours), list(theirs))}
+
+
+def pooled(mine: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps [N, C, H, W], average-pooled to the smaller height and the smaller width of the two."""
+    H, W = (min(sizes) for sizes in zip(mine.shape[2:], other.shape[2:], strict=True))
+    first, second = (x if x.shape[2:] == (H, W) else F.adaptive_avg_pool2d(x, (H, W)) for x in (mine, other))
+    return first, second
+
+
+def check_stage_counts(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise UserError unless both networks have equally many stages."""
+    ours, theirs = stage_shapes(student), stage_shapes(teacher)
+    if len(ours) != len(theirs):
+        listed = [", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in (ours, theirs)]
+        raise UserError(
+            f"AT compares the maps of every stage; for images of {image_size_of(student)} pixels the stages "
+            f"(C x H x W) of the student {type(student).__name__} are {listed[0]}, those of the teacher "
+            f"{type(teacher).__name__} {listed[1]}: use networks with equally many stages, name them "
+            "(--student-stages, --teacher-stages), or use a method without maps (kd, dkd, dist, rkd, sp)"
+        )

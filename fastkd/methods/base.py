@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 from ..data.base import Loader
 from ..errors import UserError, check_number
+from ..losses import UNLABELLED, BridgeLoss, KDLoss, MutualLoss
 from ..models import staged
 from .context import NoOptions, RunContext
+from .embedding import ClassifierInput, classifier_input
 from .forwards import ForwardCache, StagedView
 from .frozen import FrozenTeacher
 from .hooks import OptionalHooks
+
+NO_LABEL = -(2**31)  # ignored in place of torch's -100, which would pass without a word
 
 
 class Method(OptionalHooks):
@@ -34,8 +38,10 @@ class Method(OptionalHooks):
     needs_peers = False  # one or more networks that are trained beside the student, given as `peers`
     needs_stages = ""  # which networks must be divisible into stages, for `fastkd methods`
     ce_option: str | None = "ce_weight"  # option that scales the term `ce` alone; "": there is none; None: no such term
+    needs_labels = False  # a term other than the cross-entropy uses the label of every image
     find_unused_parameters = False  # a step may leave weights without a gradient; they are then not updated at all
 
+    ignore_index: int | None = None  # the label of images without one; None: every image has one
     teacher: FrozenTeacher  # None in a method without a teacher
 
     def __init__(
@@ -53,6 +59,7 @@ class Method(OptionalHooks):
         self.peers = nn.ModuleList(peers)
         self.options = options or self.Options()
         self.staged_views: dict[nn.Module, StagedView] = {}
+        self.classifiers: dict[nn.Module, ClassifierInput] = {}
         self.build()
 
     def build(self) -> None:
@@ -71,6 +78,27 @@ class Method(OptionalHooks):
         """Make `out.features(net)` available to `losses` for each of `nets`, networks of the method."""
         for net in nets:
             self.staged_views[net] = staged(net.net if isinstance(net, FrozenTeacher) else net)
+
+    def request_embeddings(self, *nets: nn.Module) -> None:
+        """Make `out.embedding(net)`, the classifier's input [N, D], available to `losses` for each of `nets`.
+
+        The networks need no stages. Of two classifiers (distilled DeiT) the first counts: that of the class token.
+        """
+        for net in nets:
+            self.classifiers[net] = classifier_input(net.net if isinstance(net, FrozenTeacher) else net)
+
+    def allow_unlabelled(self) -> None:
+        """From now on, images with the label UNLABELLED have no cross-entropy. UserError if the method needs labels.
+
+        All other terms use such images as any others. Without this call, the label is an error.
+        """
+        if self.needs_labels:
+            raise UserError(
+                f"{self._get_name()} needs the label of every image: leave the unlabelled images out, or use kd"
+            )
+        for module in self.modules():
+            if isinstance(module, Method | KDLoss | MutualLoss | BridgeLoss):
+                module.ignore_index = UNLABELLED
 
     def check(self, run: RunContext) -> None:
         """Raise UserError if the options do not fit the run. Called before a teacher is trained for it."""
@@ -101,7 +129,7 @@ class Method(OptionalHooks):
 
     def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
         """Images [N, 3, H, W] and their target -> the terms of `losses`. This is what the engine calls."""
-        out = ForwardCache(images, self.staged_views_for(plan))
+        out = ForwardCache(images, self.staged_views_for(plan), self.classifiers)
         others = [self.teacher, *self.peers] if self.asks_teacher else [*self.peers]
         out.start(self.student, others, self.learners(plan))
         terms = self.losses(out, target, plan)
@@ -126,12 +154,17 @@ class Method(OptionalHooks):
             raise UserError(f"{name} needs separate networks for student, teacher and peers; one is given twice")
 
 
-def cross_entropy(logits_NC: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
+def cross_entropy(logits_NC: Tensor, target: Tensor, weight: float = 1.0, ignore_index: int | None = None) -> Tensor:
     """weight * mean cross-entropy, a scalar in fp32, or in fp64 if the logits are.
 
-    target: class indices [N] int64, or probabilities [N, C] floating.
+    target: class indices [N] int64, or probabilities [N, C] floating. Rows labelled `ignore_index` have no part in the
+    mean, which is 0 if there is no other row. With None, a label outside the classes is an error, -100 included.
     """
-    return weight * F.cross_entropy(logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32)), target)
+    logits_NC = logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32))
+    if ignore_index is None or target.is_floating_point():
+        return weight * F.cross_entropy(logits_NC, target, ignore_index=NO_LABEL)
+    total = F.cross_entropy(logits_NC, target, ignore_index=ignore_index, reduction="sum")
+    return weight * total / (target != ignore_index).sum().clamp(min=1)
 
 
 def check_weights(**weights: float) -> None:

@@ -14,4 +14,4 @@ class CE(Method):
     needs_teacher = False
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        return {"ce": cross_entropy(out(self.student), target)}
+        return {"ce": cross_entropy(out(self.student), target, ignore_index=self.ignore_index)}

@@ -23,6 +23,7 @@ from ..errors import UserError, check_number
 from ..models import PreActivation
 from .base import Method
 from .context import RunContext
+from .embedding import keeps_input
 from .forwards import ForwardCache, StagedView
 from .frozen import FrozenTeacher
 
@@ -41,6 +42,7 @@ class Combo(Method):
             if len(self.methods[name].plans(0)) > 1:
                 raise UserError(f"--{name}-alternate makes several updates with a batch: that cannot be summed")
         self.parts = nn.ModuleDict(self.methods)
+        self.classifiers = {net: kept for method in self.methods.values() for net, kept in method.classifiers.items()}
         self.weights = {name: getattr(self.options, f"{name}_weight") for name in self.methods}
         self.find_unused_parameters = any(method.find_unused_parameters for method in self.methods.values())
         options = {name: method.options for name, method in self.methods.items()}
@@ -118,7 +120,9 @@ class Combo(Method):
         return views
 
     def graph_groups(self) -> list[list[nn.Module]]:
-        return [group for method in self.methods.values() for group in method.graph_groups()]
+        """Those of all methods. A classifier whose input is kept stays outside: a replay would not keep it."""
+        groups = [group for method in self.methods.values() for group in method.graph_groups()]
+        return [group for group in groups if not any(keeps_input(module) for module in group)]
 
     def selection_rates(self, steps: range) -> dict[str, float]:
         return {name: rate for method in self.methods.values() for name, rate in method.selection_rates(steps).items()}
@@ -139,6 +143,7 @@ def combine(kinds: dict[str, type[Method]], name: str) -> type[Combo]:
         "needs_stages": "; ".join(f"{each}: {kind.needs_stages}" for each, kind in kinds.items() if kind.needs_stages),
         "needs_teacher": any(kind.needs_teacher for kind in kinds.values()),
         "needs_peers": any(kind.needs_peers for kind in kinds.values()),
+        "needs_labels": any(kind.needs_labels for kind in kinds.values()),
     }
     return type(name, (Combo,), about)
 

@@ -77,4 +77,4 @@ class DCM(Method):
 
     def logits(self, out: ForwardCache, net: nn.Module, heads: nn.ModuleList) -> list[Tensor]:
         """Logits [N, C] of the auxiliary heads of a network, the earliest first, and of its classifier."""
-        return [*(head(maps) for head, maps in zip(heads, out.features(net)[:-1], strict=True)), out(net)]
+        return [*(head(x) for head, x in zip(heads, out.outputs(net)[:-1], strict=True)), out(net)]

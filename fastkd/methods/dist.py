@@ -43,4 +43,7 @@ class DIST(Method):
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, theirs = out(self.student), out(self.teacher)
-        return {"ce": cross_entropy(ours, target, self.options.ce_weight), "dist": self.loss(ours, theirs)}
+        return {
+            "ce": cross_entropy(ours, target, self.options.ce_weight, self.ignore_index),
+            "dist": self.loss(ours, theirs),
+        }

@@ -39,6 +39,7 @@ class DKD(Method):
     Options = DKDOptions
     options: DKDOptions
     paper = "arXiv:2203.08679"
+    needs_labels = True
 
     def build(self) -> None:
         self.loss = DKDLoss(self.options.alpha, self.options.beta, self.options.temperature)
@@ -46,4 +47,7 @@ class DKD(Method):
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, theirs = out(self.student), out(self.teacher)
         labels = target.argmax(1) if target.is_floating_point() else target
-        return {"ce": cross_entropy(ours, target, self.options.ce_weight), "dkd": self.loss(ours, theirs, labels)}
+        return {
+            "ce": cross_entropy(ours, target, self.options.ce_weight, self.ignore_index),
+            "dkd": self.loss(ours, theirs, labels),
+        }

@@ -61,6 +61,6 @@ class FitNet(Method):
         self.loss = HintLoss(self.options.hint_weight)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        ce = cross_entropy(out(self.student), target, self.options.ce_weight)
+        ce = cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index)
         ours, theirs = out.features(self.student)[self.stage], out.features(self.teacher)[self.stage]
         return {"ce": ce, "hint": self.loss(self.regressor(ours), theirs)}

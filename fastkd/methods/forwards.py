@@ -4,42 +4,70 @@ import functools
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .embedding import ClassifierInput
 from .frozen import FrozenTeacher
 
 
 class StagedView(Protocol):
-    """A network that returns the feature maps of its stages beside its logits, such as `fastkd.models.Staged`."""
+    """A network that returns the feature maps of its stages beside its logits, such as `fastkd.models.Staged`.
+
+    A view whose stages give other tensors than maps has `outputs(images) -> (logits, outputs of the stages)` and
+    `maps(outputs) -> maps` too.
+    """
 
     def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Images [N, 3, H, W] -> (logits [N, C], one feature map per stage)."""
+        """Images [N, 3, H, W] -> (logits [N, C], one map [N, C, H, W] per stage)."""
 
 
 class ForwardCache:
     """`out(net)` gives the logits [N, C] of `net` on this step's images, `out.features(net)` its feature maps.
 
     The first call runs the network, later calls return the same tensors. Feature maps exist for the networks in
-    `views`: those for which the method has called `request_features`.
+    `views`: those for which the method has called `request_features`. `out.embedding(net)` exists for the networks in
+    `classifiers`: those for which it has called `request_embeddings`.
     """
 
-    def __init__(self, images: Tensor, views: Mapping[nn.Module, StagedView]):
-        self.images, self._views = images, views
+    def __init__(
+        self,
+        images: Tensor,
+        views: Mapping[nn.Module, StagedView],
+        classifiers: Mapping[nn.Module, ClassifierInput] = MappingProxyType({}),
+    ):
+        self.images, self._views, self._classifiers = images, views, classifiers
         self._memo: dict[nn.Module, tuple[Tensor, list[Tensor]]] = {}
+        self._maps: dict[nn.Module, list[Tensor]] = {}
+        self._embeddings: dict[nn.Module, Tensor] = {}
         self._streams: dict[nn.Module, torch.cuda.Stream] = {}  # of the networks that run on a stream of their own
 
     def __call__(self, net: nn.Module) -> Tensor:
         return self._run(net)[0]
 
     def features(self, net: nn.Module) -> list[Tensor]:
-        """One map per stage of `net`, first stage first. Raises ValueError if the method did not request them."""
+        """One map [N, C, H, W] per stage of `net`, the first stage first. Raises ValueError if not requested."""
+        if net not in self._maps:
+            outputs, maps_of = self.outputs(net), getattr(self._views[net], "maps", None)
+            self._maps[net] = outputs if maps_of is None else maps_of(outputs)
+        return self._maps[net]
+
+    def outputs(self, net: nn.Module) -> list[Tensor]:
+        """As `features`, but as the next stage takes them: tokens [N, L, C] and [N, H, W, C] are not converted."""
         if net not in self._views:
             raise ValueError(f"the method did not call request_features() for {type(net).__name__}")
         return self._run(net)[1]
+
+    def embedding(self, net: nn.Module) -> Tensor:
+        """What the classifier of `net` gets, [N, D]. Raises ValueError if the method did not request it."""
+        if net not in self._classifiers:
+            raise ValueError(f"the method did not call request_embeddings() for {type(net).__name__}")
+        self._run(net)
+        return self._embeddings[net]
 
     def start(self, first: nn.Module, others: Sequence[nn.Module], learners: Collection[nn.Module]) -> None:
         """In a step of a CUDA graph: run `first`, and `others` beside it, each on a stream of its own.
@@ -73,8 +101,8 @@ class ForwardCache:
         if net in self._streams:
             current = torch.cuda.current_stream()
             current.wait_stream(self._streams.pop(net))
-            logits, maps = self._memo[net]
-            for result in (logits, *maps):
+            logits, outputs = self._memo[net]
+            for result in (logits, *outputs, *([self._embeddings[net]] if net in self._embeddings else [])):
                 result.record_stream(current)
 
     def join_all(self) -> None:
@@ -85,14 +113,27 @@ class ForwardCache:
     def _run(self, net: nn.Module) -> tuple[Tensor, list[Tensor]]:
         self.join(net)
         if net not in self._memo:
-            view, whole = self._views.get(net), net.net if isinstance(net, FrozenTeacher) else net
-            with nullcontext() if whole is net else torch.no_grad():
-                logits, maps = view.features(self.images) if view else (whole(self.images), [])
-            if not isinstance(logits, Tensor):
-                name, kind = type(whole).__name__, type(logits).__name__
-                raise UserError(f"{name} returns {kind}, but logits [N, C] are needed; switch off its extra outputs")
-            self._memo[net] = logits, maps
+            classifier = self._classifiers.get(net)
+            if classifier is None:
+                self._memo[net] = self._forward(net)
+            else:
+                classifier.is_on = True
+                try:
+                    self._memo[net] = self._forward(net)
+                finally:
+                    classifier.is_on = False
+                self._embeddings[net] = classifier.take()
         return self._memo[net]
+
+    def _forward(self, net: nn.Module) -> tuple[Tensor, list[Tensor]]:
+        view, whole = self._views.get(net), net.net if isinstance(net, FrozenTeacher) else net
+        run = getattr(view, "outputs", view.features) if view else None
+        with nullcontext() if whole is net else torch.no_grad():
+            logits, outputs = run(self.images) if run else (whole(self.images), [])
+        if not isinstance(logits, Tensor):
+            name, kind = type(whole).__name__, type(logits).__name__
+            raise UserError(f"{name} returns {kind}, but logits [N, C] are needed; switch off its extra outputs")
+        return logits, outputs
 
 
 def _gradient_if(learns: bool) -> AbstractContextManager[object]:

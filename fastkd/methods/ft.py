@@ -77,4 +77,7 @@ class FT(Method):
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         mine = self.translator(out.features(self.student)[-1])
         theirs = self.paraphraser(out.features(self.teacher)[-1])
-        return {"ce": cross_entropy(out(self.student), target, self.options.ce_weight), "ft": self.loss(mine, theirs)}
+        return {
+            "ce": cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index),
+            "ft": self.loss(mine, theirs),
+        }

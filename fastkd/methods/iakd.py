@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..errors import UserError, check_number
 from ..losses import KDLoss
 from ..models import Staged, staged
+from ..models.own_input import plain_network
 from .base import Method, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache, StagedView
@@ -79,10 +80,11 @@ class IAKD(Method):
     def build(self) -> None:
         o = self.options
         self.teacher.batch_statistics |= o.teacher_bn == "batch"
-        gates = gates_of(self.student, self.teacher.net, o.gates)
+        teacher = plain_network(self.teacher.net)  # its blocks get the student's features, whatever images it takes
+        gates = gates_of(self.student, teacher, o.gates)
         if len(o.p) not in (1, len(gates)):
             raise UserError(f"--p has {len(o.p)} probabilities for {len(gates)} gates; give 1 or {len(gates)}")
-        gates, self.adapters = adapted(self.student, self.teacher.net, gates, allowed=o.adapters)
+        gates, self.adapters = adapted(self.student, teacher, gates, allowed=o.adapters)
         self.gates, self.run = gates, RunContext()
         self.__dict__["view"] = staged(self.student)  # not registered: its modules are the student's
         self.first = o.p * (len(gates) // len(o.p))
@@ -93,7 +95,7 @@ class IAKD(Method):
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         if not self.options.kd_weight:
-            return {"ce": cross_entropy(out(self.student), target)}
+            return {"ce": cross_entropy(out(self.student), target, ignore_index=self.ignore_index)}
         return self.kd.terms(out(self.student), out(self.teacher), target)
 
     @property

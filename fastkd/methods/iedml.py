@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..losses import InheritanceExplorationLoss, MutualLoss
 from ..models import stage_shapes
+from ..models.sizes import image_size_of
 from .base import Method, WeightOptions
 from .forwards import ForwardCache
 from .parts.autoencoder import Coder
@@ -62,8 +63,8 @@ class IEDML(Method):
             names = [type(net).__name__ for net in (self.student, self.peers[0])]
             raise UserError(
                 f"IE-DML compares the last stage's maps of both networks, which need equal height and width and 2 "
-                f"channels or more; for 64 x 64 images (C, H, W) is {one} in the student {names[0]} and {other} in the "
-                f"peer {names[1]}: use networks with equal resolutions, or dml"
+                f"channels or more; for images of {image_size_of(self.student)} pixels (C, H, W) is {one} in the "
+                f"student {names[0]} and {other} in the peer {names[1]}: use networks with equal resolutions, or dml"
             )
         self.mutual = MutualLoss(kl_weight=self.options.kl_weight)
         weights = (self.options.inheritance_weight, self.options.exploration_weight)

@@ -133,7 +133,7 @@ class IEKD(Method):
         if self.options.kd_weight:
             terms = self.kd.terms(out(self.student), out(self.teacher), target)
         else:
-            terms = {"ce": cross_entropy(out(self.student), target, self.options.ce_weight)}
+            terms = {"ce": cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index)}
         if self.halves is None:
             return terms
         inheritance, exploration = self.split(out.features(self.student)[-1])

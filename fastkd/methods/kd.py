@@ -51,6 +51,7 @@ class KD(Method):
             temperature=o.temperature,
             ce_weight=o.ce_weight,
             kd_weight=o.kd_weight,
+            ignore_index=self.ignore_index,
             standardize=o.standardize,
         )
         return {"ce": fused.ce, "kd": fused.kd}

@@ -57,5 +57,5 @@ class OFD(Method):
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours = [connect(f) for connect, f in zip(self.connectors, out.features(self.student), strict=True)]
         margins = [getattr(self, f"margin{number}") for number in range(len(ours))]
-        ce = cross_entropy(out(self.student), target, self.options.ce_weight)
+        ce = cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index)
         return {"ce": ce, "ofd": self.loss(ours, out.features(self.teacher), margins)}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..errors import UserError, check_number
 from ..losses import AttentionTransferLoss, BridgeLoss, FactorTransferLoss, HintLoss
 from ..models import stage_shapes, staged
+from ..models.sizes import image_size_of
 from .base import Method
 from .forwards import ForwardCache
 from .parts.autoencoder import Coder
@@ -88,6 +89,7 @@ class SOKD(Method):
         self.teacher.batch_statistics |= self.options.teacher_bn == "batch"
         self.request_features(self.teacher)
         net, view = self.teacher.net, staged(self.teacher.net)
+        self.layout = view.layout
         if len(view.stages) < 2:
             raise UserError(f"SOKD needs a teacher of two stages or more, {type(net).__name__} has {len(view.stages)}")
         bottom = [module for shared in (view.stem, *list(view.stages)[:-1]) for module in shared.modules()]
@@ -104,7 +106,8 @@ class SOKD(Method):
         if size != wanted:
             raise UserError(
                 f"--feature {self.options.feature} compares last-stage maps, {size} in the student and {wanted} in "
-                "the teacher for a 64 x 64 image: choose networks of equal resolution there, or --feature none"
+                f"the teacher for images of {image_size_of(self.student)} pixels: choose networks of equal resolution "
+                "there, or --feature none"
             )
         self.request_features(self.student)
         self.feature_loss = FEATURE_LOSSES[self.options.feature]()
@@ -113,14 +116,13 @@ class SOKD(Method):
         self.translator = translators[self.options.feature]
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        bottom, top = out.features(self.teacher)[-2:]
-        maps = self.bridge["stage"](bottom.detach())
-        terms = self.loss.terms(out(self.student), self.bridge["head"](maps), out(self.teacher), target)
+        top = self.bridge["stage"](out.outputs(self.teacher)[-2].detach())
+        terms = self.loss.terms(out(self.student), self.bridge["head"](top), out(self.teacher), target)
         terms = {"ce": terms.pop("ce_s")} | terms
         if self.options.feature != "none":
-            mine = self.translator(out.features(self.student)[-1])
+            mine, maps = self.translator(out.features(self.student)[-1]), self.layout.map(top)
             terms["feature_s"] = self.options.feature_weight * self.feature_loss(mine, maps.detach())
-            terms["feature_a"] = self.options.feature_weight * self.feature_loss(maps, top)
+            terms["feature_a"] = self.options.feature_weight * self.feature_loss(maps, out.features(self.teacher)[-1])
         return terms
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:

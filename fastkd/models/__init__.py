@@ -9,23 +9,29 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError, nearest
+from .classifier import classifiers_of, reorder_classes
+from .ensemble import Ensemble
 from .nets.mobilenet import CifarMobileNet, CifarMobileNetV2
 from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet, WideResNet
 from .nets.vgg import CONVOLUTIONS, CifarVGG
 from .sizes import blaming_size, check_image_size
 from .stages.preactivation import PreActivation
 from .stages.staged import Staged, name_stages, stage_shapes, staged
-from .weights import SUFFIXES, load_weights, read_state_dict
+from .weights import SUFFIXES, load_weights, new_classifier_of, read_state_dict
 from .zoo import AUXILIARY, drop_auxiliary, hf_model, timm_model, torchvision_model
 
 __all__ = [
+    "Ensemble",
     "PreActivation",
     "Staged",
+    "classifiers_of",
     "create_model",
     "load_weights",
     "model_names",
     "name_stages",
+    "new_classifier_of",
     "read_state_dict",
+    "reorder_classes",
     "stage_shapes",
     "staged",
 ]
@@ -42,7 +48,12 @@ CIFAR_NETS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def create_model(
-    name: str, num_classes: int, weights: str | os.PathLike | None = None, *, image_size: int | None = None
+    name: str,
+    num_classes: int,
+    weights: str | os.PathLike | None = None,
+    *,
+    image_size: int | None = None,
+    new_classifier: bool = False,
 ) -> nn.Module:
     """A network for images [N, 3, H, W] and `num_classes` classes, fp32, on the CPU, in train mode.
 
@@ -52,8 +63,10 @@ def create_model(
     (`IMAGENET1K_V2`). A file overrides a tag in the name. `image_size`: the height and width of the images. Networks of
     a fixed size are made for it, and one image of it is tried. The network returns logits alone: auxiliary heads of
     GoogLeNet and Inception are dropped.
-    Raises UserError for unknown names and weights, for pre-trained weights of another number of classes, for an image
-    size that the network cannot take, and when a download fails.
+    With `new_classifier`, weights of another number of classes are taken too: the classifier keeps its initial values,
+    and `new_classifier_of(net)` names its keys. Every other key must match exactly.
+    Raises UserError for unknown names and weights, for weights of another number of classes, for an image size that the
+    network cannot take, and when a download fails.
     """
     if not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(f"num_classes is {num_classes!r}: a net needs at least one class")
@@ -64,9 +77,9 @@ def create_model(
         return _network(name.partition(".")[0] if name.startswith("timm/") else name, num_classes, None, size, None)
 
     with blaming_size(name, image_size, at_random):
-        model = _network(name, num_classes, tag, image_size, file)
+        model = _network(name, num_classes, tag, image_size, file, new_classifier)
     if file is not None:
-        load_weights(model, file)
+        load_weights(model, file, new_classifier)
     drop_auxiliary(model)
     if image_size is not None:
         check_image_size(model, name, image_size, at_random)
@@ -74,7 +87,12 @@ def create_model(
 
 
 def _network(
-    name: str, num_classes: int, tag: str | None, size: int | None, file: str | os.PathLike | None
+    name: str,
+    num_classes: int,
+    tag: str | None,
+    size: int | None,
+    file: str | os.PathLike | None,
+    new_classifier: bool = False,
 ) -> nn.Module:
     """The network as its library makes it, with the weights of `tag` but without those of `file`."""
     library, slash, rest = name.partition("/")
@@ -83,12 +101,12 @@ def _network(
             raise UserError(f"{tag!r} is not a file, and {name!r} has no pre-trained weights: pass a weights file")
         return _cifar_net(name, num_classes)
     if library == "timm":
-        return timm_model(rest if file is None else rest.partition(".")[0], num_classes, tag, size)
+        return timm_model(rest if file is None else rest.partition(".")[0], num_classes, tag, size, new_classifier)
     if library == "torchvision":
         heads = rest in AUXILIARY and file is not None and _has_any(file, AUXILIARY[rest])
-        return torchvision_model(rest, num_classes, tag, size, heads)
+        return torchvision_model(rest, num_classes, tag, size, heads, new_classifier)
     if library == "hf":
-        return hf_model(rest, num_classes, tag, size)
+        return hf_model(rest, num_classes, tag, size, new_classifier)
     raise UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision', 'hf'])}")
 
 

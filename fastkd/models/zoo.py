@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, nearest
+from .weights import HINT, copy_weights
 
 Made = TypeVar("Made")
 AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}  # torchvision's heads beside the classifier
 
 
-def timm_model(name: str, num_classes: int, tag: str | None, image_size: int | None = None) -> nn.Module:
+def timm_model(
+    name: str, num_classes: int, tag: str | None, image_size: int | None = None, new_classifier: bool = False
+) -> nn.Module:
     """`resnet50`, or with weights `resnet50.a1_in1k`; `tag` is another way to name them ("pretrained": the default).
 
     Networks of a fixed image size (ViT, Swin, ...) are made for `image_size`; timm resamples the position embeddings of
-    pre-trained weights.
+    pre-trained weights. With `new_classifier`, weights of another class count are taken too, but for the classifier.
     """
     timm = _library("timm")
     architecture, _, name_tag = name.partition(".")
@@ -37,6 +40,11 @@ def timm_model(name: str, num_classes: int, tag: str | None, image_size: int | N
     elif wanted not in tags:
         raise UserError(_no_weights(f"timm/{architecture}", wanted, tags))
     full = f"{architecture}.{wanted}".removesuffix(".")
+    if timm.get_pretrained_cfg(full).num_classes != num_classes and new_classifier:
+        # The weights' own class count: timm then checks every key, and so does copy_weights.
+        count = timm.get_pretrained_cfg(full).num_classes
+        trained = _download(f"timm/{full}", lambda: _made_by_timm(full, count, image_size, True))
+        return _transfer(trained, _made_by_timm(full, num_classes, image_size), f"timm/{full}")
     _check_classes(f"timm/{full}", timm.get_pretrained_cfg(full).num_classes, num_classes)
     return _download(f"timm/{full}", lambda: _made_by_timm(full, num_classes, image_size, True))
 
@@ -53,12 +61,18 @@ def _made_by_timm(name: str, num_classes: int, image_size: int | None, pretraine
 
 
 def torchvision_model(
-    name: str, num_classes: int, tag: str | None, image_size: int | None = None, with_auxiliary: bool = False
+    name: str,
+    num_classes: int,
+    tag: str | None,
+    image_size: int | None = None,
+    with_auxiliary: bool = False,
+    new_classifier: bool = False,
 ) -> nn.Module:
     """`resnet18`; `tag` names its weights (`IMAGENET1K_V1`), "pretrained" the default ones; None: no weights.
 
     Networks of a fixed image size (ViT, MaxViT) without weights are made for `image_size`. The auxiliary heads of
     GoogLeNet and Inception are left out, unless their weights must be loaded: see `drop_auxiliary`.
+    With `new_classifier`, weights of another class count are taken too, but for the classifier.
     """
     models = _library("torchvision").models
     names = models.list_models(module=models)
@@ -78,6 +92,10 @@ def torchvision_model(
     if member not in choices:
         raise UserError(_no_weights(f"torchvision/{name}", tag, list(choices)))
     weights = choices[member]
+    if len(weights.meta["categories"]) != num_classes and new_classifier:
+        trained = _download(f"torchvision/{name}", lambda: drop_auxiliary(models.get_model(name, weights=weights)))
+        net = drop_auxiliary(models.get_model(name, weights=None, num_classes=num_classes))
+        return _transfer(trained, net, f"torchvision/{name} with {weights.name}")
     _check_classes(f"torchvision/{name} with {weights.name}", len(weights.meta["categories"]), num_classes)
     return _download(f"torchvision/{name}", lambda: drop_auxiliary(models.get_model(name, weights=weights)))
 
@@ -94,7 +112,9 @@ def drop_auxiliary(net: nn.Module) -> nn.Module:
     return net
 
 
-def hf_model(name: str, num_classes: int, tag: str | None, image_size: int | None = None) -> nn.Module:
+def hf_model(
+    name: str, num_classes: int, tag: str | None, image_size: int | None = None, new_classifier: bool = False
+) -> nn.Module:
     """transformers' network for image classification by its name on the Hugging Face hub, or from a local folder.
 
     `tag`: "pretrained" loads the weights, None gives random ones. Random networks of a fixed image size are made for
@@ -106,8 +126,12 @@ def hf_model(name: str, num_classes: int, tag: str | None, image_size: int | Non
         raise UserError(_no_weights(full, str(tag), ["pretrained"]))
     config = _download(full, lambda: transformers.AutoConfig.from_pretrained(name), "the configuration")
     if tag is not None:
-        _check_classes(full, config.num_labels, num_classes)
-        return _logits_only(_download(full, lambda: auto.from_pretrained(name, dtype=torch.float32)).train())
+        if not new_classifier:
+            _check_classes(full, config.num_labels, num_classes)
+        trained = _logits_only(_download(full, lambda: auto.from_pretrained(name, dtype=torch.float32)).train())
+        if config.num_labels == num_classes:
+            return trained
+        return _transfer(trained, hf_model(name, num_classes, None), full)
     config.num_labels = num_classes
     config.architectures = config.architectures or []  # transformers iterates over it
     if image_size is not None and getattr(config, "image_size", None):
@@ -140,7 +164,7 @@ def _library(name: str, prefix: str = "", package: str = "") -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"models '{prefix or name}/...' need {name}, which cannot be imported ({error}): "
-            f"pip install '{package or name}'"
+            f"pip install {package or name}"
         ) from error
 
 
@@ -153,8 +177,14 @@ def _check_classes(model: str, have: int, wanted: int) -> None:
     if have != wanted:
         raise UserError(
             f"{model} was trained for {have} classes and {wanted} are wanted: its classifier does not fit, and partial "
-            "loading is an error; fine-tune it first and pass the weights as a file"
+            f"loading is an error; {HINT}"
         )
+
+
+def _transfer(trained: nn.Module, net: nn.Module, source: str) -> nn.Module:
+    """`net` with the weights of `trained`, all but the classifier's."""
+    copy_weights(net, trained.state_dict(), source, new_classifier=True)
+    return net
 
 
 def _download(model: str, build: Callable[[], Made], what: str = "the weights") -> Made:

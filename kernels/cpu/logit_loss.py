@@ -13,6 +13,7 @@ of torch's own log_softmax and kl_div. Gradients come from p_i - p_j and are not
 import functools
 import math
 import threading
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,7 +56,16 @@ scratch = _Scratch()
 
 def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensors = ()) -> None:
     """See FusedOp."""
-    on_cpu = inputs.target.device.type == "cpu"
+    if inputs.class_weights is not None or inputs.mask_kd or inputs.reduction != "mean":
+        from .logit_loss_rows import by_rows  # it imports scratch from here, as the general way does
+
+        by_rows(inputs, outputs, grads, grad_outputs)
+        return
+    target = inputs.target
+    if target is None:  # no term uses it
+        target = inputs.heads[0].new_zeros(len(inputs.heads[0]), dtype=torch.int64)
+        inputs = inputs._replace(target=target)
+    on_cpu = inputs.heads[0].device.type == "cpu"
     if on_cpu and grad_outputs:  # reading what comes from above costs nothing here: it becomes a part of the weights
         grad_loss, grad_terms = grad_outputs
         common, own = 0.0 if grad_loss is None else grad_loss.item(), [0.0] * len(inputs.weights)
@@ -63,7 +73,7 @@ def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: T
             own = grad_terms.flatten().tolist()
         products = [w * (common + gradient) if w else 0.0 for w, gradient in zip(inputs.weights, own, strict=True)]
         inputs, grad_outputs = inputs._replace(weights=products), ()
-    heads, target, weights, _, smoothing, ignore_index, standardize, needs_grad = inputs
+    heads, _, _, weights, _, smoothing, ignore_index, standardize, _, _, needs_grad = inputs
     if not on_cpu or smoothing or standardize or target.is_floating_point() or ignore_index is not None:
         terms = None
     elif len(heads) != 2 or needs_grad[1] or any((weights[1], *weights[3:])):
@@ -82,7 +92,8 @@ def closed_form(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: T
 
 def _student_and_teacher(inputs: Inputs, grads: Tensor) -> Tensor | None:
     """grads: [1, N, C]"""
-    (student, teacher), target, (ce_weight, _, kd_weight, *_), temperature, *_ = inputs
+    (student, teacher), target, _, (ce_weight, _, kd_weight, *_), temperature, *_ = inputs
+    assert target is not None
     (N, C), dtype = student.shape, torch.promote_types(torch.result_type(student, teacher), torch.float32)
     fits = grads.dtype == dtype
     like = grads if fits else grads.new_empty((), dtype=dtype)
@@ -120,7 +131,8 @@ def _many_heads(inputs: Inputs, grads: Tensor) -> Tensor | None:
 
     Subtracting one head from all before the product would save digits, for one more pass over the logits.
     """
-    heads, target, weights, temperature, _, _, _, needs_grad = inputs
+    heads, target, _, weights, temperature, *_, needs_grad = inputs
+    assert target is not None
     H, (N, C) = len(heads), heads[0].shape
     dtype = functools.reduce(torch.promote_types, (z.dtype for z in heads), torch.float32)
     scale, towards, from_label = _constants(tuple(weights), tuple(needs_grad), temperature, N, dtype)
@@ -157,7 +169,7 @@ def _add_labels(inputs: Inputs, room: Tensor, log_p: Tensor, gradient: Tensor) -
         mine = next(rows) if learner else None
         if weight:
             p = torch.softmax(head.to(room.dtype), 1, out=room[i])
-            log_p[i] = p.gather(1, inputs.target[:, None]).double().log_()
+            log_p[i] = p.gather(1, cast(Tensor, inputs.target)[:, None]).double().log_()
             if mine is not None:
                 mine.add_(p, alpha=weight / len(p))
 

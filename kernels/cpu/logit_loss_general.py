@@ -18,7 +18,8 @@ from .logit_loss import scratch
 
 def general(inputs: Inputs, outputs: Tensors, grads: Tensor, grad_outputs: Tensors) -> None:
     """Writes grads and, unless they are None, outputs. On the CPU grad_outputs are in the weights already."""
-    heads, target, weights, temperature, smoothing, ignore_index, standardize, needs_grad = inputs
+    heads, target, _, weights, temperature, smoothing, ignore_index, standardize, _, _, needs_grad = inputs
+    assert target is not None
     H, (N, C) = len(heads), heads[0].shape
     z = scratch("z", (H, N, C), torch.empty((), dtype=acc_dtype(heads), device=target.device))
     for mine, head in zip(z, heads, strict=True):

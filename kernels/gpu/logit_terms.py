@@ -110,7 +110,8 @@ def _pull(i: tl.constexpr, zs, stats, weights, grad_loss, grad_terms, USED: tl.c
 @triton.jit
 def write_gradients(
     zs, stats, labels_sum, y, row, cols, C, grads, weights, grad_loss, grad_terms, ce_scale, kl_scale, dots,
-    temperature, USED: tl.constexpr, LEARNER: tl.constexpr, STANDARDIZE: tl.constexpr, N,
+    temperature, USED: tl.constexpr, LEARNER: tl.constexpr, STANDARDIZE: tl.constexpr, N, ignored,
+    MASK_KD: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of every head that needs one, at these classes."""
     H: tl.constexpr = len(zs)
@@ -126,6 +127,8 @@ def write_gradients(
                 p = tl.exp(zs[i] - stats[i][0] - tl.log(stats[i][3]))
                 ce_weight = ce_scale * term_weight(weights, grad_loss, grad_terms, i * (H + 1))
                 gradient += ce_weight * (p * labels_sum - y)
+            if MASK_KD:
+                gradient = tl.where(ignored, 0.0, gradient)
             place = grads + (row + LEARNER[i] * N.to(tl.int64)) * C + cols
             tl.store(place, gradient, mask=cols < C)
 
@@ -144,7 +147,7 @@ def add_dots(zs, stats, dots, weights, grad_loss, grad_terms, USED: tl.constexpr
 
 
 @triton.jit
-def add_terms(zs, stats, y, sums, slot, ignored, USED: tl.constexpr):
+def add_terms(zs, stats, y, sums, slot, ignored, USED: tl.constexpr, MASK_KD: tl.constexpr):
     """sums [SLOTS] += this row's unweighted terms: for each head the CE, then the KL with every teacher."""
     H: tl.constexpr = len(zs)
     for i in tl.static_range(H):
@@ -158,15 +161,28 @@ def add_terms(zs, stats, y, sums, slot, ignored, USED: tl.constexpr):
                 log_q = (zs[j] - stats[j][0]) * stats[j][1] - tl.log(stats[j][2])
                 q = tl.exp(log_q)
                 kl = tl.sum(tl.where(q == 0, 0.0, q * (log_q - log_p)), 0)
+                if MASK_KD:
+                    kl = tl.where(ignored, 0.0, kl)
                 sums += tl.where(slot == i * (H + 1) + 1 + j, kl, 0.0)
     return sums
+
+
+@triton.jit
+def weighted_terms(sums, slot, weights, ce_scale, kl_scale, H: tl.constexpr, USED: tl.constexpr, SLOTS: tl.constexpr):
+    """[SLOTS]: the sums times the weights of their terms and their scale."""
+    weighted = tl.zeros([SLOTS], tl.float32)
+    scale = tl.where(slot % (H + 1) == 0, ce_scale, kl_scale)
+    for k in tl.static_range(H * (H + 1)):
+        if USED[k]:
+            weighted = tl.where(slot == k, sums * (scale * weights[k]), weighted)
+    return weighted
 
 
 @triton.jit
 def row_label(target, row, C, ignore_index, SOFT: tl.constexpr, IGNORE: tl.constexpr):
     """(label or -1, is it a class or ignored, is the row ignored) of an integer target."""
     label, known, ignored = tl.full([], -1, tl.int32), tl.full([], 1, tl.int1), tl.full([], 0, tl.int1)
-    if not SOFT:
+    if target is not None and not SOFT:
         given = tl.load(target + row)
         if IGNORE:
             ignored = given == ignore_index
@@ -176,13 +192,15 @@ def row_label(target, row, C, ignore_index, SOFT: tl.constexpr, IGNORE: tl.const
 
 
 @triton.jit
-def target_distribution(target, target_stride, row, cols, C, label, known, smoothing,
-                  SOFT: tl.constexpr, SMOOTH: tl.constexpr):  # fmt: skip
-    """The target distribution over these classes. A label that is not a class gives NaN, so that it shows."""
+def target_distribution(target, target_stride, class_weights, row, cols, C, label, known, smoothing,
+                        SOFT: tl.constexpr, SMOOTH: tl.constexpr):  # fmt: skip
+    """The target distribution over these classes, each times its weight. A label that is no class gives NaN."""
     if SOFT:
         y = tl.load(target + row * target_stride + cols, mask=cols < C, other=0.0).to(tl.float32)
     else:
         y = tl.where(known, (cols == label).to(tl.float32), float("nan"))
     if SMOOTH:
         y = (1 - smoothing) * y + smoothing / C
+    if class_weights is not None:
+        y *= tl.load(class_weights + cols, mask=cols < C, other=0.0).to(tl.float32)
     return tl.where(cols < C, y, 0.0)

@@ -1,18 +1,25 @@
 """The DALI loader, beside the torchvision one."""
 
 import io
+import os
+import re
+from dataclasses import replace
 
+import damage
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import fastkd.data.dali_files as dali_files
+import fastkd.data.scan as scan_module
 from fastkd.data import DataOptions, create_loaders
 from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD, training_slices
 from fastkd.data.scan import scan
 from fastkd.errors import UserError
 
 Pipeline = pytest.importorskip("nvidia.dali").Pipeline
+DaliLoader = pytest.importorskip("fastkd.data.dali").DaliLoader
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 )
@@ -32,9 +39,10 @@ def epoch(loader):
 def labelled(tmp_path, samples: int):
     """A folder whose images tell which they are: one flat gray in each, and the number of grays apart."""
     for part in ("train", "val"):
-        (tmp_path / part / "one").mkdir(parents=True)
-        for i in range(samples):
-            Image.new("RGB", (20, 20), (i * 5,) * 3).save(tmp_path / part / "one" / f"{i:03}.png")
+        for i in range(samples):  # the last one is of another class
+            folder = tmp_path / part / ("one" if i < samples - 1 else "two")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), (i * 5,) * 3).save(folder / f"{i:03}.png")
     return tmp_path
 
 
@@ -78,10 +86,11 @@ def test_evaluation_agrees_with_torchvision(pictures, device, capsys):
 def test_evaluation_agrees_on_every_resized_size_and_crop(tmp_path):
     """Odd and even margins on both sides: a crop that is off by one pixel would show in a steep ramp."""
     for part in ("train", "val"):
-        (tmp_path / part / "one").mkdir(parents=True)
+        for name in ("one", "two"):
+            (tmp_path / part / name).mkdir(parents=True)
         for i, (width, height) in enumerate([(80, 73), (73, 97), (99, 73), (73, 101), (73, 73), (103, 73), (75, 105)]):
             ramp = np.add.outer(np.arange(height) * 1.2, np.arange(width) * 1.2)[..., None].repeat(3, -1)
-            Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / part / "one" / f"{i}.png")
+            Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / part / ("one" if i < 6 else "two") / f"{i}.png")
     got, want = (epoch(loaders(tmp_path, name, batch_size=2)[1])[0] for name in ("dali", "folder"))
     steps = (got - want).abs() * torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255
     assert steps.mean((1, 2, 3)).max() < 0.6 and steps.max() < 2.1
@@ -167,7 +176,7 @@ def test_an_epoch_left_in_its_middle_is_given_again(pictures):
 def test_the_processes_crop_differently(tmp_path):
     """Two processes that draw the same numbers would halve the augmentation."""
     root = labelled(tmp_path, 4)
-    for file in (root / "train" / "one").iterdir():
+    for file in (root / "train").glob("*/*"):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(file)
     images = [epoch(loaders(root, rank=rank, world_size=2)[0])[0] for rank in range(2)]
     assert not torch.equal(images[0], images[1])
@@ -192,9 +201,10 @@ def test_crops_and_flips_are_those_of_random_resized_crop(tmp_path):
     """The area of the crop, read off a ramp, is distributed as in the torchvision loader, and half are flipped."""
     ramp = np.stack(np.broadcast_arrays(np.arange(200)[None, :], np.arange(200)[:, None], 0), -1).astype(np.uint8)
     for part in ("train", "val"):
-        (tmp_path / part / "one").mkdir(parents=True)
+        for name in ("one", "two"):
+            (tmp_path / part / name).mkdir(parents=True)
         for i in range(40):
-            Image.fromarray(ramp).save(tmp_path / part / "one" / f"{i}.png")
+            Image.fromarray(ramp).save(tmp_path / part / ("one" if i < 39 else "two") / f"{i}.png")
     areas, flips = {}, {}
     for name in ("dali", "folder"):
         train, _ = loaders(tmp_path, name, batch_size=20, image_size=32)
@@ -298,8 +308,152 @@ def test_a_run_begun_with_dali_is_not_resumed_with_torchvision(pictures, request
 
 
 def test_a_pipeline_is_built_once_for_the_first_epoch(pictures, monkeypatch):
-    built, build = [], Pipeline.build
-    monkeypatch.setattr(Pipeline, "build", lambda pipeline: built.append(pipeline) or build(pipeline))
+    defined, define = [], DaliLoader._define
+    monkeypatch.setattr(DaliLoader, "_define", lambda loader: defined.append(loader) or define(loader))
     train = chosen(pictures, "auto")[2]
     list(train)
-    assert len(set(built)) == 1  # run() calls build() too
+    assert defined == [train]
+
+
+def spoilt(tmp_path, odd: dict[str, bytes], samples: int = 6):
+    """A folder of good JPEGs whose train/ also holds the files `odd`, name: content."""
+    for part in ("train", "val"):
+        for label in ("one", "two"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for i in range(samples):
+                (tmp_path / part / label / f"{i}.jpg").write_bytes(damage.saved(damage.noisy(40, 31, i), "JPEG"))
+    for name, data in odd.items():
+        with open(os.path.join(os.fsencode(tmp_path / "train" / "one"), os.fsencode(name)), "wb") as stream:
+            stream.write(data)
+    return tmp_path
+
+
+def test_names_in_any_bytes_are_read_in_the_same_order(tmp_path):
+    """DALI takes UTF-8 only: a name in Latin-1 was a traceback."""
+    names = [b"caf\xe9", b"a b", b"a\nb", b"a'\"b", b" x", "ü✓".encode(), b"\\n{0}%s", b"\xff\xfe", b"tab\t"]
+    root = labelled(tmp_path, len(names) + 1)  # the last one stays as it is
+    for i, name in enumerate(names):
+        for part in ("train", "val"):
+            os.rename(root / part / "one" / f"{i:03}.png", os.fsencode(root / part / "one") + b"/" + name + b".png")
+    train, val = loaders(root, batch_size=4, image_size=8)
+    folder_val = loaders(root, "folder", batch_size=4, image_size=8, workers=0)[1]
+    assert numbers(epoch(val)[0]) == numbers(epoch(folder_val)[0])
+    assert sorted(numbers(epoch(train)[0])) == list(range(len(names) + 1))
+
+
+def test_a_damaged_file_whose_name_is_not_utf8_is_named_by_its_own_name(tmp_path):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    train, _ = loaders(spoilt(tmp_path, {name: damage.good_files()["jpeg"][:300]}))
+    with pytest.raises(UserError, match=re.escape(repr(str(tmp_path / "train" / "one" / name)))):
+        list(train)
+
+
+BAD = {
+    "png": lambda file: file[: len(file) // 2],  # DALI stops here without a name
+    "bmp_alpha": lambda file: file[:-50],  # and decodes the next ones
+    "jpeg": lambda file: file[:700] + damage.good_files()["jpeg_gray"][20:],
+    "jpeg_progressive": lambda file: file[: len(file) * 3 // 4],
+    "webp": lambda file: file[: len(file) // 2],
+    "webp_lossless": lambda file: file[:-40],
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_damaged_file_is_named(kind, tmp_path):
+    train, _ = loaders(spoilt(tmp_path, {f"bad.{kind}.jpg": BAD[kind](damage.good_files()[kind])}), batch_size=4)
+    with pytest.raises(UserError) as caught:
+        list(train)
+    message = str(caught.value)
+    assert f"bad.{kind}.jpg' cannot be decoded" in message and "epoch 0, batch" in message and "\n" not in message
+
+
+def test_the_first_pass_is_in_the_order_of_dali(tmp_path):
+    """Else a file would be decoded before it is checked."""
+    for rank in range(2):
+        for loader in loaders(labelled(tmp_path / str(rank), 23), batch_size=4, image_size=8, rank=rank, world_size=2):
+            files = sum(loader._file_batches(), [])
+            want = numbers(epoch(loader)[0])
+            assert [int(os.path.basename(file)[:3]) for file in files][: len(want)] == want and len(want) > 10
+
+
+def test_a_header_with_a_huge_size_takes_no_memory(tmp_path):
+    file = bytearray(damage.good_files(64, 64)["jpeg"])
+    at = file.find(b"\xff\xc0")
+    file[at + 5 : at + 9] = b"\xff\xdc\xff\xdc"  # 65,500 x 65,500 pixels
+    train, _ = loaders(spoilt(tmp_path, {"huge.jpg": bytes(file)}))
+    with pytest.raises(UserError, match=r"huge.jpg' cannot be decoded \(Image size \(4290250000 pixels\) exceeds"):
+        list(train)
+
+
+def test_a_file_that_dali_alone_refuses_is_named_and_the_way_out_works(tmp_path):
+    """A PNG that ends before its end chunk: Pillow reads it."""
+    root = spoilt(tmp_path, {"odd.png": damage.good_files()["png"][:-12]})
+    train, _ = loaders(root)
+    with pytest.raises(UserError, match="odd.png' cannot be decoded by DALI .*a new run with loader='folder'"):
+        list(train)
+    assert len(epoch(loaders(root, "folder", workers=0)[0])[1]) == 13
+
+
+def test_formats_that_dali_cannot_decode_are_found_before_the_run(tmp_path, monkeypatch):
+    """The ending does not count: a GIF named .jpg is a GIF."""
+    gif = damage.good_files()["gif"]
+    root = spoilt(tmp_path, {"a.jpg": gif, "b.jpg": gif})
+    monkeypatch.setattr(scan_module, "image_kind", lambda head: "gif" if head[:3] == b"GIF" else "jpeg")
+    said = []
+    options = DataOptions(data=str(root), workers=1, batch_size=4, image_size=32)
+    train, _ = create_loaders(options, torch.device("cpu"), log=said.append)
+    assert type(train).__name__ == "FolderLoader" and len(epoch(train)[1]) == 14
+    (line,) = [line for line in said if "decoding" in line]
+    assert "DALI cannot decode 2 GIF files, such as" in line and "a.jpg" in line
+    with pytest.raises(UserError, match="loader='dali': DALI cannot decode 2 GIF files"):
+        loaders(root)
+
+
+def test_a_format_that_came_later_is_named(tmp_path):
+    root = spoilt(tmp_path, {"late.jpg": damage.good_files()["jpeg"]})
+    train, _ = loaders(root)
+    (root / "train" / "one" / "late.jpg").write_bytes(damage.good_files()["tiff"])
+    with pytest.raises(UserError, match="late.jpg' is a TIFF, which DALI cannot decode"):
+        list(train)
+
+
+def test_exif_turns_as_in_the_folder_loader(tmp_path):
+    root = spoilt(tmp_path, {}, samples=1)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        for orientation in range(1, 9):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            data = damage.saved(damage.noisy(80, 60), kind, exif=exif)
+            (root / "val" / "one" / f"{kind}{orientation}.jpg").write_bytes(data)
+    options = DataOptions(data=str(root), workers=1, batch_size=16, image_size=48)
+    choices = [replace(options, loader=name, exif=exif) for name, exif in (("dali", 1), ("folder", 1), ("folder", 0))]
+    got, want, off = (epoch(create_loaders(choice, torch.device("cpu"))[1])[0] for choice in choices)
+    assert (got - want).abs().mean((1, 2, 3)).max() < 0.03
+    turned = (want - off).abs().mean((1, 2, 3)) > 0.1
+    assert turned.tolist() == [False, *[False, *[True] * 7] * 3, False]  # 0.jpg, orientations 1 to 8 three times, 0.jpg
+
+
+@pytest.mark.parametrize("loader", ["dali", "folder"])
+def test_a_long_picture_does_not_fill_the_memory(loader, tmp_path):
+    """1 x 20,000 pixels: evaluation would resize it to 256 x 5,120,000 pixels, 4 GB."""
+    root = spoilt(tmp_path, {"long.jpg": damage.saved(damage.noisy(1, 20_000), "JPEG")})
+    assert len(epoch(loaders(root, loader)[0])[1]) == 13
+    os.rename(root / "train" / "one" / "long.jpg", root / "val" / "one" / "long.jpg")
+    with pytest.raises(UserError, match="long.jpg' cannot be decoded .its 1 x 20000 pixels become 1,310,720,000 when"):
+        list(loaders(root, loader, image_size=224)[1])
+
+
+def test_every_file_is_looked_at_once(pictures, monkeypatch):
+    """In the first epoch and evaluation, and not in a resumed run."""
+    seen = []
+    monkeypatch.setattr(dali_files, "inspect", lambda file, side: seen.append(file) or ("JPEG", ""))
+    train, val = loaders(pictures)
+    for loader, files in ((train, scan(str(pictures / "train")).files), (val, scan(str(pictures / "val")).files)):
+        for _ in range(2):
+            epoch(loader)
+        assert sorted(set(seen)) == sorted(files) and len(seen) < len(files) + 8  # DALI pads the last batch
+        seen.clear()
+    again, _ = loaders(pictures)
+    again.load_state_dict(train.state_dict())
+    epoch(again)
+    assert seen == []

@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from fastkd.data import DataOptions, create_loaders, folder
+from fastkd.data import DataOptions, create_loaders
 from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD
-from fastkd.data.folder import decode
 from fastkd.data.scan import scan
 from fastkd.errors import UserError
 
@@ -50,37 +49,6 @@ def test_evaluation_is_what_pil_and_torchvision_give(pictures):
         want = np.asarray(transform(Image.open(file).convert("RGB")))
         got = (image * std + mean).permute(1, 2, 0).mul(255).numpy()
         assert np.abs(got - want).mean() < 0.6, file  # in steps of 1/255
-
-
-@pytest.fixture(params=["torchvision", "PIL"])
-def decoder(request, monkeypatch):
-    if request.param == "PIL":
-        monkeypatch.setattr(folder, "decode_image", None)
-    elif folder.decode_image is None:
-        pytest.skip("this torchvision decodes no images")
-
-
-def test_both_decoders_give_the_pixels_of_pil(pictures, decoder):
-    for file in scan(str(pictures / "val")).files:
-        assert (decode(file).permute(1, 2, 0).numpy() == np.asarray(Image.open(file).convert("RGB"))).all(), file
-
-
-@pytest.mark.parametrize("save", ["L", "P", "RGBA", "LA", "1", "I;16"])
-def test_every_png_becomes_rgb(save, tmp_path, decoder):
-    gray = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (40, 1))
-    image = Image.fromarray(gray.astype(np.uint16) * 257) if save == "I;16" else Image.fromarray(gray).convert(save)
-    image.save(tmp_path / "x.png")
-    want = gray[..., None].repeat(3, -1) if save == "I;16" else np.asarray(image.convert("RGB"))
-    got = decode(str(tmp_path / "x.png"))
-    assert got.dtype == torch.uint8 and (got.permute(1, 2, 0).numpy() == want).all()
-
-
-def test_exif_orientation_is_ignored(tmp_path, decoder):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "x.jpg", exif=exif)
-    assert decode(str(tmp_path / "x.jpg")).shape == (3, 30, 50)
 
 
 def test_workers_and_processes_do_not_change_an_image(pictures):
@@ -125,7 +93,7 @@ def test_the_training_process_keeps_its_random_numbers(pictures):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_jpeg_is_named(truncated, workers, decoder):
+def test_a_truncated_jpeg_is_named(truncated, workers):
     train, _ = loaders(truncated.parents[2], workers)
     with pytest.raises(UserError) as caught:
         list(train)

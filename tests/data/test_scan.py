@@ -8,7 +8,7 @@ import torch
 
 import fastkd.data.scan as scan_module
 from fastkd.data import DataOptions, create_loaders
-from fastkd.data.scan import image_kind, scan, scan_pair
+from fastkd.data.scan import image_kind, scan
 from fastkd.errors import UserError
 
 
@@ -35,7 +35,7 @@ def test_files_in_folders_of_a_class_are_found_as_image_folder_finds_them(small)
 def test_hidden_folders_and_other_files_are_passed_over(small):
     (small / "train" / ".cache").mkdir()
     (small / "train" / "ant" / "notes.txt").write_text("no image")
-    train, _ = scan_pair(str(small))
+    train = scan(str(small / "train"))
     assert train.classes == ("ant", "bee") and len(train.files) == 6
 
 
@@ -43,7 +43,7 @@ def test_a_png_named_jpeg_is_an_image(small):
     from PIL import Image
 
     Image.new("RGB", (70, 70)).save(small / "train" / "ant" / "n.JPEG", format="PNG")
-    assert len(scan_pair(str(small))[0].files) == 7
+    assert len(scan(str(small / "train")).files) == 7
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,12 @@ def test_a_png_named_jpeg_is_an_image(small):
         (b"BM6", "bmp"),
         (b"RIFF\x10\0\0\0WEBPVP8 ", "webp"),
         (b"RIFF\x10\0\0\0WAVEfmt ", None),
-        (b"GIF89a", None),
+        (b"GIF89a", "gif"),
+        (b"II*\0", "tiff"),
+        (b"MM\0*", "tiff"),
+        (b"P5\n40 48\n", "ppm"),
+        (b"\0\0\0 ftypavif", "avif"),
+        (b"\0\0\0 ftypheic", None),
         (b"", None),
     ],
 )
@@ -83,6 +88,8 @@ def test_empty_split(small):
 def test_class_without_images(small):
     (small / "train" / "cow").mkdir()
     refused(small, "no images in 1 of the 3 classes", "(cow)", ".jpg")
+    (small / "train" / "cow" / "list.csv").write_text("moo")
+    refused(small, "(cow, but 1 ending in .csv (cow/list.csv))")
 
 
 def test_different_classes(small):

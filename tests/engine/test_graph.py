@@ -48,6 +48,18 @@ def test_every_option(name, options):
     assert run.graphs and same(eager, replayed)
 
 
+def test_the_decay_of_an_average_that_warms_up_is_not_frozen_in_the_graph():
+    averages = []
+    for how in (None, GraphedStep):
+        step = Step(build("kd"), TrainOptions(lr=0.05, ema_decay=0.999), CPU, ema_warms_up=True)
+        run = how(step, Graph, warm_up=1) if how else step
+        for number in range(6):
+            step.ema.write(number)
+            run(*batch(number % 3, 8))
+        averages.append(step.state_dict())
+    assert run.graphs and same(*averages)
+
+
 def test_one_graph_for_each_plan_and_the_oldest_use_goes():
     method = build("iakd")
     step = GraphedStep(Step(method, TrainOptions(lr=0.01), CPU), Graph, warm_up=0, largest=2)

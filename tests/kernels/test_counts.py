@@ -176,3 +176,31 @@ def test_options_cost_no_launch(counts):
     options = {"label_smoothing": 0.1, "standardize": True}
     kd_loss(student, teacher, labels(student), **options).loss.backward()
     assert counts.launches == 2 and counts.bytes / student.numel() <= 6.5
+
+
+@pytest.mark.parametrize("options, most", [({"reduction": "none"}, 10.5), ({"reduction": "sum"}, 6.5)])
+def test_the_losses_of_rows_cost_no_launch(counts, options, most):
+    """The gradient of a row waits for what comes from above: the forward pass writes none."""
+    student, teacher = tensors(LOGITS["KD"], N, 1000)
+    loss = kd_loss(student, teacher, labels(student), **options).loss
+    forward = counts.launches
+    loss.backward(torch.linspace(0, 1, N) if loss.dim() else None)
+    assert (forward, counts.launches) == (1, 2)
+    assert most - 0.5 <= counts.bytes / student.numel() <= most
+
+
+def test_class_weights_and_masked_rows_cost_no_launch_of_the_kernel(counts):
+    student, teacher = tensors(LOGITS["KD"], N, 1000)
+    options = {"class_weights": torch.ones(1000), "ignore_index": 1, "mask_kd": True}
+    kd_loss(student, teacher, labels(student), **options).loss.backward()
+    assert counts.launches == 2 and counts.bytes / student.numel() <= 6 + 4 + 0.5  # a weight is read for each logit
+
+
+def test_a_missing_target_is_not_read(counts):
+    found = []
+    for target in (labels(torch.empty(N, 1000)), None):
+        student, teacher = tensors(LOGITS["KD"], N, 1000)
+        before = counts.bytes
+        kd_loss(student, teacher, target, ce_weight=0.0).loss.backward()
+        found.append(counts.bytes - before)
+    assert found[0] - found[1] == 8 * N

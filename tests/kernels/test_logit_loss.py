@@ -399,17 +399,21 @@ def test_gradcheck(name, options):
     assert torch.autograd.gradcheck(function, heads)
 
 
-@pytest.mark.parametrize("name", ["KD", "DCM"])
-def test_opcheck(path, name):
+@pytest.mark.parametrize("name, reduction", [("KD", "mean"), ("DCM", "mean"), ("KD", "none")])
+def test_opcheck(path, name, reduction):
     torch.use_deterministic_algorithms(False)
     c, W = TABLES[name]
     heads, y = make(len(c), 3, 6, learners=1 if name == "KD" else len(c))
     weights = [w for ci, row in zip(c, W, strict=True) for w in (ci, *row)]
     learns = [head.requires_grad for head in heads]
-    common = (weights, 2.0, 0.1, None, False, learns)
+    class_weights, rows = (
+        torch.rand(6, device=DEVICE) if reduction == "none" else None,
+        (3,) if reduction == "none" else (),
+    )
+    common = (class_weights, weights, 2.0, 0.1, None, False, False, reduction, learns)
     torch.library.opcheck(torch.ops.fastkd.logit_loss.default, (heads, y, *common, True))
     detached = [head.detach() for head in heads]
-    upstream = (torch.tensor(2.0, device=DEVICE), torch.rand(len(c), len(c) + 1, device=DEVICE))
+    upstream = (torch.rand(rows, device=DEVICE), torch.rand(*rows, len(c), len(c) + 1, device=DEVICE))
     torch.library.opcheck(torch.ops.fastkd.logit_loss_backward.default, (detached, y, *common, *upstream))
 
 
@@ -591,7 +595,11 @@ def test_a_label_that_is_no_class_shows_as_nan_in_the_kernel():
     weights = [0.1, 0.0, 0.9, 0.0, 0.0, 0.0]
     heads = [head.detach() for head in heads]
     loss, terms = torch.zeros((), device=DEVICE), torch.zeros(2, 3, device=DEVICE)
-    launch(module.Inputs(heads, y, weights, 1.0, 0.0, None, False, [True, False]), (loss, terms), grads)
+    launch(
+        module.Inputs(heads, y, None, weights, 1.0, 0.0, None, False, False, "mean", [True, False]),
+        (loss, terms),
+        grads,
+    )
     assert loss.isnan() and grads[0, 2].isnan().all() and grads[0, [0, 1, 3]].isfinite().all()
 
 

@@ -79,7 +79,7 @@ def right(modules) -> bool:
             padded[:, :10] = heads[0]
             heads = [padded[:, :10], *heads[1:]]
             weights = [float(w) for ci, row in zip(c, W, strict=True) for w in (ci, *row)]
-            settings = (weights, T, smoothing, None, False, [i < learners for i in range(len(c))])
+            settings = (None, weights, T, smoothing, None, False, False, "mean", [i < learners for i in range(len(c))])
             inputs, grads = Inputs(heads, y, *settings), torch.full((learners, 5, 10), torch.nan)
             loss, terms = torch.full((), torch.nan), torch.full((len(c), len(c) + 1), torch.nan)
             compute(inputs, (loss, terms), grads)

@@ -33,7 +33,7 @@ def test_every_method_with_its_paper_and_needs(fastkd, wide):
         assert ("peers" in cells[3].split("; ")) == kind.needs_peers
     assert row(out, "ce")[2:] == ["-", "-"] and row(out, "kd")[2:] == ["arXiv:1503.02531", "teacher"]
     assert row(out, "dml")[3] == "peers"
-    assert row(out, "at")[3] == "teacher; both staged, equal H x W at every stage"
+    assert row(out, "at")[3] == "teacher; both staged, equally many stages"
 
 
 def test_a_new_method_is_in_the_table(fastkd, wide, monkeypatch):

@@ -12,7 +12,9 @@ from fastkd.errors import UserError
 from fastkd.methods import CE, METHODS, find_method
 
 NAMES = ["at", "fitnet", "ofd", "dkd", "dist", "rkd", "sp"]
-OPTIONS = [(name, option) for name in NAMES for option in vars(METHODS[name].Options()) if option != "stage"]
+OPTIONS = [
+    (name, option) for name in NAMES for option in vars(METHODS[name].Options()) if option not in ("stage", "features")
+]
 
 
 def network(name, seed, classes=4):
@@ -85,6 +87,26 @@ def test_at(nets, batch):
         want = want + (a_s - a_t).pow(2).sum() / a_s.numel()
     check_terms(made("at", nets), batch, "at", 1000 * want)
     check_terms(made("at", nets, ce_weight=0.5, attention_weight=3.0), batch, "at", 3 * want)
+
+
+def test_at_pools_the_larger_map(nets, batch):
+    teacher = network("vgg8", 1).eval()
+    theirs, x = [], teacher.block0(batch[0])
+    for block in (teacher.block1, teacher.block2, [*teacher.block3, *teacher.block4]):
+        x = teacher.pool(x)
+        for layer in block:
+            x = layer(x)
+        theirs.append(x)
+    want = 0
+    for s, t in zip(maps(nets[0], batch[0])[0], theirs, strict=True):
+        assert s.shape[2] == 2 * t.shape[2]
+        s = s.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))
+        (a_s, a_t) = (f.pow(2).mean(1).flatten(1) for f in (s, t))
+        (a_s, a_t) = (a / a.pow(2).sum(1, keepdim=True).sqrt() for a in (a_s, a_t))
+        want = want + (a_s - a_t).pow(2).sum() / a_s.numel()
+    check_terms(made("at", (nets[0], teacher)), batch, "at", 1000 * want)
+    smaller = METHODS["at"](network("vgg8", 2), network("resnet8", 0)).double()  # here the teacher's maps are pooled
+    assert smaller(*batch)["at"] > 0
 
 
 @pytest.mark.parametrize("stage, index", [(0, 1), (1, 0), (2, 1), (3, 2)])
@@ -182,10 +204,19 @@ def cosine(f, i, j, k):
     return (f[i] - f[j]) @ (f[k] - f[j]) / (f[i] - f[j]).norm() / (f[k] - f[j]).norm()
 
 
-def test_sp(nets, batch):
-    grams = [f.flatten(1) @ f.flatten(1).T for f in (maps(net, batch[0])[0][-1] for net in nets)]
+@pytest.mark.parametrize("features", ["embedding", "maps"])
+def test_sp(nets, batch, features):
+    whole = [maps(net, batch[0])[0][-1] for net in nets]
+    rows = [f.flatten(1) if features == "maps" else f.mean((2, 3)) for f in whole]
+    grams = [f @ f.T for f in rows]
     g_s, g_t = (g / g.pow(2).sum(1, keepdim=True).sqrt() for g in grams)
-    check_terms(made("sp", nets), batch, "sp", 3000 * (g_s - g_t).pow(2).sum() / 25)
+    check_terms(made("sp", nets, features=features), batch, "sp", 3000 * (g_s - g_t).pow(2).sum() / 25)
+
+
+def test_sp_says_what_its_features_can_be():
+    with pytest.raises(UserError, match="--features must be embedding or maps, got 'map'"):
+        METHODS["sp"].Options(features="map")
+    assert METHODS["sp"].Options().features == "embedding"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -256,8 +287,13 @@ def test_temperature_is_above_0(name):
         METHODS[name].Options(temperature=0.0)
 
 
-@pytest.mark.parametrize("name", ["at", "fitnet", "ofd"])
-@pytest.mark.parametrize("teacher, shapes", [("vgg8", "128x32x32, 256x16x16, 512x8x8"), ("mobilenetv2", "32x32x32")])
+@pytest.mark.parametrize(
+    "name, teacher, shapes",
+    [
+        *((name, "vgg8", "128x32x32, 256x16x16, 512x8x8") for name in ("fitnet", "ofd")),
+        *((name, "mobilenetv2", "32x32x32") for name in ("at", "fitnet", "ofd")),
+    ],
+)
 def test_stages_that_do_not_match_are_shown(name, teacher, shapes):
     with pytest.raises(UserError) as error:
         METHODS[name](create_model("resnet8", 4), create_model(teacher, 4))

@@ -4,6 +4,7 @@ import copy
 import itertools
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from capture import Capture
@@ -13,6 +14,8 @@ from fastkd.engine import Step, TrainOptions
 from fastkd.errors import UserError
 from fastkd.methods import CE, IAKD, RunContext
 from fastkd.methods.iakd import IAKDOptions
+from fastkd.models import name_stages
+from fastkd.models.sizes import note_image_size
 
 PATHS = list(itertools.product((True, False), repeat=3))
 
@@ -209,6 +212,90 @@ def test_adapters_change_the_channels_and_stay_behind():
         method(*batch(), path)["ce"].backward()
     assert all(p.grad is not None for p in method.adapters.parameters()) and len(list(method.adapters.parameters()))
     assert method.networks() == {"student": student} and set(student.state_dict()) == set(net("resnet8").state_dict())
+
+
+class ThreeStages(torch.nn.Module):
+    """Stages of one block each, with these channels and strides."""
+
+    def __init__(self, channels, strides=(1, 2, 2)):
+        super().__init__()
+        widths = list(zip([8, *channels[:-1]], channels, strides, strict=True))
+        blocks = [torch.nn.Sequential(torch.nn.Conv2d(a, b, 3, s, 1), torch.nn.ReLU()) for a, b, s in widths]
+        self.stem, (self.one, self.two, self.three) = torch.nn.Conv2d(3, 8, 3, padding=1), blocks
+        self.fc = torch.nn.Linear(channels[-1], 4)
+        name_stages(self, ["one", "two", "three"])
+
+    def forward(self, x):
+        return self.fc(self.three(self.two(self.one(self.stem(x)))).mean((2, 3)))
+
+
+def test_the_error_says_which_gates_fit_and_what_to_do():
+    student, wider = ThreeStages((8, 8, 16)), ThreeStages((8, 12, 16))
+    with pytest.raises(UserError) as error:
+        IAKD(note(student, 16), note(wider, 16))
+    assert str(error.value) == (
+        "2 of 3 gates cannot be swapped, for images of 16 x 16 (C x H x W): stage 2: the student's block takes "
+        "8 x 16 x 16 to 8 x 8 x 8 and the teacher's 8 x 16 x 16 to 12 x 8 x 8; stage 3: the student's block takes "
+        "8 x 8 x 8 to 16 x 4 x 4 and the teacher's 12 x 8 x 8 to 16 x 4 x 4; those that fit: stage 1; the channels "
+        "alone differ: use --adapters, or another pair"
+    )
+    later = ThreeStages((8, 12, 16), strides=(1, 1, 2))
+    with pytest.raises(UserError) as error:
+        IAKD(note(student, 16), note(later, 16), IAKDOptions(adapters=True))
+    assert (
+        "at stage 2, stage 3 more than the channels differs, and --adapters changes channels alone: choose a pair"
+        in (str(error.value))
+    )
+    assert "those that fit" in str(error.value) and "use --adapters" not in str(error.value)
+
+
+def note(net, size):
+    note_image_size(net, size)
+    return net
+
+
+def test_blocks_of_other_sizes_name_the_gates_that_fit():
+    def two_blocks(strides):
+        torch.manual_seed(0)
+        made = ThreeStages((8, 8, 16))
+        blocks = [torch.nn.Conv2d(8, 8, 3, stride, 1) for stride in strides]
+        made.two = torch.nn.Sequential(*blocks)
+        return made
+
+    with pytest.raises(UserError, match="at stage 2, block 1, .* alone: use --gates stage, or choose a pair"):
+        IAKD(two_blocks((1, 2)), two_blocks((2, 1)), IAKDOptions(gates="block"))
+    IAKD(two_blocks((1, 2)), two_blocks((2, 1)))
+
+
+def transformer(width, depth, seed=0):
+    torch.manual_seed(seed)
+    options = {"img_size": 16, "patch_size": 4, "embed_dim": width, "depth": depth, "num_heads": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=4, **options)
+
+
+def test_blocks_of_tokens_are_swapped():
+    student, teacher = transformer(16, 4), transformer(16, 8, 1).eval()
+    method = IAKD(student, teacher, IAKDOptions()).eval()
+    x = student.norm_pre(student._pos_embed(student.patch_embed(batch()[0])))
+    for block in [*teacher.blocks[:2], student.blocks[1], *teacher.blocks[4:6], student.blocks[3]]:
+        x = block(x)
+    want = F.cross_entropy(student.forward_head(student.norm(x)), batch()[1])
+    path = (False, True, False, True)
+    torch.testing.assert_close(method(*batch(), path)["ce"], want, rtol=0, atol=0)
+
+
+def test_adapters_of_tokens_are_linear():
+    with pytest.raises(
+        UserError, match=r"\(tokens x C\): stage 1: the student's block takes 17 x 16 .* use --adapters"
+    ):
+        IAKD(transformer(16, 4), transformer(24, 4, 1))
+    method = IAKD(transformer(16, 4), transformer(24, 4, 1), IAKDOptions(adapters=True)).train()
+    method(*batch(), (False,) * 4)["ce"].backward()
+    assert {type(layer) for pair in method.adapters for each in pair for layer in each} == {
+        torch.nn.Linear,
+        torch.nn.LayerNorm,
+    }
+    assert all(p.grad is not None for p in method.adapters.parameters())
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ from null_device import device
 from null_device.checks import Watch
 from null_device.methods import CUDA, as_graph, run_steps, step_of
 
-from fastkd.engine import choose_form
+from fastkd import create_model
+from fastkd.engine import Step, TrainOptions, choose_form
 from fastkd.engine.mixup import Mixup
+from fastkd.methods import KD
+from fastkd.models import Ensemble
 
 OPTIONS = [
     {"opt": "adamw", "ema_decay": 0.9},
@@ -54,6 +57,22 @@ def test_teacher_forms_in_a_graph(name, form):
     runner, first = as_graph(step), device.count_graphs()
     run_steps(runner, step, range(4))
     assert len(device.graphs(first)) == 1
+    runner.close()
+
+
+@pytest.mark.parametrize("mean, form", [("probabilities", "plain"), ("logits", "fused"), ("probabilities", "compiled")])
+def test_several_teachers_in_a_graph(mean, form):
+    """A step waits for nothing, has no tensor on the CPU, and is captured, in each form of the teachers."""
+    nets = [create_model(name, 10) for name in ("resnet8", "resnet14")]
+    method = KD(create_model("resnet8", 10), Ensemble(nets, [2, 1], mean, 4.0)).train()
+    step = Step(method.to(CUDA, memory_format=torch.channels_last), TrainOptions(lr=0.05, device="cuda"), CUDA)
+    logged, images, watch = [], batch(0, 8)[0].to(CUDA), Watch()
+    assert choose_form(method, images, form, step.precision, logged.append) == form, logged
+    run_steps(step, step, range(1), may_wait=form == "compiled")
+    run_steps(step, step, range(1, 3), watch=watch)
+    runner = as_graph(step)
+    run_steps(runner, step, range(3, 6))
+    assert not watch.on_cpu and not watch.layouts and runner.graphs, (watch.on_cpu, watch.layouts)
     runner.close()
 
 

@@ -2,9 +2,11 @@
 
 from typing import Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ...models.sizes import image_size_of
 from ...models.stages.staged import Shapes, Staged, output_shapes, staged
 
 
@@ -27,7 +29,8 @@ def gates_of(student: nn.Module, teacher: nn.Module, kind: Literal["stage", "blo
     if len(ours) != len(theirs):
         raise UserError(
             f"the student {type(student).__name__} has {len(ours)} stages and the teacher {type(teacher).__name__} "
-            f"{len(theirs)}: swapping needs equally many; choose another pair"
+            f"{len(theirs)}: swapping needs equally many; choose another pair, or name the stages "
+            "(--student-stages, --teacher-stages)"
         )
     gates: list[Gate] = []
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True), 1):
@@ -57,28 +60,79 @@ def _blocks(stage: str, module: nn.Module) -> list[nn.Module]:
     return list(module)
 
 
+class Ports(NamedTuple):
+    """What goes into a gate and comes out of it, of one network: shapes without N, and where their channels are."""
+
+    shapes: Shapes
+    channels_last: bool
+
+    @property
+    def channels(self) -> list[int]:
+        return [shape[-1 if self.channels_last else 0] for shape in self.shapes]
+
+    @property
+    def sizes(self) -> list[tuple[int, ...]]:
+        """H x W, or the number of tokens; with the place of the channels, which adapters do not change either."""
+        return [(*(shape[:-1] if self.channels_last else shape[1:]), self.channels_last) for shape in self.shapes]
+
+    def __str__(self) -> str:
+        return " to ".join(" x ".join(map(str, shape)) for shape in self.shapes)
+
+
 def adapted(
     student: nn.Module, teacher: nn.Module, gates: list[Gate], allowed: bool
 ) -> tuple[list[Gate], nn.ModuleList]:
     """The gates with adapters around the teacher's module where channels differ, and [before, after] for every gate.
 
-    An adapter is a 1x1 convolution and BN, or an identity if the channels agree. Raises UserError if H x W differ at a
-    gate, or if the channels differ and adapters are not `allowed`.
+    An adapter is a 1x1 convolution and BN (a linear layer and LayerNorm for tokens), or an identity if the channels
+    agree. Raises UserError if H x W differ at a gate, or if the channels differ and adapters are not `allowed`.
     """
-    mine = output_shapes(student, [staged(student).stem, *(gate.student for gate in gates)])
-    others = output_shapes(teacher, [staged(teacher).stem, *(gate.teacher for gate in gates)])
+    mine = _ports(student, [gate.student for gate in gates])
+    others = _ports(teacher, [gate.teacher for gate in gates])
+    fits = [ours == theirs or allowed and ours.sizes == theirs.sizes for ours, theirs in zip(mine, others, strict=True)]
+    if not all(fits):
+        raise UserError(_misfits(gates, mine, others, image_size_of(student)))
     pairs = nn.ModuleList()
-    for i, gate in enumerate(gates):
-        ours, theirs = mine[i : i + 2], others[i : i + 2]  # (C, H, W) before and after the gate
-        sizes_agree = all(a[1:] == b[1:] for a, b in zip(ours, theirs, strict=True))
-        if ours != theirs and not (allowed and sizes_agree):
-            hint = "use --adapters, or another pair" if sizes_agree else "choose a pair of equal H x W at every gate"
-            raise UserError(
-                f"{gate.name}: the student's block takes {_named(ours)} and the teacher's {_named(theirs)} (C x H x W "
-                f"for a 64 x 64 image), so they cannot be swapped; {hint}"
-            )
-        pairs.append(nn.ModuleList([_adapter(ours[0][0], theirs[0][0]), _adapter(theirs[1][0], ours[1][0])]))
+    for ours, theirs in zip(mine, others, strict=True):
+        (before, after), (takes, gives) = ours.channels, theirs.channels
+        last = ours.channels_last
+        pairs.append(nn.ModuleList([_adapter(before, takes, last), _adapter(gives, after, last)]))
     return with_adapters(gates, pairs), pairs
+
+
+def _ports(net: nn.Module, modules: list[nn.Module]) -> list[Ports]:
+    """Those of each gate of a network, whose modules are given."""
+    view = staged(net)
+    shapes = output_shapes(net, [view.stem, *modules])
+    example = torch.empty(1, *shapes[0], device="meta")
+    channels_last = example.ndim == 3 or view.layout.map(example) is not example
+    return [Ports(shapes[i : i + 2], channels_last) for i in range(len(modules))]
+
+
+def _misfits(gates: list[Gate], mine: list[Ports], others: list[Ports], size: int) -> str:
+    """Which gates fit and which do not, with their shapes, and what to do."""
+    tokens = len(mine[0].shapes[0]) == 2
+    kind = "tokens x C" if tokens else "H x W x C" if mine[0].channels_last else "C x H x W"
+    lines, fitting, rigid = [], [], []
+    for gate, ours, theirs in zip(gates, mine, others, strict=True):
+        if ours == theirs:
+            fitting.append(gate.name)
+            continue
+        lines.append(f"{gate.name}: the student's block takes {ours} and the teacher's {theirs}")
+        if ours.sizes != theirs.sizes:
+            rigid.append(gate.name)
+    advice = "the channels alone differ: use --adapters, or another pair"
+    if rigid:
+        ends = [i for i, gate in enumerate(gates) if gate.ends_stage]
+        stages_fit = len(ends) < len(gates) and all(mine[i].sizes[1] == others[i].sizes[1] for i in ends)
+        other_gates = "use --gates stage, or " if stages_fit else ""
+        advice = f"at {', '.join(rigid)} more than the channels differs, and --adapters changes channels alone: "
+        advice += f"{other_gates}choose a pair of equal H x W at every gate"
+    fit = f"; those that fit: {', '.join(fitting)}" if fitting else ""
+    return (
+        f"{len(lines)} of {len(gates)} gates cannot be swapped, for images of {size} x {size} ({kind}): "
+        f"{'; '.join(lines)}{fit}; {advice}"
+    )
 
 
 def with_adapters(gates: list[Gate], pairs: nn.ModuleList) -> list[Gate]:
@@ -91,12 +145,12 @@ def with_adapters(gates: list[Gate], pairs: nn.ModuleList) -> list[Gate]:
     return result
 
 
-def _named(shapes: Shapes) -> str:
-    return " to ".join(" x ".join(map(str, shape)) for shape in shapes)
-
-
-def _adapter(cin: int, cout: int) -> nn.Module:
-    return nn.Identity() if cin == cout else nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout))
+def _adapter(cin: int, cout: int, channels_last: bool) -> nn.Module:
+    if cin == cout:
+        return nn.Identity()
+    if channels_last:
+        return nn.Sequential(nn.Linear(cin, cout, bias=False), nn.LayerNorm(cout))
+    return nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout))
 
 
 class Swapped(NamedTuple):
@@ -107,10 +161,19 @@ class Swapped(NamedTuple):
     path: tuple[bool, ...]
 
     def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Images [N, 3, H, W] -> logits [N, classes] and the output of every stage, as Staged.features."""
-        x, maps = self.view.stem(images), []
+        """Images [N, 3, H, W] -> logits [N, classes] and the map of every stage, as Staged.features."""
+        logits, outputs = self.outputs(images)
+        return logits, self.maps(outputs)
+
+    def maps(self, outputs: list[Tensor]) -> list[Tensor]:
+        """The outputs of the stages as maps [N, C, H, W]."""
+        return self.view.maps(outputs)
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images [N, 3, H, W] -> logits [N, classes] and the output of every stage, as Staged.outputs."""
+        x, outputs = self.view.stem(images), []
         for gate, runs_student in zip(self.gates, self.path, strict=True):
             x = gate.student(x) if runs_student else gate.teacher(x)
             if gate.ends_stage:
-                maps.append(x)
-        return self.view.head(x), maps
+                outputs.append(x)
+        return self.view.head(x), outputs

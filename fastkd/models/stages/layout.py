@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..own_input import plain_network
 
 # networks whose stages give [N, H, W, C], by the name of the class; timm's say so themselves, in `output_fmt`
 CHANNELS_LAST = {"torchvision.models.swin_transformer.SwinTransformer"}
@@ -59,6 +60,7 @@ CONVOLUTIONAL = Layout(channels_last=False)
 
 def layout_of(model: nn.Module) -> Layout:
     """The layout of the outputs of the stages of `model`."""
+    model = plain_network(model)
     stated = getattr(model, "output_fmt", None)  # a string or an enum, in timm
     channels_last = str(getattr(stated, "value", stated)) == "NHWC" if stated else None
     if any(f"{cls.__module__}.{cls.__name__}" in CHANNELS_LAST for cls in type(model).__mro__):

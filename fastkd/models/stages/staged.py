@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..ensemble import Ensemble
+from ..own_input import OwnInput
 from ..sizes import image_size_of, probe
 from .families import Split, advice, is_known, split_family
 from .layout import layout_of
@@ -84,6 +86,14 @@ def staged(model: nn.Module, stages: Sequence[str] | None = None) -> Staged:
     and only the output of a stage may be used after it. `name_stages` stores the names on the network. Raises UserError
     if the network cannot be divided.
     """
+    if isinstance(model, Ensemble):
+        raise UserError(
+            f"{len(model.nets)} teachers together have no feature maps: give one teacher, or use a method that learns "
+            "from logits alone (kd, dkd, dist)"
+        )
+    if isinstance(model, OwnInput):  # its images are adapted before everything else
+        inner = staged(model.net, stages)
+        return Staged(model, nn.Sequential(model.adapt, inner.stem), inner.stages, inner.head)
     stages = getattr(model, "_fastkd_stages", None) if stages is None else stages
     stem, middle, head = _split(model) if stages is None else split_at(model, stages)
     return Staged(model, stem, middle, head)

@@ -5,8 +5,15 @@ import copy
 import pytest
 import timm
 import torch
+from timm.models.cait import LayerScaleBlock
+from timm.models.edgenext import SplitTransposeBlock
+from timm.models.fastvit import LayerScale2d
+from timm.models.metaformer import MetaFormerBlock
+from timm.models.xcit import XCABlock
 from torch import nn
+from torchvision.models import SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.swin_transformer import SwinTransformerBlockV2
 
 from fastkd.errors import UserError
 from fastkd.methods.parts.reinit import reinit
@@ -31,6 +38,14 @@ NETS = {
     "torchvision convnext": convnext,
     "timm convnext": lambda: timm.create_model("convnext_atto", dims=(8, 8, 16, 16), depths=(1, 1, 1, 1)),
     "timm convnextv2": lambda: timm.create_model("convnextv2_atto", dims=(8, 8, 16, 16), depths=(1, 1, 1, 1)),
+    "timm vit": lambda: timm.create_model("vit_tiny_patch16_224", embed_dim=24, depth=1, num_heads=2),
+    "torchvision vit": lambda: VisionTransformer(32, 16, 1, 2, 16, 32, num_classes=3),
+    "torchvision swin": lambda: SwinTransformer([4, 4], 8, [1, 1], [1, 2], [4, 4], num_classes=3),
+    "cait": lambda: LayerScaleBlock(8, 2),
+    "xcit": lambda: XCABlock(8, 2),
+    "edgenext": lambda: SplitTransposeBlock(8, num_heads=2),
+    "metaformer": lambda: MetaFormerBlock(8, layer_scale_init_value=1e-5, res_scale_init_value=1.0),
+    "fastvit": lambda: LayerScale2d(8),
 }
 
 
@@ -78,6 +93,17 @@ def test_keeps_the_dtype_and_follows_the_seed():
     again = reinit(model)
     assert first.fc.weight.dtype == torch.float64 and torch.equal(first.conv1.weight, again.conv1.weight)
     assert not torch.equal(reinit(model).conv1.weight, first.conv1.weight)
+
+
+def test_tables_and_scales_start_as_in_their_libraries():
+    torch.manual_seed(0)
+    twin = reinit(learned(NETS["torchvision vit"]()))
+    assert twin.encoder.pos_embedding.abs().max() <= 0.04 and 0.01 < twin.encoder.pos_embedding.std() < 0.03
+    scales = reinit(learned(NETS["metaformer"]()))
+    assert scales.layer_scale1.scale.eq(1e-5).all() and scales.res_scale1.scale.eq(1).all()
+    assert reinit(learned(NETS["cait"]())).gamma_1.eq(1e-5).all()
+    block = reinit(learned(SwinTransformerBlockV2(8, 2, [4, 4], [0, 0])))
+    assert block.attn.logit_scale.exp().allclose(torch.tensor(10.0))
 
 
 class Scaled(nn.Module):

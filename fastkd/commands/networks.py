@@ -1,0 +1,136 @@
+"""The networks of a run, made from its options: the student, the teachers and the peers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import checkpoint, distributed
+from ..config import Config, NetworkOptions
+from ..data.classes import class_note, class_order
+from ..errors import UserError
+from ..methods.base import Method
+from ..models import create_model, name_stages, new_classifier_of, reorder_classes
+from ..models.ensemble import Ensemble
+from ..models.own_input import InputSpec, own_input
+from ..report import log_rank0
+from .teacher_input import check_teacher_input, teacher_input
+
+
+@dataclass(frozen=True)
+class NetworkMaker:
+    """Makes the networks of a run. Each depends on the options and the seed alone, and is equal in every process.
+
+    A network that will be trained takes weights of another number of classes, or of classes with other names.
+    """
+
+    options: NetworkOptions
+    classes: tuple[str, ...]  # names, in label order
+    images: InputSpec  # as the loaders give them
+    seed: int
+    ignore_class_names: bool = False
+
+    def student(self) -> nn.Module:
+        """The student, with its initial weights."""
+        options = self.options
+        check_hash(options.student_weights, options.student_sha256)
+        return self.make("student", options.student, options.student_weights)
+
+    def teachers(self) -> list[nn.Module]:
+        """The teachers in the order of --teacher. Teachers that are trained first have other initial weights each."""
+        pairs = zip(self.options.teacher, self.options.weights_of_teachers, strict=True)
+        return [self._teacher(number, name, weights) for number, (name, weights) in enumerate(pairs)]
+
+    def _teacher(self, number: int, name: str, weights: str) -> nn.Module:
+        """A teacher, with its own input if it takes other images than the student."""
+        trained = self.options.teacher_epochs > 0
+        wanted = teacher_input(self.options, name, weights, self.images, log_rank0, is_trained=trained)
+        net = self.make("teacher", name, weights, number, trained=trained, image_size=wanted.image_size)
+        return own_input(net, self.images, wanted)
+
+    def peers(self) -> list[nn.Module]:
+        """The peers. They start with other weights each: equal networks have nothing to teach each other."""
+        return [self.make("peer", name, "", number) for number, name in enumerate(self.options.peers, 1)]
+
+    def make(
+        self, role: str, name: str, weights: str, number: int = 0, *, trained: bool = True, image_size: int = 0
+    ) -> nn.Module:
+        """A network by its name. `number` is added to the seed of the initial weights. `image_size` 0: the run's."""
+        torch.manual_seed(self.seed + number)  # so that it does not depend on the networks before it
+        if distributed.rank() > 0:
+            distributed.barrier()  # rank 0 goes first, so that pre-trained weights are downloaded once
+        size = image_size or self.images.image_size
+        net = create_model(name, len(self.classes), weights or None, image_size=size, new_classifier=trained)
+        if distributed.rank() == 0:
+            distributed.barrier()
+        ends = {"student": self.options.student_stages, "teacher": self.options.teacher_stages}.get(role, ())
+        if ends:
+            name_stages(net, ends)
+        if fresh := new_classifier_of(net):
+            have = f"{fresh.classes} classes" if fresh.classes else "no classifier"
+            log_rank0(
+                f"{role} {name}: {weights or 'the tag'} has {have}, the data {len(self.classes)} classes: a new "
+                f"classifier; these keys start fresh: {', '.join(fresh.keys)}"
+            )
+        elif weights:
+            self._align_classes(role, net, weights, trained)
+        return net
+
+    def _align_classes(self, role: str, net: nn.Module, weights: str, trained: bool) -> None:
+        """Put the logits into the order of the data's classes, if the file notes the names of its classes.
+
+        Raises UserError if a network that will not be trained has classes of other names.
+        """
+        noted = checkpoint.read_about(Path(weights)).get("data", {}).get("classes", self.classes)
+        source = f"--{role}-weights {weights}"
+        if trained and sorted(noted) != sorted(self.classes):
+            if not self.ignore_class_names:
+                log_rank0(f"{source}: its classes have other names than the data's; its classifier is trained further")
+            return
+        order = class_order(noted, self.classes, source, self.ignore_class_names)
+        if order is not None:
+            reorder_classes(net, order)
+            log_rank0(f"{source}: it has the classes in another order; its logits are put into the data's order")
+        elif note := class_note(noted, self.classes, source, self.ignore_class_names):
+            log_rank0(note)
+
+
+def check_hash(weights: str, sha256: str) -> None:
+    """Raise UserError if the file `weights` has another content than the noted one; an empty hash fits any file."""
+    if sha256 and (found := checkpoint.sha256_of(Path(weights))) != sha256:
+        raise UserError(
+            f"--student-weights {weights} has the SHA-256 {found or 'of no file'}, and --student-sha256 is {sha256}: "
+            "give the file of the run that is repeated, or drop --student-sha256"
+        )
+
+
+def teacher_of(teachers: list[nn.Module], config: Config) -> nn.Module | None:
+    """The network that the method takes as its teacher: the only one, or the mean of several; None without teachers.
+
+    The mean of probabilities is taken at the method's temperature.
+    """
+    if len(teachers) < 2:
+        return teachers[0] if teachers else None
+    names = config.networks
+    temperature = getattr(config.method, "temperature", 1.0)
+    return Ensemble(teachers, names.teacher_ratios or None, names.ensemble, temperature)
+
+
+def check_networks(kind: type[Method], config: Config) -> None:
+    """Raise UserError if the options name networks or weights that the method does not use, or lack weights."""
+    names, method = config.networks, config.run.method
+    if names.peers and not kind.needs_peers:
+        raise UserError(f"--peers {' '.join(names.peers)}: method {method} trains the student alone; drop --peers")
+    if names.teacher_weights and not kind.needs_teacher:
+        raise UserError(
+            f"--teacher-weights {' '.join(names.teacher_weights)}: method {method} has no teacher, all learn from "
+            "scratch" + ("; name the other networks by --peers" if kind.needs_peers else "")
+        )
+    bare = [name for name, weights in zip(names.teacher, names.weights_of_teachers, strict=True) if not weights]
+    if kind.needs_teacher and bare and not names.teacher_epochs:
+        raise UserError(
+            f"the teacher {bare[0]} has no weights: give --teacher-weights FILE (or `pretrained`), "
+            "or --teacher-epochs N to train it first"
+        )
+    check_teacher_input(names, kind.needs_teacher, is_trained=names.teacher_epochs > 0)

@@ -1,0 +1,60 @@
+"""Which images a teacher takes: by option, by the note in its file, by its library, or else those of the student."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from .. import checkpoint
+from ..config import NetworkOptions
+from ..errors import UserError
+from ..models.own_input import InputSpec, library_input
+
+
+def teacher_input(
+    names: NetworkOptions, name: str, weights: str, given: InputSpec, log: Callable[[str], None], *, is_trained: bool
+) -> InputSpec:
+    """The images that the teacher `name` with `weights` takes. `given`: those of the run.
+
+    `log` gets a line if they differ from the run's, and if the file does not say what they are. With `is_trained`,
+    the run trains the teacher first, on its own images.
+    """
+    if is_trained:
+        return given
+    noted, source = _noted(name, weights)
+    wanted = noted or given
+    if names.teacher_size or names.teacher_mean or names.teacher_std:
+        source = " and ".join(filter(None, [source, "the options --teacher-size, --teacher-mean, --teacher-std"]))
+        wanted = replace(
+            wanted,
+            image_size=names.teacher_size or wanted.image_size,
+            mean=names.teacher_mean or wanted.mean,
+            std=names.teacher_std or wanted.std,
+        )
+    elif noted is None:
+        log(
+            f"teacher {name}: {weights} does not say which images it takes; it gets the student's, {given} "
+            "(else give --teacher-size, --teacher-mean, --teacher-std)"
+        )
+    if wanted != given:
+        log(f"teacher {name}: takes images of {wanted} (from {source}); made on the device from the student's, {given}")
+    return wanted
+
+
+def _noted(name: str, weights: str) -> tuple[InputSpec | None, str]:
+    """What the weights themselves say, and where."""
+    path = Path(weights)
+    if weights and path.is_file():
+        return InputSpec.of(checkpoint.read_about(path).get("input", {})), f"the note in {path}"
+    return library_input(name, weights), name.partition("/")[0]
+
+
+def check_teacher_input(names: NetworkOptions, has_teacher: bool, *, is_trained: bool) -> None:
+    """Raise UserError if the options for the teacher's images would have no effect."""
+    given = [f"--teacher-{part}" for part in ("size", "mean", "std") if getattr(names, f"teacher_{part}")]
+    if given and not has_teacher:
+        raise UserError(f"{', '.join(given)}: the method has no teacher; drop the option")
+    if given and is_trained:
+        raise UserError(
+            f"{', '.join(given)}: a teacher that is trained first (--teacher-epochs {names.teacher_epochs}) takes the "
+            "images of the run; drop the option"
+        )

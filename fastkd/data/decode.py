@@ -1,0 +1,175 @@
+"""One picture file to pixels, or an error that names the file.
+
+The content tells the format, not the name's ending. torchvision decodes JPEG. Pillow decodes all other formats that it
+knows: PNG, WebP, BMP, GIF (the first frame), TIFF, PPM, PGM, AVIF. A file is bad if Pillow refuses it. The pixels are
+those of Pillow's `convert("RGB")`: CMYK and palettes become RGB, alpha is dropped and nothing is blended with it. One
+rule differs: gray of 16 bits is shifted by 8 bits, where `convert` clips it at 255.
+
+Measured on one core, 500 x 375 pixels: torchvision decodes 1,040 JPEGs/s (after Pillow has read the header), Pillow
+710. Pillow decodes 284 PNGs/s and torchvision 317, but torchvision's PNG decoder kills the process on one wrong byte.
+"""
+
+import io
+import math
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import UserError
+
+try:  # the same pixels as Pillow, but deprecated by torchvision 0.29: Pillow takes over once it is gone
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
+ORIENTATION = 0x0112  # the EXIF tag
+SECOND_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # in a JPEG's scan: neither a stuffed byte nor a restart
+
+
+def ignore_warnings() -> None:
+    """For the whole process: `catch_warnings` around each picture is not safe in threads.
+
+    Pillow warns of pictures above 89 million pixels, which we read; it refuses those above 179 million, and so do we.
+    Its TIFF reader warns of odd tags.
+    """
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", message="The image decoding and encoding", category=DeprecationWarning)
+
+
+ignore_warnings()
+
+
+def decode(file: str, exif: bool = False, side: int | None = None) -> Tensor:
+    """uint8 [3, H, W], RGB; with `exif`, turned as the EXIF orientation says.
+
+    Raises UserError for a bad file, and for a picture that would fill the memory if its shorter side became `side`.
+    """
+    try:
+        pixels = _pixels(_read(file), exif)
+        check_resized((pixels.shape[2], pixels.shape[1]), side)
+        return pixels
+    except Exception as error:  # damaged files raise anything: struct.error, KeyError, RuntimeError, MemoryError ...
+        raise UserError(f"{file!r} cannot be decoded ({_reason(error)}): repair or remove it") from None
+
+
+def inspect(file: str, side: int | None = None) -> tuple[str, str]:
+    """(Pillow's name of the format, ""), or ("", why the file is bad), at about a tenth of the cost of decoding.
+
+    Finds what DALI would not notice, and pictures whose size would fill the memory; with `side`, also after resizing.
+    The pixels are decoded only if the file's structure leaves a doubt, or if it has none that could be checked (BMP).
+    0.1 ms for a JPEG of 70 kB.
+    """
+    try:
+        data = _read(file)
+        with Image.open(io.BytesIO(data)) as image:
+            kind = str(image.format)
+            check_resized(image.size, side)
+            sound = (kind == "PNG" and _checksums_fit(image)) or (kind == "WEBP" and _is_whole_webp(data))
+        if not sound and not _is_plain_jpeg(data):
+            _pixels(data, exif=False)
+    except Exception as error:
+        return "", _reason(error)
+    # Pillow takes the pixels from after the header then, other decoders from its beginning
+    nowhere = kind == "BMP" and int.from_bytes(data[10:14], "little") < 14 + int.from_bytes(data[14:18], "little")
+    return ("BMP without the place of its pixels" if nowhere else kind), ""
+
+
+def check_resized(size: tuple[int, int], side: int | None) -> None:
+    """Raise ValueError if a picture with its shorter side resized to `side` would have more pixels than Pillow reads.
+
+    1 x 20,000 pixels would become 256 x 5,120,000: 4 GB.
+    """
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+    pixels = side * side * max(size) // min(size) if side else 0
+    if pixels > limit:
+        raise ValueError(
+            f"its {size[0]} x {size[1]} pixels become {pixels:,} when the shorter side is resized to {side}, more than "
+            f"{limit:,}, cut it"
+        )
+
+
+def _read(file: str) -> bytes:
+    with open(file, "rb", buffering=0) as stream:
+        return stream.read()
+
+
+def _pixels(data: bytes, exif: bool) -> Tensor:
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries switch it on: what is missing would be gray
+    with Image.open(io.BytesIO(data)) as image:  # reads the header, and refuses a size that would fill the memory
+        turn = 1 if not exif or image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)  # Pillow turns TIFFs
+        pixels = _fast_jpeg(data)
+        if pixels is None:
+            pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1)
+    return _turned(pixels, turn)
+
+
+def _fast_jpeg(data: bytes) -> Tensor | None:
+    """uint8 [3, H, W], or None if the file is for Pillow: no JPEG, or one with errors, of which Pillow accepts some."""
+    if decode_jpeg is None or data[:3] != b"\xff\xd8\xff":
+        return None
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except RuntimeError:
+        return None
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3]"""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        gray = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.stack([gray] * 3, -1)
+    if image.mode in ("I", "F"):  # any range is possible: `convert` would make most of them black or white
+        raise ValueError(f"its pixels have 32 bits (mode {image.mode!r} of Pillow), save it with 8 or 16")
+    return np.array(image.convert("RGB"))
+
+
+def _turned(pixels: Tensor, orientation: Any) -> Tensor:
+    """[C, H, W] as EXIF's orientation 1 to 8 wants it shown; Pillow's exif_transpose. Other values change nothing."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels.flip(1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels.flip(2)
+    return pixels
+
+
+def _checksums_fit(png: Image.Image) -> bool:
+    try:
+        png.verify()
+    except Exception:  # the pixels may be sound: the caller decodes them
+        return False
+    return True
+
+
+def _is_whole_webp(data: bytes) -> bool:
+    """True if the file has the length that its header gives."""
+    return 8 + int.from_bytes(data[4:8], "little") == len(data)
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """True if there is one scan and the file ends with it: libjpeg then meets no error that DALI would pass over."""
+    if data[:3] != b"\xff\xd8\xff":
+        return False
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":  # segments: marker, length, content
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    if data[at : at + 2] != b"\xff\xda":
+        return False
+    end = SECOND_MARKER.search(data, at + 2)
+    return end is not None and end.group() == b"\xff\xd9" and end.end() == len(data)
+
+
+def _reason(error: Exception) -> str:
+    """One line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "its header is damaged, or its format is unknown to Pillow"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).partition("\n")[0].partition(", could be decompression bomb")[0] or type(error).__name__

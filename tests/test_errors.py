@@ -1,0 +1,47 @@
+"""Error messages on any terminal, and the hints in them."""
+
+import pytest
+
+from fastkd.errors import nearest, printable
+
+
+@pytest.mark.parametrize(
+    "text, encoding, shown",
+    [
+        ("caf\xe9.jpg", "ascii", r"caf\xe9.jpg"),
+        ("caf\xe9.jpg", "utf-8", "caf\xe9.jpg"),
+        ("caf\udce9.jpg", "utf-8", r"caf\udce9.jpg"),  # a byte that is not UTF-8
+        ("caf\udce9.jpg", "latin-1", r"caf\udce9.jpg"),
+        ("\u732b/1.jpg", "latin-1", r"\u732b/1.jpg"),
+        ("a\nb\x1b[31m.jpg", None, r"a\nb\x1b[31m.jpg"),
+        ("[dali] <class> :x: {0} %s", "ascii", "[dali] <class> :x: {0} %s"),
+    ],
+)
+def test_what_a_terminal_cannot_show_becomes_escapes(text, encoding, shown):
+    assert printable(text, encoding) == shown
+
+
+def test_control_characters_can_be_kept():
+    assert printable("a\tb\nc\r", "ascii", keep="\n\t") == "a\tb\nc\\r"
+
+
+@pytest.mark.parametrize(
+    "word, choices, near",
+    [
+        ("kdd", ["kd", "ce", "dkd"], "kd"),
+        ("adan", ["sgd", "adamw"], "adamw"),
+        ("KD", ["kd", "dkd"], "kd"),
+        ("vit_tiny", ["vgg8", "vit_tiny_patch16_224", "vit_tiny_patch16_384_in21k"], "vit_tiny_patch16_224"),
+        ("batchsize", ["batch_size"], "batch_size"),
+        ("digit", ["digits", "synthetic"], "digits"),
+        ("--wandb", ["--mean", "--std", "--data"], ""),
+        ("aa", ["data"], ""),
+        ("jsd", ["std"], ""),
+        ("model", ["method"], ""),
+        ("ft", ["at", "kd"], ""),
+        ("", ["a", "b"], ""),
+        ("x", [], ""),
+    ],
+)
+def test_only_what_is_near_is_offered(word, choices, near):
+    assert nearest(word, choices) == (f" (did you mean {near!r}?)" if near else "")

@@ -1,0 +1,158 @@
+"""`fastkd eval` of folders of all arrangements, with the class names and the split that the weights note."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_cli import check_refused
+
+TRAIN = ["train", "--method", "ce", "--image-size", "16", "-b", "8", "--student", "resnet8", "--loader", "folder"]
+TRAIN += ["--workers", "0", "--lr", "0.05"]
+COLOURS = {"ant": (220, 30, 30), "bee": (30, 220, 30), "cat": (30, 30, 220), "dog": (200, 200, 30)}
+
+
+def write(root: Path, classes, count: int = 8) -> Path:
+    """Noisy pictures in the colour of their class, gray for other classes."""
+    random = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        colour = COLOURS.get(name, (128, 128, 128))
+        for i in range(count):
+            pixels = np.clip(colour + random.normal(0, 15, (18, 18, 3)), 0, 255).astype("uint8")
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with tree/ (four classes), the run r/ of a network that tells their colours apart, and more folders."""
+    from fastkd.cli import main
+
+    root = tmp_path_factory.mktemp("eval")
+    write(root / "tree", COLOURS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        split = ["--data", "tree", "--val-fraction", "0.25", "--split-seed", "3"]
+        patch.setattr("sys.argv", ["fastkd", *TRAIN, *split, "--epochs", "12", "--out", "r"])
+        main()
+    return root
+
+
+def score(fastkd, trained, *options, weights="student.safetensors"):
+    """(top-1 in %, number of images, the output)"""
+    weights = trained / "r" / weights
+    status, out, err = fastkd("eval", "--weights", weights, "--loader", "folder", "--workers", "0", *options)
+    assert status == 0, err
+    row = re.search(r"resnet8\s+│\s+([\d,]+)\s+│\s+([\d.]+)", out)
+    return float(row[2]), int(row[1]), out
+
+
+@pytest.mark.parametrize("weights", ["student.safetensors", "best.pt", "last.pt"])
+def test_the_held_out_images_are_evaluated(fastkd, trained, weights):
+    top1, images, out = score(fastkd, trained, "--data", trained / "tree", weights=weights)
+    assert top1 > 80 and images == 8
+    assert "--val-fraction 0.25 --split-seed 3" in out and "8 of the 32 images" in out
+    assert score(fastkd, trained, "--data", trained / "tree", "--val-fraction", "0")[1] == 32
+
+
+def test_the_same_names_in_another_order_go_together(fastkd, trained, monkeypatch):
+    """Folders are always sorted, so that only the note can have another order."""
+    from fastkd import checkpoint
+
+    read = checkpoint.read_about
+
+    def turned(path):
+        about = read(path)
+        about["data"]["classes"] = ["dog", "cat", "bee", "ant"]
+        return about
+
+    monkeypatch.setattr(checkpoint, "read_about", turned)
+    top1, _, out = score(fastkd, trained, "--data", trained / "tree")
+    assert top1 < 20 and "in another order" in out
+
+
+def test_some_of_the_classes_are_enough(fastkd, trained, tmp_path):
+    write(tmp_path / "set" / "val", ["cat", "dog"], 3)
+    top1, images, out = score(fastkd, trained, "--data", tmp_path / "set")
+    assert top1 > 80 and images == 6 and "the data has 2 of the 4" in out and "it lacks ant, bee" in out
+
+
+def test_other_names_are_refused_or_go_by_position(fastkd, trained, tmp_path):
+    write(tmp_path / "set" / "val", ["bee", "cat", "dog", "elk"], 3)
+    command = ["eval", "--weights", trained / "r" / "student.safetensors", "--data", tmp_path / "set"]
+    words = ["only in the data: elk", "only in the weights: ant", "--ignore-class-names"]
+    check_refused(fastkd(*command), *words)
+    top1, _, out = score(fastkd, trained, "--data", tmp_path / "set", "--ignore-class-names")
+    assert top1 < 50 and "go by position" in out
+    check_refused(
+        fastkd("eval", "--weights", command[2]),
+        "(evaluated on the digits: there is no --data) has other",
+        "only in the data: 0",
+    )
+    write(tmp_path / "five" / "val", [*COLOURS, "elk"], 1)
+    check_refused(fastkd(*command[:4], tmp_path / "five", "--ignore-class-names"), "4 classes and the data 5")
+
+
+def test_a_folder_with_a_val_has_its_own_split(fastkd, trained, tmp_path):
+    shutil.copytree(trained / "tree", tmp_path / "set" / "val")
+    top1, images, out = score(fastkd, trained, "--data", tmp_path / "set")
+    assert images == 32 and "--val-fraction" not in out
+    command = ["eval", "--weights", trained / "r" / "student.safetensors", "--data", tmp_path / "set"]
+    check_refused(fastkd(*command, "--val-fraction", "0.5"), "has a val/ already")
+    check_refused(fastkd(*command, "--unlabelled", tmp_path), "is for training")
+
+
+def test_a_split_run_resumes(fastkd, trained):
+    status, out, _ = fastkd("train", "--out", trained / "r", "--resume", "--data", trained / "tree")
+    assert status == 0 and "after epoch 12 of 12" in out
+    status = fastkd("train", "--out", trained / "r", "--resume", "--data", trained / "tree", "--split-seed", "4")
+    check_refused(status, "split_seed was 3, now 4")
+
+
+def test_images_without_labels(fastkd, trained, tmp_path):
+    write(tmp_path / "more", ["x"], 5)
+    write(tmp_path / "set" / "val", COLOURS, 2)
+    weights = trained / "r" / "student.safetensors"
+    command = ["--teacher", "resnet8", "--teacher-weights", weights, "--data", tmp_path / "set", "--epochs", "1"]
+    command = [*TRAIN, "--method", "kd", *command, "--unlabelled", tmp_path / "more"]
+    for option, word in (
+        (["--mixup", "0.2"], "--mixup 0.2"),
+        (["--smoothing", "0.1"], "--smoothing 0.1"),
+        (["--baseline"], "--baseline: this trains by the labels alone"),
+        (["--method", "ce"], "method ce"),
+        (["--method", "dkd"], "needs the label of every image"),
+    ):
+        check_refused(fastkd(*command, *option, "--out", "run"), word)
+    assert not Path("run").exists()
+    status, out, err = fastkd(*command, "--out", "run")
+    assert status == 0 and "5 images of" in out and "all training images are unlabelled" in out, err
+    from fastkd.checkpoint import read_about
+
+    assert read_about(Path("run/student.safetensors"))["data"] == {
+        "images": 5,
+        "classes": [*COLOURS],
+        "unlabelled": 5,
+    }
+
+
+def test_one_class_is_refused_before_anything_is_trained(fastkd, tmp_path):
+    write(tmp_path / "set" / "train", ["images"], 4)
+    write(tmp_path / "set" / "val", ["images"], 2)
+    options = ["--data", tmp_path / "set", "--teacher", "resnet8", "--teacher-epochs", "1", "--student", "resnet8"]
+    check_refused(fastkd("train", *options, "--out", "r"), "one class alone, 'images'", "all images lie in it")
+    assert not Path("r").exists()
+
+
+def test_any_bytes_may_be_the_name_of_a_class(fastkd, tmp_path):
+    write(tmp_path / "set", ["a", "b"], 4)
+    (tmp_path / "set" / "a").rename(tmp_path / "set" / "caf\udce9 [bold]")
+    data = ["--data", tmp_path / "set", "--val-fraction", "0.25"]
+    status, out, err = fastkd(*TRAIN, *data, "--epochs", "1", "--out", "r")
+    assert status == 0, err
+    weights = ["--weights", "r/student.safetensors", "--loader", "folder", "--workers", "0"]
+    assert fastkd("eval", *weights, "--data", tmp_path / "set")[0] == 0
+    (tmp_path / "set" / "b").rename(tmp_path / "set" / "c\udce9")
+    check_refused(fastkd("eval", *weights, "--data", tmp_path / "set"), r"only in the data: 'c\udce9'")
