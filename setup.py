@@ -70,6 +70,7 @@ setup(
         "dali-cuda12": DALI_CUDA12,
         "dali-cuda13": DALI,
         "tensorboard": TENSORBOARD,
+        "hf": ["transformers>=5"],
         "bench": BENCH,
         "test": [
             *DALI,

@@ -73,6 +73,10 @@ class NetworkOptions:
     classifier. Default: a random initialisation."""
     student_sha256: str = ""
     """SHA-256 of the file of --student-weights. Another content is an error."""
+    student_stages: tuple[str, ...] = ()
+    """Modules of the student that end its stages, by name, in forward order; for networks that fastkd cannot divide."""
+    teacher_stages: tuple[str, ...] = ()
+    """The same for the teachers."""
     baseline: bool = False
     """Also train the student alone, with the same options, to compare in the final table."""
 

@@ -11,7 +11,7 @@ from ..config import Config, NetworkOptions
 from ..data.classes import class_note, class_order
 from ..errors import UserError
 from ..methods.base import Method
-from ..models import create_model, new_classifier_of, reorder_classes
+from ..models import create_model, name_stages, new_classifier_of, reorder_classes
 from ..models.ensemble import Ensemble
 from ..models.own_input import InputSpec, own_input
 from ..report import log_rank0
@@ -64,6 +64,9 @@ class NetworkMaker:
         net = create_model(name, len(self.classes), weights or None, image_size=size, new_classifier=trained)
         if distributed.rank() == 0:
             distributed.barrier()
+        ends = {"student": self.options.student_stages, "teacher": self.options.teacher_stages}.get(role, ())
+        if ends:
+            name_stages(net, ends)
         if fresh := new_classifier_of(net):
             have = f"{fresh.classes} classes" if fresh.classes else "no classifier"
             log_rank0(

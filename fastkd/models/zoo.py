@@ -42,8 +42,8 @@ def timm_model(
     full = f"{architecture}.{wanted}".removesuffix(".")
     if timm.get_pretrained_cfg(full).num_classes != num_classes and new_classifier:
         # The weights' own class count: timm then checks every key, and so does copy_weights.
-        classes = timm.get_pretrained_cfg(full).num_classes
-        trained = _download(f"timm/{full}", lambda: _made_by_timm(full, classes, image_size, True))
+        count = timm.get_pretrained_cfg(full).num_classes
+        trained = _download(f"timm/{full}", lambda: _made_by_timm(full, count, image_size, True))
         return _transfer(trained, _made_by_timm(full, num_classes, image_size), f"timm/{full}")
     _check_classes(f"timm/{full}", timm.get_pretrained_cfg(full).num_classes, num_classes)
     return _download(f"timm/{full}", lambda: _made_by_timm(full, num_classes, image_size, True))
@@ -93,10 +93,9 @@ def torchvision_model(
         raise UserError(_no_weights(f"torchvision/{name}", tag, list(choices)))
     weights = choices[member]
     if len(weights.meta["categories"]) != num_classes and new_classifier:
-        trained = _download(f"torchvision/{name}", lambda: models.get_model(name, weights=weights))
-        heads = {"aux_logits": False, "init_weights": True} if name in AUXILIARY else {}
-        net = models.get_model(name, weights=None, num_classes=num_classes, **heads)
-        return _transfer(drop_auxiliary(trained), net, f"torchvision/{name} with {weights.name}")
+        trained = _download(f"torchvision/{name}", lambda: drop_auxiliary(models.get_model(name, weights=weights)))
+        net = drop_auxiliary(models.get_model(name, weights=None, num_classes=num_classes))
+        return _transfer(trained, net, f"torchvision/{name} with {weights.name}")
     _check_classes(f"torchvision/{name} with {weights.name}", len(weights.meta["categories"]), num_classes)
     return _download(f"torchvision/{name}", lambda: drop_auxiliary(models.get_model(name, weights=weights)))
 
@@ -120,25 +119,19 @@ def hf_model(
 
     `tag`: "pretrained" loads the weights, None gives random ones. Random networks of a fixed image size are made for
     `image_size`. The result takes images and returns logits; its state dict has the keys of transformers' network.
-    With `new_classifier`, weights of another class count are taken too, but for the classifier.
     """
     transformers = _library("transformers", "hf", "fastkd[hf]")
     auto, full = transformers.AutoModelForImageClassification, f"hf/{name}"
     if tag not in (None, "pretrained"):
         raise UserError(_no_weights(full, str(tag), ["pretrained"]))
     config = _download(full, lambda: transformers.AutoConfig.from_pretrained(name), "the configuration")
-    if tag is None:
-        return _random_hf_model(auto, config, num_classes, image_size, full)
-    if not new_classifier:
-        _check_classes(full, config.num_labels, num_classes)
-    trained = _logits_only(_download(full, lambda: auto.from_pretrained(name, dtype=torch.float32)).train())
-    if config.num_labels == num_classes:
-        return trained
-    return _transfer(trained, _random_hf_model(auto, config, num_classes, None, full), full)
-
-
-def _random_hf_model(auto: Any, config: Any, num_classes: int, image_size: int | None, full: str) -> nn.Module:
-    """transformers' network of this configuration, which is changed, for `num_classes` classes."""
+    if tag is not None:
+        if not new_classifier:
+            _check_classes(full, config.num_labels, num_classes)
+        trained = _logits_only(_download(full, lambda: auto.from_pretrained(name, dtype=torch.float32)).train())
+        if config.num_labels == num_classes:
+            return trained
+        return _transfer(trained, hf_model(name, num_classes, None), full)
     config.num_labels = num_classes
     config.architectures = config.architectures or []  # transformers iterates over it
     if image_size is not None and getattr(config, "image_size", None):
@@ -171,7 +164,7 @@ def _library(name: str, prefix: str = "", package: str = "") -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"models '{prefix or name}/...' need {name}, which cannot be imported ({error}): "
-            f"pip install '{package or name}'"
+            f"pip install {package or name}"
         ) from error
 
 
