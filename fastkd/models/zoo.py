@@ -1,7 +1,13 @@
 """Networks of timm, torchvision and transformers by name. Partial loading is an error."""
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -120,7 +126,9 @@ def hf_model(
     `tag`: "pretrained" loads the weights, None gives random ones. Random networks of a fixed image size are made for
     `image_size`. The result takes images and returns logits; its state dict has the keys of transformers' network.
     """
-    transformers = _library("transformers", "hf", "fastkd[hf]")
+    with _hidden_kernels():
+        transformers = _library("transformers", "hf", "fastkd[hf]")
+        transformers.utils.is_kernels_available()  # it remembers the answer
     auto, full = transformers.AutoModelForImageClassification, f"hf/{name}"
     if tag not in (None, "pretrained"):
         raise UserError(_no_weights(full, str(tag), ["pretrained"]))
@@ -140,6 +148,25 @@ def hf_model(
         return _logits_only(auto.from_config(config).train())
     except ValueError as error:
         raise UserError(f"{full} does not classify images: {' '.join(str(error).split())[:160]}") from error
+
+
+@contextmanager
+def _hidden_kernels() -> Iterator[None]:
+    """Within the block, the folder kernels/ of a clone of fastkd cannot be imported by this name.
+
+    transformers looks for a package `kernels` of Hugging Face and imports what it finds: a second copy of ours.
+    """
+    ours, found = Path(__file__).parents[1] / "kernels" / "__init__.py", find_spec("kernels")
+    if found is None or not found.origin or not os.path.samefile(found.origin, ours):
+        yield
+        return
+    stand_in = ModuleType("kernels")
+    stand_in.__spec__ = ModuleSpec("kernels", None)
+    sys.modules["kernels"] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
 
 
 def _logits_only(net: nn.Module) -> nn.Module:
