@@ -21,9 +21,14 @@ def test_a_size_that_does_not_fit(name, size, works):
 
 
 def test_a_local_folder_of_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    # ImportError: beside a clone, transformers takes the folder kernels/ for the package of that name, which refuses it
+    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    try:
+        kind = transformers.ResNetForImageClassification
+    except ImportError as error:
+        pytest.skip(str(error))
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16], depths=[1, 1, 1], num_labels=3)
-    net = transformers.ResNetForImageClassification(config).eval()
+    net = kind(config).eval()
     net.save_pretrained(tmp_path)
     x = torch.randn(2, 3, 32, 32)
     ours = create_model(f"hf/{tmp_path}", 3, "pretrained", image_size=32).eval()
