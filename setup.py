@@ -81,6 +81,7 @@ setup(
             "pytest-xdist",
             "ruff==0.17.*",
             "scikit-learn",
+            "transformers>=5",
         ],
     },
     entry_points={"console_scripts": ["fastkd = fastkd.cli:main"]},

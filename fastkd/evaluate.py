@@ -24,6 +24,7 @@ def evaluate(net: nn.Module, loader: Batches, precision: Precision) -> dict[str,
     if the shapes of logits and labels do not fit.
     """
     training = net.training
+    net.train()  # LeViT keeps attention biases computed in eval mode; those of an average have changed since
     net.eval()
     counts = torch.zeros(5, dtype=torch.float64, device=precision.device)
     batches = 0

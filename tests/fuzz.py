@@ -2,7 +2,7 @@
 
 Each file goes through a loader of its own, in child processes of 250 files. A file is bad if Pillow refuses it. No
 child may die or hang, every bad file must be named, and every good file must have Pillow's pixels: exactly from the
-folder loader, within one level of 255 from DALI (two for CMYK). DALI may refuse a good file, by name, with the way out.
+folder loader, within one level of 255 from DALI (two in a few damaged files, which the script counts). DALI may refuse a good file, by name, with the way out.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def verdict(kind: type, want: np.ndarray | None, got: np.ndarray | str) -> str:
         return "good, another size"
     levels = np.abs(got - want[2:30, 2:30]).max()
     if kind is DaliLoader and 1.01 < levels < 2.01:
-        return "good, 2 levels apart"  # CMYK, which DALI rounds otherwise
+        return "good, 2 levels apart"  # another inverse transform or colour conversion
     return "good, equal" if levels < (1.01 if kind is DaliLoader else 0.01) else "GOOD BUT OTHER PIXELS"
 
 

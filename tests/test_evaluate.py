@@ -22,6 +22,31 @@ def test_each_image_counts_once(tiny_net, tiny_loaders, batch_size):
     assert scores["loss"] == pytest.approx(want, rel=1e-5)
 
 
+class Caching(torch.nn.Module):
+    """Keeps in eval mode what it computes from its weights, as LeViT does with its attention biases."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.bias, self.kept = net, torch.nn.Parameter(torch.zeros(4)), None
+
+    def train(self, mode=True):
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x):
+        if not self.training and self.kept is None:
+            self.kept = self.bias.detach().clone()
+        return self.net(x) + (self.bias if self.training else self.kept)
+
+
+def test_what_a_network_keeps_in_eval_mode_is_computed_again(tiny_net, tiny_loaders):
+    net, loader = Caching(tiny_net()).eval(), tiny_loaders()[1]
+    evaluate(net, loader, CPU32)
+    net.bias.data[2] = 100.0  # an average of weights changes so, and its copy is never in train mode
+    scores = evaluate(net, loader, CPU32)
+    assert scores["top1"] == pytest.approx(100 * (loader.target == 2).double().mean().item())
+
+
 def test_top5_counts_the_five_best(tiny_net, tiny_loaders):
     loader = tiny_loaders()[1]
     loader.classes = tuple("abcdefghi")

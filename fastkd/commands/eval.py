@@ -8,7 +8,7 @@ import torch
 
 from .. import checkpoint
 from ..data import DataOptions, create_eval_loader
-from ..data.base import Loader
+from ..data.base import Loader, input_of
 from ..data.classes import Relabelled, class_note, class_order
 from ..data.layout import parts_of
 from ..distributed import device_for, gather, rank, world_size
@@ -59,11 +59,12 @@ def run(arguments: list[str]) -> None:
         log=log_rank0,
         gather=gather,
     )
+    size = input_of(loader, vars(config.data)).get("image_size")
     if config.data.data != "synthetic":
         noted = about.get("data", {}).get("classes", [])
         source = f"--weights {weights}" + ("" if "data" in typed else " (evaluated on the digits: there is no --data)")
         loader = _with_classes_of(noted, source, loader, config.data.ignore_class_names, device)
-    net = create_model(model, len(loader.classes), options.weights)
+    net = create_model(model, len(loader.classes), options.weights, image_size=size)
     net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
     with backends(device):
         scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)

@@ -38,11 +38,24 @@ def check_image_size(net: nn.Module, name: str, size: int, build: Callable[[int]
     `build` makes such a network for an image size.
     """
     note_image_size(net, size)
+    patch = _patch_size(net)
+    if size % patch:
+        raise UserError(
+            f"{name} cuts images into patches of {patch} x {patch} pixels, and {size} is no multiple: {size % patch} "
+            f"rows and columns would be lost; use {size - size % patch or patch} or {size + patch - size % patch}"
+        )
     try:
         probe(net, [net], size)
     except UserError as error:
         reason = str(error).removeprefix(type(net).__name__)
         raise UserError(f"{name}{reason}{_hint(size, build)}") from error
+
+
+def _patch_size(net: nn.Module) -> int:
+    """The side of the patches of a transformer without a convolutional stem, in pixels; 1 for other networks."""
+    embedding = getattr(net, "patch_embed", None)  # timm's ViT and its relatives
+    side = getattr(embedding, "patch_size", 1)
+    return int(side[0] if isinstance(side, Sequence) else side)
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def hf_model(
     `tag`: "pretrained" loads the weights, None gives random ones. Random networks of a fixed image size are made for
     `image_size`. The result takes images and returns logits; its state dict has the keys of transformers' network.
     """
-    with _hidden_kernels():
+    with hidden_kernels():
         transformers = _library("transformers", "hf", "fastkd[hf]")
         transformers.utils.is_kernels_available()  # it remembers the answer
     auto, full = transformers.AutoModelForImageClassification, f"hf/{name}"
@@ -151,7 +151,7 @@ def hf_model(
 
 
 @contextmanager
-def _hidden_kernels() -> Iterator[None]:
+def hidden_kernels() -> Iterator[None]:
     """Within the block, the folder kernels/ of a clone of fastkd cannot be imported by this name.
 
     transformers looks for a package `kernels` of Hugging Face and imports what it finds: a second copy of ours.

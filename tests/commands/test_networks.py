@@ -138,3 +138,14 @@ def test_an_option_without_effect_is_an_error(fastkd, words, said):
 def test_an_option_at_its_default_is_no_error(fastkd):
     ok(fastkd("train", "--method", "ce", "--teacher-epochs", "0", "--print-config"))
     assert defaults("ce")["teacher_epochs"] == 0
+
+
+def test_stages_by_name(fastkd, few_digits):
+    given = ["--method", "at", "--student", "torchvision/mnasnet0_5", "--teacher", "resnet8", "--out", "run"]
+    ends = ["layers.8", "layers.9", "layers.10"]
+    assert "has no module 'layers.8x' (did you mean" in refused(
+        fastkd("train", *QUICK, *given, "--student-stages", "layers.8x", *ends[1:])
+    )
+    assert not Path("run").exists()
+    ok(fastkd("train", *QUICK, *given, "--student-stages", *ends))
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["student_stages"] == ends

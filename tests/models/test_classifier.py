@@ -8,6 +8,7 @@ from torch import nn
 
 from fastkd.errors import UserError
 from fastkd.models import classifiers_of, create_model, load_weights, new_classifier_of, reorder_classes
+from fastkd.models.zoo import hidden_kernels
 
 # Name -> the side of its images, and its classifiers. The last layers are linear layers, 1x1 convolutions, parts of
 # heads, and pairs of them.
@@ -44,7 +45,11 @@ def test_reordered_logits(name):
 
 
 def test_networks_of_transformers():
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
+    with hidden_kernels():  # the test runs beside the folder kernels/
+        import transformers
+
+        transformers.utils.is_kernels_available()
     config = partial(transformers.ViTConfig, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=5)
     sizes = config(intermediate_size=16, image_size=32, patch_size=16)
     assert list(classifiers_of(transformers.ViTForImageClassification(sizes))) == ["classifier"]

@@ -5,6 +5,7 @@ import torch
 
 from fastkd.errors import UserError
 from fastkd.models import create_model, stage_shapes
+from fastkd.models.zoo import hidden_kernels
 
 
 @pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "torchvision/googlenet"])
@@ -20,15 +21,19 @@ def test_a_size_that_does_not_fit(name, size, works):
         create_model(name, 3, image_size=size)
 
 
+def test_patches_that_do_not_fit():
+    with pytest.raises(UserError, match="patches of 16 x 16 pixels, and 100 is no multiple: 4 rows .* use 96 or 112"):
+        create_model("timm/vit_tiny_patch16_224", 3, image_size=100)
+
+
 def test_a_local_folder_of_transformers(tmp_path):
-    # ImportError: beside a clone, transformers takes the folder kernels/ for the package of that name, which refuses it
-    transformers = pytest.importorskip("transformers", exc_type=ImportError)
-    try:
-        kind = transformers.ResNetForImageClassification
-    except ImportError as error:
-        pytest.skip(str(error))
+    pytest.importorskip("transformers")
+    with hidden_kernels():  # the test runs beside the folder kernels/
+        import transformers
+
+        transformers.utils.is_kernels_available()
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16], depths=[1, 1, 1], num_labels=3)
-    net = kind(config).eval()
+    net = transformers.ResNetForImageClassification(config).eval()
     net.save_pretrained(tmp_path)
     x = torch.randn(2, 3, 32, 32)
     ours = create_model(f"hf/{tmp_path}", 3, "pretrained", image_size=32).eval()
