@@ -2,7 +2,8 @@
 
 Each file goes through a loader of its own, in child processes of 250 files. A file is bad if Pillow refuses it. No
 child may die or hang, every bad file must be named, and every good file must have Pillow's pixels: exactly from the
-folder loader, within one level of 255 from DALI (two in a few damaged files, which the script counts). DALI may refuse a good file, by name, with the way out.
+folder loader, within one level of 255 from DALI. In a few damaged files DALI is two levels off: they are counted. DALI
+may refuse a good file, by name, with the way out.
 """
 
 import argparse
