@@ -44,11 +44,11 @@ class Trainer:
         check_compile(method, config)
         for name, net in method.networks().items():
             checkpoint.check_savable(net, name.replace("_", " "))
-        out = config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run")
-        self.config = config = replace(config, out=str(out))
         self.train_loader, self.val_loader, self.data = train_loader, val_loader, describe(train_loader)
         self.method = method.to(self.device).to(memory_format=config.memory_format)
         try_step(method, batch, train_loader.classes, config, self.device, titles(about or {}))
+        out = config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run")
+        self.config = config = replace(config, out=str(out))
         compiled = compiles(method, config, self.device, config.epochs * len(train_loader), log_rank0)
         flat = uses_graphs(config, self.device)
         self.step = Step(
