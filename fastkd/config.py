@@ -134,9 +134,26 @@ def parse(arguments: list[str], log: Callable[[str], None] = print) -> Config:
     _refuse_options_of_other_methods(method, sources)
     kind = config_type(method)
     tokens = [token for source, values in sources[:-1] for token in tokens_of(values, kind, source)]
+    tokens += _teacher_as_it_is(sources, log)
     config = run_parser(kind, arguments, "fastkd train", tokens)
     _refuse_options_without_effect(config, sources[-1][1].keys())
     return config
+
+
+def _teacher_as_it_is(sources: Sources, log: Callable[[str], None]) -> list[str]:
+    """The tokens of `--teacher-epochs 0` where weights are given and an earlier source trains a teacher without."""
+    last: dict[str, int] = {}
+    for place, (_, values) in enumerate(sources):
+        last |= {name: place for name in ("teacher_weights", "teacher_epochs") if values.get(name)}
+    epochs, weights = last.get("teacher_epochs", -1), last.get("teacher_weights", -1)
+    if not 0 <= epochs < weights or "none" in str(sources[weights][1]["teacher_weights"]):
+        return []
+    source, values = sources[epochs]
+    log(
+        f"the teacher is used as its weights are: {values['teacher_epochs']} epochs of {source} are for one without; "
+        "--teacher-epochs N fine-tunes it"
+    )
+    return ["--teacher-epochs", "0"]
 
 
 def config_type(method: str) -> type[Config]:

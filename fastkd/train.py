@@ -65,7 +65,7 @@ class Trainer:
         alphas = (config.mixup, config.cutmix, config.smoothing)
         self.mixup = Mixup(*alphas, len(train_loader.classes), config.seed, distributed.rank())
         is_ours = isinstance(train_loader, EpochLoader)  # its labels are right by construction
-        self.labels = None if is_ours else LabelCheck(len(train_loader.classes), self.device)
+        self.labels = None if is_ours else LabelCheck(len(train_loader.classes), self.device, method.ignore_index)
         self.report = Report(config, about or {}, self.data, input_of(train_loader, about or {}))
         self.epoch, self.form = 0, str(config.teacher_form)
         self.history: list[dict[str, Any]] = []

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from refused import check_refused
 
 from fastkd import create_model
 from fastkd.commands.bench import LossOptions, StepOptions
@@ -42,15 +43,6 @@ def images(tmp_path):
             for number, mode in zip(range(count), ["RGB", "L", "CMYK"] * 2, strict=False):
                 Image.new("RGB", (40 + 9 * number, 50), colour).convert(mode).save(folder / f"{number}.jpg")
     return tmp_path / "images"
-
-
-def check_refused(result, *words: str):
-    status, out, err = result
-    assert status == 2, (status, out, err)
-    assert err.startswith("fastkd: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    assert "Traceback" not in err + out
-    for word in words:
-        assert word in err, err
 
 
 def test_the_whole_job_and_its_table(fastkd, tmp_path):

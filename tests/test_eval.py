@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli import check_refused
+from refused import check_refused
 
 TRAIN = ["train", "--method", "ce", "--image-size", "16", "-b", "8", "--student", "resnet8", "--loader", "folder"]
 TRAIN += ["--workers", "0", "--lr", "0.05"]

@@ -12,15 +12,17 @@ class LabelCheck:
 
     On CUDA they are counted, and `check_labels(epoch)` raises UserError at the end of the epoch: no step waits for the
     device, and torch's loss would end the process. On the CPU the error comes at once. Targets [N, C] pass as they are.
+    `ignore_index`: the label of images without one, if the method allows it.
     """
 
-    def __init__(self, classes: int, device: torch.device):
+    def __init__(self, classes: int, device: torch.device, ignore_index: int | None = None):
+        self.ignore_index = ignore_index
         self.classes, self.count = classes, torch.zeros((), dtype=torch.int64, device=device)
 
     def __call__(self, target: Tensor) -> Tensor:
         if target.is_floating_point():
             return target
-        is_strange = out_of_range(target, self.classes)
+        is_strange = out_of_range(target, self.classes, self.ignore_index)
         self.count += is_strange.sum()
         if target.device.type == "cpu":
             self.check_labels()
@@ -31,11 +33,19 @@ class LabelCheck:
         if count := int(self.count.item()):
             when = "" if epoch is None else f" of epoch {epoch}"
             raise UserError(
-                f"{count} training labels{when} are none of the {self.classes} classes; labels go from 0 to "
-                f"{self.classes - 1}, or are {UNLABELLED} for an image without one"
+                f"{count} training labels{when} are none of the {self.classes} classes; {allowed_labels(self.classes)}"
             )
 
 
-def out_of_range(target_N: Tensor, classes: int) -> Tensor:
-    """bool [N]: True for a label that is neither a class nor UNLABELLED."""
-    return ((target_N < 0) | (target_N >= classes)) & (target_N != UNLABELLED)
+def out_of_range(target_N: Tensor, classes: int, ignore_index: int | None) -> Tensor:
+    """bool [N]: True for a label that is neither a class nor `ignore_index`."""
+    strange = (target_N < 0) | (target_N >= classes)
+    return strange if ignore_index is None else strange & (target_N != ignore_index)
+
+
+def allowed_labels(classes: int) -> str:
+    """What a label may be, for messages."""
+    return (
+        f"labels go from 0 to {classes - 1}; {UNLABELLED} stands for an image without one, after "
+        "method.allow_unlabelled() or with --unlabelled"
+    )

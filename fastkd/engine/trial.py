@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..methods.base import Method
 from ..methods.frozen import FrozenTeacher
 from ..models.own_input import plain_network
-from .labels import UNLABELLED, out_of_range
+from .labels import allowed_labels, out_of_range
 from .mixup import Mixup
 from .options import TrainOptions
 from .precision import Precision
@@ -54,7 +54,7 @@ def try_step(
     """
     problem = ""
     try:
-        check_batch(*batch, classes, options, device)
+        check_batch(*batch, classes, options, device, method.ignore_index)
         images, target = (part[:IMAGES] for part in batch)
         with _unchanged(method, device):
             _try(method, images, target, len(classes), options, device, titles or {})
@@ -68,9 +68,17 @@ def try_step(
 
 
 def check_batch(
-    images: Tensor, target: Tensor, classes: Sequence[str], options: TrainOptions, device: torch.device
+    images: Tensor,
+    target: Tensor,
+    classes: Sequence[str],
+    options: TrainOptions,
+    device: torch.device,
+    ignore_index: int | None = None,
 ) -> None:
-    """Raise UserError unless the batch is one that networks and losses can take. Waits for the device."""
+    """Raise UserError unless the batch is one that networks and losses can take. Waits for the device.
+
+    `ignore_index`: the label of images without one, if the method allows it.
+    """
     if len(classes) < 2:
         raise UserError(
             f"the training data has {len(classes)} class ({', '.join(classes)}): there is nothing to learn; is the "
@@ -88,10 +96,12 @@ def check_batch(
         )
     if not bool(images.isfinite().all()):
         raise UserError("the images of the first batch hold NaN or infinite numbers; check how they are normalised")
-    _check_target(images, target, len(classes), options)
+    _check_target(images, target, len(classes), options, ignore_index)
 
 
-def _check_target(images: Tensor, target: Tensor, classes: int, options: TrainOptions) -> None:
+def _check_target(
+    images: Tensor, target: Tensor, classes: int, options: TrainOptions, ignore_index: int | None
+) -> None:
     is_soft = target.is_floating_point() and target.shape == (len(images), classes)
     if not is_soft and (target.dtype != torch.int64 or target.shape != images.shape[:1]):
         raise UserError(
@@ -100,10 +110,10 @@ def _check_target(images: Tensor, target: Tensor, classes: int, options: TrainOp
         )
     if is_soft and (options.mixup or options.cutmix or options.smoothing):
         raise UserError("--mixup, --cutmix and --smoothing need class indices, and train_loader gives probabilities")
-    if not is_soft and bool(out_of_range(target, classes).any()):
+    if not is_soft and bool(out_of_range(target, classes, ignore_index).any()):
         raise UserError(
             f"the labels of the first batch go from {int(target.min())} to {int(target.max())} and there are {classes} "
-            f"classes; labels go from 0 to {classes - 1}, or are {UNLABELLED} for an image without one"
+            f"classes; {allowed_labels(classes)}"
         )
 
 

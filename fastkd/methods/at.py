@@ -62,12 +62,13 @@ def pooled(mine: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_stage_counts(student: nn.Module, teacher: nn.Module) -> None:
     """Raise UserError unless both networks have equally many stages."""
-    ours, theirs = stage_shapes(student), stage_shapes(teacher)
+    size = image_size_of(student, teacher)
+    ours, theirs = stage_shapes(student, size), stage_shapes(teacher, size)
     if len(ours) != len(theirs):
         listed = [", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in (ours, theirs)]
         names = [type(plain_network(net)).__name__ for net in (student, teacher)]
         raise UserError(
-            f"AT compares the maps of every stage; for images of {image_size_of(student)} pixels the stages "
+            f"AT compares the maps of every stage; for images of {size} pixels the stages "
             f"(C x H x W) of the student {names[0]} are {listed[0]}, those of the teacher "
             f"{names[1]} {listed[1]}: use networks with equally many stages, name them "
             "(--student-stages, --teacher-stages), or use a method without maps (kd, dkd, dist, rkd, sp)"

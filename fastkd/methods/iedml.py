@@ -58,12 +58,13 @@ class IEDML(Method):
     def build(self) -> None:
         if len(self.peers) != 1:
             raise UserError(f"IE-DML needs exactly two networks, the student and one peer; got {len(self.peers)} peers")
-        one, other = (stage_shapes(net)[-1] for net in (self.student, self.peers[0]))
+        pixels = image_size_of(self.student, self.peers[0])
+        one, other = (stage_shapes(net, pixels)[-1] for net in (self.student, self.peers[0]))
         if one[1:] != other[1:] or min(one[0], other[0]) < 2:
             names = [type(net).__name__ for net in (self.student, self.peers[0])]
             raise UserError(
                 f"IE-DML compares the last stage's maps of both networks, which need equal height and width and 2 "
-                f"channels or more; for images of {image_size_of(self.student)} pixels (C, H, W) is {one} in the "
+                f"channels or more; for images of {pixels} pixels (C, H, W) is {one} in the "
                 f"student {names[0]} and {other} in the peer {names[1]}: use networks with equal resolutions, or dml"
             )
         self.mutual = MutualLoss(kl_weight=self.options.kl_weight)

@@ -102,11 +102,13 @@ class SOKD(Method):
             self._add_feature_loss()
 
     def _add_feature_loss(self) -> None:
-        (mine, *size), (theirs, *wanted) = stage_shapes(self.student)[-1], stage_shapes(self.teacher.net)[-1]
+        nets = self.student, self.teacher.net
+        pixels = image_size_of(*nets)
+        (mine, *size), (theirs, *wanted) = (stage_shapes(net, pixels)[-1] for net in nets)
         if size != wanted:
             raise UserError(
                 f"--feature {self.options.feature} compares last-stage maps, {size} in the student and {wanted} in "
-                f"the teacher for images of {image_size_of(self.student)} pixels: choose networks of equal resolution "
+                f"the teacher for images of {pixels} pixels: choose networks of equal resolution "
                 "there, or --feature none"
             )
         self.request_features(self.student)

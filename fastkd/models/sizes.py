@@ -17,11 +17,17 @@ def note_image_size(net: nn.Module, size: int) -> None:
     object.__setattr__(net, "_fastkd_image_size", size)
 
 
-def image_size_of(net: nn.Module) -> int:
-    """The height of the images [3, H, H] of `net`: as noted, else the size of a network of a fixed size, else 64."""
-    noted = getattr(net, "_fastkd_image_size", None)
-    if noted is not None:
-        return int(noted)
+def image_size_of(*nets: nn.Module) -> int:
+    """The height of the images [3, H, H] that `nets` get: all of them get the same.
+
+    It is the first size that is noted on one of them, else the size of a network of a fixed size, else 64.
+    """
+    noted = [size for net in nets if (size := getattr(net, "_fastkd_image_size", None)) is not None]
+    return int(next(iter([*noted, *(size for net in nets if (size := _fixed_size(net)))]), SIZE))
+
+
+def _fixed_size(net: nn.Module) -> int:
+    """The image size that the network says it is made for; 0 if it does not say."""
     embedding = getattr(net, "patch_embed", None)  # timm
     places: list[Any] = [getattr(embedding, "img_size", None), getattr(net, "image_size", None)]  # torchvision's ViT
     places.append(getattr(getattr(net, "config", None), "image_size", None))  # transformers
@@ -29,7 +35,7 @@ def image_size_of(net: nn.Module) -> int:
     if isinstance(cfg, dict) and cfg.get("fixed_input_size"):
         places.append(cfg["input_size"][-1])
     sizes = [place[0] if isinstance(place, Sequence) else place for place in places if place]
-    return int(sizes[0]) if sizes else SIZE
+    return int(sizes[0]) if sizes else 0
 
 
 def check_image_size(net: nn.Module, name: str, size: int, build: Callable[[int], nn.Module]) -> None:

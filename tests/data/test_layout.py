@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from fastkd.data import DataOptions, create_eval_loader, create_loaders
-from fastkd.data.base import UNLABELLED, describe
+from fastkd.data.base import describe
 from fastkd.data.layout import evaluation_split, training_splits
 from fastkd.errors import UserError
+from fastkd.kernels.logit_loss import UNLABELLED
 
 
 def write(root: Path, counts: dict[str, int]) -> Path:

@@ -12,13 +12,13 @@ META = torch.device("meta")
 
 
 def test_good_labels_pass_as_they_are():
-    check = LabelCheck(4, torch.device("cpu"))
+    check = LabelCheck(4, torch.device("cpu"), ignore_index=-100)
     for target in (torch.tensor([0, 3, -100]), torch.rand(3, 4)):
         assert torch.equal(check(target), target)
     check.check_labels(1)
 
 
-@pytest.mark.parametrize("label", [-1, -99, 4, 255])
+@pytest.mark.parametrize("label", [-1, -100, 4, 255])
 def test_a_label_out_of_range_is_named(label):
     with pytest.raises(UserError, match="2 training labels are none of the 4 classes; labels go from 0 to 3"):
         LabelCheck(4, torch.device("cpu"))(torch.tensor([0, label, label, 3]))

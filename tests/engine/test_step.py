@@ -169,7 +169,8 @@ def test_no_host_sync_on_a_gpu(tiny_net, options):
     assert sum(step.meter.read().values()) > 0
 
 
-NOT_IN_A_STEP = ("read", "check_finite", "scale_in_place", "check_labels")  # once an epoch; on a CPU alone
+NOT_IN_A_STEP = ("read", "check_finite", "scale_in_place", "check_labels", "check_class_weights")
+# once an epoch; on a CPU alone; when an option is set
 
 
 def test_no_line_of_a_step_moves_values_to_the_host():

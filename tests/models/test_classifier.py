@@ -124,7 +124,7 @@ def test_timms_pretrained_weights_of_other_classes(monkeypatch):
     source, create = timm.create_model("resnet18", num_classes=1000), timm.create_model
 
     def from_the_hub(name, pretrained=False, **sizes):
-        return source if pretrained and not sizes else create(name, **sizes)
+        return source if pretrained else create(name, **sizes)
 
     monkeypatch.setattr(timm, "create_model", from_the_hub)
     net = create_model("timm/resnet18", 5, "a1_in1k", new_classifier=True)

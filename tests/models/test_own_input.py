@@ -179,7 +179,7 @@ def test_a_file_without_a_note_is_said_to_have_none(fastkd, few_digits, tmp_path
         (("--teacher-std", "0.5", "0.5", "0"), "--teacher-std must be above 0"),
         (("--teacher-size", "3"), "--teacher-size must be 8 or more"),
         (("--teacher-size", "64"), "--teacher-size: a teacher that is trained first"),
-        (("--method", "ce", "--teacher-size", "64"), "--teacher-size: the method has no teacher"),
+        (("--method", "ce", "--teacher-size", "64"), "--teacher-size has no effect: the method has no teacher"),
     ],
 )
 def test_options_that_cannot_be(fastkd, tmp_path, options, words):

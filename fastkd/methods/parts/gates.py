@@ -87,11 +87,12 @@ def adapted(
     An adapter is a 1x1 convolution and BN (a linear layer and LayerNorm for tokens), or an identity if the channels
     agree. Raises UserError if H x W differ at a gate, or if the channels differ and adapters are not `allowed`.
     """
-    mine = _ports(student, [gate.student for gate in gates])
-    others = _ports(teacher, [gate.teacher for gate in gates])
+    size = image_size_of(student, teacher)  # the teacher's blocks get the student's features
+    mine = _ports(student, [gate.student for gate in gates], size)
+    others = _ports(teacher, [gate.teacher for gate in gates], size)
     fits = [ours == theirs or allowed and ours.sizes == theirs.sizes for ours, theirs in zip(mine, others, strict=True)]
     if not all(fits):
-        raise UserError(_misfits(gates, mine, others, image_size_of(student)))
+        raise UserError(_misfits(gates, mine, others, size))
     pairs = nn.ModuleList()
     for ours, theirs in zip(mine, others, strict=True):
         (before, after), (takes, gives) = ours.channels, theirs.channels
@@ -100,10 +101,10 @@ def adapted(
     return with_adapters(gates, pairs), pairs
 
 
-def _ports(net: nn.Module, modules: list[nn.Module]) -> list[Ports]:
-    """Those of each gate of a network, whose modules are given."""
+def _ports(net: nn.Module, modules: list[nn.Module], size: int) -> list[Ports]:
+    """Those of each gate of a network, whose modules are given, for images of `size` pixels."""
     view = staged(net)
-    shapes = output_shapes(net, [view.stem, *modules])
+    shapes = output_shapes(net, [view.stem, *modules], size)
     example = torch.empty(1, *shapes[0], device="meta")
     channels_last = example.ndim == 3 or view.layout.map(example) is not example
     return [Ports(shapes[i : i + 2], channels_last) for i in range(len(modules))]

@@ -150,7 +150,8 @@ def check_stage_shapes(
     Raises UserError unless H x W is equal at every stage, or, if `stage` is given, at the stage with that index.
     `method` is the name in the message.
     """
-    ours, theirs = stage_shapes(student), stage_shapes(teacher)
+    size = image_size_of(student, teacher)
+    ours, theirs = stage_shapes(student, size), stage_shapes(teacher, size)
     where, another = "every stage", ""
     if stage is not None:
         where = "the last stage" if stage == -1 else f"stage {stage + 1}"
@@ -159,14 +160,9 @@ def check_stage_shapes(
     if [shape[1:] for shape in compared[0]] != [shape[1:] for shape in compared[1]]:
         listed = [", ".join("x".join(map(str, shape)) for shape in shapes) for shapes in (ours, theirs)]
         raise UserError(
-            f"{method} compares maps of equal height and width at {where}; for images of {_sizes(student, teacher)} "
+            f"{method} compares maps of equal height and width at {where}; for images of {size} x {size} "
             f"the stages (C x H x W) of the student {type(student).__name__} are {listed[0]}, those of the teacher "
             f"{type(teacher).__name__} {listed[1]}: use networks with equal resolutions, {another}or a method without "
             "maps (kd, dkd, dist, rkd, sp)"
         )
     return ours, theirs
-
-
-def _sizes(student: nn.Module, teacher: nn.Module) -> str:
-    ours, theirs = image_size_of(student), image_size_of(teacher)
-    return f"{ours} x {ours}" if ours == theirs else f"{ours} x {ours} and {theirs} x {theirs}"
