@@ -17,8 +17,8 @@ from .nets.vgg import CONVOLUTIONS, CifarVGG
 from .sizes import blaming_size, check_image_size
 from .stages.preactivation import PreActivation
 from .stages.staged import Staged, name_stages, stage_shapes, staged
-from .weights import SUFFIXES, load_weights, new_classifier_of, read_state_dict
-from .zoo import AUXILIARY, drop_auxiliary, hf_model, timm_model, torchvision_model
+from .weights import SUFFIXES, copy_weights, load_weights, new_classifier_of, read_state_dict
+from .zoo import drop_auxiliary, hf_model, timm_model, torchvision_model, without_auxiliary
 
 __all__ = [
     "Ensemble",
@@ -79,7 +79,7 @@ def create_model(
     with blaming_size(name, image_size, at_random):
         model = _network(name, num_classes, tag, image_size, file, new_classifier)
     if file is not None:
-        load_weights(model, file, new_classifier)
+        copy_weights(model, without_auxiliary(name, read_state_dict(file)), str(file), new_classifier)
     drop_auxiliary(model)
     if image_size is not None:
         check_image_size(model, name, image_size, at_random)
@@ -103,15 +103,10 @@ def _network(
     if library == "timm":
         return timm_model(rest if file is None else rest.partition(".")[0], num_classes, tag, size, new_classifier)
     if library == "torchvision":
-        heads = rest in AUXILIARY and file is not None and _has_any(file, AUXILIARY[rest])
-        return torchvision_model(rest, num_classes, tag, size, heads, new_classifier)
+        return torchvision_model(rest, num_classes, tag, size, new_classifier)
     if library == "hf":
         return hf_model(rest, num_classes, tag, size, new_classifier)
     raise UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision', 'hf'])}")
-
-
-def _has_any(file: str | os.PathLike, modules: tuple[str, ...]) -> bool:
-    return any(key.partition(".")[0] in modules for key in read_state_dict(file))
 
 
 def model_names() -> list[str]:

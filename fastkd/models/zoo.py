@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -71,13 +71,12 @@ def torchvision_model(
     num_classes: int,
     tag: str | None,
     image_size: int | None = None,
-    with_auxiliary: bool = False,
     new_classifier: bool = False,
 ) -> nn.Module:
     """`resnet18`; `tag` names its weights (`IMAGENET1K_V1`), "pretrained" the default ones; None: no weights.
 
     Networks of a fixed image size (ViT, MaxViT) without weights are made for `image_size`. The auxiliary heads of
-    GoogLeNet and Inception are left out, unless their weights must be loaded: see `drop_auxiliary`.
+    GoogLeNet and Inception are left out: see `drop_auxiliary`.
     With `new_classifier`, weights of another class count are taken too, but for the classifier.
     """
     models = _library("torchvision").models
@@ -91,7 +90,7 @@ def torchvision_model(
         elif image_size is not None and name.startswith("maxvit"):
             options = {"input_size": (image_size, image_size)}
         elif name in AUXILIARY:
-            options = {"aux_logits": with_auxiliary, "init_weights": True}  # their own default, without its warning
+            options = {"aux_logits": False, "init_weights": True}  # their own default, without its warning
         return models.get_model(name, weights=None, num_classes=num_classes, **options)
     choices = models.get_model_weights(name).__members__
     member = "DEFAULT" if tag == "pretrained" else tag
@@ -116,6 +115,15 @@ def drop_auxiliary(net: nn.Module) -> nn.Module:
         for head in (head for heads in AUXILIARY.values() for head in heads if hasattr(net, head)):
             setattr(net, head, None)
     return net
+
+
+def without_auxiliary(name: str, table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict `table` of the network `name`, without auxiliary heads that `drop_auxiliary` would remove.
+
+    They have a classifier each, so that weights of another class count would not fit.
+    """
+    heads = AUXILIARY.get(name.removeprefix("torchvision/"), ()) if name.startswith("torchvision/") else ()
+    return {key: tensor for key, tensor in table.items() if key.partition(".")[0] not in heads}
 
 
 def hf_model(

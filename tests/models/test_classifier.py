@@ -87,6 +87,20 @@ def test_all_keys_but_the_classifiers_are_kept(name, tmp_path):
         assert torch.equal(tensor, before[key] if key in own else source.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_of_other_classes(name, tmp_path):
+    from torchvision.models import get_model
+
+    source = get_model(name, weights=None, num_classes=7, aux_logits=True, init_weights=False)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    net = create_model(f"torchvision/{name}", 5, tmp_path / "w.pth", new_classifier=True)
+    assert new_classifier_of(net) == (["fc.weight", "fc.bias"], 7)
+    kept = {key: tensor for key, tensor in net.state_dict().items() if not key.startswith("fc.")}
+    assert all(torch.equal(tensor, source.state_dict()[key]) for key, tensor in kept.items())
+    same = create_model(f"torchvision/{name}", 7, tmp_path / "w.pth")
+    assert torch.equal(same.fc.weight, source.fc.weight)
+
+
 def test_equal_counts_load_the_classifier_too(tmp_path):
     source = create_model("resnet8", 5)
     torch.save(source.state_dict(), tmp_path / "w.pth")
