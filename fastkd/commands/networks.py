@@ -108,13 +108,29 @@ def check_hash(weights: str, sha256: str) -> None:
 def teacher_of(teachers: list[nn.Module], config: Config) -> nn.Module | None:
     """The network that the method takes as its teacher: the only one, or the mean of several; None without teachers.
 
-    The mean of probabilities is taken at the method's temperature.
+    The mean of probabilities is taken at the method's temperature, which must be one for all methods of a sum.
     """
     if len(teachers) < 2:
         return teachers[0] if teachers else None
     names = config.networks
-    temperature = getattr(config.method, "temperature", 1.0)
+    temperature = 1.0 if names.ensemble == "logits" else _temperature(config)
     return Ensemble(teachers, names.teacher_ratios or None, names.ensemble, temperature)
+
+
+def _temperature(config: Config) -> float:
+    """The temperature by which the method, or all methods of a sum, soften the logits; 1 if there is none.
+
+    Raises UserError if the methods of a sum have different ones: there is one mean for all of them.
+    """
+    options = vars(config.method)
+    given = {name: value for name, value in options.items() if name == "temperature" or name.endswith("_temperature")}
+    if len(set(given.values())) > 1:
+        shown = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in given.items())
+        raise UserError(
+            f"{shown}: the mean of several teachers' probabilities is taken at one temperature; give all methods the "
+            "same, or take the mean of the logits, --ensemble logits"
+        )
+    return next(iter(given.values()), 1.0)
 
 
 def check_networks(kind: type[Method], config: Config) -> None:

@@ -9,8 +9,8 @@ import yaml
 
 from fastkd import create_model
 from fastkd.checkpoint import save_network
-from fastkd.commands.networks import NetworkMaker
-from fastkd.config import NetworkOptions, defaults
+from fastkd.commands.networks import NetworkMaker, teacher_of
+from fastkd.config import Config, NetworkOptions, defaults, parse
 from fastkd.errors import UserError
 from fastkd.models.own_input import InputSpec
 
@@ -55,6 +55,21 @@ def test_two_teachers(fastkd, few_digits):
     out = ok(fastkd("train", *given, "--ensemble", "logits"))
     assert "trained before" not in out and "teachers' mean" in out
     assert "one teacher" in refused(fastkd("train", *given, "--method", "iekd"))
+
+
+def test_the_mean_has_the_temperature_of_a_sums_methods():
+    nets = [create_model("resnet8", 3), create_model("resnet8", 3)]
+    assert teacher_of(nets, two_teachers("kd+sp", "--kd-temperature", "3")).temperature == 3
+    assert teacher_of(nets, two_teachers("kd", "--temperature", "2")).temperature == 2
+    with pytest.raises(UserError, match="--kd-temperature 4, --dist-temperature 1: .* one temperature"):
+        teacher_of(nets, two_teachers("kd+dist"))
+    assert teacher_of(nets, two_teachers("kd+dist", "--ensemble", "logits")).mean == "logits"
+
+
+def two_teachers(method: str, *options: str) -> Config:
+    """The configuration of a run with two teachers."""
+    teachers = ["--teacher", "resnet8", "resnet8", "--teacher-epochs", "1"]
+    return parse(["--data", "digits", "--method", method, "--student", "resnet8", *teachers, *options], print)
 
 
 def test_weights_and_ratios_are_counted():
