@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +71,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike, new_classifier: bool
 
 def copy_weights(model: nn.Module, table: Mapping[str, Tensor], source: str, new_classifier: bool = False) -> list[str]:
     """`load_weights` from the state dict `table`. Errors name the `source`."""
-    wanted = {without_prefixes(key): (key, tensor) for key, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    wanted = {without_prefixes(key): (key, tensor) for key, tensor in state.items()}
     own = {name: tensor for name, (_, tensor) in wanted.items()}
     complaints, note = _complaints(own, table), None
     if complaints:
@@ -83,7 +85,9 @@ def copy_weights(model: nn.Module, table: Mapping[str, Tensor], source: str, new
             hint = f"; {HINT}" if other and not rest else ""
             raise UserError(f"{source} does not fit this {type(model).__name__}: {words}{hint}")
     fresh = note.keys if note else []
-    values = {wanted[name][0]: new for name, new in table.items() if name in wanted and name not in fresh}
+    values = OrderedDict((wanted[name][0], new) for name, new in table.items() if name in wanted and name not in fresh)
+    # The versions of the modules, which safetensors does not hold; torchvision's MNASNet refuses weights without one.
+    setattr(values, "_metadata", getattr(state, "_metadata", {}))  # noqa: B010, not in torch's types
     model.load_state_dict(values, strict=False)
     object.__setattr__(model, "_fastkd_new_classifier", note)  # for new_classifier_of
     return fresh

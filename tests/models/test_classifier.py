@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastkd.checkpoint import save_network
 from fastkd.errors import UserError
 from fastkd.models import classifiers_of, create_model, load_weights, new_classifier_of, reorder_classes
 from fastkd.models.zoo import hidden_kernels
@@ -99,6 +100,13 @@ def test_auxiliary_heads_of_other_classes(name, tmp_path):
     assert all(torch.equal(tensor, source.state_dict()[key]) for key, tensor in kept.items())
     same = create_model(f"torchvision/{name}", 7, tmp_path / "w.pth")
     assert torch.equal(same.fc.weight, source.fc.weight)
+
+
+def test_a_network_that_asks_for_the_version_of_its_weights(tmp_path):
+    source = create_model("torchvision/mnasnet0_5", 5)
+    save_network(tmp_path / "w.safetensors", source, {})
+    net = create_model("torchvision/mnasnet0_5", 5, tmp_path / "w.safetensors")
+    assert all(torch.equal(tensor, source.state_dict()[key]) for key, tensor in net.state_dict().items())
 
 
 def test_equal_counts_load_the_classifier_too(tmp_path):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..ensemble import Ensemble
-from ..own_input import OwnInput
+from ..own_input import OwnInput, plain_network
 from ..sizes import image_size_of, probe
 from .families import Split, advice, is_known, split_family
 from .layout import layout_of
@@ -162,7 +162,7 @@ def check_stage_shapes(
         raise UserError(
             f"{method} compares maps of equal height and width at {where}; for images of {size} x {size} "
             f"the stages (C x H x W) of the student {type(student).__name__} are {listed[0]}, those of the teacher "
-            f"{type(teacher).__name__} {listed[1]}: use networks with equal resolutions, {another}or a method without "
-            "maps (kd, dkd, dist, rkd, sp)"
+            f"{type(plain_network(teacher)).__name__} {listed[1]}: use networks with equal resolutions, {another}or a "
+            "method without maps (kd, dkd, dist, rkd, sp)"
         )
     return ours, theirs
