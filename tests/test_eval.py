@@ -156,3 +156,13 @@ def test_any_bytes_may_be_the_name_of_a_class(fastkd, tmp_path):
     assert fastkd("eval", *weights, "--data", tmp_path / "set")[0] == 0
     (tmp_path / "set" / "b").rename(tmp_path / "set" / "c\udce9")
     check_refused(fastkd("eval", *weights, "--data", tmp_path / "set"), r"only in the data: 'c\udce9'")
+
+
+def test_pretrained_weights_get_the_images_that_their_library_says(fastkd, tmp_path, monkeypatch):
+    from fastkd.models import zoo
+
+    monkeypatch.setattr(zoo, "_download", lambda model, build: zoo.torchvision_model("resnet18", 1000, None))
+    write(tmp_path / "pictures", ["ant", "bee"], 2)
+    given = ["eval", "--model", "torchvision/resnet18", "--weights", "IMAGENET1K_V1", "--data", "pictures"]
+    status, out, err = fastkd(*given, "--loader", "folder", "--workers", "0", "--image-size", "32")
+    assert "as in training: --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225" in out, (out, err)

@@ -17,6 +17,7 @@ from ..engine.precision import Precision
 from ..errors import UserError
 from ..evaluate import evaluate, speed
 from ..models import create_model
+from ..models.own_input import library_input
 from ..parser import run_parser, tokens_of, typed_options
 from ..report import log_rank0, show_table
 
@@ -42,7 +43,7 @@ def run(arguments: list[str]) -> None:
     kind = make_dataclass("Eval", [("eval", EvalOptions), ("data", DataOptions)], frozen=True)
     typed = typed_options(arguments)
     weights = Path(typed.get("weights", ""))
-    about = checkpoint.read_about(weights)
+    about = _about(weights, typed.get("model", ""))
     tokens = tokens_of(_noted_input(about, typed), kind, f"--weights {weights}")
     config: Any = run_parser(kind, arguments, "fastkd eval", tokens)
     options, device = config.eval, device_for(config.eval.device)
@@ -81,6 +82,12 @@ def _with_classes_of(noted: list[str], source: str, loader: Loader, ignore: bool
     if note := class_note(noted, loader.classes, source, ignore):
         log_rank0(note)
     return Relabelled(loader, noted, order, device) if order else loader
+
+
+def _about(weights: Path, model: str) -> dict[str, Any]:
+    """What the weights file notes; of pre-trained weights, the images that the library says they take."""
+    found = None if weights.is_file() else library_input(model, str(weights))
+    return checkpoint.read_about(weights) if found is None else {"input": found.as_dict()}
 
 
 def _noted_input(about: dict[str, Any], typed: dict[str, str]) -> dict[str, Any]:

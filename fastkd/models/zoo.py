@@ -90,7 +90,8 @@ def torchvision_model(
         elif image_size is not None and name.startswith("maxvit"):
             options = {"input_size": (image_size, image_size)}
         elif name in AUXILIARY:
-            options = {"aux_logits": False, "init_weights": True}  # their own default, without its warning
+            # their own default without its warning, and the input of their pre-trained weights
+            options = {"aux_logits": False, "init_weights": True, "transform_input": True}
         return models.get_model(name, weights=None, num_classes=num_classes, **options)
     choices = models.get_model_weights(name).__members__
     member = "DEFAULT" if tag == "pretrained" else tag
@@ -99,7 +100,7 @@ def torchvision_model(
     weights = choices[member]
     if len(weights.meta["categories"]) != num_classes and new_classifier:
         trained = _download(f"torchvision/{name}", lambda: drop_auxiliary(models.get_model(name, weights=weights)))
-        net = drop_auxiliary(models.get_model(name, weights=None, num_classes=num_classes))
+        net = torchvision_model(name, num_classes, None)
         return _transfer(trained, net, f"torchvision/{name} with {weights.name}")
     _check_classes(f"torchvision/{name} with {weights.name}", len(weights.meta["categories"]), num_classes)
     return _download(f"torchvision/{name}", lambda: drop_auxiliary(models.get_model(name, weights=weights)))

@@ -15,6 +15,12 @@ def test_made_for_the_size_and_gives_logits_alone(name):
     assert len(stage_shapes(net)) == 4
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_the_input_of_a_file_is_that_of_the_pretrained_weights(name):
+    """torchvision converts the images of the pre-trained network alone, and a file does not say that it did."""
+    assert create_model(f"torchvision/{name}", 3, image_size=96).transform_input
+
+
 @pytest.mark.parametrize(("name", "size", "works"), [("timm/levit_128s", 200, 208), ("vgg8", 4, 8)])
 def test_a_size_that_does_not_fit(name, size, works):
     with pytest.raises(UserError, match=rf"{name} cannot take images of {size} x {size} .*; {works} x {works} works"):
