@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import UserError
+from .paths import utf8_path
 
 FORMAT = 1
 
@@ -252,7 +253,7 @@ def read_about(weights: Path) -> dict:
     if weights.suffix != ".safetensors" or not weights.is_file():
         return {}
     try:
-        with safe_open(weights, framework="pt") as file:
+        with utf8_path(weights) as path, safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {}).get("fastkd", "{}"))
     except SafetensorError as error:
         raise UserError(f"{weights} is not a whole safetensors file: {error}") from None

@@ -19,7 +19,7 @@ from .engine import TrainOptions
 from .errors import UserError, nearest
 from .methods import METHODS, find_method
 from .models.ensemble import Mean
-from .parser import name_of, option_types, run_parser, tokens_of, typed_options
+from .parser import name_of, option_types, run_parser, tokens_of, typed_options, typed_words
 
 SWITCHES = ("graph", "compile")  # their values: auto, on, off
 NOT_IN_FILES = ("config", "print_config", "resume")
@@ -134,19 +134,20 @@ def parse(arguments: list[str], log: Callable[[str], None] = print) -> Config:
     _refuse_options_of_other_methods(method, sources)
     kind = config_type(method)
     tokens = [token for source, values in sources[:-1] for token in tokens_of(values, kind, source)]
-    tokens += _teacher_as_it_is(sources, log)
+    tokens += _teacher_as_it_is(sources, typed_words(arguments, "teacher_weights"), log)
     config = run_parser(kind, arguments, "fastkd train", tokens)
     _refuse_options_without_effect(config, sources[-1][1].keys())
     return config
 
 
-def _teacher_as_it_is(sources: Sources, log: Callable[[str], None]) -> list[str]:
-    """The tokens of `--teacher-epochs 0` where weights are given and an earlier source trains a teacher without."""
+def _teacher_as_it_is(sources: Sources, typed: list[str], log: Callable[[str], None]) -> list[str]:
+    """`--teacher-epochs 0` where weights are given, `typed` or in a file, and an earlier source trains without any."""
     last: dict[str, int] = {}
     for place, (_, values) in enumerate(sources):
         last |= {name: place for name in ("teacher_weights", "teacher_epochs") if values.get(name)}
     epochs, weights = last.get("teacher_epochs", -1), last.get("teacher_weights", -1)
-    if not 0 <= epochs < weights or "none" in str(sources[weights][1]["teacher_weights"]):
+    given = typed if weights == len(sources) - 1 else sources[weights][1].get("teacher_weights", [])
+    if not 0 <= epochs < weights or "none" in ([given] if isinstance(given, str) else given):
         return []
     source, values = sources[epochs]
     log(

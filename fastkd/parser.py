@@ -90,6 +90,11 @@ def typed_options(arguments: list[str]) -> dict[str, str]:
     return {name_of(flag): words[0] if words else "" for flag, words in groups(arguments)}
 
 
+def typed_words(arguments: list[str], name: str) -> list[str]:
+    """All words after the last `--name`."""
+    return {name_of(flag): words for flag, words in groups(arguments)}.get(name, [])
+
+
 def nearest_option(name: str, known: Collection[str], dashes: bool = False) -> str:
     """`" (did you mean 'x'?)"` for an unknown option, by its meaning elsewhere or its letters, or an empty string.
 

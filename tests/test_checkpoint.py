@@ -1,6 +1,7 @@
 """Weights files: tied tensors, odd layouts and dtypes, and what cannot be saved."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_model
 from torch import nn
 
 from fastkd import Trainer, TrainOptions, create_model
-from fastkd.checkpoint import check_savable, save_network
+from fastkd.checkpoint import check_savable, read_about, save_network
 from fastkd.errors import UserError
 from fastkd.methods import METHODS
 from fastkd.models import load_weights
@@ -117,3 +118,13 @@ def test_a_trainer_refuses_what_it_could_not_save(tiny_net, tiny_loaders, tmp_pa
     with pytest.raises(UserError, match="the student .* cannot be saved: table"):
         Trainer(METHODS["ce"](net), *tiny_loaders(), TrainOptions(epochs=1, out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    net, path = create_model("resnet8", 3), folder / "student.safetensors"
+    save_network(path, net, {"model": "resnet8"})
+    assert read_about(path) == {"model": "resnet8"}
+    other = create_model("resnet8", 3, path)
+    assert all(map(torch.equal, net.state_dict().values(), other.state_dict().values()))

@@ -54,7 +54,7 @@ def score(fastkd, trained, *options, weights="student.safetensors"):
 def test_the_held_out_images_are_evaluated(fastkd, trained, weights):
     top1, images, out = score(fastkd, trained, "--data", trained / "tree", weights=weights)
     assert top1 > 80 and images == 8
-    assert "--val-fraction 0.25 --split-seed 3" in out and "8 of the 32 images" in out
+    assert "--val-fraction 0.25 --split-seed 3; --val-fraction 0 evaluates all" in out and "8 of the 32 images" in out
     assert score(fastkd, trained, "--data", trained / "tree", "--val-fraction", "0")[1] == 32
 
 

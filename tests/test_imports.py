@@ -16,14 +16,15 @@ PROTOCOL = {f"methods.{name}" for name in ("base", "context", "embedding", "forw
 ALLOWED = {
     "kernels": set(),
     "fastkd/errors.py": set(),
-    "fastkd/models": {"errors"},
+    "fastkd/paths.py": set(),
+    "fastkd/models": {"errors", "paths"},
     "fastkd/data": {"kernels", "errors"},
     "fastkd/losses": {"kernels"},
     # data.base: as a type
     "fastkd/methods": {"kernels", "losses", "models", "data.base", "checkpoint", "distributed", "errors"},
     "fastkd/distributed.py": {"errors"},
     "fastkd/engine": {*PROTOCOL, "kernels", "models", "distributed", "errors"},
-    "fastkd/checkpoint.py": {"errors"},
+    "fastkd/checkpoint.py": {"errors", "paths"},
     "fastkd/evaluate.py": {"engine", "distributed", "errors"},
     "fastkd/report.py": {"engine", "models.own_input", "checkpoint", "distributed", "environment", "errors"},
     "fastkd/train.py": {"engine", *PROTOCOL, "data.base", "checkpoint", "distributed", "evaluate", "report", "errors"},

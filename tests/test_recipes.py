@@ -147,3 +147,12 @@ def test_each_of_the_papers_has_recipes():
     found = {(name.partition("-")[0], config_of(name).run.method) for name in RECIPES}
     assert {("cifar", m) for m in ("kd", "dml", "iakd", "iekd", "sokd", "dcm")} <= found
     assert {("imagenet", m) for m in ("kd", "iakd", "iekd", "sokd", "dcm")} <= found
+
+
+@pytest.mark.parametrize(("weights", "epochs"), [("none_x/t.pth", 0), ("t.pth", 0), ("none", 3), ("t.pth none", 3)])
+def test_weights_are_used_as_they_are_but_none_is_trained(tmp_path, weights, epochs):
+    file, words = tmp_path / "c.yaml", weights.split()
+    file.write_text("teacher_epochs: 3\n")
+    given = ["--data", "DIR", "--teacher", *["resnet8"] * len(words), "--teacher-weights", *words]
+    config = parse(["--config", str(file), *given], lambda line: None)
+    assert config.networks.teacher_epochs == epochs

@@ -48,7 +48,8 @@ def run(arguments: list[str]) -> None:
     config: Any = run_parser(kind, arguments, "fastkd eval", tokens)
     options, device = config.eval, device_for(config.eval.device)
     if tokens:  # the image size and normalisation
-        log_rank0(f"as in training: {' '.join(tokens)}")
+        hint = "; --val-fraction 0 evaluates all images" if "--val-fraction" in tokens else ""
+        log_rank0(f"as in training: {' '.join(tokens)}{hint}")
     model = options.model or _network_of(weights)
     precision = Precision(options.amp_dtype, device)
     loader: Any = create_eval_loader(

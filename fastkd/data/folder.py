@@ -10,6 +10,7 @@ torchvision's ImageFolder, unless the option `exif` is on.
 """
 
 import os
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -105,7 +106,9 @@ class EpochKeys:
     """The DataLoader's batch sampler: lists of (epoch, position in the files)."""
 
     def __init__(self, loader: FolderLoader):
-        self.loader = loader
+        # A cycle of references would leave the loader to the garbage collector, which closes the workers' queues first:
+        # each worker was then waited for in vain, 5 s.
+        self.loader: FolderLoader = weakref.proxy(loader)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.loader.epoch

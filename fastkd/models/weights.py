@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..paths import utf8_path
 from .classifier import classifier_keys
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -166,7 +167,7 @@ def _read(path: Path) -> object:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file. Names that safetensors' `save_model` notes as the same tensor as another are there too."""
-    with safe_open(path, framework="pt") as file:
+    with utf8_path(path) as name, safe_open(name, framework="pt") as file:
         table = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
         aliases = file.metadata() or {}
     return table | {name: table[kept] for name, kept in aliases.items() if kept in table and name not in table}

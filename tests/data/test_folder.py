@@ -113,3 +113,12 @@ def test_on_the_gpu_the_batches_are_the_same(pictures):
     cuda, target = epoch(loaders(pictures, workers=2, device=torch.device("cuda"))[0])
     want, want_target = epoch(loaders(pictures)[0])
     assert cuda.is_cuda and torch.allclose(cuda.cpu(), want, atol=1e-5) and torch.equal(target.cpu(), want_target)
+
+
+def test_a_loader_that_is_dropped_ends_its_workers(small):
+    """A cycle of references would leave it to the garbage collector, where torch waits 5 s for each worker."""
+    train = loaders(small, workers=1)[0]
+    list(train)
+    (worker,) = train.decoded._iterator._workers
+    del train
+    assert not worker.is_alive()
