@@ -48,7 +48,7 @@ class NetworkOptions:
     """Networks."""
 
     student: str = "timm/resnet18"
-    """The student: a CIFAR net (resnet20, wrn_40_2, vgg8, ...), timm/NAME or torchvision/NAME."""
+    """The student: a CIFAR net (resnet20, wrn_40_2, vgg8, ...), timm/NAME, torchvision/NAME or hf/NAME."""
     teacher: tuple[str, ...] = ("timm/resnet50",)
     """The teacher: a name as for the student. Several names: the student learns from the mean of their predictions."""
     teacher_weights: tuple[str, ...] = ()
