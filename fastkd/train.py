@@ -119,7 +119,7 @@ class Trainer:
         first = done = self.epoch * len(self.train_loader)  # steps before this epoch, and before the next step
         lr = 0.0
         for images, target in self.train_loader:
-            lr = self.schedule.write(done / len(self.train_loader))
+            lr = self.schedule.write(done / len(self.train_loader), (done - 1) / len(self.train_loader))
             target = self.labels(target) if self.labels else target
             images, target = self.mixup(images, target, done)
             if self.step.ema:

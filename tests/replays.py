@@ -38,7 +38,7 @@ def trained(
     schedule = Schedule(settings, step.optimizer)
     run = how(step, new, warm_up=1) if how else step
     for number in range(steps):
-        schedule.write(number / 2)
+        schedule.write(number / 2, (number - 1) / 2)
         if number == 10:
             step.meter.reset()
         for plan in method.plans(number):

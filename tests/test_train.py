@@ -61,7 +61,10 @@ def test_checkpoints_hold_no_teacher(tiny_net, tiny_loaders, tmp_path):
     assert all(name.startswith("student.") for name in state["method"])
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+RESET = {"reset_momentum": True, "sched": "multistep", "decay_milestones": (1.0, 2.0), "opt": "nesterov"}
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING, RESET], ids=["plain", "everything", "reset"])
 def test_resumed_equals_uninterrupted(tiny_net, tiny_loaders, tmp_path, options, monkeypatch):
     whole, _ = fit(tiny_net, tiny_loaders, tmp_path / "whole", **options)
     save = checkpoint.save_run

@@ -74,16 +74,23 @@ class Schedule:
     """`write(epoch)` sets the learning rate of every group to its own rate times `at(epoch)`.
 
     Linear warm-up from `warmup_lr` over the first epochs, then cosine to `min_lr`, or a drop by `decay_rate` every
-    `decay_epochs` ("step") or at the `decay_milestones` ("multistep").
+    `decay_epochs` ("step") or at the `decay_milestones` ("multistep"). With `reset_momentum`, a drop
+    sets the momentum to zero: the next step is like the first one of a new torch.optim.SGD.
     """
 
     def __init__(self, options: TrainOptions, optimizer: Optimizer):
         self.options, self.optimizer = options, optimizer
         self.base = [group["base_lr"] for group in optimizer.param_groups]
 
-    def write(self, epoch: float) -> float:
-        """Set every group's rate for this fractional epoch; gives that of the first group, for the log."""
+    def write(self, epoch: float, previous: float | None = None) -> float:
+        """Set every group's rate for this fractional epoch; gives that of the first group, for the log.
+
+        `previous`: the epoch of the step before. With it, the momentum is reset if a drop lies between the two.
+        """
         factor = self.at(epoch)
+        if self.options.reset_momentum and previous is not None:
+            if any(previous < drop <= epoch for drop in self.options.drops):
+                torch._foreach_zero_([state["momentum_buffer"] for state in self.optimizer.state.values()])
         for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(base * factor)

@@ -40,6 +40,8 @@ class TrainOptions:
     """Epochs of the drops of --sched multistep."""
     decay_rate: float = 0.1
     """Factor on the learning rate at a drop."""
+    reset_momentum: bool = False
+    """Set the momentum of SGD to zero at each drop of the learning rate, as code does that makes a new optimizer."""
     clip_grad: float = 0.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
     grad_accum: int = 1
@@ -100,6 +102,11 @@ class TrainOptions:
             raise UserError(f"--opt nesterov needs --momentum above 0, got {self.momentum}")
         if self.sched == "multistep":
             self._check_milestones()
+        if self.reset_momentum and (self.opt not in ("sgd", "nesterov") or not self.drops):
+            raise UserError(
+                f"--reset-momentum sets the momentum of SGD to zero at each drop, with --sched step or multistep, got "
+                f"--opt {self.opt} --sched {self.sched} --epochs {self.epochs}; --no-reset-momentum turns it off"
+            )
 
     def _check_kinds(self) -> None:
         """What the command line ensures: numbers are numbers, and words are among the choices."""

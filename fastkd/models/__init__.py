@@ -12,7 +12,8 @@ from ..errors import UserError, nearest
 from .classifier import classifiers_of, reorder_classes
 from .ensemble import Ensemble
 from .nets.mobilenet import CifarMobileNet, CifarMobileNetV2
-from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet, WideResNet
+from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet, CifarResNet50, WideResNet
+from .nets.shufflenet import CifarShuffleNetV1, CifarShuffleNetV2
 from .nets.vgg import CONVOLUTIONS, CifarVGG
 from .sizes import blaming_size, check_image_size
 from .stages.preactivation import PreActivation
@@ -44,6 +45,16 @@ CIFAR_NETS: dict[str, Callable[[int], nn.Module]] = {
     **{name: partial(CifarVGG, convolutions) for name, convolutions in CONVOLUTIONS.items()},
     "mobilenet": CifarMobileNet,
     "mobilenetv2": CifarMobileNetV2,
+    "cifar_resnet50": CifarResNet50,
+    "shufflenet_v1": CifarShuffleNetV1,
+    "shufflenet_v2": CifarShuffleNetV2,
+}
+NAMES_ELSEWHERE = {  # of RepDistiller and mdistiller, in small letters, by our names; "-" counts as "_"
+    "shufflev1": "shufflenet_v1",
+    "shufflev2": "shufflenet_v2",
+    "shufflenetv1": "shufflenet_v1",
+    "shufflenetv2": "shufflenet_v2",
+    "mobile_half": "mobilenetv2",
 }
 
 
@@ -127,8 +138,12 @@ def _cifar_net(name: str, num_classes: int) -> nn.Module:
     if wide is None:
         from torchvision import models
 
-        hint = nearest(name, CIFAR_NETS)
-        if name in models.list_models(module=models):  # by spelling, resnet50 would be close to resnet56
+        plain = name.lower().replace("-", "_")
+        ours_there = NAMES_ELSEWHERE.get(plain, plain if plain in CIFAR_NETS else "")
+        hint = f" (did you mean {ours_there!r}?)" if ours_there else nearest(name, CIFAR_NETS)
+        if name == "ResNet50":  # so called there
+            hint = " (did you mean 'cifar_resnet50'?)"
+        elif name in models.list_models(module=models):  # by spelling, resnet50 would be close to resnet56
             hint = f" (did you mean 'torchvision/{name}'?)"
         ours = ", ".join(CIFAR_NETS)
         raise UserError(

@@ -22,8 +22,8 @@ def test_every_method(name):
 
 OPTIONS = [
     {"opt": "adamw", "ema_decay": 0.9},
-    {"opt": "nesterov", "sched": "multistep", "decay_milestones": (3.0, 6.0), "clip_grad": 0.5},
-    {"grad_accum": 2, "ema_decay": 0.5, "sched": "step", "decay_epochs": 3},
+    {"opt": "nesterov", "sched": "multistep", "decay_milestones": (3.0, 6.0), "reset_momentum": True},
+    {"grad_accum": 2, "ema_decay": 0.5, "sched": "step", "decay_epochs": 3, "clip_grad": 0.5},
     {"amp_dtype": "bfloat16", "momentum": 0.0, "sched": "constant"},
     {"amp_dtype": "float16", "smoothing": 0.1},
 ]
@@ -97,7 +97,7 @@ def test_faults_are_caught(fault, monkeypatch):
         monkeypatch.setattr(GraphedStep, "__call__", without_copying)
     if fault == "frozen rate":
 
-        def frozen(self, epoch):
+        def frozen(self, epoch, previous):
             for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
                 group["lr"] = base * self.at(epoch)
 

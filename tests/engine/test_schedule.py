@@ -7,6 +7,7 @@ import torch
 
 from fastkd.engine import Schedule, TrainOptions
 from fastkd.engine.optim import create_optimizer
+from fastkd.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -61,3 +62,39 @@ def test_groups_keep_their_own_rates():
     plan = Schedule(options, create_optimizer(groups, options, CPU))
     plan.write(2)
     assert [group["lr"].item() for group in plan.optimizer.param_groups] == pytest.approx([0.05, 0.2])
+
+
+@pytest.mark.parametrize("opt", ["sgd", "nesterov"])
+@pytest.mark.parametrize(
+    "drops", [{"sched": "multistep", "decay_milestones": (1.0, 2.0)}, {"sched": "step", "decay_epochs": 1}]
+)
+def test_momentum_is_reset_as_by_a_new_optimizer(opt, drops):
+    """Three epochs of three steps, against a new torch.optim.SGD in each of them."""
+    plan, weight = schedule(epochs=3, opt=opt, momentum=0.9, weight_decay=0.01, reset_momentum=True, **drops)
+    other = torch.nn.Parameter(weight.detach().clone())
+    for step in range(9):
+        plan.write(step / 3, (step - 1) / 3)
+        if step % 3 == 0:
+            rate = 0.2 * 0.1 ** (step // 3)
+            new = torch.optim.SGD([other], lr=rate, momentum=0.9, weight_decay=0.01, nesterov=opt == "nesterov")
+        weight.grad, other.grad = (torch.tensor([0.3, step - 4.0]) for _ in range(2))
+        plan.optimizer.step()
+        new.step()
+        torch.testing.assert_close(weight.detach(), other.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_momentum_stays_without_the_option():
+    plan, weight = schedule(epochs=2, sched="multistep", decay_milestones=(1.0,), momentum=0.9)
+    weight.grad = torch.ones(2)
+    plan.optimizer.step()
+    plan.write(1.0, 0.5)
+    assert plan.optimizer.state[weight]["momentum_buffer"].abs().min() > 0.9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"opt": "adamw", "sched": "step", "decay_epochs": 3}, {"sched": "cosine"}, {"sched": "step", "decay_epochs": 10}],
+)
+def test_a_reset_that_never_happens_is_an_error(options):
+    with pytest.raises(UserError, match="--reset-momentum .*--no-reset-momentum turns it off"):
+        TrainOptions(epochs=10, reset_momentum=True, **options)

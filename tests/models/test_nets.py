@@ -24,6 +24,9 @@ PUBLISHED = {
     "vgg8": 3.97,
     "vgg13": 9.46,
     "mobilenetv2": 0.81,
+    "shufflenet_v1": 0.95,
+    "shufflenet_v2": 1.36,
+    "cifar_resnet50": 23.71,
 }
 
 

@@ -84,6 +84,58 @@ class CifarResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
+class Bottleneck(nn.Module):
+    """Convolutions 1x1, 3x3, 1x1 and a shortcut, [N, cin, H, W] -> [N, 4 width, H/stride, W/stride], ReLU last."""
+
+    def __init__(self, cin: int, width: int, stride: int):
+        super().__init__()
+        cout = 4 * width
+        self.conv1 = nn.Conv2d(cin, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, cout, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(cout)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or cin != cout:
+            self.shortcut = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(y)))))
+        return self.relu(y + self.shortcut(x))
+
+
+class CifarResNet50(nn.Module):
+    """ResNet-50 with a 3x3 stem of stride 1 and no pool (RepDistiller's ResNet50).
+
+    Images [N, 3, H, W] floating -> logits [N, num_classes]; 256, 512, 1024, 2048 channels at H, H/2, H/4, H/8.
+    """
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _bottlenecks(3, 64, 64, 1)
+        self.layer2 = _bottlenecks(4, 256, 128, 2)
+        self.layer3 = _bottlenecks(6, 512, 256, 2)
+        self.layer4 = _bottlenecks(3, 1024, 512, 2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(2048, num_classes)
+        he_init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.linear(torch.flatten(self.avgpool(x), 1))
+
+
+def _bottlenecks(count: int, cin: int, width: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(Bottleneck(cin, width, stride), *(Bottleneck(4 * width, width, 1) for _ in range(count - 1)))
+
+
 class WideBlock(nn.Module):
     """BN, ReLU, conv3x3 twice, plus a shortcut: [N, cin, H, W] -> [N, cout, H/stride, W/stride], not activated.
 

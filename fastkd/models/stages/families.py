@@ -157,6 +157,15 @@ FAMILIES: dict[str, Family] = {  # by name, so that neither library is imported 
     "fastkd.models.nets.mobilenet.CifarMobileNetV2": Family(
         "conv1", lambda m: _by_resolution(m.blocks), "conv2 avgpool Flatten classifier"
     ),
+    "fastkd.models.nets.resnet.CifarResNet50": Family(
+        "conv1 bn1 relu", "layer1 layer2 layer3 layer4", "avgpool Flatten linear"
+    ),
+    "fastkd.models.nets.shufflenet.CifarShuffleNetV1": Family(
+        "conv1 bn1 relu", "layer1 layer2 layer3", "avgpool Flatten linear"
+    ),
+    "fastkd.models.nets.shufflenet.CifarShuffleNetV2": Family(
+        "conv1 bn1 relu", "layer1 layer2 layer3", "conv2 bn2 relu avgpool Flatten linear"
+    ),
     "torchvision.models.resnet.ResNet": Family(
         "conv1 bn1 relu maxpool", "layer1 layer2 layer3 layer4", "avgpool Flatten fc"
     ),
