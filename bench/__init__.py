@@ -32,7 +32,7 @@ except ImportError:  # rich is not installed
     def log_rank0(message: str) -> None:
         print(message, flush=True)
 
-    def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0) -> None:
+    def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0, whole: int = 0) -> None:
         widths = [max(len(row[place]) for row in [columns, *rows]) for place in range(len(columns))]
         for row in [columns, *rows]:
             cells = [cell.rjust if place >= len(columns) - numbers else cell.ljust for place, cell in enumerate(row)]

@@ -17,11 +17,12 @@ usage: fastkd COMMAND [OPTIONS]
   bench     how long losses and whole training steps take here, beside other ways: fastkd bench loss | step
   doctor    what this machine has, and which paths fastkd will take on it
   methods   the methods by name, with their papers and what they need
+  recipes   the papers' settings by name: fastkd recipes [--show NAME]
 
 `fastkd COMMAND --help` explains the options. Several GPUs: torchrun --nproc-per-node N -m fastkd train ...
 """
 
-COMMANDS = ("train", "eval", "bench", "doctor", "methods")
+COMMANDS = ("train", "eval", "bench", "doctor", "methods", "recipes")
 """Each is a module of commands/ with `run(arguments)`. It is imported when it is asked for: torch takes seconds."""
 
 

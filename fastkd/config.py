@@ -4,8 +4,6 @@ All three go through the same parser. A YAML file is a flat list of options: `ba
 The options of a method exist only if that method is chosen.
 """
 
-import importlib.resources
-import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, make_dataclass
@@ -16,14 +14,14 @@ import yaml
 
 from .data import DataOptions
 from .engine import TrainOptions
-from .errors import UserError, nearest
+from .errors import UserError
 from .methods import METHODS, find_method
-from .models.ensemble import Mean
+from .network_options import NetworkOptions
 from .parser import name_of, option_types, run_parser, tokens_of, typed_options, typed_words
+from .recipes import read_recipe
 
 SWITCHES = ("graph", "compile")  # their values: auto, on, off
 NOT_IN_FILES = ("config", "print_config", "resume")
-TIMES = ("warmup_epochs", "decay_epochs", "decay_milestones")  # parts of a schedule, in epochs
 
 Sources = list[tuple[str, dict[str, Any]]]
 """Options of the recipe, of the file and of the command line. Each comes with the name of its source, for errors."""
@@ -41,76 +39,6 @@ class RunOptions:
     """A YAML file of options. The command line overrides it."""
     print_config: bool = False
     """Print the effective configuration as YAML and stop."""
-
-
-@dataclass(frozen=True)
-class NetworkOptions:
-    """Networks."""
-
-    student: str = "timm/resnet18"
-    """The student: a CIFAR net (resnet20, wrn_40_2, vgg8, ...), timm/NAME, torchvision/NAME or hf/NAME."""
-    teacher: tuple[str, ...] = ("timm/resnet50",)
-    """The teacher: a name as for the student. Several names: the student learns from the mean of their predictions."""
-    teacher_weights: tuple[str, ...] = ()
-    """The weights of each teacher: a file (.safetensors, .pth), `pretrained`, a tag of its library, or `none`."""
-    teacher_epochs: int = 0
-    """Train the teachers for this many epochs first, from their weights if they have some: fine-tuning, with a new
-    classifier for another number of classes. Later runs with equal settings and equal weights reuse them."""
-    teacher_ratios: tuple[float, ...] = ()
-    """With several teachers: the share of each in the mean, such as `2 1`. Default: equal shares."""
-    ensemble: Mean = "probabilities"
-    """With several teachers: the mean of their probabilities, at the method's temperature, or of their logits."""
-    teacher_size: int = 0
-    """Side in pixels of the images that the teacher takes; 0: as its weights say, or else as the student."""
-    teacher_mean: tuple[float, ...] = ()
-    """Mean of each channel of the teacher's images. Default: as its weights say, or else as the student."""
-    teacher_std: tuple[float, ...] = ()
-    """Standard deviation of each channel of the teacher's images. Default: as for the mean."""
-    peers: tuple[str, ...] = ()
-    """Networks that are trained together with the student by dml, dcm and iedml. Default: one like the student."""
-    student_weights: str = ""
-    """The student's initial weights: a file, `pretrained` or a tag. Weights of another number of classes get a new
-    classifier. Default: a random initialisation."""
-    student_sha256: str = ""
-    """SHA-256 of the file of --student-weights. Another content is an error."""
-    student_stages: tuple[str, ...] = ()
-    """Modules of the student that end its stages, by name, in forward order; for networks that fastkd cannot divide."""
-    teacher_stages: tuple[str, ...] = ()
-    """The same for the teachers."""
-    baseline: bool = False
-    """Also train the student alone, with the same options, to compare in the final table."""
-
-    def __post_init__(self) -> None:
-        if self.teacher_epochs < 0:
-            raise UserError(f"--teacher-epochs must not be negative, got {self.teacher_epochs}")
-        if not all(self.teacher):
-            raise UserError("--teacher needs a name")
-        weights = tuple("" if each == "none" else each for each in self.teacher_weights)
-        object.__setattr__(self, "teacher_weights", weights if any(weights) else ())
-        for name in ("teacher_weights", "teacher_ratios"):
-            values, count = getattr(self, name), len(self.teacher)
-            if values and len(values) != count:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {' '.join(map(str, values))}: {len(values)} for {count} teachers; "
-                    "give one for each of --teacher"
-                )
-        if self.teacher_ratios and len(self.teacher) == 1:
-            raise UserError("--teacher-ratios are the shares of several teachers, and there is one; drop the option")
-        if self.student_sha256 and not self.student_weights:
-            raise UserError("--student-sha256 is the hash of the file of --student-weights, and no file is given")
-        if self.teacher_size and self.teacher_size < 8:
-            raise UserError(f"--teacher-size must be 8 or more pixels, got {self.teacher_size}")
-        for name, values in (("mean", self.teacher_mean), ("std", self.teacher_std)):
-            if len(values) not in (0, 3) or not all(math.isfinite(value) for value in values):
-                words = " ".join(map(str, values))
-                raise UserError(f"--teacher-{name} takes three finite numbers, for red, green and blue, got {words}")
-        if self.teacher_std and min(self.teacher_std) <= 0:
-            raise UserError(f"--teacher-std must be above 0, got {' '.join(map(str, self.teacher_std))}")
-
-    @property
-    def weights_of_teachers(self) -> tuple[str, ...]:
-        """One entry for each teacher: a file or tag, or an empty string."""
-        return self.teacher_weights or ("",) * len(self.teacher)
 
 
 @dataclass(frozen=True)
@@ -177,12 +105,6 @@ def defaults(method: str) -> dict[str, Any]:
     return flat(kind(**sections))
 
 
-def recipe_names() -> list[str]:
-    """The names that --recipe takes, sorted."""
-    folder = importlib.resources.files("fastkd") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
 def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
     """The options of the recipe, of the file and of the command line."""
     typed = typed_options(arguments)
@@ -200,31 +122,10 @@ def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
             path, sources = str(started), [(f"--config {started}", _read_yaml(started)), *sources]
     default = "digits" if typed.get("data", DataOptions.data) == "digits" and not path else ""
     recipe = _from(sources, "recipe") or default
-    return [(f"--recipe {recipe}", _recipe(recipe, sources, log)), *sources] if recipe else sources
-
-
-def _recipe(recipe: str, sources: Sources, log: Callable[[str], None]) -> dict[str, Any]:
-    """The options of a recipe, with its schedule scaled to the chosen --epochs.
-
-    Otherwise the recipe's warm-up might be longer than a short run.
-    """
-    known = recipe_names()
-    if recipe not in known:
-        raise UserError(f"unknown recipe {recipe!r}{nearest(recipe, known)}; choose from {', '.join(known)}")
-    values = yaml.safe_load((importlib.resources.files("fastkd") / "recipes" / f"{recipe}.yaml").read_text())
-    epochs = _from(sources, "epochs")
-    names = [name for name in TIMES if name in values and not any(name in given for _, given in sources)]
-    if not (names and epochs.isdecimal() and "epochs" in values) or int(epochs) == values["epochs"]:
-        return values
-    factor = int(epochs) / values["epochs"]
-    scaled, changes = {}, []
-    for name in names:
-        times = values[name] if isinstance(values[name], list) else [values[name]]
-        scaled[name] = [time * factor for time in times]
-        before, after = (" ".join(f"{time:.3g}" for time in each) for each in (times, scaled[name]))
-        changes.append(f"{name} {before} -> {after}")
-    log(f"recipe {recipe}, made for {values['epochs']} epochs, over {epochs}: {', '.join(changes)}")
-    return values | scaled
+    if not recipe:
+        return sources
+    given = {name: value for _, values in sources for name, value in values.items()}
+    return [(f"--recipe {recipe}", read_recipe(recipe, given, log)), *sources]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -227,11 +227,12 @@ def log_rank0(message: str) -> None:
     console().print(_text(message), soft_wrap=True)
 
 
-def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0) -> None:
-    """Print a table. The last `numbers` columns are numbers and are right-aligned."""
+def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0, whole: int = 0) -> None:
+    """Print a table. The last `numbers` columns are numbers and are right-aligned; the first `whole` never wrap."""
     table = Table()
     for place, column in enumerate(columns):
-        table.add_column(_text(column), justify="left" if place < len(columns) - numbers else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if place < len(columns) - numbers else "right"
+        table.add_column(_text(column), justify=justify, overflow="fold", no_wrap=place < whole)
     for row in rows:
         table.add_row(*map(_text, row))
     console().print(table)

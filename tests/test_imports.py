@@ -29,7 +29,9 @@ ALLOWED = {
     "fastkd/report.py": {"engine", "models.own_input", "checkpoint", "distributed", "environment", "errors"},
     "fastkd/train.py": {"engine", *PROTOCOL, "data.base", "checkpoint", "distributed", "evaluate", "report", "errors"},
     "fastkd/parser.py": {"errors"},
-    "fastkd/config.py": {"data", "engine", "errors", "methods", "models", "parser"},
+    "fastkd/network_options.py": {"errors", "models"},
+    "fastkd/recipes": {"errors", "methods"},
+    "fastkd/config.py": {"data", "engine", "errors", "methods", "network_options", "parser", "recipes"},
 }
 
 

@@ -1,33 +1,38 @@
 """Every recipe parses, fits its networks and schedule, and names the source of each value."""
 
-import importlib.resources
+import math
 import re
 from functools import cache
 
 import pytest
 import torch
 import yaml
+from refused import check_refused
 
-from fastkd.config import flat, parse, recipe_names
-from fastkd.data.folder import FolderLoader
-from fastkd.data.scan import Split
+from fastkd.config import flat, parse
 from fastkd.engine import Schedule
 from fastkd.methods import METHODS
 from fastkd.models import create_model
+from fastkd.recipes import recipe_names, recipe_text
+from fastkd.recipes.benchmark import FIGURES, PAIRS, published
 
-RECIPES = recipe_names()
+RECIPES = [name for name in recipe_names() if name not in PAIRS]
+COMPANIONS = ("kd", "fitnet", "at", "ft", "ofd", "dkd", "dist", "rkd", "sp")
 SOURCES = r"authors' code|authors' README|abstract|second-hand|usual|formula|ours|arXiv:\d"
 LIGHTER = {"wrn_28_10": "wrn_16_1", "timm/resnet34": "timm/resnet18", "timm/resnet50": "timm/resnet26"}
-CIFAR_SCHEDULES = {  # epochs, one epoch of each part between drops, factor of a drop
-    "iekd": (160, [40, 100, 140], 0.1),
-    "sokd": (200, [50, 125, 175], 0.1),
-    "dcm": (200, [30, 90, 140, 180], 0.2),
+IEKD, SOKD = [(80, 0.1), (40, 0.01), (40, 0.001)], [(100, 0.1), (50, 0.01), (50, 0.001)]
+DCM = [(59, 0.1), (60, 0.02), (40, 0.004), (41, 0.0008)]  # the code drops the rate at 59, 119 and 159, counted from 0
+IMAGENET = [(30, 0.1), (30, 0.01), (30, 0.001)]
+RATES = {  # epochs and their learning rate, of each phase
+    **dict.fromkeys(["cifar100-iekd", "cifar100-kd", "cifar100-iakd"], IEKD),
+    "cifar100-sokd": SOKD,
+    **dict.fromkeys(["cifar100-dcm", "cifar100-dcm-mobilenet", "cifar100-dml"], DCM),
+    "imagenet-dkd-resnet34-resnet18": [(30, 0.2), (30, 0.02), (30, 0.002), (10, 0.0002)],
 }
-SCHEDULED_LIKE = {"kd": "iekd", "iakd": "iekd", "dml": "dcm"}
 
 
 def text_of(name: str) -> str:
-    return (importlib.resources.files("fastkd") / "recipes" / f"{name}.yaml").read_text()
+    return recipe_text(name)
 
 
 def heading(name: str) -> str:
@@ -38,7 +43,8 @@ def heading(name: str) -> str:
 
 @cache
 def config_of(name: str, *more: str):
-    return parse(["--recipe", name, "--data", "DIR", *more], lambda line: None)
+    place = "--data-dir" if name.startswith("cifar100") else "--data"
+    return parse(["--recipe", name, place, "DIR", *more], lambda line: None)
 
 
 def networks_of(config) -> list[str]:
@@ -51,7 +57,8 @@ def test_it_reads_and_every_value_arrives(name):
     effective, written = flat(config_of(name)), yaml.safe_load(text_of(name))
     for key in {"teacher", "teacher_weights"} & written.keys():
         written[key] = [written[key]]  # one name stands for a list of one
-    assert {key: effective[key] for key in written} == written | {"data": "DIR"}
+    typed = {} if name.startswith("cifar100") else {"data": "DIR"}
+    assert {key: effective[key] for key in written} == written | typed
     assert config_of(name).run.method in METHODS
 
 
@@ -69,7 +76,7 @@ def test_every_value_has_a_source(name):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "digits"])
 def test_it_says_how_it_is_run_and_names_the_paper(name):
-    assert f"--recipe {name} --data DIR" in heading(name)
+    assert re.search(rf"--recipe {name} --data(-dir)? DIR", heading(name))
     assert METHODS[config_of(name).run.method].paper in heading(name)
 
 
@@ -82,15 +89,71 @@ def test_the_schedule_fits_and_stretches(name):
     assert len(short.drops) == len(train.drops) and all(0 < drop < 2 for drop in short.drops)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("cifar")])
-def test_cifar_rates_are_those_of_the_papers(name):
-    """The learning rate in the middle of each phase, calculated by hand."""
-    config = config_of(name)
-    epochs, middles, factor = CIFAR_SCHEDULES[SCHEDULED_LIKE.get(config.run.method, config.run.method)]
-    group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": torch.tensor(0.0), "base_lr": config.train.lr}
-    schedule = Schedule(config.train, torch.optim.SGD([group]))
-    assert config.train.epochs == epochs
-    assert [schedule.write(epoch) for epoch in middles] == pytest.approx([0.1 * factor**n for n in range(len(middles))])
+def rates_of(train) -> list[tuple[float, float]]:
+    """The learning rate at the first and just before the last step of every epoch."""
+    group = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": torch.tensor(0.0), "base_lr": train.lr}
+    schedule = Schedule(train, torch.optim.SGD([group]))
+    return [(schedule.write(epoch), schedule.write(epoch + 0.999)) for epoch in range(train.epochs)]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "digits"])
+def test_rates_are_those_of_the_papers_in_every_epoch(name):
+    wanted = [rate for epochs, rate in RATES.get(name, IMAGENET) for _ in range(epochs)]
+    assert rates_of(config_of(name).train) == [(pytest.approx(rate), pytest.approx(rate)) for rate in wanted]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("method", COMPANIONS)
+def test_rates_of_the_benchmark_in_every_epoch(name, method):
+    """RepDistiller: 0.05, or 0.01 for MobileNetV2 and ShuffleNets, x 0.1 from epochs 151, 181, 211, counted from 1."""
+    first = 0.01 if name.rpartition("-")[2] in ("mobilenetv2", "shufflenet_v1", "shufflenet_v2") else 0.05
+    wanted = [first] * 150 + [first / 10] * 30 + [first / 100] * 30 + [first / 1000] * 30
+    train = config_of(name, "--method", method).train
+    assert rates_of(train) == [(pytest.approx(rate), pytest.approx(rate)) for rate in wanted]
+    assert (train.opt, train.momentum, train.weight_decay, train.amp_dtype) == ("sgd", 0.9, 5e-4, "float32")
+
+
+def test_rates_of_the_digits():
+    train = config_of("digits").train
+    shape = [0.05 * (1 + math.cos(math.pi * (epoch - 1) / 11)) / 2 for epoch in range(1, 12)]
+    assert [first for first, _ in rates_of(train)] == pytest.approx([0, *shape])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("method", [*COMPANIONS, "kd+at", "iekd", "sokd", "dcm", "ce"])
+def test_every_value_of_a_pair_arrives_and_has_a_source(name, method):
+    text = recipe_text(name, method)
+    written, effective = yaml.safe_load(text), flat(config_of(name, "--method", method))
+    written = {key: [value] if key == "teacher" else value for key, value in written.items()}
+    written.pop("method")
+    assert {key: effective[key] for key in written} == written
+    for line in text.splitlines():
+        assert line.startswith("#") or re.search(r"  # (RepDistiller|mdistiller|ours|arXiv:\d)", line), line
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_the_settings_of_the_pairs():
+    """mdistiller's configs/cifar100/dkd; RepDistiller's scripts/run_cifar_distill.sh."""
+    betas = {name: yaml.safe_load(recipe_text(name, "dkd"))["beta"] for name in PAIRS}
+    two = {"cifar100-240-resnet56-resnet20", "cifar100-240-resnet110-resnet32"}
+    six = {f"cifar100-240-{pair}" for pair in ("wrn_40_2-wrn_16_2", "wrn_40_2-wrn_40_1", "vgg13-vgg8")}
+    six |= {"cifar100-240-vgg13-mobilenetv2"}
+    assert {name for name, beta in betas.items() if beta == 2} == two
+    assert {name for name, beta in betas.items() if beta == 6} == six
+    assert {name for name, beta in betas.items() if beta == 8} == betas.keys() - two - six
+    at = yaml.safe_load(recipe_text("cifar100-240-vgg13-vgg8", "at"))
+    assert at["attention_weight"] == 1000 and at["batch_size"] == 64 and at["pad_mode"] == "zeros"
+    assert yaml.safe_load(recipe_text("cifar100-240-vgg13-vgg8", "sp"))["similarity_weight"] == 3000
+
+
+def test_published_figures_stand_where_the_readme_has_them():
+    wrn = published(("wrn_40_2", "wrn_16_2"))
+    assert (wrn["teacher"], wrn["ce"], wrn["kd"], wrn["at"], wrn["ft"]) == (75.61, 73.26, 74.92, 74.08, 73.25)
+    vgg = published(("vgg13", "vgg8"))
+    assert (vgg["teacher"], vgg["ce"], vgg["kd"], vgg["at"], vgg["ft"]) == (74.64, 70.36, 72.98, 71.43, 70.58)
+    small = published(("resnet110", "resnet20"))
+    assert (small["kd"], small["ft"]) == (70.67, 70.22) and "dkd" not in small
+    assert len(FIGURES) == 13 and all(len(row) == 9 for row in FIGURES.values())
 
 
 @pytest.mark.parametrize("network", sorted({net for name in RECIPES for net in networks_of(config_of(name))}))
@@ -123,30 +186,18 @@ def test_its_method_takes_its_networks(name):
 
 
 def test_the_command_prints_one(fastkd):
-    status, out, _ = fastkd("train", "--recipe", "cifar-sokd", "--data", "DIR", "--epochs", "20", "--print-config")
-    assert status == 0 and "# recipe cifar-sokd, made for 200 epochs, over 20: decay_milestones 100 150 -> 10 15" in out
+    status, out, _ = fastkd("train", "--recipe", "cifar100-sokd", "--data-dir", "D", "--epochs", "20", "--print-config")
+    assert (
+        status == 0 and "# recipe cifar100-sokd, made for 200 epochs, over 20: decay_milestones 100 150 -> 10 15" in out
+    )
     effective = yaml.safe_load(out)
-    assert effective["decay_milestones"] == [10, 15] and effective["bridge_lr"] == 0.1 and effective["data"] == "DIR"
-
-
-@pytest.mark.parametrize("name", ["cifar-kd", "imagenet-kd-resnet34-resnet18"])
-def test_its_data_options_fit_the_folder_loader(name, tmp_path):
-    from PIL import Image
-
-    file = tmp_path / "a.png"
-    Image.new("RGB", (32, 32), (129, 124, 112)).save(file)
-    options, split = config_of(name, "--workers", "0").data, Split(("a", "b"), [str(file)] * 4, [0, 1, 0, 1])
-    images, _ = next(iter(FolderLoader(split, options, torch.device("cpu"), train=False)))
-    side = {"cifar-kd": 32}.get(name, 224)
-    assert images.shape == (4, 3, side, side)
-    if name == "cifar-kd":
-        assert images.abs().max() < 0.05  # that colour is the mean of CIFAR-100
+    assert effective["decay_milestones"] == [10, 15] and effective["bridge_lr"] == 0.1 and effective["data_dir"] == "D"
 
 
 def test_each_of_the_papers_has_recipes():
     found = {(name.partition("-")[0], config_of(name).run.method) for name in RECIPES}
-    assert {("cifar", m) for m in ("kd", "dml", "iakd", "iekd", "sokd", "dcm")} <= found
-    assert {("imagenet", m) for m in ("kd", "iakd", "iekd", "sokd", "dcm")} <= found
+    assert {("cifar100", m) for m in ("kd", "dml", "iakd", "iekd", "sokd", "dcm")} <= found
+    assert {("imagenet", m) for m in ("kd", "iakd", "iekd", "sokd", "dcm", "dkd", "dist")} <= found
 
 
 @pytest.mark.parametrize(("weights", "epochs"), [("none_x/t.pth", 0), ("t.pth", 0), ("none", 3), ("t.pth none", 3)])
@@ -156,3 +207,39 @@ def test_weights_are_used_as_they_are_but_none_is_trained(tmp_path, weights, epo
     given = ["--data", "DIR", "--teacher", *["resnet8"] * len(words), "--teacher-weights", *words]
     config = parse(["--config", str(file), *given], lambda line: None)
     assert config.networks.teacher_epochs == epochs
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cifar-dcm", ["did you mean 'cifar100-dcm'?"]),
+        ("cifar100-dmc", ["did you mean 'cifar100-dcm'?"]),
+        ("cifar100-240-resnet56-resnet2", ["did you mean 'cifar100-240-resnet56-resnet20'?", "`fastkd recipes` lists"]),
+    ],
+)
+def test_a_name_that_does_not_exist(fastkd, name, words):
+    check_refused(fastkd("train", "--recipe", name), *words)
+    check_refused(fastkd("recipes", "--show", name), *words)
+
+
+def test_the_list_has_every_recipe_and_its_figures(fastkd):
+    status, out, _ = fastkd("recipes")
+    assert status == 0 and all(name.removeprefix("cifar100-240-") in out for name in recipe_names())
+    row = next(line for line in out.splitlines() if "resnet56-resnet20" in line)
+    assert [float(word) for word in re.findall(r"\d\d\.\d\d", row)] == [72.34, 69.06, 70.66, 70.55, 69.84, 71.97]
+    assert "16.65" in out
+
+
+@pytest.mark.parametrize("name", ["cifar100-dcm", "imagenet-dkd-resnet34-resnet18", "cifar100-240-vgg13-vgg8"])
+def test_what_is_shown_can_be_run_as_a_file(fastkd, name, tmp_path):
+    status, out, _ = fastkd("recipes", "--show", name)
+    assert status == 0
+    (tmp_path / "r.yaml").write_text(out)
+    by_file = parse(["--config", str(tmp_path / "r.yaml")], lambda line: None)
+    assert flat(by_file) == flat(parse(["--recipe", name], lambda line: None))
+
+
+def test_a_method_is_for_the_pairs(fastkd):
+    status, out, _ = fastkd("recipes", "--show", "cifar100-240-vgg13-vgg8", "--method", "dkd+at")
+    assert status == 0 and "dkd_beta: 6.0" in out and "at_attention_weight: 1000.0" in out
+    check_refused(fastkd("recipes", "--show", "cifar100-240-vgg13-vgg8", "--method", "kdd"), "'kdd'")

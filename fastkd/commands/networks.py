@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from .. import checkpoint, distributed
-from ..config import Config, NetworkOptions
+from ..config import Config
 from ..data.classes import class_note, class_order
 from ..errors import UserError
 from ..methods.base import Method
 from ..models import create_model, name_stages, new_classifier_of, reorder_classes
 from ..models.ensemble import Ensemble
 from ..models.own_input import InputSpec, own_input
+from ..network_options import NetworkOptions
 from ..report import log_rank0
 from .teacher_input import check_teacher_input, teacher_input
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import checkpoint
-from ..config import NetworkOptions
 from ..errors import UserError
 from ..models.own_input import InputSpec, library_input
+from ..network_options import NetworkOptions
 
 
 def teacher_input(

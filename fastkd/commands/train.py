@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from .. import checkpoint, distributed
-from ..config import Config, NetworkOptions, RunOptions, defaults, flat, parse
+from ..config import Config, RunOptions, defaults, flat, parse
 from ..data import create_loaders
 from ..data.base import describe, first_batch, input_of
 from ..engine import TrainOptions
@@ -28,6 +28,7 @@ from ..methods.base import Method
 from ..methods.context import NoOptions, RunContext
 from ..models import load_weights
 from ..models.own_input import InputSpec, OwnInput
+from ..network_options import NetworkOptions
 from ..report import board_class, log_rank0, show_table
 from ..train import Trainer, titles
 from .networks import NetworkMaker, check_networks, teacher_of

@@ -10,9 +10,10 @@ import yaml
 from fastkd import create_model
 from fastkd.checkpoint import save_network
 from fastkd.commands.networks import NetworkMaker, teacher_of
-from fastkd.config import Config, NetworkOptions, defaults, parse
+from fastkd.config import Config, defaults, parse
 from fastkd.errors import UserError
 from fastkd.models.own_input import InputSpec
+from fastkd.network_options import NetworkOptions
 
 SHORT = ["--epochs", "1", "--warmup-epochs", "0", "-b", "256", "--no-baseline"]
 QUICK = [*SHORT, "--teacher-epochs", "1"]

@@ -1,0 +1,60 @@
+"""`fastkd recipes`: the recipes by name, and the text of one."""
+
+from dataclasses import dataclass, make_dataclass
+from typing import Any
+
+import yaml
+
+from ..parser import run_parser
+from ..recipes import recipe_names, recipe_text
+from ..recipes.benchmark import PAIRS, published
+from ..report import log_rank0, show_table
+
+FIGURES = {"teacher": "teacher", "ce": "alone", "kd": "KD", "at": "AT", "ft": "FT", "dkd": "DKD"}
+ABOVE_PAIRS = """
+The CIFAR-100 benchmark of RepDistiller and mdistiller, 240 epochs, for every method:
+--recipe cifar100-240-PAIR --method METHOD. Published top-1 %:"""
+NOTE = """\
+`fastkd recipes --show NAME [--method M]` prints a recipe; each value has its source. `--recipe NAME` runs it.
+Options beside it override it. Another --epochs stretches its schedule."""
+
+
+@dataclass(frozen=True)
+class RecipesOptions:
+    """The recipes by name, with networks, method, epochs and the published figures that were read."""
+
+    show: str = ""
+    """The name of a recipe: print it as YAML, which --config takes too."""
+    method: str = ""
+    """With --show of a cifar100-240 pair: the method, or a sum of methods, whose options it holds. Default: kd."""
+
+
+def run(arguments: list[str]) -> None:
+    """The command: the table of all recipes, or the text of one."""
+    config: Any = run_parser(make_dataclass("Recipes", [("recipes", RecipesOptions)]), arguments, "fastkd recipes")
+    options: RecipesOptions = config.recipes
+    if options.show:
+        print(recipe_text(options.show, options.method), end="")
+        return
+    rows = [_row(name) for name in recipe_names() if name not in PAIRS]
+    show_table(["recipe", "method", "networks", "epochs", "published"], rows, whole=1)
+    log_rank0(ABOVE_PAIRS)
+    show_table(["PAIR", *FIGURES.values()], [_figures(name) for name in PAIRS], numbers=len(FIGURES), whole=1)
+    log_rank0(NOTE)
+
+
+def _row(name: str) -> list[str]:
+    """One line of the table, from the recipe itself."""
+    text = recipe_text(name)
+    values = yaml.safe_load(text)
+    others = [values["teacher"]] if "teacher" in values else values["peers"]
+    networks = [network.removeprefix("timm/") for network in (*others, values["student"])]
+    published = next((line.removeprefix("# Published: ") for line in text.splitlines() if "# Published: " in line), "-")
+    link = " -> " if "teacher" in values else " | "
+    return [name, values.get("method", "kd"), link.join(networks), str(values["epochs"]), published]
+
+
+def _figures(name: str) -> list[str]:
+    """A pair of the benchmark with its published figures."""
+    figures = published(PAIRS[name])
+    return [name.removeprefix("cifar100-240-"), *(f"{figures[what]:.2f}" if what in figures else "-" for what in FIGURES)]

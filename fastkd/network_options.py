@@ -1,0 +1,77 @@
+"""The options of the networks: student, teachers and peers."""
+
+import math
+from dataclasses import dataclass
+
+from .errors import UserError
+from .models.ensemble import Mean
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Networks."""
+
+    student: str = "timm/resnet18"
+    """The student: a CIFAR net (resnet20, wrn_40_2, vgg8, ...), timm/NAME, torchvision/NAME or hf/NAME."""
+    teacher: tuple[str, ...] = ("timm/resnet50",)
+    """The teacher: a name as for the student. Several names: the student learns from the mean of their predictions."""
+    teacher_weights: tuple[str, ...] = ()
+    """The weights of each teacher: a file (.safetensors, .pth), `pretrained`, a tag of its library, or `none`."""
+    teacher_epochs: int = 0
+    """Train the teachers for this many epochs first, from their weights if they have some: fine-tuning, with a new
+    classifier for another number of classes. Later runs with equal settings and equal weights reuse them."""
+    teacher_ratios: tuple[float, ...] = ()
+    """With several teachers: the share of each in the mean, such as `2 1`. Default: equal shares."""
+    ensemble: Mean = "probabilities"
+    """With several teachers: the mean of their probabilities, at the method's temperature, or of their logits."""
+    teacher_size: int = 0
+    """Side in pixels of the images that the teacher takes; 0: as its weights say, or else as the student."""
+    teacher_mean: tuple[float, ...] = ()
+    """Mean of each channel of the teacher's images. Default: as its weights say, or else as the student."""
+    teacher_std: tuple[float, ...] = ()
+    """Standard deviation of each channel of the teacher's images. Default: as for the mean."""
+    peers: tuple[str, ...] = ()
+    """Networks that are trained together with the student by dml, dcm and iedml. Default: one like the student."""
+    student_weights: str = ""
+    """The student's initial weights: a file, `pretrained` or a tag. Weights of another number of classes get a new
+    classifier. Default: a random initialisation."""
+    student_sha256: str = ""
+    """SHA-256 of the file of --student-weights. Another content is an error."""
+    student_stages: tuple[str, ...] = ()
+    """Modules of the student that end its stages, by name, in forward order; for networks that fastkd cannot divide."""
+    teacher_stages: tuple[str, ...] = ()
+    """The same for the teachers."""
+    baseline: bool = False
+    """Also train the student alone, with the same options, to compare in the final table."""
+
+    def __post_init__(self) -> None:
+        if self.teacher_epochs < 0:
+            raise UserError(f"--teacher-epochs must not be negative, got {self.teacher_epochs}")
+        if not all(self.teacher):
+            raise UserError("--teacher needs a name")
+        weights = tuple("" if each == "none" else each for each in self.teacher_weights)
+        object.__setattr__(self, "teacher_weights", weights if any(weights) else ())
+        for name in ("teacher_weights", "teacher_ratios"):
+            values, count = getattr(self, name), len(self.teacher)
+            if values and len(values) != count:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {' '.join(map(str, values))}: {len(values)} for {count} teachers; "
+                    "give one for each of --teacher"
+                )
+        if self.teacher_ratios and len(self.teacher) == 1:
+            raise UserError("--teacher-ratios are the shares of several teachers, and there is one; drop the option")
+        if self.student_sha256 and not self.student_weights:
+            raise UserError("--student-sha256 is the hash of the file of --student-weights, and no file is given")
+        if self.teacher_size and self.teacher_size < 8:
+            raise UserError(f"--teacher-size must be 8 or more pixels, got {self.teacher_size}")
+        for name, values in (("mean", self.teacher_mean), ("std", self.teacher_std)):
+            if len(values) not in (0, 3) or not all(math.isfinite(value) for value in values):
+                words = " ".join(map(str, values))
+                raise UserError(f"--teacher-{name} takes three finite numbers, for red, green and blue, got {words}")
+        if self.teacher_std and min(self.teacher_std) <= 0:
+            raise UserError(f"--teacher-std must be above 0, got {' '.join(map(str, self.teacher_std))}")
+
+    @property
+    def weights_of_teachers(self) -> tuple[str, ...]:
+        """One entry for each teacher: a file or tag, or an empty string."""
+        return self.teacher_weights or ("",) * len(self.teacher)
