@@ -57,4 +57,5 @@ def _row(name: str) -> list[str]:
 def _figures(name: str) -> list[str]:
     """A pair of the benchmark with its published figures."""
     figures = published(PAIRS[name])
-    return [name.removeprefix("cifar100-240-"), *(f"{figures[what]:.2f}" if what in figures else "-" for what in FIGURES)]
+    cells = [f"{figures[what]:.2f}" if what in figures else "-" for what in FIGURES]
+    return [name.removeprefix("cifar100-240-"), *cells]
