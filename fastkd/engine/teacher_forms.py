@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..methods.base import Method
 from ..methods.forwards import StagedView
 from ..methods.frozen import FrozenTeacher
-from ..models import Staged, staged
+from ..models import Staged, tapped
 from ..models.stages.layout import CONVOLUTIONAL, Layout, layout_of
 from .folded_gates import LARGEST_ERROR, fold_gates, foldable, unfold_gates
 from .fuse_conv_bn import fuse_conv_bn, fuse_relu
@@ -222,7 +222,7 @@ def try_forms(
 
     On the CPU, "auto" leaves out "compiled": compiling takes longer there than it saves.
     """
-    plain = staged(teacher.net) if wants_features else teacher.net
+    plain = tapped(teacher.net) if wants_features else teacher.net
 
     def plain_logits() -> Tensor:
         with precision.autocast():
@@ -257,7 +257,7 @@ def _build(name: str, net: nn.Module, images: Tensor, dtype: torch.dtype, wants_
     twin = fuse_conv_bn(net, images[:2].float()).to(dtype).to(memory_format=torch.channels_last)
     sequence, layout = [twin], layout_of(net)
     if wants_features:
-        view = staged(twin)
+        view = tapped(twin)
         sequence = [view.stem, *view.stages, view.head]
     if name == "fused":
         sequence = [fuse_relu(module) for module in sequence]

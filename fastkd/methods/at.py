@@ -5,13 +5,13 @@
 
 If the maps of a stage differ in height or width, the larger one is average-pooled to the smaller one first.
 Defaults: ce_weight 1 and attention_weight 1000, as in the code of DKD's comparison; the pooling is from there too.
-Departures: none. As in the authors' code, the map of a Wide ResNet (pre-activation) is the sum before the activation.
+Departures: none. As in the authors' code, the maps of a Wide ResNet (pre-activation) are sums before the activation.
+The last one is taken after the final norm and activation (docs/taps.md).
 """
 
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -20,7 +20,7 @@ from ..models import stage_shapes
 from ..models.own_input import plain_network
 from ..models.sizes import image_size_of
 from .base import Method, WeightOptions, cross_entropy
-from .forwards import ForwardCache
+from .forwards import ForwardCache, pooled
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,6 @@ class AT(Method):
         stages = zip(out.features(self.student), out.features(self.teacher), strict=True)
         ours, theirs = zip(*(pooled(mine, other) for mine, other in stages), strict=True)
         return {"ce": ce, "at": self.loss(list(ours), list(theirs))}
-
-
-def pooled(mine: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [N, C, H, W], average-pooled to the smaller height and the smaller width of the two."""
-    H, W = (min(sizes) for sizes in zip(mine.shape[2:], other.shape[2:], strict=True))
-    first, second = (x if x.shape[2:] == (H, W) else F.adaptive_avg_pool2d(x, (H, W)) for x in (mine, other))
-    return first, second
 
 
 def check_stage_counts(student: nn.Module, teacher: nn.Module) -> None:

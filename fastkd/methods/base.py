@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..data.base import Loader
 from ..errors import UserError, check_number
 from ..losses import UNLABELLED, BridgeLoss, KDLoss, MutualLoss
-from ..models import staged
+from ..models import tapped
 from .context import NoOptions, RunContext
 from .embedding import ClassifierInput, classifier_input
 from .forwards import ForwardCache, StagedView
@@ -77,7 +77,7 @@ class Method(OptionalHooks):
     def request_features(self, *nets: nn.Module) -> None:
         """Make `out.features(net)` available to `losses` for each of `nets`, networks of the method."""
         for net in nets:
-            self.staged_views[net] = staged(net.net if isinstance(net, FrozenTeacher) else net)
+            self.staged_views[net] = tapped(net.net if isinstance(net, FrozenTeacher) else net)
 
     def request_embeddings(self, *nets: nn.Module) -> None:
         """Make `out.embedding(net)`, the classifier's input [N, D], available to `losses` for each of `nets`.

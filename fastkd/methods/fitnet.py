@@ -1,10 +1,12 @@
 """FitNet: a map of the student, through a regressor, matches the teacher's at one stage (arXiv:1412.6550).
 
-    L = ce_weight * CE(z_s, y) + hint_weight * mean (r(f_s) - f_t)^2,    r: 1x1 convolution, BatchNorm
+    L = ce_weight * CE(z_s, y) + hint_weight * mean (r(f_s) - f_t)^2,    r: convolution, BatchNorm, ReLU
 
-Defaults: ce_weight 1, hint_weight 100 and the second of three stages, as in the code of DKD's comparison.
-Departures: one phase, as in that comparison; the original has two, first the hint and then the logits. Ours: the
-regressor has no ReLU, because a stage may end before one, and starts from He initialisation.
+The regressor r brings the student's map to the teacher's shape. Its convolution is 1x1 if the maps are equally large,
+3x3 with stride 2 or a transposed 4x4 if one is twice as large as the other, else as large as the difference plus 1.
+Defaults: ce_weight 1, hint_weight 100, the second of three stages and the regressor, as in RepDistiller.
+Departures: one phase, as there; the original has two, first the hint and then the logits. Ours: the regressor starts
+from He initialisation, and its convolution has no bias, which the BatchNorm would take away.
 """
 
 from collections.abc import Hashable
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import HintLoss
-from ..models import staged
+from ..models import stage_shapes
 from ..models.nets.resnet import he_init
-from ..models.stages.staged import check_stage_shapes
+from ..models.sizes import image_size_of
 from .base import Method, WeightOptions, cross_entropy
 from .forwards import ForwardCache
 
@@ -44,19 +46,19 @@ class FitNet(Method):
     Options = FitNetOptions
     options: FitNetOptions
     paper = "arXiv:1412.6550"
-    needs_stages = "both staged, equal H x W at the hint's stage"
+    needs_stages = "both staged"
 
     def build(self) -> None:
         self.request_features(self.student, self.teacher)
-        counts = [len(staged(net).stages) for net in (self.student, self.teacher.net)]
-        if self.options.stage > min(counts):
+        size = image_size_of(self.student, self.teacher.net)
+        ours, theirs = (stage_shapes(net, size) for net in (self.student, self.teacher.net))
+        if self.options.stage > min(len(ours), len(theirs)):
             raise UserError(
-                f"--stage {self.options.stage}: the student has {counts[0]} stages, the teacher {counts[1]}"
+                f"--stage {self.options.stage}: the student has {len(ours)} stages, the teacher {len(theirs)}"
             )
-        self.stage = (self.options.stage or (min(counts) + 1) // 2) - 1  # an index, the same in both networks
-        ours, theirs = check_stage_shapes(self.student, self.teacher.net, "FitNet", self.stage)
-        cin, cout = ours[self.stage][0], theirs[self.stage][0]
-        self.regressor = nn.Sequential(nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout))
+        self.stage = (self.options.stage or (min(len(ours), len(theirs)) + 1) // 2) - 1  # an index, equal in both
+        mine, wanted = ours[self.stage], theirs[self.stage]
+        self.regressor = nn.Sequential(_convolution(mine, wanted), nn.BatchNorm2d(wanted[0]), nn.ReLU(inplace=True))
         he_init(self.regressor)
         self.loss = HintLoss(self.options.hint_weight)
 
@@ -64,3 +66,19 @@ class FitNet(Method):
         ce = cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index)
         ours, theirs = out.features(self.student)[self.stage], out.features(self.teacher)[self.stage]
         return {"ce": ce, "hint": self.loss(self.regressor(ours), theirs)}
+
+
+def _convolution(ours: tuple[int, ...], theirs: tuple[int, ...]) -> nn.Module:
+    """From maps (C, H, W) like `ours` to maps like `theirs`. Raises UserError if there is none."""
+    (cin, *size), (cout, *wanted) = ours, theirs
+    (H, W), (tall, wide) = size, wanted
+    if all(a == 2 * b for a, b in zip(size, wanted, strict=True)):
+        return nn.Conv2d(cin, cout, 3, 2, 1, bias=False)
+    if all(2 * a == b for a, b in zip(size, wanted, strict=True)):
+        return nn.ConvTranspose2d(cin, cout, 4, 2, 1, bias=False)
+    if all(a >= b for a, b in zip(size, wanted, strict=True)):
+        return nn.Conv2d(cin, cout, (1 + H - tall, 1 + W - wide), bias=False)
+    raise UserError(
+        f"FitNet cannot bring the student's map of {H} x {W} to the teacher's {tall} x {wide}: it can be "
+        "equal, larger, or half as large; choose another --stage, or another pair"
+    )

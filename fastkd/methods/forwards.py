@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import UserError
 from .embedding import ClassifierInput
@@ -134,6 +135,13 @@ class ForwardCache:
             name, kind = type(whole).__name__, type(logits).__name__
             raise UserError(f"{name} returns {kind}, but logits [N, C] are needed; switch off its extra outputs")
         return logits, outputs
+
+
+def pooled(mine: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps [N, C, H, W], average-pooled to the smaller height and the smaller width of the two."""
+    H, W = (min(sizes) for sizes in zip(mine.shape[2:], other.shape[2:], strict=True))
+    first, second = (x if x.shape[2:] == (H, W) else F.adaptive_avg_pool2d(x, (H, W)) for x in (mine, other))
+    return first, second
 
 
 def _gradient_if(learns: bool) -> AbstractContextManager[object]:

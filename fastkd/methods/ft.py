@@ -6,6 +6,7 @@
 F_t and F_s are factors of the last stage's maps, with half of the teacher's channels. F_t: the output of the
 paraphraser, the encoder of an auto-encoder that is trained on the teacher's maps before the first epoch and then
 frozen. F_s: the output of the translator, which is trained with the student and not saved with it.
+If the factors differ in height or width, the larger one is average-pooled to the smaller one first (RepDistiller).
 
 From a copy of the authors' code: factor_weight 500, p = 1, half of the channels, the auto-encoder's mean absolute
 error, learning rate 0.1 and weight decay. Ours: IE-KD's encoder for both, with its 30 epochs and Nesterov momentum.
@@ -21,10 +22,11 @@ from torch import Tensor
 from ..data.base import Loader
 from ..errors import UserError
 from ..losses import FactorTransferLoss
-from ..models.stages.staged import check_stage_shapes
+from ..models import stage_shapes
+from ..models.sizes import image_size_of
 from .base import Method, check_weights, cross_entropy
 from .context import RunContext
-from .forwards import ForwardCache
+from .forwards import ForwardCache, pooled
 from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder
 
 
@@ -60,10 +62,11 @@ class FT(Method):
     Options = FTOptions
     options: FTOptions
     paper = "arXiv:1802.04977"
-    needs_stages = "both staged, equal last H x W"
+    needs_stages = "both staged"
 
     def build(self) -> None:
-        mine, theirs = (shapes[-1][0] for shapes in check_stage_shapes(self.student, self.teacher.net, "FT", -1))
+        size = image_size_of(self.student, self.teacher.net)
+        mine, theirs = (stage_shapes(net, size)[-1][0] for net in (self.student, self.teacher.net))
         if theirs < 2:
             raise UserError(f"FT halves the teacher's channels; its last stage has {theirs}")
         self.request_features(self.student, self.teacher)
@@ -79,5 +82,5 @@ class FT(Method):
         theirs = self.paraphraser(out.features(self.teacher)[-1])
         return {
             "ce": cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index),
-            "ft": self.loss(mine, theirs),
+            "ft": self.loss(*pooled(mine, theirs)),
         }

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, check_number
 from ..losses import KDLoss
-from ..models import Staged, staged
+from ..models import Staged, tapped
 from ..models.own_input import plain_network
 from .base import Method, cross_entropy
 from .context import RunContext
@@ -86,7 +86,7 @@ class IAKD(Method):
             raise UserError(f"--p has {len(o.p)} probabilities for {len(gates)} gates; give 1 or {len(gates)}")
         gates, self.adapters = adapted(self.student, teacher, gates, allowed=o.adapters)
         self.gates, self.run = gates, RunContext()
-        self.__dict__["view"] = staged(self.student)  # not registered: its modules are the student's
+        self.__dict__["view"] = tapped(self.student)  # not registered: its modules are the student's
         self.first = o.p * (len(gates) // len(o.p))
         self.kd = KDLoss(o.temperature, ce_weight=1.0, kd_weight=o.kd_weight)
 
@@ -139,9 +139,10 @@ class IAKD(Method):
         return self.staged_views | {self.student: Swapped(self.view, self.gates, path)}
 
     def graph_groups(self) -> list[list[nn.Module]]:
-        """The stem, the two alternatives of every gate, and the head."""
+        """The stem, the two alternatives of every gate, and the head, whose final norm is apart if a map ends there."""
         swapped = [[gate.student, gate.teacher] for gate in self.gates]
-        return [[self.view.stem], *swapped, [self.view.head]]
+        final: list[list[nn.Module]] = [[self.view.final]] if len(self.view.final) else []
+        return [[self.view.stem], *swapped, *final, [self.view.head]]
 
     def selection_rates(self, steps: range) -> dict[str, float]:
         """How often the student's block ran at each gate."""

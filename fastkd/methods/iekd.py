@@ -30,7 +30,7 @@ from ..errors import UserError, check_number
 from ..losses import AttentionTransferLoss, InheritanceExplorationLoss, KDLoss, OverhaulLoss
 from ..models import PreActivation
 from ..models.nets.resnet import he_init
-from ..models.stages.staged import check_stage_shapes
+from ..models.stages.staged import check_stage_shapes, map_shapes, staged
 from .base import Method, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache
@@ -103,6 +103,8 @@ class IEKD(Method):
         if not any(o.weights):
             return
         mine, theirs = (shapes[-1][0] for shapes in check_stage_shapes(self.student, self.teacher.net, "IE-KD", -1))
+        if o.variant == "overhaul":  # the map before the activation, at the end of the stage
+            theirs = map_shapes(staged(self.teacher.net))[-1][0]
         if min(mine, theirs) < 2:
             raise UserError(f"IE-KD halves channels; the last stages of student and teacher have {mine} and {theirs}")
         self.request_features(self.student, self.teacher)

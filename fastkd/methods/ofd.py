@@ -5,6 +5,8 @@
     m: E[x | x < 0] of the output x of the teacher's BatchNorm before the map
 
 Defaults: overhaul_weight 1e-3, the connectors and their initialisation from the authors' CIFAR code; ce_weight 1.
+If the maps of a stage differ in height or width, the larger one is average-pooled to the smaller one first; the code
+of mdistiller pools the teacher's.
 Departures: the teacher is in eval mode; the code leaves it in train mode. The maps of pre-activation networks (Wide
 ResNet) pass their BatchNorm once; in the code twice (see fastkd/models/stages/preactivation.py).
 """
@@ -14,12 +16,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..losses import OverhaulLoss
 from ..models import PreActivation
 from ..models.nets.resnet import he_init
-from ..models.stages.staged import check_stage_shapes
+from ..models.own_input import plain_network
+from ..models.sizes import image_size_of
+from ..models.stages.staged import map_shapes, staged
 from .base import Method, WeightOptions, cross_entropy
-from .forwards import ForwardCache
+from .forwards import ForwardCache, pooled
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,18 @@ class OFD(Method):
     Options = OFDOptions
     options: OFDOptions
     paper = "arXiv:1904.01866"
-    needs_stages = "both ResNet, WRN, VGG-BN or MobileNet, equal H x W at every stage"
+    needs_stages = "both ResNet, WRN, VGG-BN or MobileNet, equally many stages"
 
     def build(self) -> None:
-        ours, theirs = check_stage_shapes(self.student, self.teacher.net, "OFD")
+        ours, theirs = self._shapes()
         view = PreActivation(self.teacher.net)
+        norms = [norm for norm in view.norms if norm is not None]
+        if len(norms) < len(view.norms):
+            name = type(plain_network(self.teacher.net)).__name__
+            raise UserError(
+                f"OFD takes its margins from the BatchNorms that feed the teacher's maps, and {name} has none: it can "
+                "be the student alone; choose another teacher"
+            )
         self.staged_views[self.student] = PreActivation(self.student)
         self.staged_views[self.teacher] = view
         self.connectors = nn.ModuleList(
@@ -51,11 +63,25 @@ class OFD(Method):
         )
         he_init(self.connectors)
         self.loss = OverhaulLoss(self.options.overhaul_weight)
-        for number, margin in enumerate(self.loss.margins(view.norms)):
+        for number, margin in enumerate(self.loss.margins(norms)):
             self.register_buffer(f"margin{number}", margin, persistent=False)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        ours = [connect(f) for connect, f in zip(self.connectors, out.features(self.student), strict=True)]
+        mine = [connect(f) for connect, f in zip(self.connectors, out.features(self.student), strict=True)]
+        pairs = [pooled(*maps) for maps in zip(mine, out.features(self.teacher), strict=True)]
+        ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
         margins = [getattr(self, f"margin{number}") for number in range(len(ours))]
         ce = cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index)
-        return {"ce": ce, "ofd": self.loss(ours, out.features(self.teacher), margins)}
+        return {"ce": ce, "ofd": self.loss(ours, theirs, margins)}
+
+    def _shapes(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """[(C, H, W)] at the ends of the stages of student and teacher. UserError unless there are equally many."""
+        size = image_size_of(self.student, self.teacher.net)
+        ours, theirs = (map_shapes(staged(net), size) for net in (self.student, self.teacher.net))
+        if len(ours) != len(theirs):
+            raise UserError(
+                f"OFD compares the maps of every stage: the student {type(self.student).__name__} has {len(ours)} and "
+                f"the teacher {type(plain_network(self.teacher.net)).__name__} {len(theirs)}; choose networks with "
+                "equally many stages, or a method without maps (kd, dkd, dist, rkd, sp)"
+            )
+        return ours, theirs

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, check_number
 from ..losses import AttentionTransferLoss, BridgeLoss, FactorTransferLoss, HintLoss
-from ..models import stage_shapes, staged
+from ..models import stage_shapes, tapped
 from ..models.sizes import image_size_of
 from .base import Method
 from .forwards import ForwardCache
@@ -88,13 +88,13 @@ class SOKD(Method):
         self.loss = self.options.loss()
         self.teacher.batch_statistics |= self.options.teacher_bn == "batch"
         self.request_features(self.teacher)
-        net, view = self.teacher.net, staged(self.teacher.net)
+        net, view = self.teacher.net, tapped(self.teacher.net)
         self.layout = view.layout
         if len(view.stages) < 2:
             raise UserError(f"SOKD needs a teacher of two stages or more, {type(net).__name__} has {len(view.stages)}")
         bottom = [module for shared in (view.stem, *list(view.stages)[:-1]) for module in shared.modules()]
         self.__dict__["improved"] = copy.deepcopy(net, {id(module): module for module in bottom})
-        view = staged(self.improved)
+        view = tapped(self.improved)
         self.bridge = nn.ModuleDict({"stage": view.stages[-1], "head": view.head}).requires_grad_(True)
         if self.options.bridge_init == "random":
             self.bridge.load_state_dict(reinit(self.bridge).state_dict())

@@ -17,7 +17,7 @@ from .nets.shufflenet import CifarShuffleNetV1, CifarShuffleNetV2
 from .nets.vgg import CONVOLUTIONS, CifarVGG
 from .sizes import blaming_size, check_image_size
 from .stages.preactivation import PreActivation
-from .stages.staged import Staged, name_stages, stage_shapes, staged
+from .stages.staged import Staged, name_stages, stage_shapes, staged, tapped
 from .weights import SUFFIXES, copy_weights, load_weights, new_classifier_of, read_state_dict
 from .zoo import drop_auxiliary, hf_model, timm_model, torchvision_model, without_auxiliary
 
@@ -35,6 +35,7 @@ __all__ = [
     "reorder_classes",
     "stage_shapes",
     "staged",
+    "tapped",
 ]
 
 WIDE = ((16, 1), (16, 2), (28, 2), (28, 10), (40, 1), (40, 2))  # those that are listed; any wrn_D_K can be built

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fastkd import create_model
 from fastkd.errors import UserError
 from fastkd.methods import CE, METHODS, find_method
+from fastkd.models.nets.shufflenet import shuffle
 
 NAMES = ["at", "fitnet", "ofd", "dkd", "dist", "rkd", "sp"]
 OPTIONS = [
@@ -55,7 +56,7 @@ def maps(net, images):
 
 def through(conv_and_norm, x):
     """1x1 convolution and BatchNorm with the batch's statistics, by hand."""
-    conv, norm = conv_and_norm
+    conv, norm, *_ = conv_and_norm
     y = torch.einsum("nchw,dc->ndhw", x, conv.weight[:, :, 0, 0])
     mean, var = y.mean((0, 2, 3), keepdim=True), y.var((0, 2, 3), unbiased=False, keepdim=True)
     return (y - mean) / (var + norm.eps).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
@@ -90,12 +91,10 @@ def test_at(nets, batch):
 
 
 def test_at_pools_the_larger_map(nets, batch):
-    teacher = network("vgg8", 1).eval()
-    theirs, x = [], teacher.block0(batch[0])
-    for block in (teacher.block1, teacher.block2, [*teacher.block3, *teacher.block4]):
-        x = teacher.pool(x)
-        for layer in block:
-            x = layer(x)
+    teacher = network("shufflenet_v1", 1).eval()
+    theirs, x = [], teacher.relu(teacher.bn1(teacher.conv1(batch[0])))
+    for stage in (teacher.layer1, teacher.layer2, teacher.layer3):
+        x = stage(x)
         theirs.append(x)
     want = 0
     for s, t in zip(maps(nets[0], batch[0])[0], theirs, strict=True):
@@ -105,7 +104,9 @@ def test_at_pools_the_larger_map(nets, batch):
         (a_s, a_t) = (a / a.pow(2).sum(1, keepdim=True).sqrt() for a in (a_s, a_t))
         want = want + (a_s - a_t).pow(2).sum() / a_s.numel()
     check_terms(made("at", (nets[0], teacher)), batch, "at", 1000 * want)
-    smaller = METHODS["at"](network("vgg8", 2), network("resnet8", 0)).double()  # here the teacher's maps are pooled
+    smaller = METHODS["at"](
+        network("shufflenet_v1", 2), network("resnet8", 0)
+    ).double()  # here the teacher's maps are pooled
     assert smaller(*batch)["at"] > 0
 
 
@@ -113,7 +114,7 @@ def test_at_pools_the_larger_map(nets, batch):
 def test_fitnet(nets, batch, stage, index):
     method = made("fitnet", nets, stage=stage, hint_weight=2.0)
     ours, theirs = (maps(net, batch[0])[0][index] for net in nets)
-    check_terms(method, batch, "hint", 2 * (through(method.regressor, ours) - theirs).pow(2).mean())
+    check_terms(method, batch, "hint", 2 * (through(method.regressor, ours).relu() - theirs).pow(2).mean())
     assert METHODS["fitnet"].Options().hint_weight == 100
 
 
@@ -287,23 +288,53 @@ def test_temperature_is_above_0(name):
         METHODS[name].Options(temperature=0.0)
 
 
-@pytest.mark.parametrize(
-    "name, teacher, shapes",
-    [
-        *((name, "vgg8", "128x32x32, 256x16x16, 512x8x8") for name in ("fitnet", "ofd")),
-        *((name, "mobilenetv2", "32x32x32") for name in ("at", "fitnet", "ofd")),
-    ],
-)
-def test_stages_that_do_not_match_are_shown(name, teacher, shapes):
-    with pytest.raises(UserError) as error:
-        METHODS[name](create_model("resnet8", 4), create_model(teacher, 4))
-    words = [
-        "CifarResNet are 16x64x64, 32x32x32, 64x16x16",
-        type(create_model(teacher, 4)).__name__,
-        shapes,
-        "use networks",
-    ]
-    assert all(word in str(error.value) for word in words), error.value
+@pytest.mark.parametrize("teacher", ["mobilenetv2", "vgg8"])
+def test_stages_that_do_not_match_are_shown(teacher):
+    name = type(create_model(teacher, 4)).__name__
+    with pytest.raises(UserError, match=f"student CifarResNet are 16x64x64, 32x32x32, 64x16x16.*{name}.*use networks"):
+        METHODS["at"](create_model("resnet8", 4), create_model(teacher, 4))
+    with pytest.raises(UserError, match=f"the student CifarResNet has 3 and the teacher {name} 4"):
+        METHODS["ofd"](create_model("resnet8", 4), create_model(teacher, 4))
+
+
+@pytest.mark.parametrize("student, teacher", [("resnet8", "shufflenet_v1"), ("shufflenet_v1", "resnet8")])
+def test_ofd_and_fitnet_bring_maps_of_unequal_size_together(student, teacher, batch):
+    nets = network(student, 0), network(teacher, 1).eval()
+    assert METHODS["ofd"](*nets).double()(*batch)["ofd"] > 0
+    method = METHODS["fitnet"](*nets).double()
+    wanted = 2 if student == "resnet8" else 4  # the kernel of RepDistiller's: stride 2, or transposed
+    assert method.regressor[0].stride == (2, 2) and method.regressor[0].kernel_size == (wanted + wanted % 4 // 2,) * 2
+    assert method(*batch)["hint"] > 0
+
+
+def test_ofd_pools_as_by_hand(batch):
+    """The teacher's maps are twice as high and wide."""
+    nets = network("shufflenet_v1", 0), network("resnet8", 1).eval()
+    method = made("ofd", nets, overhaul_weight=0.01)
+    norms = [stage[-1].bn2 for stage in (nets[1].layer1, nets[1].layer2, nets[1].layer3)]
+    mine, want = [], 0
+    x = nets[0].relu(nets[0].bn1(nets[0].conv1(batch[0])))
+    for stage in (nets[0].layer1, nets[0].layer2, nets[0].layer3):
+        *first, last = stage
+        for block in first:
+            x = block(x)
+        middle = shuffle(last.bn1(last.conv1(x)).relu(), 3)
+        before = last.bn3(last.conv3(last.bn2(last.conv2(middle)).relu())) + x
+        mine.append(before)
+        x = before.relu()
+    for number, (s, t) in enumerate(zip(mine, maps(nets[1], batch[0])[1], strict=True)):
+        t = t.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))
+        limits = torch.tensor([margin(*pair) for pair in parameters(norms[number])]).double()
+        t, s = torch.maximum(t, limits[:, None, None]), through(method.connectors[number], s)
+        want = want + 0.5 ** (2 - number) * ((s > t) | (t > 0)).mul((s - t).pow(2)).sum() / len(s)
+    check_terms(method, batch, "ofd", 0.01 * want)
+
+
+def test_a_map_that_no_regressor_reaches():
+    with pytest.raises(UserError, match="student's map of 16 x 16 to the teacher's 64 x 64: .* another --stage"):
+        METHODS["fitnet"](
+            create_model("timm/resnet10t", 4), create_model("resnet8", 4), METHODS["fitnet"].Options(stage=1)
+        )
 
 
 def test_relations_need_no_matching_stages(batch):
@@ -320,8 +351,10 @@ def test_fitnets_stage_must_be_there(nets):
 
 
 def test_ofd_needs_maps_before_the_activation():
-    with pytest.raises(UserError, match="CifarMobileNetV2 has no maps before the activation"):
-        METHODS["ofd"](create_model("mobilenetv2", 4), create_model("mobilenetv2", 4))
+    with pytest.raises(UserError, match="ResNetV2 has no maps before the activation"):
+        METHODS["ofd"](create_model("timm/resnetv2_18", 4), create_model("timm/resnetv2_18", 4))
+    with pytest.raises(UserError, match="CifarShuffleNetV2 has none: it can be the student alone"):
+        METHODS["ofd"](create_model("shufflenet_v2", 4), create_model("shufflenet_v2", 4))
 
 
 @pytest.mark.parametrize("name", NAMES)

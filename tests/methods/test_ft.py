@@ -86,7 +86,5 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(UserError, match=message):
             FTOptions(**options)
-    with pytest.raises(UserError, match="FT .*64x16x16"):
-        FT(net(), create_model("torchvision/resnet18", 4))
     with pytest.raises(UserError, match=r"prepare\(loader\)"):
         FT(net(), net("resnet14", 1))(*batch(torch.float32))

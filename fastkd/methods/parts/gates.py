@@ -177,4 +177,5 @@ class Swapped(NamedTuple):
             x = gate.student(x) if runs_student else gate.teacher(x)
             if gate.ends_stage:
                 outputs.append(x)
+        outputs[-1] = x = self.view.final(x)
         return self.view.head(x), outputs

@@ -63,9 +63,18 @@ class SplitBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        passed, y = self._halves(x)
+        return shuffle(torch.cat([passed, self.relu(y)], 1), 2)
+
+    def forward_with_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and both halves side by side before the last ReLU, not shuffled: RepDistiller's `preact`."""
+        passed, y = self._halves(x)
+        return shuffle(torch.cat([passed, torch.relu(y)], 1), 2), torch.cat([passed, y], 1)
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         passed, y = x.chunk(2, 1)
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(y)))))
-        return shuffle(torch.cat([passed, self.relu(self.bn3(self.conv3(y)))], 1), 2)
+        return passed, self.bn3(self.conv3(y))
 
 
 class ReducingBlock(nn.Module):

@@ -4,6 +4,9 @@ The stem is the first convolution(s) with norm, activation and pool. A stage end
 head is the rest, including a final norm and a final 1x1 convolution, so that the last stage and the head form a
 complete top of the network. A VGG has no stem: its first block takes that place, and a stage is a pool and the
 convolutions after it. In pre-activation networks, a stage ends with the sum, before the activation.
+
+Methods that compare maps take the last one after the final norm and activation, as the authors of IE-KD do: see `final`
+and docs/taps.md.
 """
 
 from collections.abc import Callable, Iterable
@@ -44,6 +47,8 @@ class Family(NamedTuple):
     stem: str
     stages: str | Callable[[LibraryNet], list[nn.Module]]
     head: str
+    final: int = 0
+    """Modules of the head that the last map passes: the final norm and activation, with the convolution before them."""
 
 
 def is_known(model: nn.Module) -> bool:
@@ -53,6 +58,12 @@ def is_known(model: nn.Module) -> bool:
 
 def _family(model: nn.Module) -> type | None:
     return next((cls for cls in type(model).__mro__ if f"{cls.__module__}.{cls.__name__}" in FAMILIES), None)
+
+
+def final_modules(model: nn.Module) -> int:
+    """`Family.final` of the network; 0 if its family is not known."""
+    cls = _family(model)
+    return FAMILIES[f"{cls.__module__}.{cls.__name__}"].final if cls else 0
 
 
 def advice(model: nn.Module) -> str:
@@ -129,7 +140,7 @@ def _features_by_pool(m: LibraryNet) -> list[nn.Module]:
 
 
 def _cifar_vgg(m: LibraryNet) -> list[nn.Module]:
-    return [nn.Sequential(m.pool, *block) for block in (m.block1, m.block2, [*m.block3, *m.block4])]
+    return [*(nn.Sequential(m.pool, *block) for block in (m.block1, m.block2, m.block3)), m.block4]
 
 
 def _torchvision_convnext(m: LibraryNet) -> list[nn.Module]:
@@ -148,14 +159,14 @@ def _timm_blocks(m: LibraryNet) -> list[nn.Module]:
 FAMILIES: dict[str, Family] = {  # by name, so that neither library is imported for it
     "fastkd.models.nets.resnet.CifarResNet": Family("conv1 bn1 relu", "layer1 layer2 layer3", "avgpool Flatten fc"),
     "fastkd.models.nets.resnet.WideResNet": Family(
-        "conv1", "block1.layer block2.layer block3.layer", "bn1 relu avgpool Flatten fc"
+        "conv1", "block1.layer block2.layer block3.layer", "bn1 relu avgpool Flatten fc", final=2
     ),
     "fastkd.models.nets.vgg.CifarVGG": Family("block0", _cifar_vgg, "avgpool Flatten classifier"),
     "fastkd.models.nets.mobilenet.CifarMobileNet": Family(
         "conv1 bn1 relu", "layer1 layer2 layer3", "avgpool Flatten linear"
     ),
     "fastkd.models.nets.mobilenet.CifarMobileNetV2": Family(
-        "conv1", lambda m: _by_resolution(m.blocks), "conv2 avgpool Flatten classifier"
+        "conv1", lambda m: _by_resolution(m.blocks), "conv2 avgpool Flatten classifier", final=1
     ),
     "fastkd.models.nets.resnet.CifarResNet50": Family(
         "conv1 bn1 relu", "layer1 layer2 layer3 layer4", "avgpool Flatten linear"
@@ -169,7 +180,9 @@ FAMILIES: dict[str, Family] = {  # by name, so that neither library is imported 
     "torchvision.models.resnet.ResNet": Family(
         "conv1 bn1 relu maxpool", "layer1 layer2 layer3 layer4", "avgpool Flatten fc"
     ),
-    "torchvision.models.mobilenetv2.MobileNetV2": Family("", _features_by_resolution, "AvgPool Flatten classifier"),
+    "torchvision.models.mobilenetv2.MobileNetV2": Family(
+        "", _features_by_resolution, "AvgPool Flatten classifier", final=1
+    ),
     "torchvision.models.mobilenetv3.MobileNetV3": Family("", _features_by_resolution, "avgpool Flatten classifier"),
     "torchvision.models.efficientnet.EfficientNet": Family("", _features_by_resolution, "avgpool Flatten classifier"),
     "torchvision.models.regnet.RegNet": Family("stem", lambda m: list(m.trunk_output), "avgpool Flatten fc"),
@@ -180,7 +193,7 @@ FAMILIES: dict[str, Family] = {  # by name, so that neither library is imported 
     ),
     "timm.models.resnetv2.ResNetV2": Family("stem", lambda m: list(m.stages), "norm head"),
     "timm.models.efficientnet.EfficientNet": Family(
-        "conv_stem bn1", _timm_blocks, "conv_head bn2 global_pool Dropout+classifier"
+        "conv_stem bn1", _timm_blocks, "conv_head bn2 global_pool Dropout+classifier", final=2
     ),
     "timm.models.mobilenetv3.MobileNetV3": Family(
         "conv_stem bn1", _timm_blocks, "global_pool conv_head norm_head act2 flatten Dropout+classifier"

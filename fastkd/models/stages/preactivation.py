@@ -3,7 +3,9 @@
 Source: Heo et al. 2019 (OFD), arXiv:1904.01866, section 3.1. Features are taken between the last sum (or, without a
 shortcut, the last BatchNorm) and the ReLU after it. The margin comes from the last BatchNorm of the block.
 In pre-activation networks (Wide ResNet), a stage ends with a sum that is not activated. There the map is the output of
-the BatchNorm with which the next stage, or the head, begins, as in the authors' code.
+the BatchNorm with which the next stage, or the head, begins, as in the authors' code. In MobileNetV2 a stage ends with
+a linear bottleneck: its output is the map, and the bottleneck's BatchNorm is the last one (mdistiller). The map of a
+ShuffleNetV2 has channels that no BatchNorm of the block feeds, so it can be a student's only, as in mdistiller.
 Departures: that code normalises the map a second time to get it, so that a student's running statistics move twice a
 step. Here the map comes from the one forward pass, in every mode, for teachers and students alike. The margin ignores
 what stands between the last BatchNorm and the sum (squeeze-and-excitation) and the shortcut, as in the authors' code.
@@ -11,6 +13,8 @@ what stands between the last BatchNorm and the sum (squeeze-and-excitation) and 
 How: torch.fx traces the block around the map, and its graph returns the map too. The ReLU on it runs out of place,
 which costs the memory of one map if the network's ReLU works in place.
 """
+
+import operator
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,8 +30,9 @@ class PreActivation(NetworkView):
     """A view of a network whose feature maps are those before the activation.
 
     BatchNorm statistics move once per pass. `norms`: the BatchNorm that feeds each stage's map, for
-    `bn_margin(norm.weight, norm.bias)`. Hooks on the blocks around the maps do not run. For ResNets with basic and
-    bottleneck blocks, our Wide ResNets and MobileNet, and VGGs with BatchNorm. Raises UserError for other networks.
+    `bn_margin(norm.weight, norm.bias)`, or None. Hooks on the blocks around the maps do not run. For ResNets with basic
+    and bottleneck blocks, our other networks, torchvision's MobileNetV2, and VGGs with BatchNorm. Raises UserError for
+    other networks.
     """
 
     def __init__(self, model: nn.Module):
@@ -45,7 +50,18 @@ class PreActivation(NetworkView):
         return self.between[-1](x), maps
 
 
-def _split(view: Staged) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+class WithMap(nn.Module):
+    """A block that has `forward_with_map`, x -> (output, map before its last ReLU)."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.block.forward_with_map(x)  # type: ignore[operator]  # torch types attributes as modules
+
+
+def _split(view: Staged) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module | None]]:
     """Modules x -> x; modules x -> (x, map), one fewer, that run between them; and the BatchNorm of each map."""
     name, stages = type(view.model).__name__, []
     for k, stage in enumerate(view.stages):
@@ -67,14 +83,20 @@ def _split(view: Staged) -> tuple[list[nn.Module], list[nn.Module], list[nn.Modu
     return between, [module for module, _ in tapped], [norm for _, norm in tapped]
 
 
-def _tapped(block: nn.Module, net: str, k: int, first: bool) -> tuple[nn.Module, nn.Module]:
+def _tapped(block: nn.Module, net: str, k: int, first: bool) -> tuple[nn.Module, nn.Module | None]:
     """`block` as x -> (output, map before its first or its last ReLU), and the BatchNorm before that ReLU.
 
-    The ReLU does not overwrite the map.
+    The ReLU does not overwrite the map. The map of a block without a last ReLU is its output.
     """
+    if hasattr(block, "forward_with_map"):
+        return WithMap(block), None
     graph = trace(block, (), True)
     if str(graph) != str(trace(block, (), False)):
         raise _unsupported(net, f"the forward of {type(block).__name__} is not the same in train and eval mode")
+    output = graph.output_node()
+    if not first and (last_norm := _linear_end(block, graph)):
+        output.args = ((output.args[0], output.args[0]),)
+        return fx.GraphModule(block, graph), last_norm
     found = _relu_and_norm(block, graph, first)
     if found is None:
         edge = "begin with BatchNorm and ReLU" if first else "end with a ReLU after a BatchNorm"
@@ -83,9 +105,23 @@ def _tapped(block: nn.Module, net: str, k: int, first: bool) -> tuple[nn.Module,
     with graph.inserting_before(relu):
         relu.replace_all_uses_with(graph.call_function(torch.relu, (before,)))
     graph.erase_node(relu)
-    output = graph.output_node()
     output.args = ((output.args[0], before),)
     return fx.GraphModule(block, graph), called_module(block, norm)
+
+
+def _linear_end(block: nn.Module, graph: fx.Graph) -> nn.Module | None:
+    """The BatchNorm whose output, or the sum of it and a shortcut, is the block's output; None if it ends otherwise."""
+    end = first_input(graph.output_node())
+    if end is None:
+        return None
+    is_sum = end.op == "call_function" and end.target in (operator.add, torch.add)
+    for node in end.all_input_nodes if is_sum else [end]:
+        module = called_module(block, node) if node.op == "call_module" else None
+        while type(module) is nn.Sequential and len(module):
+            module = module[-1]
+        if type(module) in NORMS:
+            return module
+    return None
 
 
 def _relu_and_norm(block: nn.Module, graph: fx.Graph, first: bool) -> tuple[fx.Node, fx.Node, fx.Node] | None:
@@ -115,5 +151,5 @@ def _calls(block: nn.Module, graph: fx.Graph, kinds: tuple[type, ...]) -> list[f
 def _unsupported(net: str, reason: str) -> UserError:
     return UserError(
         f"{net} has no maps before the activation that OFD can use: {reason}; use a ResNet of basic or bottleneck "
-        "blocks, a Wide ResNet or MobileNet of ours, or a VGG with BatchNorm"
+        "blocks, a Wide ResNet, MobileNet or ShuffleNet of ours, torchvision's MobileNetV2, or a VGG with BatchNorm"
     )

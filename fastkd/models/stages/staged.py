@@ -8,7 +8,7 @@ from ...errors import UserError
 from ..ensemble import Ensemble
 from ..own_input import OwnInput, plain_network
 from ..sizes import image_size_of, probe
-from .families import Split, advice, is_known, split_family
+from .families import Split, advice, final_modules, is_known, split_family
 from .layout import layout_of
 from .library import library_stages, widened
 from .split import split_at
@@ -48,7 +48,10 @@ class Staged(NetworkView):
     """A view of a network as `stem`, `stages` (nn.ModuleList) and `head`, which run one after another.
 
     Between them the tensors are as the network has them: maps [N, C, H, W], or tokens [N, L, C], or [N, H, W, C].
+    `final`: what the last stage ends with in a view of `tapped`, the final norm and activation; else nothing.
     """
+
+    final: nn.Sequential
 
     def __init__(self, model: nn.Module, stem: nn.Module, stages: Iterable[nn.Module], head: nn.Module):
         super().__init__(model)
@@ -56,6 +59,7 @@ class Staged(NetworkView):
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.head = head
+        object.__setattr__(self, "final", nn.Sequential())  # not registered: a part of the last stage
 
     def outputs(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Images [N, 3, H, W] -> logits [N, classes] and the outputs of the stages, as the next stage takes them."""
@@ -99,6 +103,29 @@ def staged(model: nn.Module, stages: Sequence[str] | None = None) -> Staged:
     return Staged(model, stem, middle, head)
 
 
+def tapped(model: nn.Module) -> Staged:
+    """`staged(model)`, with the last stage ending where the authors of the methods take its map (docs/taps.md).
+
+    In Wide ResNets, MobileNetV2 and EfficientNets that is after the final norm and activation. The logits are the same
+    bits. Stages that a user names end where they are named.
+    """
+    view = staged(model)
+    inner = plain_network(model)
+    count = 0 if hasattr(inner, "_fastkd_stages") else final_modules(inner)
+    if count:
+        modules = list(_modules(view.head))
+        final, head = nn.Sequential(*modules[:count]), nn.Sequential(*modules[count:])
+        *stages, last = view.stages
+        view = Staged(model, view.stem, [*stages, nn.Sequential(*_modules(last), *final)], head)
+        object.__setattr__(view, "final", final)
+    return view
+
+
+def _modules(stage: nn.Module) -> Iterable[nn.Module]:
+    """The modules of a sequence, or the module itself."""
+    return stage if type(stage) is nn.Sequential else [stage]
+
+
 def _split(model: nn.Module) -> Split:
     ends = None if is_known(model) else library_stages(model)
     if ends is None:
@@ -124,12 +151,17 @@ def name_stages(model: nn.Module, stages: Sequence[str]) -> nn.Module:
 
 
 def stage_shapes(net: nn.Module, size: int | None = None) -> Shapes:
-    """[(C, H, W)] of every stage's map for an image [3, size, size]. Weights and statistics stay as they are.
+    """[(C, H, W)] of every stage's map for an image [3, size, size], the last one as in `tapped`.
 
-    `size`: by default the image size that the network was made for (see `create_model`), else 64. Raises UserError if
-    the network cannot take such images.
+    Weights and statistics stay as they are. `size`: by default the image size that the network was made for (see
+    `create_model`), else 64. Raises UserError if the network cannot take such images.
     """
-    view = staged(net)
+    return map_shapes(tapped(net), size)
+
+
+def map_shapes(view: Staged, size: int | None = None) -> Shapes:
+    """`stage_shapes` of a view."""
+    net = view.model
     outputs = probe(net, [view.stem, *view.stages], size or image_size_of(net))[1:]
     return [tuple(x.shape[1:]) for x in view.maps(outputs)]
 
