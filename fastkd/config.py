@@ -21,7 +21,7 @@ from .methods import METHODS, find_method
 from .models.ensemble import Mean
 from .parser import name_of, option_types, run_parser, tokens_of, typed_options, typed_words
 
-SWITCHES = ("graph", "compile")  # their values: auto, on, off
+SWITCHES = ("graph", "compile", "flip")  # their values: auto, on, off
 NOT_IN_FILES = ("config", "print_config", "resume")
 TIMES = ("warmup_epochs", "decay_epochs", "decay_milestones")  # parts of a schedule, in epochs
 
