@@ -23,7 +23,8 @@ FORMAT = 1
 
 # Options that may differ when a run is resumed: they do not change what is computed.
 # (`load_run` checks that a data folder in another place holds as many images and the same classes.)
-FREE_TO_CHANGE = ("data", "unlabelled", "resume", "out", "workers", "tensorboard", "hw_decoder_load", "device", "graph")
+FREE_TO_CHANGE: tuple[str, ...] = ("data", "data_dir", "download", "unlabelled", "resume", "out", "workers")
+FREE_TO_CHANGE += ("tensorboard", "hw_decoder_load", "device", "graph")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -214,6 +215,8 @@ def differences(path: Path, config: dict, free: tuple[str, ...], defaults: dict 
     for name, value in saved.items():  # options that take several values now took one in older versions
         if isinstance(value, str) and isinstance(config.get(name), list):
             saved[name] = [value] if value else []
+        if name in ("image_size", "mean", "std") and not value:  # those of the data: a run writes which ones
+            saved[name] = config.get(name)
     changed = [name for name in saved | config if name not in free and saved.get(name) != config.get(name)]
     return [f"{name} was {saved.get(name)!r}, now {config.get(name)!r}" for name in changed]
 
@@ -238,11 +241,14 @@ def find_finished(folders: list[Path], config: dict, data: dict, defaults: dict 
 def about_input(options: dict[str, Any]) -> dict[str, Any]:
     """What has to be as in training when a network is evaluated: options of the images, and what was held out.
 
-    Empty for the digits, whose size and normalisation are fixed.
+    `data`: the name of a data set with files of its own. `resident`: the images were kept in memory at their own size.
     """
+    resident = {"resident": True} if options.get("loader") == "resident" else {}
     if options.get("data") == "digits":
-        return {}
-    always = {name: options[name] for name in ("image_size", "mean", "std") if name in options}
+        return resident
+    always = resident | {name: options[name] for name in ("image_size", "mean", "std") if name in options}
+    if options.get("data_dir"):
+        always["data"] = options["data"]
     return always | {name: options[name] for name in ("exif", "val_fraction", "split_seed") if options.get(name)}
 
 

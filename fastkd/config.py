@@ -20,7 +20,7 @@ from .network_options import NetworkOptions
 from .parser import name_of, option_types, run_parser, tokens_of, typed_options, typed_words
 from .recipes import read_recipe
 
-SWITCHES = ("graph", "compile")  # their values: auto, on, off
+SWITCHES = ("graph", "compile", "flip")  # their values: auto, on, off
 NOT_IN_FILES = ("config", "print_config", "resume")
 
 Sources = list[tuple[str, dict[str, Any]]]

@@ -28,7 +28,7 @@ NAMES_ELSEWHERE = {
     ("teacher_weights",): "teacher_path teacher_ckpt teacher_checkpoint teacher_pretrained path_t",
     ("student_weights", "weights"): "student_path student_ckpt pretrained initial_checkpoint checkpoint ckpt",
     ("method",): "distill distiller distill_method kd_method loss",
-    ("data",): "data_dir data_path dataset dataset_name root train_dir imagenet",
+    ("data",): "data_path dataset dataset_name root train_dir imagenet",
     ("batch_size",): "bs per_device_train_batch_size train_batch_size bsz",
     ("workers",): "j num_workers n_workers dataloader_num_workers",
     ("image_size",): "img_size input_size size resolution crop_size train_crop_size crop",
@@ -128,7 +128,7 @@ def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Seque
     """
     import tyro
 
-    arguments = ["--batch-size" if argument == "-b" else argument for argument in arguments]
+    arguments = ["--batch-size" if argument == "-b" else argument for argument in _with_values(arguments, kind)]
     parse = partial(tyro.cli, kind, prog=command, args=[*earlier, *arguments], config=(tyro.conf.OmitArgPrefixes,))
     if "--help" in arguments or "-h" in arguments:
         return parse()
@@ -140,6 +140,20 @@ def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Seque
             return parse()
     except SystemExit as stop:  # tyro has printed the error in a box
         raise UserError(_refusal(stop) or _unboxed(text.getvalue())) from None
+
+
+def _with_values(arguments: list[str], kind: type) -> list[str]:
+    """`arguments` with `--flip on` and `--flip off` for `--flip` and `--no-flip`, of any option with these values."""
+    types = option_types(kind)
+    switches = {name for name, each in types.items() if {"on", "off"} <= {*get_args(each)}}
+    words: list[str] = []
+    for flag, values in groups(arguments):
+        name = name_of(flag)
+        if name.startswith("no_") and name.removeprefix("no_") in switches and not values:
+            words += ["--" + flag.removeprefix("--").partition("-")[2], "off"]
+        else:
+            words += [flag, *(values or ["on"] if name in switches else values)] if flag else values
+    return words
 
 
 def _refusal(stop: BaseException) -> str:

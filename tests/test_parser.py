@@ -25,7 +25,7 @@ TYPED = {
     "--pretrained": "--student-weights",
     "--weight-decy": "--weight-decay",
     "--wd": "--weight-decay",
-    "--data-dir": "--data",
+    "--data-path": "--data",
     "--dataset": "--data",
     "--num-workers": "--workers",
     "--lr-scheduler": "--sched",

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 
 from .. import checkpoint
 from ..data import DataOptions, create_eval_loader
 from ..data.base import Loader, input_of
 from ..data.classes import Relabelled, class_note, class_order
 from ..data.layout import parts_of
+from ..data.options import NAMES, WITH_FILES
 from ..distributed import device_for, gather, rank, world_size
 from ..engine.backends import backends
 from ..engine.precision import Precision
@@ -44,7 +46,8 @@ def run(arguments: list[str]) -> None:
     typed = typed_options(arguments)
     weights = Path(typed.get("weights", ""))
     about = _about(weights, typed.get("model", ""))
-    tokens = tokens_of(_noted_input(about, typed), kind, f"--weights {weights}")
+    noted = _noted_input(about, typed, weights)
+    tokens = tokens_of(noted, kind, f"--weights {weights}")
     config: Any = run_parser(kind, arguments, "fastkd eval", tokens)
     options, device = config.eval, device_for(config.eval.device)
     if tokens:  # the image size and normalisation
@@ -60,12 +63,14 @@ def run(arguments: list[str]) -> None:
         dtype=precision.dtype,
         log=log_rank0,
         gather=gather,
+        keep_small=config.data.loader == "resident" or _may_be_resident(about.get("input", {})),
     )
     size = input_of(loader, vars(config.data)).get("image_size")
     if config.data.data != "synthetic":
-        noted = about.get("data", {}).get("classes", [])
-        source = f"--weights {weights}" + ("" if "data" in typed else " (evaluated on the digits: there is no --data)")
-        loader = _with_classes_of(noted, source, loader, config.data.ignore_class_names, device)
+        classes = about.get("data", {}).get("classes", [])
+        is_known = "data" in typed or "data" in noted
+        source = f"--weights {weights}" + ("" if is_known else " (evaluated on the digits: there is no --data)")
+        loader = _with_classes_of(classes, source, loader, config.data.ignore_class_names, device)
     net = create_model(model, len(loader.classes), options.weights, image_size=size)
     net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
     with backends(device):
@@ -85,25 +90,43 @@ def _with_classes_of(noted: list[str], source: str, loader: Loader, ignore: bool
     return Relabelled(loader, noted, order, device) if order else loader
 
 
+def _may_be_resident(noted: dict[str, Any]) -> bool:
+    """False if the network was trained on images that were resized and cropped, so that small ones have to be too."""
+    return noted.get("resident", "image_size" not in noted)
+
+
 def _about(weights: Path, model: str) -> dict[str, Any]:
     """What the weights file notes; of pre-trained weights, the images that the library says they take."""
     found = None if weights.is_file() else library_input(model, str(weights))
     return checkpoint.read_about(weights) if found is None else {"input": found.as_dict()}
 
 
-def _noted_input(about: dict[str, Any], typed: dict[str, str]) -> dict[str, Any]:
+def _noted_input(about: dict[str, Any], typed: dict[str, str], weights: Path) -> dict[str, Any]:
     """The options of the images that a weights file notes, where the command line has none.
 
+    The files of a data set that has a name are where they were in training, unless --data-dir is given.
     What was held out of another folder does not matter for one with a val/, or if --val-fraction is given.
     """
-    data = typed.get("data", "digits")
     noted = {name: value for name, value in about.get("input", {}).items() if name not in typed}
+    noted.pop("resident", None)
+    data = typed.get("data") or noted.get("data", "digits")
     if data == "digits":
         return {}
+    if data in WITH_FILES and "data_dir" not in typed and (place := _data_dir_of(weights)):
+        noted["data_dir"] = place
     split = [name for name in ("val_fraction", "split_seed") if name in noted]
-    if split and (data == "synthetic" or "val_fraction" in typed or "val" in parts_of(data)):
+    if split and (data in NAMES or "val_fraction" in typed or "val" in parts_of(data)):
         noted = {name: value for name, value in noted.items() if name not in split}
     return noted
+
+
+def _data_dir_of(weights: Path) -> str:
+    """The option data_dir in the config.yaml beside a weights file; empty if there is none."""
+    try:
+        options = yaml.safe_load((weights.parent / "config.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
+    return str(options.get("data_dir", "")) if isinstance(options, dict) else ""
 
 
 def _network_of(weights: Path) -> str:

@@ -79,8 +79,12 @@ class Job:
         )
         check_unlabelled(kind, config, self.train_loader)
         self.first_epoch = self.train_loader.state_dict()
-        images = InputSpec.of(input_of(self.train_loader, vars(config.data)))
+        images = InputSpec.of(input_of(self.train_loader, {}))
         assert images is not None  # all of our loaders have a size and a normalisation
+        if getattr(self.train_loader, "name", "") == "resident":
+            config = replace(config, data=replace(config.data, loader="resident"))
+        config = replace(config, data=replace(config.data, **vars(images)))  # so that config.yaml says what was used
+        self.config = replace(config, networks=names)
         classes, ignore = self.train_loader.classes, config.data.ignore_class_names
         self.maker = NetworkMaker(names, classes, images, config.train.seed, ignore)
         self.student = self.maker.student()

@@ -1,5 +1,6 @@
 """Where batches come from: `create_loaders` makes the training and the evaluation loader of a run.
 
+options.py       DataOptions: which images, and how they are read
 base.py          the Loader protocol, and the rule that splits an epoch over processes
 layout.py        which images of a folder are for training and which for evaluation
 scan.py          finds the images of a folder and checks them
@@ -9,93 +10,39 @@ decode.py        one picture file to pixels; names the file if it is damaged
 folder.py        a folder of images, decoded in worker processes
 dali.py          a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
 dali_package.py  which DALI package fits torch, and whether it can be imported
+small_sets.py    CIFAR-10, CIFAR-100, Fashion-MNIST and MNIST in memory, and what is usual for each
+cifar.py         the files of CIFAR
+idx.py           the files of Fashion-MNIST and MNIST
+small_folder.py  a folder of small images, decoded once
+resident.py      images in memory, cropped, mirrored and normalised on the device
 digits.py        1,797 real images inside the package
 normalise.py     bytes to normalised channels-last batches
 prefetch.py      batches to a CUDA device, one ahead of the step
 synthetic.py     random images that are already on the device, to measure a run without loading data
 """
 
-import math
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UserError, nearest
+from ..errors import UserError
 from ..kernels.logit_loss import UNLABELLED
 from .base import IMAGENET_MEAN, IMAGENET_STD, EpochLoader, Loader, Shard
 from .dali_package import import_problem
 from .layout import evaluation_split, training_splits
+from .options import NAMES, DataOptions, changes_augmentation
 from .scan import Split
 
+if TYPE_CHECKING:
+    from .options import Padding
+    from .resident import ResidentSet
 
-def default_workers() -> int:
-    """The number of cores divided by the number of processes on this machine, 16 at most."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+__all__ = ["DataOptions", "create_eval_loader", "create_loaders"]
 
-
-LoaderName = Literal["auto", "dali", "folder"]
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Which images, and how they are read."""
-
-    data: str = "digits"
-    """A folder with train/<class>/* and val/<class>/*, or "digits" (embedded), or "synthetic" (random, to measure)."""
-    val_fraction: float = 0.0
-    """Hold out this fraction of each class for evaluation: for a folder without val/, or of class folders alone."""
-    split_seed: int = 0
-    """Chooses the images that val_fraction holds out, together with their names."""
-    unlabelled: str = ""
-    """A folder of images without labels, at any depth: trained on beside those of train/, or alone if it is missing."""
-    ignore_class_names: bool = False
-    """Compare the classes of a weights file and of the data by position, not by their names."""
-    loader: LoaderName = "auto"
-    """What decodes a folder: NVIDIA DALI, or torchvision ("folder"); "auto" takes DALI where it can start."""
-    batch_size: int = 128
-    """Images per step and process; also -b."""
-    image_size: int = 224
-    """Side of the square crop, in pixels; the digits are always 32."""
-    workers: int = field(default_factory=default_workers)
-    """Decoding threads (DALI, at least 1) or processes (torchvision; 0: the training process itself), per process."""
-    exif: bool = False
-    """Turn photos as their EXIF orientation says; off, as in torchvision's ImageFolder."""
-    hw_decoder_load: float = 0.65
-    """Fraction of the JPEGs that the GPU's hardware decoder decodes, 0 to 1; DALI on CUDA only."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean of each channel of images in [0, 1], which is subtracted; not used for the digits."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """Standard deviation of each channel, by which it is divided; not used for the digits."""
-    synthetic_classes: int = 1000
-    """Classes of the synthetic data."""
-    synthetic_samples: int = 51200
-    """Training images per epoch of the synthetic data, over all processes; evaluation uses a tenth as many."""
-
-    def __post_init__(self) -> None:
-        if self.loader not in get_args(LoaderName):
-            names = get_args(LoaderName)
-            raise UserError(f"loader={self.loader!r}: choose one of {', '.join(names)}{nearest(self.loader, names)}")
-        least = {"batch_size": 2, "image_size": 8, "workers": 0, "synthetic_classes": 2, "synthetic_samples": 2}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"{name}={getattr(self, name)}: give at least {low}")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"val_fraction={self.val_fraction}: give a fraction from 0 to below 1, such as 0.1")
-        if self.split_seed and not self.val_fraction:
-            raise UserError(f"split_seed={self.split_seed} needs val_fraction: it chooses the images that are held out")
-        for name in ("val_fraction", "unlabelled"):
-            if self.data in ("digits", "synthetic") and getattr(self, name):
-                raise UserError(f"{name}={getattr(self, name)!r} is for a folder of images, and data={self.data!r}")
-        if not 0 <= self.hw_decoder_load <= 1:
-            raise UserError(f"hw_decoder_load={self.hw_decoder_load}: give a fraction from 0 to 1")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3 or not all(math.isfinite(value) for value in values):
-                raise UserError(f"{name}={values}: give three finite numbers, one for each of red, green, blue")
-        if min(self.std) <= 0:
-            raise UserError(f"std={self.std}: give three numbers above 0")
+Log = Callable[[str], None]
+Gather = Callable[[Any], list[Any]]
 
 
 def create_loaders(
@@ -106,8 +53,8 @@ def create_loaders(
     rank: int = 0,
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
-    log: Callable[[str], None] = print,
-    gather: Callable[[Any], list[Any]] = lambda thing: [thing],
+    log: Log = print,
+    gather: Gather = lambda thing: [thing],
 ) -> tuple[Loader, Loader]:
     """The training and the evaluation loader: batches of `dtype` on `device`, this process's share of each epoch.
 
@@ -116,8 +63,9 @@ def create_loaders(
     every process, so that all of them choose the same decoder. Raises UserError if the data cannot be used.
     """
     shard = Shard(seed, rank, world_size, dtype)
-    if embedded := _embedded(options, device, shard):
-        return embedded
+    if options.data in NAMES:
+        train, val = _named_loaders(options, device, shard, log, gather)
+        return train, val
     splits = training_splits(options, log)
     train, val = _folder_loaders(splits, options, device, shard, log, gather)
     train.unlabelled = splits["train"].labels.count(UNLABELLED)
@@ -131,39 +79,88 @@ def create_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
-    log: Callable[[str], None] = print,
-    gather: Callable[[Any], list[Any]] = lambda thing: [thing],
+    log: Log = print,
+    gather: Gather = lambda thing: [thing],
+    keep_small: bool = True,
 ) -> Loader:
     """The evaluation loader alone, as from `create_loaders`, of a folder that may have no train/.
 
     Its classes are those of the images that are evaluated. Without val/ these are the images that `val_fraction` holds
-    out, or all images of a folder of classes.
+    out, or all images of a folder of classes. `keep_small` False: small images of a folder are resized and cropped as
+    large ones are, for a network that was trained on such.
     """
-    if options.unlabelled:
-        raise UserError(f"unlabelled={options.unlabelled!r} is for training: accuracy needs labels")
+    for given in (f"unlabelled={options.unlabelled!r}" * bool(options.unlabelled), changes_augmentation(options)):
+        if given:
+            raise UserError(f"{given} is for training: images to evaluate have labels and are not augmented; drop it")
     shard = Shard(0, rank, world_size, dtype)
-    if embedded := _embedded(options, device, shard):
-        return embedded[1]
+    if options.data in NAMES:
+        return _named_loaders(options, device, shard, log, gather, parts=("val",))[-1]
     split = evaluation_split(options, log)
-    return _folder_loaders({"val": split}, options, device, shard, log, gather)[0]
+    return _folder_loaders({"val": split}, options, device, shard, log, gather, keep_small=keep_small)[0]
 
 
-def _embedded(options: DataOptions, device: torch.device, shard: Shard) -> tuple[Loader, Loader] | None:
-    """The loaders of the digits or the synthetic data; None for a folder."""
-    if options.data not in ("digits", "synthetic"):
-        return None
-    if options.loader != "auto":
-        raise UserError(
-            f"loader={options.loader!r} decodes a folder of images and data={options.data!r} needs none: "
-            "leave loader at 'auto', or set data to a folder"
+def _named_loaders(
+    options: DataOptions,
+    device: torch.device,
+    shard: Shard,
+    log: Log,
+    gather: Gather,
+    parts: tuple[str, ...] = ("train", "val"),
+) -> tuple[Loader, ...]:
+    """The loaders of a data set that has a name."""
+    if options.data == "synthetic":
+        from .synthetic import create_synthetic
+
+        return create_synthetic(options.for_large_images(), device, shard)
+    from .small_sets import SMALL_SETS, download, read_small_set, side_of
+
+    known, side = SMALL_SETS[options.data], side_of(options, options.data, log)
+    if options.download:
+        problem = download(options.data, options.data_dir, log) if shard.rank == 0 else ""
+        if problem := _first_problem(gather(problem)):
+            raise UserError(problem)
+    options = replace(options, image_size=side).sized(side, known.mean, known.std)
+    sets = {}
+    for part in parts:
+        sets[part] = read_small_set(options, options.data, part == "train", log if part == parts[0] else _quiet)
+    return tuple(_resident_loaders(sets, options, (known.pad_mode, known.flip), device, shard, log))
+
+
+def _quiet(line: str) -> None:
+    """Logs nothing: both parts of a set come from the same place."""
+
+
+def _resident_loaders(
+    sets: "dict[str, ResidentSet]",
+    options: DataOptions,
+    usual: "tuple[Padding, bool]",
+    device: torch.device,
+    shard: Shard,
+    log: Log,
+) -> list[EpochLoader]:
+    """A loader for each set of images. `usual`: how they are padded, and whether they are mirrored, by default."""
+    from .resident import Augmentation, ResidentLoader
+    from .small_sets import augmentation_of, describe_augmentation
+
+    augmentation, loaders = augmentation_of(options, options.image_size, *usual), list[EpochLoader]()
+    for name, images in sets.items():
+        is_train = name == "train"
+        if is_train:
+            log(describe_augmentation(augmentation, options.image_size))
+        loaders.append(
+            ResidentLoader(
+                images,
+                augmentation if is_train else Augmentation("none", 0, "zeros", False),
+                options.batch_size,
+                device,
+                shard,
+                train=is_train,
+                mean=options.mean,
+                std=options.std,
+                image_size=options.image_size,
+            )
         )
-    if options.data == "digits":
-        from .digits import create_digits
-
-        return create_digits(options, device, shard)
-    from .synthetic import create_synthetic
-
-    return create_synthetic(options, device, shard)
+    return loaders
 
 
 def _folder_loaders(
@@ -171,10 +168,22 @@ def _folder_loaders(
     options: DataOptions,
     device: torch.device,
     shard: Shard,
-    log: Callable[[str], None],
-    gather: Callable[[Any], list[Any]],
+    log: Log,
+    gather: Gather,
+    *,
+    keep_small: bool = True,
 ) -> list[EpochLoader]:
     """A loader for each split. The one called "train" is for training."""
+    from .small_folder import read_small_folder
+
+    sets = read_small_folder(splits, options, device, log, gather) if keep_small else None
+    if sets is not None:
+        side = next(iter(sets.values())).images.shape[1]
+        size = sum(each.images.numel() for each in sets.values()) / 1e6
+        log(f"data: the images of {side} pixels are kept in memory, {size:,.1f} MB (loader='folder' resizes them)")
+        usual: tuple[Padding, bool] = ("reflect", True)
+        return _resident_loaders(sets, options.sized(side, IMAGENET_MEAN, IMAGENET_STD), usual, device, shard, log)
+    options = options.for_large_images()
     loaders = None if options.loader == "folder" else _dali(splits, options, device, shard, log, gather)
     if loaders is not None:
         return loaders
@@ -188,8 +197,8 @@ def _dali(
     options: DataOptions,
     device: torch.device,
     shard: Shard,
-    log: Callable[[str], None],
-    gather: Callable[[Any], list[Any]],
+    log: Log,
+    gather: Gather,
 ) -> list[EpochLoader] | None:
     """The loaders, or None if the DALI of any process cannot start and `loader` is "auto". Logs the choice made."""
     loaders, problem = _start_dali(splits, options, device, shard)

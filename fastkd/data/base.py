@@ -109,9 +109,9 @@ def describe(loader: Loader) -> dict[str, Any]:
 
 
 def input_of(loader: Loader, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The loader's image_size, mean and std where it has them, as that of the digits; else those of `options`."""
+    """The loader's image_size, mean and std where it has them, as all of ours do; else those of `options`."""
     values = {name: getattr(loader, name, options.get(name)) for name in ("image_size", "mean", "std")}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if value}
 
 
 def shard_bounds(samples: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -174,11 +174,13 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
 
 def epoch_of(state: dict, loader: str) -> int:
     """The epoch in a state that a `loader` wrote. Raises UserError if another kind of loader wrote it."""
-    if state.get("loader") != loader:
+    before = state.get("loader")
+    if before != loader:
+        known = before in ("dali", "folder", "resident")  # "digits" is of older versions
+        remedy = f"resume with loader={before!r}, or begin" if known else "begin"
         raise UserError(
-            f"the checkpoint's data state was written by the {state.get('loader')!r} loader and this run uses "
-            f"{loader!r}, whose batches differ: resume with loader={state.get('loader')!r}, or begin a new run with "
-            "another --out"
+            f"the checkpoint's data state was written by the {before!r} loader and this run uses {loader!r}, whose "
+            f"batches differ: {remedy} a new run with another --out"
         )
     return state["epoch"]
 
@@ -187,6 +189,9 @@ class EpochLoader:
     """What our loaders share: a Loader whose batches depend on the seed and the number of the epoch."""
 
     name: str  # in the state
+    image_size: int  # pixels
+    mean: tuple[float, ...]  # of each channel, which was subtracted from images in [0, 1]
+    std: tuple[float, ...]
     unlabelled = 0  # images of an epoch that have no label
 
     def __init__(self, classes: tuple[str, ...], samples: int, batch_size: int, shard: Shard, *, train: bool):

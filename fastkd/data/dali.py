@@ -51,6 +51,8 @@ class DaliLoader(EpochLoader):
         if options.workers < 1:
             raise UserError("workers=0: DALI decodes in at least one thread; give workers=1, or loader='folder'")
         super().__init__(split.classes, len(split.files), options.batch_size, shard, train=train)
+        options = options.for_large_images()
+        self.image_size, self.mean, self.std = options.image_size, options.mean, options.std
         self.split, self.options, self.device, self.shard = split, options, device, shard
         self.names = DaliNames(split.files)
         self.threads = ThreadPoolExecutor(options.workers)  # check the files, and resize if DALI does not

@@ -3,25 +3,21 @@
 E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998,
 https://doi.org/10.24432/C50P49, licence CC BY 4.0. digits.npz holds its test part (13 of the 43 writers) as
 scikit-learn's `load_digits` gives it: images uint8 [1797, 8, 8] with values 0 to 16, target uint8 [1797]. Changed here:
-enlarged to 32x32, three equal channels, normalised.
+enlarged to 32x32.
 
-Every fifth image of each class is for evaluation: 1,442 to train, 355 to evaluate. All images stay on the device.
-Training shifts each image by up to 4 pixels; a shift depends only on (seed, epoch) and the image.
+Every fifth image of each class is for evaluation: 1,442 to train, 355 to evaluate.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate
 
 from .base import EpochLoader, Shard, derived_seed
-
-if TYPE_CHECKING:
-    from . import DataOptions
+from .resident import ResidentSet
 
 SIDE = 32  # pixels
 SHIFT = 4  # pixels
@@ -42,18 +38,12 @@ def is_for_evaluation(target: Tensor) -> Tensor:
     return position % 5 == 0
 
 
-def create_digits(options: "DataOptions", device: torch.device, shard: Shard) -> tuple[EpochLoader, EpochLoader]:
-    """The training and the evaluation loader."""
+def digits_set(train: bool) -> ResidentSet:
+    """The images to train on or those to evaluate, uint8 [N, 32, 32, 1], rounded."""
     images, target = read_digits()
-    held_out = is_for_evaluation(target)
-    std, mean = torch.std_mean(images[~held_out])
-    # padded before normalising, so that a shift brings in background
-    images, target = pad(images, (SHIFT,) * 4).sub(mean).div(std).to(device, shard.dtype), target.to(device)
-    train = DigitsLoader(images[~held_out], target[~held_out], options.batch_size, shard, train=True)
-    val = DigitsLoader(images[held_out], target[held_out], options.batch_size, shard, train=False)
-    for loader in (train, val):
-        loader.mean, loader.std = (float(mean),) * 3, (float(std),) * 3
-    return train, val
+    chosen = is_for_evaluation(target) != train
+    pixels = images[chosen].mul(255).round().to(torch.uint8)
+    return ResidentSet(tuple("0123456789"), pixels[..., None], target[chosen])
 
 
 class DigitsLoader(EpochLoader):

@@ -74,6 +74,8 @@ class FolderLoader(EpochLoader):
         self, split: Split, options: "DataOptions", device: torch.device, shard: Shard = ONE_PROCESS, *, train: bool
     ):
         super().__init__(split.classes, len(split.files), options.batch_size, shard, train=train)
+        options = options.for_large_images()
+        self.image_size, self.mean, self.std = options.image_size, options.mean, options.std
         self.device, self.normalise = device, Normalise(options.mean, options.std, device, shard.dtype)
         self.prefetch = Prefetch(self.normalise, device) if device.type == "cuda" else None
         self.decoded = DataLoader(

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, nearest
 from ..kernels.logit_loss import UNLABELLED
+from .options import NAMES
 from .scan import Formats, Split, scan, scan_images
 from .walk import Found, identity, look, shown, some
 
 if TYPE_CHECKING:
-    from . import DataOptions
+    from .options import DataOptions
 
 Log = Callable[[str], None]
 ARRANGE = "arrange the images as train/<class>/* and val/<class>/*"
@@ -70,8 +71,8 @@ def parts_of(root: str) -> list[str]:
     """Which of train/ and val/ are in `root`. A folder of images beside other classes is itself a class."""
     if not os.path.isdir(root):
         raise UserError(
-            f"data={root!r}: no such folder; give one with train/<class>/* and val/<class>/*, or 'digits', or "
-            "'synthetic'" + nearest(root, ["digits", "synthetic"])
+            f"data={root!r}: no such folder; give one with train/<class>/* and val/<class>/*, or one of "
+            f"{', '.join(NAMES)}{nearest(root, NAMES)}"
         )
     folders = _folders_in(root)
     parts: list[str] = [name for name in ("train", "val") if name in folders]

@@ -39,6 +39,7 @@ class SyntheticLoader(EpochLoader):
         classes = tuple(str(label) for label in range(options.synthetic_classes))
         super().__init__(classes, samples, options.batch_size, shard, train=train)
         self.images, self.target = held
+        self.image_size, self.mean, self.std = options.image_size, options.mean, options.std
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step, (start, stop) in enumerate(self.slices):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastkd.data import DataOptions, create_loaders, dali_package
+from fastkd.data import DataOptions, create_eval_loader, create_loaders, dali_package
 from fastkd.errors import UserError
 
 CPU = torch.device("cpu")
@@ -14,13 +14,33 @@ CPU = torch.device("cpu")
     [
         ({"loader": "dalli"}, r"loader='dalli'.*did you mean 'dali'"),
         ({"batch_size": 1}, "batch_size=1: give at least 2"),
-        ({"image_size": 0}, "image_size=0: give at least 8"),
+        ({"image_size": 7}, "image_size=7: give at least 8"),
         ({"workers": -1}, "workers=-1: give at least 0"),
         ({"hw_decoder_load": 1.5}, "hw_decoder_load=1.5: give a fraction"),
         ({"mean": (0.5, 0.5)}, r"mean=\(0.5, 0.5\): give three finite numbers"),
         ({"mean": (0.5, 0.5, float("nan"))}, "mean=.*finite"),
         ({"std": (1.0, 0.0, 1.0)}, "std=.*above 0"),
         ({"synthetic_classes": 1}, "synthetic_classes=1"),
+        ({"augment": "padcrop"}, r"augment='padcrop'.*did you mean 'pad-crop'"),
+        ({"pad_mode": "zero"}, r"pad_mode='zero'.*did you mean 'zeros'"),
+        ({"flip": "yes"}, "flip='yes': choose one of auto, on, off"),
+        ({"pad": -2}, "pad=-2: give at least -1"),
+        ({"augment": "rrc", "pad": 2}, "pad=2 is for augment='pad-crop', and augment='rrc'"),
+        ({"augment": "none", "pad_mode": "zeros"}, "pad_mode='zeros' is for augment='pad-crop', and augment='none'"),
+        ({"augment": "none", "flip": "on"}, "flip='on' and augment='none': augment='pad-crop' with pad=0"),
+        ({"data": "folder", "loader": "dali", "augment": "pad-crop"}, "augment='pad-crop' is for images in memory"),
+        ({"data": "folder", "loader": "folder", "augment": "none"}, "augment='none' is for images in memory"),
+        ({"data": "folder", "loader": "folder", "pad": 1}, "pad=1 is for images in memory"),
+        ({"data": "folder", "loader": "folder", "augment": "rrc", "flip": "off"}, "flip='off' is for images in memory"),
+        ({"data": "cifar10"}, "data='cifar10' needs data_dir: give --data-dir DIR"),
+        ({"data": "mnist", "data_dir": "x", "loader": "dali"}, "loader='dali' decodes a folder"),
+        ({"data": "mnist", "data_dir": "x", "val_fraction": 0.1}, "val_fraction=0.1 is for a folder of images"),
+        ({"data": "mnist", "data_dir": "x", "unlabelled": "y"}, "unlabelled='y' is for a folder of images"),
+        ({"data": "folder", "data_dir": "x"}, "data_dir='x' is for --data cifar10.*a folder of images is --data x"),
+        ({"data": "digits", "data_dir": "x"}, "data_dir='x' is for .* and data='digits'"),
+        ({"data": "folder", "download": True}, "download=True is for"),
+        ({"data": "synthetic", "flip": "off"}, "flip='off': data='synthetic' is not augmented"),
+        ({"data": "synthetic", "loader": "resident"}, "loader='resident' holds real images"),
         ({"synthetic_samples": 1}, "synthetic_samples=1"),
     ],
 )
@@ -91,3 +111,29 @@ def test_the_folder_loader_asks_no_process(pictures, broken_dali):
 def test_a_decoder_for_data_without_files_is_an_error(data):
     with pytest.raises(UserError, match=f"loader='dali' decodes a folder.*data='{data}' needs none"):
         create_loaders(DataOptions(data=data, loader="dali"), CPU)
+
+
+def test_the_folder_of_a_set_s_name_is_pointed_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar100").mkdir()
+    with pytest.raises(UserError, match=r"needs data_dir.*--data \./cifar100"):
+        DataOptions(data="cifar100")
+
+
+@pytest.mark.parametrize("more", [{}, {"augment": "rrc"}, {"flip": "on"}, {"augment": "rrc", "flip": "on"}])
+def test_what_a_decoding_loader_does_may_be_said(pictures, more):
+    options = DataOptions(data=str(pictures), loader="folder", workers=0, **more)
+    assert create_loaders(options, CPU)[0].name == "folder"
+
+
+@pytest.mark.parametrize("given", [{"augment": "none"}, {"pad": 2}, {"pad_mode": "zeros"}, {"flip": "on"}])
+def test_evaluation_refuses_options_of_the_augmentation(given):
+    (name, value), *_ = given.items()
+    with pytest.raises(UserError, match=f"{name}={value!r} is for training"):
+        create_eval_loader(DataOptions(**given), CPU)
+
+
+def test_the_digits_ignore_another_size_and_say_so():
+    said = []
+    train, _ = create_loaders(DataOptions(image_size=224), CPU, log=said.append)
+    assert train.image_size == 32 and "image_size=224 is not used" in said[0]

@@ -1,0 +1,175 @@
+"""The options of the data, with the checks that need no file."""
+
+import math
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from ..errors import UserError, nearest
+from .base import IMAGENET_MEAN, IMAGENET_STD
+
+LoaderName = Literal["auto", "dali", "folder", "resident"]
+AugmentName = Literal["auto", "rrc", "pad-crop", "none"]
+PadMode = Literal["auto", "reflect", "zeros"]
+Padding = Literal["reflect", "zeros"]
+Switch = Literal["auto", "on", "off"]
+CHOICES: dict[str, Any] = {"loader": LoaderName, "augment": AugmentName, "pad_mode": PadMode, "flip": Switch}
+
+WITH_FILES = ("cifar10", "cifar100", "fashion-mnist", "mnist")  # data sets by name; their files are in data_dir
+NAMES = (*WITH_FILES, "digits", "synthetic")  # any other `data` is a folder
+
+
+def default_workers() -> int:
+    """The number of cores divided by the number of processes on this machine, 16 at most."""
+    return max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images, and how they are read."""
+
+    data: str = "digits"
+    """A folder with train/<class>/* and val/<class>/*, or a data set by name: cifar10, cifar100, fashion-mnist, mnist
+    (with --data-dir), digits (embedded), synthetic (random, to measure)."""
+    data_dir: str = ""
+    """The folder that holds the files of cifar10, cifar100, fashion-mnist or mnist."""
+    download: bool = False
+    """Download these files into data_dir if they are not there."""
+    augment: AugmentName = "auto"
+    """Training images: rrc (random resized crop), pad-crop (pad, then crop at random), none; auto: as is usual."""
+    pad: int = -1
+    """Pixels that pad-crop adds on each side; -1: 4."""
+    pad_mode: PadMode = "auto"
+    """What pad-crop adds: reflect (the image mirrored) or zeros (black); auto: reflect for colour, zeros for gray."""
+    flip: Switch = "auto"
+    """Mirror every second training image, by chance; auto: off for mnist and the digits. Also --flip and --no-flip."""
+    val_fraction: float = 0.0
+    """Hold out this fraction of each class for evaluation: for a folder without val/, or of class folders alone."""
+    split_seed: int = 0
+    """Chooses the images that val_fraction holds out, together with their names."""
+    unlabelled: str = ""
+    """A folder of images without labels, at any depth: trained on beside those of train/, or alone if it is missing."""
+    ignore_class_names: bool = False
+    """Compare the classes of a weights file and of the data by position, not by their names."""
+    loader: LoaderName = "auto"
+    """How a folder is read: by NVIDIA DALI, by torchvision ("folder"), or once into memory ("resident"). "auto": images
+    of up to 64 pixels are resident; for others DALI where it can start."""
+    batch_size: int = 128
+    """Images per step and process; also -b."""
+    image_size: int = 0
+    """Side of the square images, in pixels; 0: that of the data set, 224 for a folder of larger images."""
+    workers: int = field(default_factory=default_workers)
+    """Decoding threads (DALI, at least 1) or processes (torchvision; 0: the training process itself), per process."""
+    exif: bool = False
+    """Turn photos as their EXIF orientation says; off, as in torchvision's ImageFolder."""
+    hw_decoder_load: float = 0.65
+    """Fraction of the JPEGs that the GPU's hardware decoder decodes, 0 to 1; DALI on CUDA only."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel of images in [0, 1]. Default: that of the data set, ImageNet's for a folder."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel. Default: as for the mean."""
+    synthetic_classes: int = 1000
+    """Classes of the synthetic data."""
+    synthetic_samples: int = 51200
+    """Training images per epoch of the synthetic data, over all processes; evaluation uses a tenth as many."""
+
+    def __post_init__(self) -> None:
+        for name, kind in CHOICES.items():
+            value, names = getattr(self, name), get_args(kind)
+            if value not in names:
+                raise UserError(f"{name}={value!r}: choose one of {', '.join(names)}{nearest(value, names)}")
+        least = {"batch_size": 2, "workers": 0, "pad": -1, "synthetic_classes": 2, "synthetic_samples": 2}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise UserError(f"{name}={getattr(self, name)}: give at least {low}")
+        if self.image_size != 0 and self.image_size < 8:
+            raise UserError(f"image_size={self.image_size}: give at least 8, or 0 for the data set's own")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise UserError(f"hw_decoder_load={self.hw_decoder_load}: give a fraction from 0 to 1")
+        _check_split(self)
+        _check_place(self)
+        _check_numbers(self)
+        _check_augmentation(self)
+
+    def sized(self, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> "DataOptions":
+        """These options with the given values where they have none."""
+        size = self.image_size or image_size
+        return replace(self, image_size=size, mean=self.mean or mean, std=self.std or std)
+
+    def for_large_images(self) -> "DataOptions":
+        """These options with 224 pixels and ImageNet's mean and standard deviation where they have none."""
+        return self.sized(224, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _check_split(options: DataOptions) -> None:
+    if not 0 <= options.val_fraction < 1:
+        raise UserError(f"val_fraction={options.val_fraction}: give a fraction from 0 to below 1, such as 0.1")
+    if options.split_seed and not options.val_fraction:
+        raise UserError(f"split_seed={options.split_seed} needs val_fraction: it chooses the images that are held out")
+    for name in ("val_fraction", "unlabelled"):
+        if options.data in NAMES and getattr(options, name):
+            raise UserError(f"{name}={getattr(options, name)!r} is for a folder of images, and data={options.data!r}")
+
+
+def _check_place(options: DataOptions) -> None:
+    """The options that say where the files of a named set are."""
+    known = " or ".join([", ".join(WITH_FILES[:-1]), WITH_FILES[-1]])
+    for name, remedy in (("data_dir", f"a folder of images is --data {options.data_dir}"), ("download", "drop it")):
+        if getattr(options, name) and options.data not in WITH_FILES:
+            value = getattr(options, name)
+            raise UserError(f"{name}={value!r} is for --data {known}, and data={options.data!r}: {remedy}")
+    if options.data in WITH_FILES and not options.data_dir:
+        beside = f", or --data ./{options.data} for the folder of that name" if os.path.isdir(options.data) else ""
+        raise UserError(
+            f"data={options.data!r} needs data_dir: give --data-dir DIR, the folder that holds its files{beside}"
+        )
+    if options.data in NAMES and options.loader not in ("auto", "resident"):
+        raise UserError(
+            f"loader={options.loader!r} decodes a folder of images and data={options.data!r} needs none: "
+            "leave loader at 'auto', or set data to a folder"
+        )
+    if options.data == "synthetic" and options.loader == "resident":
+        raise UserError("loader='resident' holds real images, and data='synthetic': leave loader at 'auto'")
+
+
+def _check_numbers(options: DataOptions) -> None:
+    for name, values in (("mean", options.mean), ("std", options.std)):
+        if values and (len(values) != 3 or not all(math.isfinite(value) for value in values)):
+            raise UserError(f"{name}={values}: give three finite numbers, one for each of red, green, blue")
+    if options.std and min(options.std) <= 0:
+        raise UserError(f"std={options.std}: give three numbers above 0")
+
+
+def _check_augmentation(options: DataOptions) -> None:
+    """The options that contradict each other, whatever the images are."""
+    kind = options.augment
+    if options.data == "synthetic" and changes_augmentation(options):
+        raise UserError(f"{changes_augmentation(options)}: data='synthetic' is not augmented; drop it")
+    if kind in ("rrc", "none"):
+        for name, unset in (("pad", -1), ("pad_mode", "auto")):
+            if getattr(options, name) != unset:
+                raise UserError(f"{name}={getattr(options, name)!r} is for augment='pad-crop', and augment={kind!r}")
+    if kind == "none" and options.flip == "on":
+        raise UserError("flip='on' and augment='none': augment='pad-crop' with pad=0 mirrors alone")
+    if options.loader in ("dali", "folder") and (given := needs_resident(options)):
+        raise UserError(
+            f"{given} is for images in memory, and loader={options.loader!r} decodes and crops them at random "
+            "(augment='rrc', with flip): drop it, or leave loader at 'auto' for a folder of images of up to 64 pixels"
+        )
+
+
+def changes_augmentation(options: DataOptions) -> str:
+    """The first option of the augmentation that is given, such as "pad=2"; "" if there is none."""
+    unset = {"augment": "auto", "pad": -1, "pad_mode": "auto", "flip": "auto"}
+    given = [name for name, value in unset.items() if getattr(options, name) != value]
+    return f"{given[0]}={getattr(options, given[0])!r}" if given else ""
+
+
+def needs_resident(options: DataOptions) -> str:
+    """The first option that only images in memory can follow, such as "augment='none'"; "" if there is none."""
+    if options.loader == "resident":
+        return "loader='resident'"
+    if options.augment == "rrc":
+        return "flip='off'" if options.flip == "off" else ""
+    given = changes_augmentation(options)
+    return "" if given == "flip='on'" else given

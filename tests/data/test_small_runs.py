@@ -1,0 +1,118 @@
+"""`fastkd train` and `fastkd eval` on small images: files with names, and folders."""
+
+import gzip
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from refused import check_refused
+
+from fastkd.checkpoint import read_about
+from fastkd.data import idx
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+TRAIN = ["train", "--method", "ce", "--student", "resnet8", "-b", "32", "--lr", "0.05", "--epochs", "1"]
+IMAGES = 200  # of each part
+
+
+@pytest.fixture
+def fashion(tmp_path, monkeypatch):
+    """The first images of the real Fashion-MNIST, as IDX files."""
+    if not DEBIAN.is_dir():
+        pytest.skip("no package dataset-fashion-mnist")
+    known = {}
+    for file in DEBIAN.glob("*.gz"):
+        with gzip.open(file) as stream:
+            data = stream.read(16 if "images" in file.name else 8) + stream.read(
+                IMAGES * (784 if "images" in file.name else 1)
+            )
+        data = data[:4] + IMAGES.to_bytes(4, "big") + data[8:]
+        known[file.name.removesuffix(".gz")] = hashlib.md5(data).hexdigest()
+        (tmp_path / "files").mkdir(exist_ok=True)
+        (tmp_path / "files" / file.name.removesuffix(".gz")).write_bytes(data)
+    monkeypatch.setitem(idx.CONTENT_MD5, "fashion-mnist", known)
+    return tmp_path / "files"
+
+
+def images_of(out: str) -> int:
+    return int(re.search(r"resnet8\s+│\s+([\d,]+)", out)[1])
+
+
+def test_fashion_mnist_is_trained_on_resumed_and_evaluated(fastkd, fashion):
+    given = ["--data", "fashion-mnist", "--data-dir", fashion, "--no-flip", "--pad", "2"]
+    status, out, err = fastkd(*TRAIN, *given, "--out", "run")
+    assert status == 0, err
+    assert "MD5 of the content as published" in out and "padding by 2 (zeros), not mirrored" in out
+    noted = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (noted["image_size"], noted["mean"], noted["flip"], noted["loader"]) == (28, [0.286] * 3, "off", "resident")
+    about = read_about(Path("run/student.safetensors"))
+    assert about["input"]["data"] == "fashion-mnist" and about["data"]["classes"][9] == "Ankle boot"
+    assert str(fashion) not in str(about)  # a weights file may be given away
+    assert fastkd("train", "--out", "run", "--resume", "--epochs", "1")[0] == 0
+    shutil.copytree(fashion, "moved")
+    assert fastkd("train", "--out", "run", "--resume", "--data-dir", "moved")[0] == 0
+    check_refused(fastkd("train", "--out", "run", "--resume", "--pad", "3"), "pad was 2, now 3")
+
+    status, out, err = fastkd("eval", "--weights", "run/student.safetensors")
+    assert status == 0 and images_of(out) == IMAGES and "--data fashion-mnist" in out, err
+    for weights in ("run/last.pt", "run/student.safetensors"):
+        status, again, err = fastkd("eval", "--weights", weights, "--data", "fashion-mnist", "--data-dir", "moved")
+        assert status == 0 and again.split("│")[-5] == out.split("│")[-5], err  # the loss
+    shutil.copy("run/student.safetensors", "alone.safetensors")
+    check_refused(fastkd("eval", "--weights", "alone.safetensors"), "data='fashion-mnist' needs data_dir")
+    assert fastkd("eval", "--weights", "alone.safetensors", "--data-dir", "moved")[0] == 0
+
+
+def test_weights_of_other_classes_are_refused(fastkd, fashion):
+    assert fastkd(*TRAIN, "--data", "fashion-mnist", "--data-dir", fashion, "--out", "run")[0] == 0
+    weights = "run/student.safetensors"
+    check_refused(fastkd("eval", "--weights", weights, "--data", "digits"), "only in the data: 0", "T-shirt/top")
+    write_folder(Path("three"), 32, ("a", "b", "c"))
+    refused = fastkd("eval", "--weights", weights, "--data", "three", "--ignore-class-names", "--loader", "resident")
+    check_refused(refused, "image_size=28 and the images have 32")
+    write_folder(Path("small"), 28, ("a", "b", "c"))
+    refused = fastkd("eval", "--weights", weights, "--data", "small", "--ignore-class-names", "--workers", "0")
+    check_refused(refused, "10 classes and the data 3")
+
+
+def write_folder(root: Path, side: int, classes=("ant", "bee")) -> None:
+    random = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+
+
+def test_weights_are_evaluated_on_small_images_as_they_were_trained(fastkd):
+    write_folder(Path("set"), 16)
+    data = ["--data", "set", "--workers", "0"]
+    for loader, out in (("auto", "kept"), ("folder", "resized")):
+        size = ["--image-size", "16"] if out == "resized" else []
+        status, said, err = fastkd(*TRAIN, *data, *size, "--loader", loader, "--out", out)
+        assert status == 0 and ("kept in memory" in said) == (out == "kept"), err
+        loader = ["--loader", "folder"] if out == "resized" else []
+        status, said, err = fastkd("eval", "--weights", f"{out}/student.safetensors", *data, *loader)
+        assert status == 0 and ("kept in memory" in said) == (out == "kept"), err
+    status, said, err = fastkd("eval", "--weights", "resized/last.pt", "--data", "set", "--workers", "1")
+    assert status == 0 and "kept in memory" not in said, err
+    assert fastkd("train", "--out", "kept", "--resume", "--data", "set")[0] == 0
+    refused = fastkd("train", "--out", "kept", "--resume", "--data", "set", "--loader", "folder", "--epochs", "1")
+    check_refused(refused, "by the 'resident' loader", "resume with loader='resident'")
+
+
+def test_the_switch_may_be_written_in_all_ways(fastkd):
+    for given, value in (([], "auto"), (["--flip"], "on"), (["--no-flip"], "off"), (["--flip", "off"], "off")):
+        status, out, err = fastkd("train", "--print-config", *given)
+        assert status == 0 and yaml.safe_load(out)["flip"] == value, err
+    Path("f.yaml").write_text("flip: false\n")
+    assert yaml.safe_load(fastkd("train", "--config", "f.yaml", "--print-config")[1])["flip"] == "off"
+    assert yaml.safe_load(fastkd("train", "--config", "f.yaml", "--flip", "--print-config")[1])["flip"] == "on"
+    check_refused(fastkd("train", "--flip", "maybe", "--print-config"), "--flip must be one of auto, on, off")
+    check_refused(fastkd("train", "--no-flip", "on", "--print-config"), "unknown option '--no-flip'")
