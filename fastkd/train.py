@@ -120,6 +120,7 @@ class Trainer:
         lr = 0.0
         for images, target in self.train_loader:
             lr = self.schedule.write(done / len(self.train_loader), (done - 1) / len(self.train_loader))
+            self.method.at_epoch(done / len(self.train_loader))
             target = self.labels(target) if self.labels else target
             images, target = self.mixup(images, target, done)
             if self.step.ema:

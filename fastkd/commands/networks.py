@@ -150,4 +150,9 @@ def check_networks(kind: type[Method], config: Config) -> None:
             f"the teacher {bare[0]} has no weights: give --teacher-weights FILE (or `pretrained`), "
             "or --teacher-epochs N to train it first"
         )
+    if names.student_weights and getattr(config.method, "init", "default") != "default":
+        raise UserError(
+            f"--init {config.method.init} draws all weights anew: --student-weights {names.student_weights} would be "
+            "lost; drop one of them"
+        )
     check_teacher_input(names, kind.needs_teacher, is_trained=names.teacher_epochs > 0)

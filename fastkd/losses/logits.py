@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from ..kernels import dist_loss, dkd_loss, kd_loss, logit_loss
 from ..kernels.check import check_tensors
-from ..kernels.logit_loss import LogitLoss
+from ..kernels.logit_loss import LogitLoss, standardized
 from .base import Loss
 
 SHARED = ("temperature", "label_smoothing", "ignore_index")  # options of every loss with a cross-entropy
@@ -164,28 +165,38 @@ class DKDLoss(Loss):
     """T^2 (alpha TCKD + beta NCKD), decoupled distillation; Zhao et al. 2022, arXiv:2203.08679. No cross-entropy.
 
     student_logits, teacher_logits: [N, C], C >= 2. target: class indices [N] int64.
-    The authors' code scales the loss by min(epoch / 20, 1), but not on ImageNet. Without this warm-up, the first steps
-    may diverge at beta 8 and a high learning rate.
+    The authors' code multiplies the loss by min(epoch / 20, 1), epochs counted from 1, and by 1 on ImageNet. Without
+    this ramp, the first steps may diverge at beta 8 and a high learning rate.
+    `standardize=True` is logit standardisation (arXiv:2403.01427): the logits are z-scored first, in torch.
     """
 
     alpha: float = 1.0
     beta: float = 8.0
     temperature: float = 4.0
+    standardize: bool = False
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        return dkd_loss(student_logits, teacher_logits, target, **self.settings())
+        if self.standardize:
+            student_logits, teacher_logits = _standardized(student_logits), _standardized(teacher_logits.detach())
+        return dkd_loss(student_logits, teacher_logits, target, **self.settings("alpha", "beta", "temperature"))
 
 
 @dataclass(eq=False, repr=False)
 class DISTLoss(Loss):
     """T^2 [beta (1 - mean row correlation) + gamma (1 - mean column correlation)] of the softmaxes; arXiv:2205.10536.
 
-    student_logits, teacher_logits: [N, C]. No cross-entropy.
+    student_logits, teacher_logits: [N, C]. No cross-entropy. The defaults are those of the authors' code for CIFAR; for
+    ImageNet it has temperature 1.
     """
 
-    beta: float = 1.0
-    gamma: float = 1.0
-    temperature: float = 1.0
+    beta: float = 2.0
+    gamma: float = 2.0
+    temperature: float = 4.0
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         return dist_loss(student_logits, teacher_logits, **self.settings())
+
+
+def _standardized(logits_NC: Tensor) -> Tensor:
+    """The z-score of each row, but for its mean, in fp32 at least."""
+    return standardized(logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32)))

@@ -95,6 +95,10 @@ class Combo(Method):
             method.prepare(loader, run)
             loader.load_state_dict(position)
 
+    def at_epoch(self, epoch: float) -> None:
+        for method in self.methods.values():
+            method.at_epoch(epoch)
+
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
         seen: set[Tensor] = set()

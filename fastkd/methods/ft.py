@@ -27,7 +27,7 @@ from ..models.sizes import image_size_of
 from .base import Method, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache, pooled
-from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder
+from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder, factor_channels
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class FTOptions:
     """Weight of the distance between the factors, a mean over their elements; above 0."""
     p: int = 1
     """Norm of the distance between factors: 1 or 2."""
+    factor_channels: int = 0
+    """Channels of the factors; 0: half of the teacher's."""
     ae_epochs: int = 30
     """Epochs of training for the auto-encoder, whose first half is the paraphraser."""
     ae_lr: float = 0.1
@@ -70,8 +72,9 @@ class FT(Method):
         if theirs < 2:
             raise UserError(f"FT halves the teacher's channels; its last stage has {theirs}")
         self.request_features(self.student, self.teacher)
-        self.translator = Coder(mine, theirs // 2)
-        self.paraphraser = TeacherEncoder(theirs)
+        factors = factor_channels(self.options, theirs)
+        self.translator = Coder(mine, factors)
+        self.paraphraser = TeacherEncoder(theirs, factors)
         self.loss = FactorTransferLoss(self.options.p, self.options.factor_weight)
 
     def prepare(self, loader: Loader, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen

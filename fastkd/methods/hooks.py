@@ -16,6 +16,12 @@ class OptionalHooks(nn.Module):
         """One plan for each update that is made with the batch of this step."""
         return (self.plan(step),)
 
+    def at_epoch(self, epoch: float) -> None:
+        """Called on the host before each step, with the epochs that are done, a fraction.
+
+        Numbers that change with time are written into buffers here: a captured or compiled step reads the buffer.
+        """
+
     def graph_groups(self) -> list[list[nn.Module]]:
         """If plans are paths: the alternatives at each position. A step runs one module of each group, in order."""
         return []

@@ -34,7 +34,7 @@ from ..models.stages.staged import check_stage_shapes, map_shapes, staged
 from .base import Method, check_weights, cross_entropy
 from .context import RunContext
 from .forwards import ForwardCache
-from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder
+from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder, factor_channels
 
 Variant = Literal["factor", "attention", "overhaul"]
 Split = Literal["natural", "random"]
@@ -48,9 +48,10 @@ class IEKDOptions:
     variant: Variant = "factor"
     """What is compared: factors of an auto-encoder (IE-FT), attention maps (IE-AT) or pre-ReLU maps (IE-OD)."""
     inheritance_weight: float = 50.0
-    """Weight of the distance that the inheriting half minimises; from 0."""
+    """Weight of the distance that the inheriting half minimises; from 0. 50 is reported to be best; the authors'
+    released configuration has 1."""
     exploration_weight: float = 50.0
-    """Weight of the distance that the exploring half maximises; from 0."""
+    """Weight of the distance that the exploring half maximises; from 0. As above: 50, and 1 in the released code."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the labels; from 0."""
     kd_weight: float = 0.0
@@ -61,6 +62,8 @@ class IEKDOptions:
     """Norm of the distance between factors: 1 or 2."""
     split: Split = "natural"
     """Which channels inherit: the first half (natural), or a half drawn from --seed (random)."""
+    factor_channels: int = 0
+    """Channels of the factors; 0: half of the teacher's. The authors' configurations have 32 for every network."""
     ae_epochs: int = 30
     """Epochs of training for the teacher's auto-encoder (variant factor)."""
     ae_lr: float = 0.1
@@ -148,9 +151,10 @@ class Factors(nn.Module):
     def __init__(self, channels: tuple[int, int], teacher: int, options: IEKDOptions):
         super().__init__()
         inheritance_weight, exploration_weight = options.weights
-        self.inheritance = Coder(channels[0], teacher // 2) if inheritance_weight else nn.Identity()
-        self.exploration = Coder(channels[1], teacher // 2) if exploration_weight else nn.Identity()
-        self.teacher = TeacherEncoder(teacher)
+        factors = factor_channels(options, teacher)
+        self.inheritance = Coder(channels[0], factors) if inheritance_weight else nn.Identity()
+        self.exploration = Coder(channels[1], factors) if exploration_weight else nn.Identity()
+        self.teacher = TeacherEncoder(teacher, factors)
         self.loss = InheritanceExplorationLoss(options.p, inheritance_weight, exploration_weight)
 
     def forward(self, inheritance: Tensor, exploration: Tensor, teacher: Tensor) -> dict[str, Tensor]:

@@ -98,6 +98,9 @@ class SOKD(Method):
         self.bridge = nn.ModuleDict({"stage": view.stages[-1], "head": view.head}).requires_grad_(True)
         if self.options.bridge_init == "random":
             self.bridge.load_state_dict(reinit(self.bridge).state_dict())
+            for layer in self.bridge.modules():
+                if isinstance(layer, nn.Linear) and layer.bias is not None:
+                    nn.init.zeros_(layer.bias)  # as in the authors' code
         if self.options.feature != "none":
             self._add_feature_loss()
 

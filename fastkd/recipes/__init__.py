@@ -9,7 +9,7 @@ import yaml
 from ..errors import UserError, nearest
 from .benchmark import PAIRS, benchmark_recipe
 
-TIMES = ("warmup_epochs", "decay_epochs", "decay_milestones")  # parts of a schedule, in epochs
+TIMES = ("warmup_epochs", "decay_epochs", "decay_milestones", "ramp_epochs")  # parts of a schedule, in epochs
 
 
 def recipe_names() -> list[str]:
@@ -40,7 +40,7 @@ def read_recipe(name: str, given: Mapping[str, Any], log: Callable[[str], None])
     """
     values = yaml.safe_load(recipe_text(name, str(given.get("method", ""))))
     epochs = str(given.get("epochs", ""))
-    times = [time for time in TIMES if time in values and time not in given]
+    times = [name for name in values if name.endswith(TIMES) and name not in given]
     if not (times and epochs.isdecimal() and "epochs" in values) or int(epochs) == values["epochs"]:
         return values
     factor = int(epochs) / values["epochs"]

@@ -6,6 +6,7 @@ The published figures are CIFAR-100 top-1 %, from RepDistiller's README; DKD's a
 is headed MobileNet-V2 but has KD's figure of ShuffleNetV2: it is taken for that pair.
 """
 
+import textwrap
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import NamedTuple
@@ -102,7 +103,7 @@ def _lines(method: str, pair: tuple[str, str]) -> Iterable[Line]:
     yield Line("augment", "pad-crop", REPDISTILLER)
     yield Line("pad", 4, REPDISTILLER)
     yield Line("pad_mode", "zeros", REPDISTILLER)
-    yield Line("flip", True, REPDISTILLER)
+    yield Line("flip", '"on"', REPDISTILLER)
     yield Line("mean", [0.5071, 0.4867, 0.4408], REPDISTILLER)
     yield Line("std", [0.2675, 0.2565, 0.2761], REPDISTILLER)
     yield Line("epochs", 240, REPDISTILLER)
@@ -142,16 +143,15 @@ def benchmark_recipe(name: str, method: str) -> str:
     figures = ", ".join(f"{what} {top1:.2f}" for what, top1 in published(pair).items())
     head = [
         f"The CIFAR-100 benchmark of RepDistiller and mdistiller, {pair[0]} to {pair[1]}, method {method}.",
-        f"fastkd train --recipe {name} --method {method} --data-dir DIR; DIR holds the files of CIFAR-100.",
+        f"fastkd train --recipe {name} --method {method} --data-dir DIR",
+        "DIR holds the files of CIFAR-100; --download fetches them.",
         "The comment after each value names its source: RepDistiller (the code of arXiv:1910.10699), mdistiller (of",
         'arXiv:2203.08679), or "ours": fastkd\'s own choice. Options that are not here have their defaults.',
-        f"Published top-1 %: {figures}.",
+        *textwrap.wrap(f"Published top-1 %: {figures}.", 116),
     ]
     body = [f"{line.name}: {_yaml(line.value)}  # {line.source}" for line in _lines(method, pair)]
     return "\n".join([*(f"# {line}" for line in head), *body]) + "\n"
 
 
 def _yaml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
     return f"{value:.1e}" if isinstance(value, float) and value < 1e-2 and value != 0.01 else str(value)

@@ -9,12 +9,15 @@ import torch.nn.functional as F
 
 from fastkd import create_model
 from fastkd.errors import UserError
-from fastkd.methods import CE, METHODS, find_method
+from fastkd.methods import CE, METHODS, RunContext, find_method
 from fastkd.models.nets.shufflenet import shuffle
 
 NAMES = ["at", "fitnet", "ofd", "dkd", "dist", "rkd", "sp"]
 OPTIONS = [
-    (name, option) for name in NAMES for option in vars(METHODS[name].Options()) if option not in ("stage", "features")
+    (name, option)
+    for name in NAMES
+    for option in vars(METHODS[name].Options())
+    if option not in ("stage", "features", "standardize")
 ]
 
 
@@ -161,6 +164,62 @@ def test_dkd(nets, batch):
     assert (defaults.alpha, defaults.beta, defaults.temperature, defaults.ce_weight) == (1, 8, 4, 1)
 
 
+def test_dkd_with_logit_standardisation(nets, batch):
+    """Z-scores as in the code of arXiv:2403.01427: the unbiased deviation, plus 1e-7."""
+    z_s, z_t = (
+        (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7) for z in (net(batch[0]) for net in nets)
+    )
+    p_s, p_t = ((z / 2).softmax(1) for z in (z_s, z_t))
+    want = 0
+    for s, t, y in zip(p_s, p_t, batch[1].tolist(), strict=True):
+        rest = [c for c in range(4) if c != y]
+        for ours, theirs in ((s[y], t[y]), (1 - s[y], 1 - t[y])):
+            want = want + theirs * (theirs / ours).log()
+        q_s, q_t = s[rest] / s[rest].sum(), t[rest] / t[rest].sum()
+        want = want + 8 * (q_t * (q_t / q_s).log()).sum()
+    check_terms(made("dkd", nets, temperature=2.0, standardize=True), batch, "dkd", 4 * want / 5)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "epochs", "factors"),
+    [
+        (20, 240, {0: 1 / 20, 0.9: 1 / 20, 1: 2 / 20, 18.5: 19 / 20, 19: 1, 100: 1}),
+        (0, 240, {0: 1, 5: 1}),
+        (20, 12, {0: 1 / 6, 4.5: 5 / 6, 5: 1}),  # half of a short run
+    ],
+)
+def test_the_ramp_of_dkd(nets, batch, ramp, epochs, factors):
+    """mdistiller: min(epoch / 20, 1) with epochs counted from 1."""
+    logged: list[str] = []
+    method = made("dkd", nets, ramp_epochs=float(ramp))
+    whole = method(*batch)
+    method.prepare(None, RunContext(epochs=epochs, log=logged.append))
+    for epoch, factor in factors.items():
+        method.at_epoch(epoch)
+        terms = method(*batch)
+        torch.testing.assert_close(terms["dkd"], whole["dkd"] * factor, rtol=1e-6, atol=0)
+        torch.testing.assert_close(terms["ce"], whole["ce"], rtol=0, atol=0)
+    assert ("--ramp-epochs 20 is more than half of --epochs 12" in " ".join(logged)) == (epochs == 12)
+
+
+def test_the_ramp_reaches_dkd_in_a_sum(nets, batch):
+    method = find_method("kd+dkd")(*nets).double()
+    full = method(*batch)["dkd"]
+    method.prepare(TinyPosition(), RunContext(epochs=100))
+    method.at_epoch(4)
+    torch.testing.assert_close(method(*batch)["dkd"], full / 4, rtol=1e-6, atol=0)
+
+
+class TinyPosition:
+    """The part of a loader that the preparation of a sum uses."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
 def test_dkd_takes_the_heaviest_class_of_soft_labels(nets, batch):
     soft = 0.6 * F.one_hot(batch[1], 4).double() + 0.1
     method = made("dkd", nets)
@@ -177,7 +236,7 @@ def test_dist(nets, batch):
     terms = method(*batch)
     torch.testing.assert_close(terms["dist"], T**2 * (beta * rows + gamma * columns), rtol=1e-4, atol=1e-6)  # its eps
     defaults = METHODS["dist"].Options()
-    assert (defaults.beta, defaults.gamma, defaults.temperature, defaults.ce_weight) == (1, 1, 1, 1)
+    assert (defaults.beta, defaults.gamma, defaults.temperature, defaults.ce_weight) == (2, 2, 4, 1)
 
 
 def test_rkd(nets, batch):

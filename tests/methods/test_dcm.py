@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from refused import check_refused
+from safetensors.torch import save_file
 
 from fastkd import create_model
 from fastkd.errors import UserError
@@ -145,3 +147,42 @@ def test_options_out_of_range(options, word):
 def test_one_network_is_not_enough():
     with pytest.raises(UserError, match="DCM needs one or more peers"):
         DCM(net("resnet8"))
+
+
+@pytest.mark.parametrize("init", ["default", "dcm"])
+def test_initial_weights_of_the_authors_code(init):
+    """Of Wide ResNets and their heads: He by fan-in, BatchNorm weights from U(0, 1). Their MobileNet is torch's."""
+    torch.manual_seed(0)
+    wide, mobile = create_model("wrn_16_2", 4), create_model("mobilenet", 4)
+    before = mobile.state_dict()["layer3.1.bn2.weight"].clone()
+    torch.manual_seed(1)
+    method = DCM(wide, peers=[mobile], options=DCMOptions(init=init))
+    norms = torch.cat(
+        [m.weight for part in (wide, method.heads[0]) for m in part.modules() if hasattr(m, "running_var")]
+    )
+    if init == "default":
+        assert (norms == 1).all()
+        return
+    assert 0 <= norms.min() and norms.max() < 1 and abs(norms.mean() - 0.5) < 0.05
+    for conv in (wide.block3.layer[0].conv1, method.heads[0][0][0].layer[0].conv1):
+        fan_in = conv.weight[0].numel()
+        assert conv.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
+    assert wide.fc.weight.std().item() == pytest.approx((2 / 128) ** 0.5, rel=0.15) and not wide.fc.bias.any()
+    assert torch.equal(mobile.state_dict()["layer3.1.bn2.weight"], before)
+    assert not torch.equal(method.heads[0][-1].weight, wide.fc.weight)
+
+
+def test_an_initialisation_that_would_overwrite_weights_is_refused(fastkd, tmp_path):
+    save_file(create_model("resnet8", 10).state_dict(), tmp_path / "w.safetensors")
+    words = [
+        "--method",
+        "dcm",
+        "--init",
+        "dcm",
+        "--student",
+        "resnet8",
+        "--student-weights",
+        str(tmp_path / "w.safetensors"),
+    ]
+    check_refused(fastkd("train", *words), "--init dcm draws all weights anew", "w.safetensors")
+    check_refused(fastkd("train", "--method", "dcm", "--init", "dmc"), "--init", "'dmc'")

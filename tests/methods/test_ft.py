@@ -44,6 +44,23 @@ def test_terms_are_the_formula(p):
     torch.testing.assert_close(terms, want)
 
 
+def test_factor_channels():
+    method, (x, y) = make(factor_channels=6), batch()
+    assert method.paraphraser.net[-3].out_channels == method.translator[-3].out_channels == 6
+    assert method(x, y)["ft"] > 0
+
+
+def test_a_larger_factor_is_pooled():
+    student, teacher = create_model("shufflenet_v1", 4), net("resnet14", 1)  # maps of 2 x 2 and of 4 x 4
+    method, (x, y) = FT(student, teacher, FTOptions(ae_epochs=1)).double(), batch()
+    method.prepare([batch()])
+    mine = method.translator(staged(method.student).features(x)[1][-1]).flatten(1)
+    theirs = method.paraphraser.net(staged(method.teacher.net).features(x)[1][-1])
+    theirs = theirs.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5)).flatten(1)
+    distance = (mine / mine.norm(dim=1, keepdim=True) - theirs / theirs.norm(dim=1, keepdim=True)).abs().mean()
+    torch.testing.assert_close(method(x, y)["ft"], 500 * distance)
+
+
 def test_training_moves_student_and_translator_alone():
     method = make()
     frozen = (method.teacher.net, method.paraphraser.net)

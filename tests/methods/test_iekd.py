@@ -76,6 +76,19 @@ def test_terms_are_the_formula(p):
     torch.testing.assert_close(terms, want)
 
 
+def test_factor_channels_are_half_of_the_teachers_or_as_given():
+    """The authors' configurations have 32 for every network."""
+    x, y = images()
+    for given, wanted in ((0, 32), (32, 32), (5, 5)):
+        method = make(factor_channels=given)
+        maps = staged(method.teacher.net).features(x)[1][-1]
+        assert method.halves.teacher.net(maps).shape[1] == wanted
+        assert method.halves.inheritance[-3].out_channels == method.halves.exploration[-3].out_channels == wanted
+        assert method(x, y)["inheritance"] > 0
+    with pytest.raises(UserError, match="--factor-channels must be 1 or more, or 0 for half of the teacher's, got -1"):
+        IEKDOptions(factor_channels=-1)
+
+
 @pytest.mark.parametrize("p", [1, 2])
 def test_the_two_terms_are_opposite(p):
     """Equal inputs: opposite values and gradients, within the bounds, indifferent to the scale of a sample."""
@@ -222,7 +235,7 @@ def test_the_auto_encoder_is_kept_and_reused(tmp_path, trainings):
     assert load_file(tmp_path / "autoencoder.safetensors").keys() == Coder(64, 32).state_dict().keys()
 
 
-CHANGES = {"ae_epochs": 2, "ae_lr": 0.05, "ae_error": "l2", "teacher_seed": 2, "seed": 5}
+CHANGES = {"factor_channels": 8, "ae_epochs": 2, "ae_lr": 0.05, "ae_error": "l2", "teacher_seed": 2, "seed": 5}
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -166,6 +166,14 @@ def test_the_improved_teacher_has_the_keys_of_the_plain_one():
     assert list(method_of(torch.float32, export_teacher=False).networks()) == ["student"]
 
 
+def test_a_random_bridge_starts_without_bias():
+    """As in the authors' code; a bridge that copies the teacher has the teacher's."""
+    for init in ("random", "teacher"):
+        bridge = method_of(bridge_init=init).bridge
+        biases = [layer.bias for layer in bridge.modules() if isinstance(layer, torch.nn.Linear)]
+        assert len(biases) == 1 and (biases[0].count_nonzero() == 0) == (init == "random")
+
+
 def test_the_bridge_has_a_rate_of_its_own():
     method = method_of(torch.float32, bridge_lr=0.3)
     rest, bridge = method.param_groups(0.05)

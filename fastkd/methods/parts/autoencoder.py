@@ -1,7 +1,7 @@
 """The auto-encoder of a teacher's feature maps, whose first half gives the factors of IE-KD and FT.
 
-Maps [N, C, H, W] <-> factors [N, C/2, H, W]. The auto-encoder is trained once per run, before the first epoch, and kept
-in the run's folder. All processes get equal weights.
+Maps [N, C, H, W] <-> factors [N, F, H, W], F = C/2 by default. The auto-encoder is trained once per run, before the
+first epoch, and kept in the run's folder. All processes get equal weights.
 
 Source: Huang et al., CVPR 2021, arXiv:2107.00181, as in the authors' code; the idea of factors is that of FT (Kim et
 al. 2018, arXiv:1802.04977). From the code too: 30 epochs, SGD at 0.1 (momentum 0.9, Nesterov, weight decay 5e-4), L1.
@@ -60,8 +60,17 @@ class AutoEncoder(nn.Module):
         return self.decoder(self.encoder(maps_NCHW))
 
 
+def factor_channels(options: Any, teacher: int) -> int:
+    """Those of the factors of a teacher's map with so many channels: --factor-channels, or half of them."""
+    return options.factor_channels or teacher // 2
+
+
 def check_auto_encoder(options: Any) -> None:
-    """Raise UserError unless an auto-encoder can be trained with ae_epochs, ae_lr and ae_error."""
+    """Raise UserError unless an auto-encoder can be trained with factor_channels, ae_epochs, ae_lr and ae_error."""
+    if options.factor_channels < 0:
+        raise UserError(
+            f"--factor-channels must be 1 or more, or 0 for half of the teacher's, got {options.factor_channels}"
+        )
     if options.ae_epochs < 1:
         raise UserError(f"--ae-epochs must be 1 or more, got {options.ae_epochs}")
     check_number("ae_lr", options.ae_lr, above_zero=True)
@@ -70,10 +79,10 @@ def check_auto_encoder(options: Any) -> None:
 
 
 class TeacherEncoder(FrozenTeacher):
-    """A frozen Coder of a teacher's last maps: [N, channels, H, W] -> factors [N, channels/2, H, W]."""
+    """A frozen Coder of a teacher's last maps: [N, channels, H, W] -> factors [N, factor_channels, H, W]."""
 
-    def __init__(self, channels: int):
-        super().__init__(Coder(channels, channels // 2))
+    def __init__(self, channels: int, factor_channels: int):
+        super().__init__(Coder(channels, factor_channels))
         self.is_fitted = False
 
     def fit(self, method: Method, loader: Loader, name: str, run: RunContext) -> None:
@@ -87,6 +96,8 @@ class TeacherEncoder(FrozenTeacher):
                 yield last.float() if last.dtype == torch.float16 else last  # see train_auto_encoder
 
         about = {"teacher": fingerprint(teacher.net), "batches": len(loader)}
+        if method.options.factor_channels:
+            about["factor_channels"] = method.options.factor_channels
         fit_encoder(self.net, maps, method.options, about, name, run)
         self.is_fitted = True
 
