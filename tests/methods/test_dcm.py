@@ -169,7 +169,7 @@ def test_initial_weights_of_the_authors_code(init):
         assert conv.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
     assert wide.fc.weight.std().item() == pytest.approx((2 / 128) ** 0.5, rel=0.15) and not wide.fc.bias.any()
     assert torch.equal(mobile.state_dict()["layer3.1.bn2.weight"], before)
-    assert not torch.equal(method.heads[0][-1].weight, wide.fc.weight)
+    assert not torch.equal(method.heads[0][-1][-1].weight, wide.fc.weight)
 
 
 def test_an_initialisation_that_would_overwrite_weights_is_refused(fastkd, tmp_path):
