@@ -18,7 +18,7 @@ from ..engine.backends import backends
 from ..engine.precision import Precision
 from ..errors import UserError
 from ..evaluate import evaluate, speed
-from ..models import create_model
+from ..models import create_model, layout_note_of
 from ..models.own_input import library_input
 from ..parser import run_parser, tokens_of, typed_options
 from ..report import log_rank0, show_table
@@ -72,6 +72,8 @@ def run(arguments: list[str]) -> None:
         source = f"--weights {weights}" + ("" if is_known else " (evaluated on the digits: there is no --data)")
         loader = _with_classes_of(classes, source, loader, config.data.ignore_class_names, device)
     net = create_model(model, len(loader.classes), options.weights, image_size=size)
+    if note := layout_note_of(net):
+        log_rank0(f"--weights {options.weights}: {note}")
     net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
     with backends(device):
         scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)
