@@ -350,6 +350,8 @@ def test_a_label_out_of_range_is_named(tmp_path, monkeypatch):
 
 def test_another_set_with_files_of_the_same_names_is_refused(tmp_path, monkeypatch):
     write_idx(tmp_path, idx_parts(), monkeypatch, name="mnist")
+    refused(tmp_path, "fashion-mnist", "is of mnist, and data='fashion-mnist': give --data mnist")
+    monkeypatch.undo()  # the known MD5
     refused(tmp_path, "fashion-mnist", "another data set", idx.CONTENT_MD5["fashion-mnist"]["train-images-idx3-ubyte"])
 
 
