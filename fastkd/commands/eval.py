@@ -109,12 +109,13 @@ def _noted_input(about: dict[str, Any], typed: dict[str, str], weights: Path) ->
     The files of a data set that has a name are where they were in training, unless --data-dir is given.
     What was held out of another folder does not matter for one with a val/, or if --val-fraction is given.
     """
-    noted = {name: value for name, value in about.get("input", {}).items() if name not in typed}
-    noted.pop("resident", None)
+    images = about.get("input", {})
+    noted = {name: value for name, value in images.items() if name not in typed and name != "resident"}
     data = typed.get("data") or noted.get("data", "digits")
     if data == "digits":
         return {}
-    if data in WITH_FILES and "data_dir" not in typed and (place := _data_dir_of(weights)):
+    same = data in WITH_FILES and data == images.get("data")
+    if same and "data_dir" not in typed and (place := _data_dir_of(weights)):
         noted["data_dir"] = place
     split = [name for name in ("val_fraction", "split_seed") if name in noted]
     if split and (data in NAMES or "val_fraction" in typed or "val" in parts_of(data)):
