@@ -31,6 +31,7 @@ from .map_distance import (
     overhaul_distance,
     overhaul_distance_reference,
 )
+from .pad_crop import pad_crop, pad_crop_reference
 from .relational import rkd_loss, sp_loss
 
 __all__ = [
@@ -57,6 +58,8 @@ __all__ = [
     "normalise_reference",
     "overhaul_distance",
     "overhaul_distance_reference",
+    "pad_crop",
+    "pad_crop_reference",
     "rkd_loss",
     "sp_loss",
 ]

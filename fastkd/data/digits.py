@@ -8,7 +8,6 @@ enlarged to 32x32.
 Every fifth image of each class is for evaluation: 1,442 to train, 355 to evaluate.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .base import EpochLoader, Shard, derived_seed
 from .resident import ResidentSet
 
 SIDE = 32  # pixels
-SHIFT = 4  # pixels
 
 
 def read_digits() -> tuple[Tensor, Tensor]:
@@ -44,35 +41,3 @@ def digits_set(train: bool) -> ResidentSet:
     chosen = is_for_evaluation(target) != train
     pixels = images[chosen].mul(255).round().to(torch.uint8)
     return ResidentSet(tuple("0123456789"), pixels[..., None], target[chosen])
-
-
-class DigitsLoader(EpochLoader):
-    """A Loader (see base.py) over images [N, 40, 40] and target [N] on the device."""
-
-    name = "digits"
-    labels: tuple[str, ...] = tuple("0123456789")
-    image_size = SIDE
-    mean: tuple[float, ...]  # of each channel, before normalising
-    std: tuple[float, ...]
-
-    def __init__(self, images_NHW: Tensor, target: Tensor, batch_size: int, shard: Shard, *, train: bool):
-        super().__init__(self.labels, len(images_NHW), batch_size, shard, train=train)
-        self.images, self.target = images_NHW, target
-
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        corners = torch.full((self.samples, 2), SHIFT)  # top left corner of each image's crop
-        if self.train:
-            random = torch.Generator().manual_seed(derived_seed(self.seed, epoch, SHIFT))
-            corners = torch.randint(2 * SHIFT + 1, (self.samples, 2), generator=random)
-        order, corners = self.order(epoch).to(self.images.device), corners.to(self.images.device)
-        for start, stop in self.slices:
-            chosen = order[start:stop]
-            yield shifted(self.images, chosen, corners[chosen]), self.target[chosen]
-
-
-def shifted(images_NHW: Tensor, chosen: Tensor, corner_B2: Tensor) -> Tensor:
-    """Crops at `corner_B2` of the `chosen` [B] images, channels-last [B, 3, SIDE, SIDE], with one gather."""
-    side = torch.arange(SIDE, device=images_NHW.device)
-    rows, columns = (corner_B2[:, axis, None] + side for axis in (0, 1))
-    crops_BHW = images_NHW[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return crops_BHW[..., None].expand(-1, -1, -1, 3).contiguous().permute(0, 3, 1, 2)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastkd.data import DataOptions, create_loaders
-from fastkd.data.digits import is_for_evaluation, read_digits, shifted
+from fastkd.data.digits import is_for_evaluation, read_digits
 
 CPU = torch.device("cpu")
 
@@ -58,13 +58,6 @@ def test_evaluation_images_are_the_enlarged_digits():
     rounded = images[chosen].mul(255).round() / 255
     assert torch.allclose(got[:, 0], (rounded - val.mean[0]) / val.std[0], atol=1e-6)
     assert torch.equal(got_target, target[chosen])
-
-
-def test_shift_is_a_crop_of_the_padded_image():
-    images = torch.arange(2 * 40 * 40.0).view(2, 40, 40)
-    got = shifted(images, torch.tensor([1, 0, 1]), torch.tensor([[0, 8], [4, 4], [3, 5]]))
-    want = torch.stack([images[1, 0:32, 8:40], images[0, 4:36, 4:36], images[1, 3:35, 5:37]])
-    assert torch.equal(got, want[:, None].expand(3, 3, 32, 32))
 
 
 def test_training_images_are_shifts_of_the_training_digits():
