@@ -62,12 +62,12 @@ def binary_files(name: str) -> dict[str, bytes]:
 
 def archive(folder: str, files: dict[str, bytes]) -> bytes:
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+    with tarfile.open(fileobj=stream, mode="w") as tar:
         for file, data in files.items():
             member = tarfile.TarInfo(f"{folder}/{file}")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    return stream.getvalue()
+    return gzip.compress(stream.getvalue(), mtime=0)  # the same bytes, whenever it is made
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
