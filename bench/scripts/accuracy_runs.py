@@ -30,12 +30,12 @@ from fastkd.models import create_model
 from fastkd.train import Trainer
 
 TEACHER, STUDENT = "resnet20", "resnet8"
-IMAGES = (10_000, 10_000)  # of Fashion-MNIST: to train, to evaluate
+IMAGES = (18_000, 10_000)  # of Fashion-MNIST: to train, to evaluate
 WATCHED = 500  # test images, or a few more, evaluated after each epoch: all would cost a quarter of a student's run
 RECIPES = {
     "digits": "--recipe digits --epochs 6",
-    "fashion": "--data fashion-mnist --batch-size 64 --epochs 16 --lr 0.05 --opt nesterov --weight-decay 5e-4 "
-    "--sched multistep --decay-milestones 10 12 14 --decay-rate 0.1",
+    "fashion": "--data fashion-mnist --batch-size 64 --epochs 8 --lr 0.05 --opt nesterov --weight-decay 5e-4 "
+    "--sched multistep --decay-milestones 5 6 7 --decay-rate 0.1",
 }
 SEEDS = {"digits": 5, "fashion": 3}
 NOT_SETTINGS = ("seed", "out", "resume", "device", "tensorboard")
