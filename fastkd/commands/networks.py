@@ -152,9 +152,10 @@ def check_networks(kind: type[Method], config: Config) -> None:
             f"the teacher {bare[0]} has no weights: give --teacher-weights FILE (or `pretrained`), "
             "or --teacher-epochs N to train it first"
         )
-    if names.student_weights and getattr(config.method, "init", "default") != "default":
+    option = "dcm_init" if "+" in method else "init"  # in a sum, options begin with the name of their method
+    if names.student_weights and (init := getattr(config.method, option, "default")) != "default":
         raise UserError(
-            f"--init {config.method.init} draws all weights anew: --student-weights {names.student_weights} would be "
-            "lost; drop one of them"
+            f"--{option.replace('_', '-')} {init} draws all weights anew: --student-weights {names.student_weights} "
+            "would be lost; drop one of them"
         )
     check_teacher_input(names, kind.needs_teacher, is_trained=names.teacher_epochs > 0)

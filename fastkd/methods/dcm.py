@@ -42,7 +42,8 @@ class DCMOptions:
     cross_stage: float = 1.0
     """Factor on the KL terms between heads of different stages; from 0."""
     init: Init = "default"
-    """Initial weights: as each network has them, or drawn anew for networks and heads as in the authors' code."""
+    """Initial weights: those of each network, or drawn anew for networks and heads as in the authors' code (dcm), where
+    only the CIFAR MobileNet keeps torch's."""
 
     def __post_init__(self) -> None:
         if self.init not in get_args(Init):
@@ -103,6 +104,6 @@ def draw_as_dcm(net: nn.Module) -> None:
             nn.init.kaiming_normal_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.BatchNorm2d):
+        elif isinstance(layer, nn.BatchNorm2d) and layer.affine:
             nn.init.uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

@@ -5,8 +5,9 @@
 
 The ramp r counts epochs from 1, as the authors' code does.
 Defaults: ce_weight 1, alpha 1, beta 8, T = 4, ramp_epochs 20, from that code for CIFAR-100, where beta depends on the
-pair (`fastkd recipes`; ResNet-56 to ResNet-20: 2); for ImageNet beta 0.5, T = 1, ramp_epochs 1. `standardize` is logit
-standardisation (arXiv:2403.01427), usually with T = 2.
+pair (`fastkd recipes`; ResNet-56 to ResNet-20: 2); for ImageNet T = 1, ramp_epochs 1 and beta
+0.5 (ResNet-34 to ResNet-18) or 2 (ResNet-50 to MobileNets). `standardize` is logit standardisation (arXiv:2403.01427),
+whose code has T = 2 and multiplies alpha and beta by 9.
 Departures: in a run of fewer than 2 ramp_epochs the ramp takes half of the epochs; the log says so.
 Ours: with soft labels (mixup, CutMix, smoothing), y is the class with the largest probability.
 """
@@ -70,8 +71,8 @@ class DKD(Method):
         self.ramp_epochs = min(self.options.ramp_epochs, run.epochs / 2)
         if self.ramp_epochs < self.options.ramp_epochs:
             run.log(
-                f"--ramp-epochs {self.options.ramp_epochs:g} is more than half of --epochs {run.epochs}: the weight of "
-                f"the DKD term rises over {self.ramp_epochs:g} epochs"
+                f"--ramp-epochs {self.options.ramp_epochs:g} is more than half of --epochs {run.epochs}: the DKD term "
+                f"has its full weight from epoch {math.ceil(self.ramp_epochs)} on"
             )
 
     def at_epoch(self, epoch: float) -> None:

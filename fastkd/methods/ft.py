@@ -10,6 +10,9 @@ If the factors differ in height or width, the larger one is average-pooled to th
 
 From a copy of the authors' code: factor_weight 500, p = 1, half of the channels, the auto-encoder's mean absolute
 error, learning rate 0.1 and weight decay. Ours: IE-KD's encoder for both, with its 30 epochs and Nesterov momentum.
+RepDistiller has other factors: attention maps of the two encoders (the mean over channels of the squares), with
+factor_weight 200, a paraphraser with biases and without BatchNorm, its mean squared error, and learning rate 0.01 for
+ResNets.
 Departures: student and translator share one optimizer, with one momentum and weight decay.
 """
 

@@ -15,7 +15,7 @@ Ours: the formulas of two variants, with the same two signs. `attention` (IE-AT)
 map. Both distances are scaled so that the weight 50 gives AT's 1000 and OFD's 1e-3. In IE-OD the exploring half's
 BatchNorm has no scale and shift, because with them the negative distance would have no lower bound.
 Departures: we do not swap the names of teacher and student, send gradients into the frozen network or run untrained
-decoders, as the code does. In Wide ResNets the last stage's map is not activated. A term of weight 0 is left out.
+decoders, as the code does. A term of weight 0 is left out.
 """
 
 from collections.abc import Hashable

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from fastkd import create_model
 from fastkd.errors import UserError
 from fastkd.methods import DCM, DML
-from fastkd.methods.dcm import DCMOptions
+from fastkd.methods.dcm import DCMOptions, draw_as_dcm
 
 
 def net(name, seed=0):
@@ -186,3 +186,16 @@ def test_an_initialisation_that_would_overwrite_weights_is_refused(fastkd, tmp_p
     ]
     check_refused(fastkd("train", *words), "--init dcm draws all weights anew", "w.safetensors")
     check_refused(fastkd("train", "--method", "dcm", "--init", "dmc"), "--init", "'dmc'")
+
+
+def test_weights_are_not_overwritten_in_a_sum_either(fastkd, tmp_path):
+    save_file(create_model("resnet8", 10).state_dict(), tmp_path / "w.safetensors")
+    words = ["--method", "kd+dcm", "--dcm-init", "dcm", "--student", "resnet8", "--student-weights"]
+    words += [str(tmp_path / "w.safetensors"), "--teacher", "resnet8", "--teacher-epochs", "1"]
+    check_refused(fastkd("train", *words), "--dcm-init dcm draws all weights anew", "w.safetensors")
+
+
+def test_norms_without_weights_stay_without():
+    norm = torch.nn.BatchNorm2d(3, affine=False)
+    draw_as_dcm(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), norm))
+    assert norm.weight is None and norm.bias is None
