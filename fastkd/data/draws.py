@@ -85,8 +85,8 @@ def flips(seed: int, epoch: int, ids: Tensor) -> Tensor:
 def resized_boxes(seed: int, epoch: int, ids: Tensor, height: int, width: int) -> Tensor:
     """(top, left, height, width) int64 [B, 4] in pixels, as torchvision's RandomResizedCrop draws them.
 
-    An area of 0.08 to 1 of the image and an aspect of 3/4 to 4/3, uniform in its logarithm. The whole image is taken if
-    none of TRIES boxes fits. Computed in fp64: exp may differ by 1e-16 between devices, and rounding to pixels hides it.
+    An area of 0.08 to 1 of the image and an aspect of 3/4 to 4/3, uniform in its logarithm. The whole image if none
+    of TRIES boxes fits. fp64: exp may differ by 1e-16 between devices, and rounding to pixels hides it.
     """
     words = random_words(seed, epoch, Stream.BOX, ids, 2 * TRIES + 2)
     drawn = uniform(words[:, : 2 * TRIES])
