@@ -100,7 +100,7 @@ def measure(split: Split, args: argparse.Namespace) -> dict[str, list[float]]:
     split = Split(split.classes, split.files * times, split.labels * times)
     found: dict[str, list[float]] = {name: [] for name in WAYS}
     names, device = list(WAYS), torch.device(args.device)
-    options = DataOptions(batch_size=args.batch_size, image_size=224, workers=args.threads)
+    options = DataOptions(batch_size=args.batch_size, workers=args.threads).for_large_images()
     for turn in range(args.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             found[name].append(images_per_second(WAYS[name](split, options, device), device, args.seconds))

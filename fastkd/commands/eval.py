@@ -18,7 +18,7 @@ from ..engine.backends import backends
 from ..engine.precision import Precision
 from ..errors import UserError
 from ..evaluate import evaluate, speed
-from ..models import create_model
+from ..models import create_model, layout_note_of
 from ..models.own_input import library_input
 from ..parser import run_parser, tokens_of, typed_options
 from ..report import log_rank0, show_table
@@ -72,6 +72,8 @@ def run(arguments: list[str]) -> None:
         source = f"--weights {weights}" + ("" if is_known else " (evaluated on the digits: there is no --data)")
         loader = _with_classes_of(classes, source, loader, config.data.ignore_class_names, device)
     net = create_model(model, len(loader.classes), options.weights, image_size=size)
+    if note := layout_note_of(net):
+        log_rank0(f"--weights {options.weights}: {note}")
     net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
     with backends(device):
         scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)
@@ -107,12 +109,13 @@ def _noted_input(about: dict[str, Any], typed: dict[str, str], weights: Path) ->
     The files of a data set that has a name are where they were in training, unless --data-dir is given.
     What was held out of another folder does not matter for one with a val/, or if --val-fraction is given.
     """
-    noted = {name: value for name, value in about.get("input", {}).items() if name not in typed}
-    noted.pop("resident", None)
+    images = about.get("input", {})
+    noted = {name: value for name, value in images.items() if name not in typed and name != "resident"}
     data = typed.get("data") or noted.get("data", "digits")
     if data == "digits":
         return {}
-    if data in WITH_FILES and "data_dir" not in typed and (place := _data_dir_of(weights)):
+    same = data in WITH_FILES and data == images.get("data")
+    if same and "data_dir" not in typed and (place := _data_dir_of(weights)):
         noted["data_dir"] = place
     split = [name for name in ("val_fraction", "split_seed") if name in noted]
     if split and (data in NAMES or "val_fraction" in typed or "val" in parts_of(data)):

@@ -11,7 +11,7 @@ from ..config import Config
 from ..data.classes import class_note, class_order
 from ..errors import UserError
 from ..methods.base import Method
-from ..models import create_model, name_stages, new_classifier_of, reorder_classes
+from ..models import create_model, layout_note_of, name_stages, new_classifier_of, reorder_classes
 from ..models.ensemble import Ensemble
 from ..models.own_input import InputSpec, own_input
 from ..network_options import NetworkOptions
@@ -68,6 +68,8 @@ class NetworkMaker:
         ends = {"student": self.options.student_stages, "teacher": self.options.teacher_stages}.get(role, ())
         if ends:
             name_stages(net, ends)
+        if note := layout_note_of(net):
+            log_rank0(f"{role} {name}: {weights}: {note}")
         if fresh := new_classifier_of(net):
             have = f"{fresh.classes} classes" if fresh.classes else "no classifier"
             log_rank0(

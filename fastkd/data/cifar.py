@@ -33,6 +33,7 @@ class Binary(NamedTuple):
     train: dict[str, int]  # file: number of images
     test: dict[str, int]
     names: str  # the file with the names of the classes, one a line
+    classes: int
     labels: int
 
 
@@ -44,6 +45,7 @@ BINARY = {
         {f"data_batch_{number}.bin": 10_000 for number in range(1, 6)},
         {"test_batch.bin": 10_000},
         "batches.meta.txt",
+        10,
         1,
     ),
     "cifar100": Binary(  # a coarse and a fine label
@@ -53,6 +55,7 @@ BINARY = {
         {"train.bin": 50_000},
         {"test.bin": 10_000},
         "fine_label_names.txt",
+        100,
         2,
     ),
 }
@@ -138,8 +141,11 @@ def _read_binary(source: Source, name: str, train: bool) -> FoundSet:
         with open(source.path, "rb") as stream:
             check_md5(stream.read(), binary.md5, repr(source.path))
     content = _contents(source, [*counts, binary.names], binary.md5)
-    classes = tuple(content.pop(binary.names).decode("ascii", "replace").split("\n"))
-    classes = tuple(line.strip() for line in classes if line.strip())
+    lines = content.pop(binary.names).decode("ascii", "replace").split("\n")
+    classes = tuple(line.strip() for line in lines if line.strip())
+    if len(classes) != binary.classes:
+        path = os.path.join(source.path, binary.names)
+        raise UserError(f"{path!r} names {len(classes)} classes, and {name} has {binary.classes}: download it again")
     records = np.concatenate([_records(source, file, data, binary, counts[file]) for file, data in content.items()])
     target = records[:, binary.labels - 1].astype(np.int64)
     check_target(target, len(classes), repr(source.path))

@@ -18,7 +18,7 @@ import numpy as np
 from torchvision.datasets import MNIST, FashionMNIST
 
 from ..errors import UserError
-from .files import FoundSet, check_md5, check_target, holds
+from .files import FoundSet, check_md5, check_target, holds, md5_of
 
 SETS: dict[str, type[MNIST]] = {"fashion-mnist": FashionMNIST, "mnist": MNIST}
 SIDE = 28  # pixels
@@ -54,11 +54,23 @@ def read_idx_set(data_dir: str, name: str, train: bool) -> FoundSet:
     for path, array in zip(paths, (images, target), strict=True):
         base = os.path.basename(path).removesuffix(".gz").replace(".idx", "-idx")
         what = f"{path!r}" + (" (uncompressed)" if path.endswith(".gz") else "")
-        check_md5(_header(array) + array.tobytes(), CONTENT_MD5[name][base], what)
+        data = _header(array) + array.tobytes()
+        _refuse_other_set(data, name, what)
+        check_md5(data, CONTENT_MD5[name][base], what)
     source = os.path.dirname(paths[0]) or data_dir
     return FoundSet(
         CLASSES[name], images[..., None], target.astype(np.int64), source, "MD5 of the content as published"
     )
+
+
+def _refuse_other_set(data: bytes, name: str, what: str) -> None:
+    """Raise UserError if the file belongs to another data set."""
+    found = md5_of(data)
+    for other, known in CONTENT_MD5.items():
+        if other != name and found in known.values():
+            raise UserError(
+                f"{what} is of {other}, and data={name!r}: give --data {other}, or the --data-dir of {name}"
+            )
 
 
 def find(data_dir: str, name: str, train: bool) -> list[str]:

@@ -117,7 +117,8 @@ def _check_place(options: DataOptions) -> None:
     for name, remedy in (("data_dir", f"a folder of images is --data {options.data_dir}"), ("download", "drop it")):
         if getattr(options, name) and options.data not in WITH_FILES:
             value = getattr(options, name)
-            raise UserError(f"{name}={value!r} is for --data {known}, and data={options.data!r}: {remedy}")
+            hint = nearest(options.data, WITH_FILES)
+            raise UserError(f"{name}={value!r} is for --data {known}, and data={options.data!r}{hint}: {remedy}")
     if options.data in WITH_FILES and not options.data_dir:
         beside = f", or --data ./{options.data} for the folder of that name" if os.path.isdir(options.data) else ""
         raise UserError(

@@ -46,7 +46,7 @@ def read_small_folder(
     if options.loader in ("dali", "folder"):
         return None
     asked = needs_resident(options)
-    side, reason = _common_side(splits, options)
+    side, reason = _common_side([file for split in splits.values() for file in _some_files(split)], options)
     if not reason:  # all processes read the same headers, but one of them may have less memory
         size = sum(len(split.files) for split in splits.values()) * side * side * 3
         reason = _first(gather("" if options.loader == "resident" else _too_much(size, device)))
@@ -60,7 +60,7 @@ def read_small_folder(
             f"{asked} is for squares of one size, of at most {LARGEST} pixels, that are kept in memory; {reason}: drop "
             "it, or resize the images"
         )
-    if 0 < side <= LARGEST:
+    if side <= LARGEST:
         log(f"data: the images are decoded in every epoch and resized ({reason})")
     return None
 
@@ -69,19 +69,24 @@ def _first(reasons: list[str]) -> str:
     return next(filter(None, reasons), "")
 
 
-def _common_side(splits: dict[str, Split], options: "DataOptions") -> tuple[int, str]:
-    """(the side of the first image, ""), or (that or 0, why the images are not kept in memory). Reads a few headers."""
+def _some_files(split: Split) -> list[str]:
+    return split.files[:: max(1, len(split.files) // LOOKED_AT)]
+
+
+def _common_side(files: list[str], options: "DataOptions") -> tuple[int, str]:
+    """(the longer side of the first image, why the images are not kept in memory or ""). Reads the headers."""
     side = 0
-    for split in splits.values():
-        for file in split.files[:: max(1, len(split.files) // LOOKED_AT)]:
-            try:
-                with Image.open(file) as image:
-                    width, height = image.size
-            except Exception:  # of Pillow, for a damaged file: the loader names it when it is decoded
-                return side, f"the header of {shown(file)} is damaged"
-            if problem := _misfit(file, width, height, side):
-                return side, problem
-            side = width
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                width, height = image.size
+        except Exception:  # of Pillow, for a damaged file, which is named when it is decoded
+            continue
+        if problem := _misfit(file, width, height, side):
+            return side or max(width, height), problem
+        side = width
+    if not side:
+        return LARGEST + 1, "their headers are damaged"
     if options.image_size not in (0, side):
         return side, f"image_size={options.image_size} and the images have {side}; those in memory keep their size"
     return side, ""
@@ -96,7 +101,7 @@ def _misfit(file: str, width: int, height: int, side: int) -> str:
 
 def _too_much(size: int, device: torch.device) -> str:
     """Why `size` bytes are too much memory, or an empty string."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = _free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
     if size <= free // 4:
@@ -105,6 +110,16 @@ def _too_much(size: int, device: torch.device) -> str:
         f"they take {size / 1e9:.2f} GB and a quarter of the free memory is {free / 4e9:.2f} GB; "
         "loader='resident' takes it nevertheless"
     )
+
+
+def _free_memory() -> int:
+    """Bytes of host memory that can be had without swapping; half of the memory where the system does not say it."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _decode_all(

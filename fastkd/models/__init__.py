@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError, nearest
+from .checkpoint_files import SUFFIXES, read_state_dict
 from .classifier import classifiers_of, reorder_classes
 from .ensemble import Ensemble
 from .nets.mobilenet import CifarMobileNet, CifarMobileNetV2
@@ -18,7 +19,7 @@ from .nets.vgg import CONVOLUTIONS, CifarVGG
 from .sizes import blaming_size, check_image_size
 from .stages.preactivation import PreActivation
 from .stages.staged import Staged, name_stages, stage_shapes, staged, tapped
-from .weights import SUFFIXES, copy_weights, load_weights, new_classifier_of, read_state_dict
+from .weights import copy_weights, layout_note_of, load_weights, new_classifier_of
 from .zoo import drop_auxiliary, hf_model, timm_model, torchvision_model, without_auxiliary
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Staged",
     "classifiers_of",
     "create_model",
+    "layout_note_of",
     "load_weights",
     "model_names",
     "name_stages",
@@ -127,9 +129,9 @@ def model_names() -> list[str]:
 
 
 def _is_file(weights: str | os.PathLike) -> bool:
-    """True for a path object, a name with a separator or a known suffix, and the name of an existing file."""
+    """True for a path object, a name with a separator or a known suffix, and the name of an existing file or folder."""
     text = os.fspath(weights)
-    return not isinstance(weights, str) or os.sep in text or text.endswith(SUFFIXES) or Path(text).is_file()
+    return not isinstance(weights, str) or os.sep in text or text.endswith(SUFFIXES) or Path(text).exists()
 
 
 def _cifar_net(name: str, num_classes: int) -> nn.Module:

@@ -1,54 +1,22 @@
-"""Weights from a file: safetensors, or a torch checkpoint, whose code is never run."""
+"""Weights from a file into a network: all of them, or an error."""
 
-import argparse
 import os
-import re
-import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..paths import utf8_path
+from .checkpoint_files import StateDict, listed, read_state_dict, without_prefixes
 from .classifier import classifier_keys
+from .layouts import candidates
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
-# Keys under which trainers save the state dict, in the order in which they are tried. Averaged weights come last: they
-# are used only if the file has no others.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "student", "state_dict_ema")
-SHOWN = 5  # keys per error message
 HINT = (
     "only the classifier differs: fine-tune it, by --student-weights, by --teacher-weights with --teacher-epochs N, "
     "or in Python by new_classifier=True"
 )
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict in a file, name -> tensor, on the CPU, in the file's dtypes.
-
-    Wrapping dicts (`WRAPPERS`) are opened, also nested ones. The prefixes of DistributedDataParallel (`module.`) and
-    torch.compile (`_orig_mod.`) are removed. Torch checkpoints are read with `weights_only`, so that no code in them
-    runs; objects other than `argparse.Namespace` are refused. Raises UserError if there is no readable state dict.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: name a weights file ({', '.join(SUFFIXES)})")
-    if not path.is_file():
-        raise UserError(f"there is no weights file {path}")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: weights files end in {', '.join(SUFFIXES)}, this one in {path.suffix!r}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty: it was not written completely")
-    table = _unwrap(_read(path), path)
-    renamed = {without_prefixes(key): tensor for key, tensor in table.items()}
-    if len(renamed) < len(table):
-        raise UserError(f"{path}: several entries have the same name after removing 'module.' and '_orig_mod.'")
-    return renamed
 
 
 class NewClassifier(NamedTuple):
@@ -70,28 +38,78 @@ def load_weights(model: nn.Module, path: str | os.PathLike, new_classifier: bool
     return copy_weights(model, read_state_dict(path), str(path), new_classifier)
 
 
+class Fit(NamedTuple):
+    """A state dict beside a network: what is wrong, and what may be left out."""
+
+    layout: str  # "" for the network's own keys
+    table: Mapping[str, Tensor]
+    complaints: list[str]  # as phrases
+    faults: int  # keys that are missing, unexpected or different
+    classifier: NewClassifier | None  # if the classifier alone differs
+
+
 def copy_weights(model: nn.Module, table: Mapping[str, Tensor], source: str, new_classifier: bool = False) -> list[str]:
     """`load_weights` from the state dict `table`. Errors name the `source`."""
     state = model.state_dict()
     wanted = {without_prefixes(key): (key, tensor) for key, tensor in state.items()}
     own = {name: tensor for name, (_, tensor) in wanted.items()}
-    complaints, note = _complaints(own, table), None
-    if complaints:
-        other = _other_classes(model, own, table)
-        rest = _complaints(own, table, other.keys) if other else complaints
-        if other and not rest and new_classifier:
-            note = other
-        else:
-            words = "; ".join((rest if new_classifier else complaints) or complaints)
-            hint = f"; {HINT}" if other and not rest else ""
-            raise UserError(f"{source} does not fit this {type(model).__name__}: {words}{hint}")
-    fresh = note.keys if note else []
-    values = OrderedDict((wanted[name][0], new) for name, new in table.items() if name in wanted and name not in fresh)
+    fits = [_fit(model, own, "", table)]
+    fits += [_fit(model, own, name, renamed) for name, renamed in candidates(table, own)] if fits[0].complaints else []
+    if all(fit.complaints and not fit.classifier for fit in fits) and (converted := _converted(model, table)):
+        fits.append(_fit(model, own, "transformers' names of another version", converted))
+    good = [fit for fit in fits if not fit.complaints]
+    good = good or [fit for fit in fits if new_classifier and fit.classifier]
+    if not good:
+        nearest = min(fits, key=lambda fit: (fit.classifier is None, fit.faults))
+        raise UserError(f"{source} {_misfit(model, nearest, new_classifier)}")
+    note = good[0].classifier if good[0].complaints else None
+    fresh, chosen = note.keys if note else [], good[0].table
+    values = OrderedDict((wanted[name][0], new) for name, new in chosen.items() if name in wanted and name not in fresh)
     # The versions of the modules, which safetensors does not hold; torchvision's MNASNet refuses weights without one.
-    setattr(values, "_metadata", getattr(state, "_metadata", {}))  # noqa: B010, not in torch's types
+    versions = getattr(state, "_metadata", {})
+    if not good[0].layout and isinstance(table, StateDict) and table._metadata:
+        versions = {name: table._metadata.get(without_prefixes(name), about) for name, about in versions.items()}
+    setattr(values, "_metadata", versions)  # noqa: B010, not in torch's types
     model.load_state_dict(values, strict=False)
     object.__setattr__(model, "_fastkd_new_classifier", note)  # for new_classifier_of
+    object.__setattr__(model, "_fastkd_layout", _note(table, good))  # for layout_note_of
     return fresh
+
+
+def _fit(model: nn.Module, own: Mapping[str, Tensor], layout: str, table: Mapping[str, Tensor]) -> Fit:
+    complaints, faults = _complaints(own, table)
+    other = _other_classes(model, own, table) if complaints else None
+    if other and _complaints(own, table, other.keys)[0]:
+        other = None
+    return Fit(layout, table, complaints, faults, other)
+
+
+def _misfit(model: nn.Module, fit: Fit, new_classifier: bool) -> str:
+    """Why the nearest layout does not fit."""
+    nearest = f" (nearest layout: {fit.layout})" if fit.layout else ""
+    hint = f"; {HINT}" if fit.classifier and not new_classifier else ""
+    return f"does not fit this {type(model).__name__}{nearest}: {'; '.join(fit.complaints)}{hint}"
+
+
+def _note(table: Mapping[str, Tensor], good: Sequence[Fit]) -> str:
+    """How the file was read, in a phrase; "" if it holds the network's own keys and nothing else."""
+    parts = [f"entry {'.'.join(table.opened)!r}"] if isinstance(table, StateDict) and table.opened else []
+    if good[0].layout:
+        left = len(table) - len(good[0].table)
+        parts.append(f"layout: {good[0].layout}" + (f"; {left} other keys are left out" if left else ""))
+    others = [fit.layout for fit in good[1:] if fit.layout and len(fit.table) == len(good[0].table)]
+    return "; ".join(parts + [f"{others[0]} would fit too" for _ in others[:1] if good[0].layout])
+
+
+def layout_note_of(net: nn.Module) -> str:
+    """How the weights of `net` were found in their file, in a phrase; "" if it held nothing else."""
+    return getattr(net, "_fastkd_layout", "")
+
+
+def _converted(model: nn.Module, table: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The state dict with the keys of this version, for a network of transformers that can load it; else None."""
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor] | None] | None = getattr(model, "_fastkd_convert", None)
+    return convert(table) if convert else None
 
 
 def new_classifier_of(net: nn.Module) -> NewClassifier | None:
@@ -99,8 +117,10 @@ def new_classifier_of(net: nn.Module) -> NewClassifier | None:
     return getattr(net, "_fastkd_new_classifier", None)
 
 
-def _complaints(own: Mapping[str, Tensor], table: Mapping[str, Tensor], fresh: Sequence[str] = ()) -> list[str]:
-    """Why the state dict `table` does not fit `own`, as phrases; the keys in `fresh` are not compared."""
+def _complaints(
+    own: Mapping[str, Tensor], table: Mapping[str, Tensor], fresh: Sequence[str] = ()
+) -> tuple[list[str], int]:
+    """Why the state dict `table` does not fit `own`, as phrases, and how many keys. `fresh` ones are not compared."""
     both = [(name, table[name], tensor) for name, tensor in own.items() if name in table and name not in fresh]
     first = {_place(tensor): name for name, _, tensor in reversed(both)}  # of the names of a tied tensor
     missing = [
@@ -117,8 +137,9 @@ def _complaints(own: Mapping[str, Tensor], table: Mapping[str, Tensor], fresh: S
     ties = [(name, first[_place(tensor)], new) for name, new, tensor in both if first.get(_place(tensor), name) != name]
     apart = [f"{name} and {other}" for name, other, new in ties if not torch.equal(new, table[other])]
     unexpected = [name for name in table if name not in own]
-    listed = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("different", misfits)]
-    return [*filter(None, [*listed, _listed("one tensor in the model, two in the file", apart)])]
+    words = [listed("missing", missing), listed("unexpected", unexpected), listed("different", misfits)]
+    phrases = [*filter(None, [*words, listed("one tensor in the model, two in the file", apart)])]
+    return phrases, len(missing) + len(unexpected) + len(misfits) + len(apart)
 
 
 def _place(tensor: Tensor) -> tuple:
@@ -140,61 +161,5 @@ def _other_classes(model: nn.Module, own: Mapping[str, Tensor], table: Mapping[s
     return NewClassifier(keys, rows.pop()[0]) if differ and len(rows) == 1 else None
 
 
-def without_prefixes(key: str) -> str:
-    """A key without the prefixes of torch.compile (at any depth) and DistributedDataParallel (at the start)."""
-    return re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", ""))
-
-
-def _read(path: Path) -> object:
-    from pickle import UnpicklingError
-
-    safe = path.suffix == ".safetensors"
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; errors are reported below
-            return _read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        marks = ("GLOBAL", "Unsupported", "Can only")  # of the line in torch's long message that names the object
-        lines = [line.strip()[:160] for line in str(error).splitlines() if any(mark in line for mark in marks)]
-        raise UserError(
-            f"{path} is damaged or holds more than tensors ({lines[0] if lines else 'no detail'}) and was refused; "
-            "none of its code was run: save model.state_dict(), or a .safetensors file"
-        ) from error
-    except Exception as error:  # torch's readers raise many kinds of errors on damaged bytes
-        kind, reason = "safetensors" if safe else "torch", f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise UserError(f"{path} is not a {kind} file, or it is incomplete ({reason})") from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file. Names that safetensors' `save_model` notes as the same tensor as another are there too."""
-    with utf8_path(path) as name, safe_open(name, framework="pt") as file:
-        table = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-        aliases = file.metadata() or {}
-    return table | {name: table[kept] for name, kept in aliases.items() if kept in table and name not in table}
-
-
-def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping):
-        if content and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
-            return dict(content)
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    found = f"its content is a {type(content).__name__}"
-    if isinstance(content, Mapping):
-        entries = [f"{k!r} ({type(v).__name__})" for k, v in content.items()]
-        found = _listed("entries", entries) or "it has no entries"
-    raise UserError(
-        f"{path} holds no state dict: {found}; looked for names and tensors, also under {', '.join(WRAPPERS)}"
-    )
-
-
 def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _listed(title: str, items: list[str]) -> str:
-    """`"missing 7: a, b, c, d, e, +2 more"`, or the empty string."""
-    more = [f"+{len(items) - SHOWN} more"] if len(items) > SHOWN else []
-    return f"{title} {len(items)}: {', '.join(items[:SHOWN] + more)}" if items else ""

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -118,12 +119,14 @@ def drop_auxiliary(net: nn.Module) -> nn.Module:
     return net
 
 
-def without_auxiliary(name: str, table: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_auxiliary(name: str, table: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The state dict `table` of the network `name`, without auxiliary heads that `drop_auxiliary` would remove.
 
     They have a classifier each, so that weights of another class count would not fit.
     """
     heads = AUXILIARY.get(name.removeprefix("torchvision/"), ()) if name.startswith("torchvision/") else ()
+    if not heads:
+        return table
     return {key: tensor for key, tensor in table.items() if key.partition(".")[0] not in heads}
 
 
@@ -191,7 +194,40 @@ def _logits_only(net: nn.Module) -> nn.Module:
 
     Classifier.__name__ = Classifier.__qualname__ = kind.__name__
     net.__class__ = Classifier
+    object.__setattr__(net, "_fastkd_convert", partial(_with_names_of_now, kind, getattr(net, "config")))  # noqa: B009
     return net
+
+
+def _with_names_of_now(kind: Any, config: Any, table: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The state dict `table` with the names of the installed transformers, which reads those of other versions.
+
+    None if transformers leaves out a key, or a weight of the network. Tensors of other shapes stay as they are.
+    """
+    settings = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
+    try:
+        with hidden_kernels(), _quiet_transformers():
+            net, about = kind.from_pretrained(None, config=config, state_dict=dict(table), **settings)
+    except (RuntimeError, ValueError, KeyError, OSError):  # of keys that do not fit
+        return None
+    others = [key for key, *_ in about.get("mismatched_keys", ())]
+    if about["missing_keys"] or about["unexpected_keys"] or not set(others) <= table.keys():
+        return None
+    return net.state_dict() | {key: table[key] for key in others}
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Within the block, transformers does not report keys that do not fit: our errors name them."""
+    logging = _library("transformers").utils.logging
+    level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bar:
+            logging.enable_progress_bar()
 
 
 def _library(name: str, prefix: str = "", package: str = "") -> ModuleType:

@@ -21,11 +21,11 @@ SHORT = [*FOLDER_OPTIONS, *"-b 20 --warmup-epochs 0 --no-baseline".split()]
 
 def write_images(part: str, name: str, count: int, root) -> None:
     """`count` images of Fashion-MNIST as PNG files in a folder for each class."""
-    pictures, target = read_part(part, count)
-    for number, (picture, label) in enumerate(zip(pictures, target.tolist(), strict=True)):
+    images = read_part(part == "train", count, side=32)
+    for number, (picture, label) in enumerate(zip(images.images, images.target.tolist(), strict=True)):
         path = root / name / CLASSES[label] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.mul(255).byte().numpy()).convert("RGB").resize((64, 64)).save(path)
+        Image.fromarray(picture[..., 0].numpy()).convert("RGB").resize((64, 64)).save(path)
 
 
 @pytest.fixture

@@ -63,8 +63,8 @@ def test_the_mean_has_the_temperature_of_a_sums_methods():
     assert teacher_of(nets, two_teachers("kd+sp", "--kd-temperature", "3")).temperature == 3
     assert teacher_of(nets, two_teachers("kd", "--temperature", "2")).temperature == 2
     with pytest.raises(UserError, match="--kd-temperature 4, --dist-temperature 1: .* one temperature"):
-        teacher_of(nets, two_teachers("kd+dist"))
-    assert teacher_of(nets, two_teachers("kd+dist", "--ensemble", "logits")).mean == "logits"
+        teacher_of(nets, two_teachers("kd+dist", "--dist-temperature", "1"))
+    assert teacher_of(nets, two_teachers("kd+dist", "--dist-temperature", "1", "--ensemble", "logits")).mean == "logits"
 
 
 def two_teachers(method: str, *options: str) -> Config:

@@ -37,6 +37,8 @@ CPU = torch.device("cpu")
         ({"data": "mnist", "data_dir": "x", "val_fraction": 0.1}, "val_fraction=0.1 is for a folder of images"),
         ({"data": "mnist", "data_dir": "x", "unlabelled": "y"}, "unlabelled='y' is for a folder of images"),
         ({"data": "folder", "data_dir": "x"}, "data_dir='x' is for --data cifar10.*a folder of images is --data x"),
+        ({"data": "fashion_mnist", "data_dir": "x"}, "data='fashion_mnist' .did you mean 'fashion-mnist'"),
+        ({"data": "CIFAR-10", "data_dir": "x"}, "data='CIFAR-10' .did you mean 'cifar10'"),
         ({"data": "digits", "data_dir": "x"}, "data_dir='x' is for .* and data='digits'"),
         ({"data": "folder", "download": True}, "download=True is for"),
         ({"data": "synthetic", "flip": "off"}, "flip='off': data='synthetic' is not augmented"),

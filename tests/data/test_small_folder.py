@@ -92,14 +92,14 @@ def test_an_image_of_another_size_among_many_is_found(tmp_path, monkeypatch):
         loaders(tmp_path, loader="resident")
 
 
-@pytest.mark.parametrize("size", [(65, 65), (20, 30), (300, 200)])
-def test_large_images_and_rectangles_are_not_kept(tmp_path, size):
+@pytest.mark.parametrize("size, lines", [((65, 65), 0), ((20, 30), 1), ((64, 20), 1), ((300, 200), 0), ((20, 300), 0)])
+def test_large_images_and_rectangles_are_not_kept(tmp_path, size, lines):
     write_images(tmp_path / "train", (size,) * 2)
     write_images(tmp_path / "val", (size,))
     said = []
     options = DataOptions(data=str(tmp_path), workers=0)
     assert small_folder.read_small_folder(splits(tmp_path), options, CPU, said.append, lambda x: [x]) is None
-    assert not said
+    assert len(said) == lines and all(f"{size[0]} x {size[1]} pixels" in line for line in said)
     for given in ({"augment": "none"}, {"pad": 2}, {"flip": "off"}, {"loader": "resident"}):
         with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels"):
             loaders(tmp_path, **given)
@@ -120,7 +120,7 @@ def test_another_image_size_resizes(tiny, no_dali):
 
 
 def test_too_much_for_the_memory_is_decoded_in_every_epoch(tiny, monkeypatch):
-    monkeypatch.setattr(small_folder.os, "sysconf", lambda name: 100)  # 10,000 bytes, and the images take 9,600
+    monkeypatch.setattr(small_folder, "_free_memory", lambda: 4 * 9599)  # the images take 9,600 bytes
     said = []
     options = DataOptions(data=str(tiny), workers=0)
     assert small_folder.read_small_folder(splits(tiny), options, CPU, said.append, lambda x: [x]) is None
@@ -141,6 +141,17 @@ def test_a_damaged_image_is_named(tiny):
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(UserError, match=r"bee/1.png' cannot be decoded"):
         loaders(tiny)
+
+
+def test_a_damaged_header_is_named_too(tiny):
+    file = tiny / "train" / "ant" / "0.png"  # the first of those that are looked at
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"ant/0.png' cannot be decoded"):
+        loaders(tiny)
+
+
+def test_the_free_memory_is_that_of_the_machine():
+    assert 1 << 20 < small_folder._free_memory() <= 1 << 50
 
 
 def test_worker_processes_decode_the_same(tiny, monkeypatch):

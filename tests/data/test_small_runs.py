@@ -64,6 +64,9 @@ def test_fashion_mnist_is_trained_on_resumed_and_evaluated(fastkd, fashion):
         status, again, err = fastkd("eval", "--weights", weights, "--data", "fashion-mnist", "--data-dir", "moved")
         assert status == 0 and again.split("│")[-5] == out.split("│")[-5], err  # the loss
     shutil.copy("run/student.safetensors", "alone.safetensors")
+    check_refused(
+        fastkd("eval", "--weights", "run/student.safetensors", "--data", "mnist"), "data='mnist' needs data_dir"
+    )
     check_refused(fastkd("eval", "--weights", "alone.safetensors"), "data='fashion-mnist' needs data_dir")
     assert fastkd("eval", "--weights", "alone.safetensors", "--data-dir", "moved")[0] == 0
 

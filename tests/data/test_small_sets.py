@@ -245,6 +245,8 @@ def test_binary_files_of_a_wrong_size_or_label_are_named(tmp_path):
     refused(root, "cifar10", "data_batch_4.bin", f"{len(sound) - 1:,} bytes", f"4 images make {len(sound):,}")
     file.write_bytes(b"\x0a" + sound[1:])
     refused(root, "cifar10", "the label 10", "10 classes")
+    (root / "cifar-10-batches-bin" / "batches.meta.txt").write_text("cat\ndog\n")
+    refused(root, "cifar10", "batches.meta.txt", "names 2 classes, and cifar10 has 10")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -350,6 +352,8 @@ def test_a_label_out_of_range_is_named(tmp_path, monkeypatch):
 
 def test_another_set_with_files_of_the_same_names_is_refused(tmp_path, monkeypatch):
     write_idx(tmp_path, idx_parts(), monkeypatch, name="mnist")
+    refused(tmp_path, "fashion-mnist", "is of mnist, and data='fashion-mnist': give --data mnist")
+    monkeypatch.undo()  # the known MD5
     refused(tmp_path, "fashion-mnist", "another data set", idx.CONTENT_MD5["fashion-mnist"]["train-images-idx3-ubyte"])
 
 

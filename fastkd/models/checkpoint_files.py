@@ -1,0 +1,200 @@
+"""Reading a weights file: safetensors, a torch checkpoint, whose code is never run, or a folder of transformers.
+
+The content says what a file is, not its ending.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import UserError
+from ..paths import utf8_path
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # usual ones; a file may have any other
+# Keys under which trainers save the state dict, in the order in which they are tried. Averaged weights come last: they
+# are used only if the file has no others.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "student", "net", "params", "state_dict_ema", "model_ema")
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SHOWN = 5  # keys per error message
+
+
+class Settings(dict):
+    """Stands for Lightning's AttributeDict in `hyper_parameters`: plain data, without the class's own code."""
+
+
+def _number_types() -> list[Any]:
+    """What a pickled numpy scalar consists of, by its names in numpy 1 and 2."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [np.dtype, *kinds, *names]
+
+
+PLAIN_DATA = [
+    argparse.Namespace,
+    *(
+        (kind, f"{module}.{kind.__name__}")
+        for kind in (pathlib.PosixPath, pathlib.PurePosixPath)
+        for module in ("pathlib", "pathlib._local")
+    ),
+    *(
+        (Settings, f"{module}.AttributeDict")
+        for module in (
+            "pytorch_lightning.utilities.parsing",
+            "lightning_fabric.utilities.data",
+            "lightning.fabric.utilities.data",
+            "lightning.pytorch.utilities.parsing",
+        )
+    ),
+    *_number_types(),
+]
+"""Objects beside tensors that a torch checkpoint may hold. Making one runs no code of the file."""
+
+
+class StateDict(OrderedDict[str, Tensor]):
+    """Names -> tensors, with the versions of the modules if the file has them, and how the file was opened."""
+
+    _metadata: dict[str, Any]
+    opened: tuple[str, ...]  # entries that were opened, the outer one first
+
+    def __init__(self, table: Mapping[str, Tensor], metadata: Mapping[str, Any], opened: tuple[str, ...] = ()):
+        super().__init__(table)
+        self._metadata, self.opened = dict(metadata), opened
+
+
+def read_state_dict(path: str | os.PathLike) -> StateDict:
+    """The state dict in a file, name -> tensor, on the CPU, in the file's dtypes.
+
+    Wrapping dicts (`WRAPPERS`) are opened, also nested ones. The prefixes of DistributedDataParallel (`module.`) and
+    torch.compile (`_orig_mod.`) are removed. A folder is one of transformers: config.json beside the weights, which may
+    be in several files. Torch checkpoints are read with `weights_only`, so that no code in them runs; objects other
+    than plain data (`PLAIN_DATA`) are refused. Raises UserError if there is no readable state dict.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise UserError(f"there is no weights file {path}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty: it was not written completely")
+    table = _unwrap(_read(path), path)
+    renamed = {without_prefixes(key): tensor for key, tensor in table.items()}
+    if len(renamed) < len(table):
+        raise UserError(f"{path}: several entries have the same name after removing 'module.' and '_orig_mod.'")
+    return StateDict(renamed, {without_prefixes(key): about for key, about in table._metadata.items()}, table.opened)
+
+
+def without_prefixes(key: str) -> str:
+    """A key without the prefixes of torch.compile (at any depth) and DistributedDataParallel (at the start)."""
+    return re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", ""))
+
+
+def _read_folder(folder: Path) -> StateDict:
+    """The weights of a folder of transformers."""
+    found = next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{folder} is a directory without weights: name a file, or a folder of transformers with "
+            f"{' or '.join(FOLDER_FILES[::2])}"
+        )
+    if found.suffix != ".json":
+        return read_state_dict(found)
+    try:
+        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{found} is no index of weights: {type(error).__name__}: {error}") from None
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise UserError(f"{found} names {shard!r}: an index may name files of its own folder alone")
+    return StateDict({key: value for shard in shards for key, value in read_state_dict(folder / shard).items()}, {})
+
+
+def _kind(path: Path) -> str:
+    """What a file is by its first bytes: "safetensors" or "torch"."""
+    with path.open("rb") as file:
+        start, size = file.read(9), path.stat().st_size
+    header = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and 2 <= header <= size - 8:
+        return "safetensors"
+    is_torch = start.startswith((b"PK", b"\x80"))
+    return "safetensors" if path.suffix == ".safetensors" and not is_torch else "torch"
+
+
+def _read(path: Path) -> object:
+    from pickle import UnpicklingError
+
+    kind = _kind(path)
+    try:
+        with torch.serialization.safe_globals(PLAIN_DATA), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; errors are reported below
+            if kind == "safetensors":
+                return _read_safetensors(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        marks = ("GLOBAL", "Unsupported", "Can only")  # of the line in torch's long message that names the object
+        lines = [line.strip()[:160] for line in str(error).splitlines() if any(mark in line for mark in marks)]
+        raise UserError(
+            f"{path} is damaged or holds more than tensors ({lines[0] if lines else 'no detail'}) and was refused; "
+            "none of its code was run: save model.state_dict(), or a .safetensors file"
+        ) from error
+    except Exception as error:  # torch's readers raise many kinds of errors on damaged bytes
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise UserError(f"{path} is not a {kind} file, or it is incomplete ({reason})") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file. Names that safetensors' `save_model` notes as the same tensor as another are there too."""
+    with utf8_path(path) as name, safe_open(name, framework="pt") as file:
+        table = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+        aliases = file.metadata() or {}
+    return table | {name: table[kept] for name, kept in aliases.items() if kept in table and name not in table}
+
+
+def _unwrap(content: object, path: Path) -> StateDict:
+    opened: tuple[str, ...] = ()
+    while isinstance(content, Mapping):
+        named = {key: value for key, value in content.items() if isinstance(key, str)}
+        tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+        wrapper = next((key for key in WRAPPERS if isinstance(named.get(key), Mapping)), None)
+        inner = [key for key, value in named.items() if isinstance(value, Mapping) and _has_tensors(value)]
+        if tensors and (len(tensors) == len(content) or wrapper is None and any("." in key for key in tensors)):
+            return StateDict(tensors, getattr(content, "_metadata", {}), opened)  # numbers beside them are left out
+        if wrapper is None and len(inner) == 1:
+            wrapper = inner[0]
+        if wrapper is None:
+            break
+        opened, content = (*opened, wrapper), named[wrapper]
+    found = f"its content is a {type(content).__name__}"
+    if isinstance(content, Mapping):
+        entries = [f"{k!r} ({type(v).__name__})" for k, v in content.items()]
+        found = listed("entries", entries) or "it has no entries"
+    raise UserError(
+        f"{path} holds no state dict: {found}; looked for names and tensors, also under {', '.join(WRAPPERS)}"
+    )
+
+
+def _has_tensors(table: Mapping) -> bool:
+    return any(isinstance(value, Tensor) for value in table.values())
+
+
+def listed(title: str, items: list[str]) -> str:
+    """`"missing 7: a, b, c, d, e, +2 more"`, or the empty string."""
+    more = [f"+{len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return f"{title} {len(items)}: {', '.join(items[:SHOWN] + more)}" if items else ""
