@@ -181,7 +181,7 @@ def maps() -> Iterator[tuple[str, tuple, Call]]:
     small, out = meta(50_000, 32, 32, 3, dtype=torch.uint8), meta(128, 3, 32, 32)
     given = small, index, corners, flips.bool(), out.contiguous(memory_format=torch.channels_last), [0.5] * 3, [0.2] * 3
     gpu = importlib.import_module("fastkd.kernels.gpu.pad_crop")
-    yield "pad and crop", tuple(out.shape), partial(gpu.launch, *given, True)
+    yield "pad and crop", tuple(out.shape), partial(gpu.launch, *given, 4, True)
     gpu, number = importlib.import_module("fastkd.kernels.gpu.step_end"), partial(meta, dtype=torch.float32)
     yield "sums of 4 terms", (5,), partial(gpu.launch_sums, meta(5, dtype=torch.float64), [number()] * 4, 256)
     norms, buffers = number(161), number(53248)

@@ -1,7 +1,8 @@
 """A data set of small images that lies on the device as uint8. Batches are cropped, mirrored and normalised there.
 
-What is drawn for image i in epoch e depends only on (seed, e, i), so that neither the batch size nor the number of
-processes nor the device changes an image.
+What is drawn for image i in epoch e depends only on (seed, e, i), see draws.py: neither the batch size nor the number
+of processes nor the device changes an image. The draws of an epoch are made at its start. On a GPU a batch is then one
+launch ("rrc": two), and its target a view of the epoch's.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import augment, pad_crop
-from . import draws
 from .base import EpochLoader, Shard
+from .draws import crops_and_flips, resized_boxes
 
 
 class ResidentSet(NamedTuple):
@@ -37,9 +38,7 @@ class Augmentation:
 class ResidentLoader(EpochLoader):
     """A Loader (see base.py) over a ResidentSet. Evaluation gives (image / 255 - mean) / std, computed in fp32.
 
-    Device memory: one byte for each number of the set (CIFAR: 154 MB, its test set 31 MB; Fashion-MNIST: 47 and 8), 8
-    for each label, and about 50 for each image while an epoch runs. Draws for this process's images are made at the
-    start of an epoch. On a GPU a batch then costs one launch (two for "rrc").
+    Memory on the device: 1 byte a channel of every pixel, 154 MB for the training images of CIFAR.
     """
 
     name = "resident"
@@ -58,43 +57,33 @@ class ResidentLoader(EpochLoader):
         image_size: int,
     ):
         super().__init__(images.classes, len(images.images), batch_size, shard, train=train)
-        self.images = images.images.to(device).expand(-1, -1, -1, 3)  # grey: the same bytes three times
-        self.target = images.target.to(device)
+        self.images, self.target = images.images.to(device).contiguous(), images.target.to(device)
         self.augmentation = augmentation if train else Augmentation("none")
         self.image_size, self.mean, self.std, self.dtype = image_size, mean, std, shard.dtype
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        if not self.slices:
-            return
-        first, last = self.slices[0][0], self.slices[-1][1]
-        ids = self.order(epoch)[first:last].to(self.images.device)
-        drawn, target = [ids, *self._draw(epoch, ids)], self.target[ids]
-        create = self._resized if self.augmentation.kind == "rrc" else self._cropped
+        kind, device = self.augmentation, self.images.device
+        first, last = self.slices[0][0] if self.slices else 0, self.slices[-1][1] if self.slices else 0
+        order = self.order(epoch)[first:last]  # of this process
+        boxes = None
+        if kind.kind == "rrc":
+            boxes = resized_boxes(self.seed, epoch, order, (self.images.shape[1], self.images.shape[2])).to(device)
+        order = order.to(device)
+        target = self.target[order]
+        corners, flips = crops_and_flips(self.seed, epoch, order, kind.pad, kind.flip)
         for start, stop in self.slices:
             part = slice(start - first, stop - first)
-            yield create(*(each[part] for each in drawn)), target[part]
+            out = self._memory(stop - start)
+            if boxes is None:
+                drawn = order[part], corners[part], flips[part]
+                reflect = kind.pad_mode == "reflect"
+                pad_crop(self.images, *drawn, out, self.mean, self.std, pad=kind.pad, reflect=reflect)
+            else:
+                images = self.images[order[part]].expand(-1, -1, -1, 3).contiguous()
+                augment(images, boxes[part], flips[part], [out], [self.mean], [self.std])
+            yield out, target[part]
 
-    def _draw(self, epoch: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """For each of `ids` [B]: the corner of its crop [B, 2], or its box [B, 4]; and whether it is mirrored [B]."""
-        kind, (height, width) = self.augmentation.kind, self.images.shape[1:3]
-        if kind == "none":
-            return ids.new_zeros(len(ids), 2), torch.zeros_like(ids, dtype=torch.bool)
-        flips = draws.flips(self.seed, epoch, ids) & self.augmentation.flip
-        if kind == "rrc":
-            return draws.resized_boxes(self.seed, epoch, ids, height, width), flips
-        return draws.crop_corners(self.seed, epoch, ids, self.augmentation.pad), flips
-
-    def _cropped(self, ids: Tensor, corners: Tensor, flips: Tensor) -> Tensor:
-        out = self._empty(len(ids), *self.images.shape[1:3])
-        reflect = self.augmentation.pad_mode == "reflect"
-        pad_crop(self.images, ids, corners, flips, out, self.mean, self.std, reflect=reflect)
-        return out
-
-    def _resized(self, ids: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
-        out = self._empty(len(ids), self.image_size, self.image_size)
-        augment(self.images[ids], boxes, flips, [out], [self.mean], [self.std])
-        return out
-
-    def _empty(self, count: int, height: int, width: int) -> Tensor:
-        shape, device = (count, 3, height, width), self.images.device
-        return torch.empty(shape, dtype=self.dtype, device=device, memory_format=torch.channels_last)
+    def _memory(self, count: int) -> Tensor:
+        """Each batch has memory of its own, so that it may be kept."""
+        shape = (count, 3, *((self.image_size,) * 2 if self.augmentation.kind == "rrc" else self.images.shape[1:3]))
+        return torch.empty(shape, dtype=self.dtype, device=self.images.device, memory_format=torch.channels_last)

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from torchvision.transforms.v2 import functional as F
 
-from fastkd.data import draws
 from fastkd.data.base import Shard
 from fastkd.data.resident import Augmentation, ResidentLoader, ResidentSet
 
@@ -21,21 +19,6 @@ def images(count=23, channels=3) -> ResidentSet:
 def loader(augmentation, batch_size=5, shard=None, train=True, channels=3):
     options = {"train": train, "mean": MEAN, "std": STD, "image_size": 12}
     return ResidentLoader(images(channels=channels), augmentation, batch_size, CPU, shard or Shard(seed=3), **options)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("mode, theirs", [("reflect", "reflect"), ("zeros", "constant")])
-def test_a_batch_is_torchvision_s_at_the_same_offsets(mode, theirs, channels):
-    pixels, ids, pad = images(channels=channels).images, torch.arange(23), 4
-    corners, flips = draws.crop_corners(3, 0, ids, pad) + pad, draws.flips(3, 0, ids)
-    assert flips.any() and not flips.all() and len(corners.unique()) > 5
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    for batch, target in loader(Augmentation("pad-crop", pad, mode, True), channels=channels):
-        for got, i in zip(batch, target.tolist(), strict=True):
-            padded = F.pad(pixels[i].permute(2, 0, 1), [pad], padding_mode=theirs)
-            want = F.crop(padded, *corners[i].tolist(), 12, 12)
-            want = F.hflip(want) if flips[i] else want
-            assert torch.equal(got, (want / 255 - mean) / std)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -86,3 +69,13 @@ def test_a_run_goes_on_with_the_same_batches():
     other.load_state_dict(one.state_dict())
     for (mine, target), (theirs, same) in zip(one, other, strict=True):
         assert torch.equal(mine, theirs) and torch.equal(target, same)
+
+
+def test_planar_images_are_stored_by_pixels_once():
+    """The kernel needs contiguous images. It would copy the whole set for every batch."""
+    planar = images()._replace(images=images().images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1))
+    options = {"train": True, "mean": MEAN, "std": STD, "image_size": 12}
+    train = ResidentLoader(planar, Augmentation("pad-crop", 2, "zeros", True), 5, CPU, Shard(seed=3), **options)
+    assert train.images.is_contiguous()
+    for (mine, _), (theirs, _) in zip(train, loader(Augmentation("pad-crop", 2, "zeros", True)), strict=True):
+        assert torch.equal(mine, theirs)

@@ -1,151 +1,137 @@
-"""Padding, crop and flip against torchvision's at equal offsets, bit for bit; each path gives the same."""
+"""The crop of small images against torchvision's, in both implementations, and against the float64 reference."""
 
 import pytest
 import torch
-from torchvision.transforms import functional as F
+from torchvision.transforms.v2 import functional as F
 
 from fastkd.kernels.gpu.pad_crop import launch
 from fastkd.kernels.pad_crop import pad_crop, pad_crop_reference
 
-MEAN, STD = [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def kernel(images, index, corners, flips, output, mean, std, *, reflect):
-    launch(images, index, corners, flips, output, mean, std, reflect)
+def kernel(images, chosen, corners, flips, output, mean, std, *, pad=0, reflect=False):
+    launch(images, chosen, corners, flips, output, mean, std, pad, reflect)
 
 
 PATHS = [pad_crop, kernel]
 
 
-def pixels(n=6, H=9, W=11, channels=3, device="cpu"):
-    g = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (n, H, W, channels), generator=g, dtype=torch.uint8).to(device)
+def drawn(count, pad, samples, device="cpu", seed=0):
+    g = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(samples, (count,), generator=g)
+    corners = torch.randint(2 * pad + 1, (count, 2), generator=g)
+    return [part.to(device) for part in (chosen, corners, torch.rand(count, generator=g) < 0.5)]
 
 
-def poisoned(n, h, w, dtype=torch.float32, device="cpu"):
-    full = torch.full((n, 3, h, w), torch.nan, dtype=dtype, device=device)
-    return full.contiguous(memory_format=torch.channels_last)
+def pixels(samples, H, W, C, device="cpu"):
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(256, (samples, H, W, C), generator=g, dtype=torch.uint8).to(device)
 
 
-def draws(pad, n=6, device="cpu"):
-    """index, corners with every pair of the ends and the middle, flips."""
-    ends = torch.tensor([-pad, 0, pad])
-    corners = torch.cartesian_prod(ends, ends)
-    index = torch.arange(len(corners)).flip(0) % n
-    return index.to(device), corners.to(device), (torch.arange(len(corners)) % 2 == 1).to(device)
-
-
-def torchvision_s(images, index, corners, flips, pad, reflect):
-    """[B, 3, H, W] fp32 by torchvision's functions, then (x / 255 - mean) / std by torch."""
-    H, W = images.shape[1:3]
-    rows = []
-    for i, (top, left), flip in zip(index.tolist(), corners.tolist(), flips.tolist(), strict=True):
-        padded = F.pad(images[i].permute(2, 0, 1), [pad], padding_mode="reflect" if reflect else "constant")
-        crop = F.crop(padded, top + pad, left + pad, H, W)
-        rows.append(F.hflip(crop) if flip else crop)
-    mean, std = (torch.tensor(three).view(3, 1, 1) for three in (MEAN, STD))
-    return (torch.stack(rows) / 255 - mean) / std
+def buffer(count, H, W, dtype=torch.float32, device="cpu"):
+    """Poisoned."""
+    out = torch.full((count, 3, H, W), torch.nan, dtype=dtype, device=device)
+    return out.contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("function", PATHS)
-@pytest.mark.parametrize("reflect", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_are_torchvision_s(function, dtype, reflect, device):
-    for pad, (H, W) in ((4, (9, 11)), (4, (18, 16)), (1, (2, 2)), (0, (1, 1))):  # 288 pixels are two blocks
-        images, drawn = pixels(H=H, W=W), draws(pad)
-        output = poisoned(9, H, W, dtype, device)
-        address = output.data_ptr()
-        moved = (tensor.to(device) for tensor in (images, *drawn))
-        assert function(*moved, output, MEAN, STD, reflect=reflect) is None
-        # Triton's interpreter cuts off the bits that bfloat16 lacks; a GPU rounds
-        rtol = 2**-7 if dtype == torch.bfloat16 and function is kernel else 0
-        torch.testing.assert_close(
-            output.cpu(), torchvision_s(images, *drawn, pad, reflect).to(dtype), rtol=rtol, atol=0
-        )
-        assert output.data_ptr() == address and output.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("H, W, C, pad, reflect", [(9, 11, 3, 3, True), (9, 11, 1, 3, False), (20, 17, 3, 0, False)])
+def test_it_is_torchvision_s_crop_and_flip(function, H, W, C, pad, reflect, device):
+    images, (chosen, corners, flips), out = pixels(7, H, W, C), drawn(12, pad, 7), buffer(12, H, W, device=device)
+    corners[0], corners[1] = 0, 2 * pad
+    given = [part.to(device) for part in (images, chosen, corners, flips)]
+    function(*given, out, MEAN, STD, pad=pad, reflect=reflect)
+    mean, std = (torch.tensor(three)[:, None, None] for three in (MEAN, STD))
+    for n, (index, (top, left), flip) in enumerate(zip(chosen.tolist(), corners.tolist(), flips.tolist(), strict=True)):
+        image = images[index].permute(2, 0, 1)
+        padded = F.pad(image, [pad], padding_mode="reflect" if reflect else "constant") if pad else image
+        crop = F.crop(padded, top, left, H, W)
+        want = ((F.hflip(crop) if flip else crop) / 255 - mean) / std
+        assert torch.equal(out[n].cpu(), want)  # to the bit
+
+
+@pytest.mark.parametrize("function", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_other_dtypes_round_the_same_value(function, dtype):
+    images, args, out = pixels(5, 8, 8, 3), drawn(6, 2, 5), buffer(6, 8, 8, dtype)
+    function(images, *args, out, MEAN, STD, pad=2, reflect=True)
+    want = buffer(6, 8, 8)
+    pad_crop(images, *args, want, MEAN, STD, pad=2, reflect=True)
+    step = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11  # Triton's interpreter cuts off what bfloat16 lacks
+    assert ((out.float() - want).abs() <= (2 * step if function is kernel else step) * want.abs()).all()
 
 
 @pytest.mark.parametrize("function", PATHS)
 @pytest.mark.parametrize("reflect", [True, False])
-def test_any_strides(function, reflect):
-    grey, wide = pixels(channels=1).expand(-1, -1, -1, 3), pixels(12, 20, 24)[::2, 3:12, 1:23:2]
-    for images in (grey, wide, pixels().permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
-        index, corners, flips = draws(3)
-        output = poisoned(9, 9, 11)
-        shuffled = torch.stack([corners, corners], 1)[:, 1]
-        function(images, index, shuffled, flips, output, MEAN, STD, reflect=reflect)
-        assert torch.equal(output, torchvision_s(images, index, corners, flips, 3, reflect))
+def test_the_reference(function, reflect):
+    images, args, out = pixels(5, 8, 6, 1), drawn(9, 4, 5), buffer(9, 8, 6)
+    want = torch.empty(9, 3, 8, 6, dtype=torch.float64)
+    function(images, *args, out, MEAN, STD, pad=4, reflect=reflect)
+    pad_crop_reference(images, *args, want, MEAN, STD, pad=4, reflect=reflect)
+    torch.testing.assert_close(out.double(), want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("reflect", [True, False])
-def test_reference(reflect):
-    images, drawn, output = pixels(), draws(4), poisoned(9, 9, 11)
-    pad_crop_reference(images, *drawn, output, MEAN, STD, reflect)
-    torch.testing.assert_close(output, torchvision_s(images, *drawn, 4, reflect), rtol=1e-6, atol=1e-6)
+def test_more_pixels_than_a_block():
+    images, args, out, want = pixels(2, 24, 23, 3), drawn(2, 1, 2), buffer(2, 24, 23), buffer(2, 24, 23)
+    kernel(images, *args, out, MEAN, STD, pad=1, reflect=True)
+    pad_crop(images, *args, want, MEAN, STD, pad=1, reflect=True)
+    assert torch.equal(out, want)
 
 
-@pytest.mark.parametrize("function", PATHS)
-def test_a_crop_beyond_the_image_is_black(function):
-    corners = torch.tensor([[9, 0], [0, -11], [-40, 90]])
-    output = poisoned(3, 9, 11)
-    function(pixels(), torch.arange(3), corners, torch.zeros(3, dtype=torch.bool), output, MEAN, STD, reflect=False)
-    assert torch.equal(output[:, :, 0, 0], output[:, :, 8, 10]) and (output == output[:, :, :1, :1]).all()
+def test_the_kernel_never_reads_outside():
+    """An index or a corner that leaves the images is moved; on the CPU the call refuses it."""
+    images, (chosen, corners, flips), out = pixels(3, 8, 8, 3), drawn(4, 2, 3), buffer(4, 8, 8)
+    chosen[:], corners[:] = torch.tensor([-5, 99, 2, 0]), torch.tensor([[-9, 99], [99, -9], [0, 4], [4, 0]])
+    kernel(images, chosen, corners, flips, out, MEAN, STD, pad=2, reflect=True)
+    want = buffer(4, 8, 8)
+    pad_crop(images, chosen.clamp(0, 2), corners.clamp(0, 4), flips, want, MEAN, STD, pad=2, reflect=True)
+    assert torch.equal(out, want)
+    with pytest.raises(ValueError, match="chosen must be from 0 to 2, got -5 to 99"):
+        pad_crop(images, chosen, corners.clamp(0, 4), flips, out, MEAN, STD, pad=2)
+    with pytest.raises(ValueError, match="corners must be from 0 to 4, got -9 to 99"):
+        pad_crop(images, chosen.clamp(0, 2), corners, flips, out, MEAN, STD, pad=2)
 
 
-@pytest.mark.parametrize("reflect", [True, False])
-def test_the_kernel_reads_nothing_outside_the_set(reflect):
-    memory = torch.full((4, 9, 11, 3), 255, dtype=torch.uint8)
-    memory[1:3] = 0
-    index, flips = torch.tensor([-5, 7, 0, 1]), torch.zeros(4, dtype=torch.bool)
-    corners = torch.tensor([[-90, 90], [90, -90], [-20, 0], [0, 40]])
-    output = poisoned(4, 9, 11)
-    launch(memory[1:3], index, corners, flips, output, [0.0] * 3, [1.0] * 3, reflect)
-    assert (output == 0).all()
-
-
-def test_empty_batch():
-    index, corners, flips = (tensor[:0] for tensor in draws(1))
-    assert pad_crop(pixels(), index, corners, flips, poisoned(0, 9, 11), MEAN, STD, reflect=True) is None
-
-
-def test_opcheck():
-    torch.library.opcheck(
-        torch.ops.fastkd.pad_crop.default, (pixels(), *draws(2), poisoned(9, 9, 11).zero_(), MEAN, STD, True)
-    )
-
-
-INDEX, CORNERS, FLIPS = draws(2)
-GOOD = {
-    "images_NHWC": pixels(),
-    "index": INDEX,
-    "corners": CORNERS,
-    "flips": FLIPS,
-    "output": poisoned(9, 9, 11),
-    "mean": MEAN,
-    "std": STD,
-}
+def test_empty_batch_and_opcheck():
+    images, args = pixels(3, 8, 8, 3), drawn(2, 1, 3)
+    pad_crop(images, *(part[:0] for part in args), buffer(0, 8, 8), MEAN, STD, pad=1)
+    op = torch.ops.fastkd.pad_crop.default
+    torch.library.opcheck(op, (images, *args, buffer(2, 8, 8).nan_to_num(), MEAN, STD, 1, True))
 
 
 @pytest.mark.parametrize(
-    "wrong, words",
+    ("change", "words"),
     [
-        ({"images_NHWC": pixels(channels=1)}, r"\[6, 9, 11, 1\]"),
-        ({"index": INDEX.int()}, "index must be torch.int64.*int32"),
-        ({"index": INDEX + 1}, "index must be 0 to 5 for 6 images, got 1 to 6"),
-        ({"index": INDEX - 1}, "index must be 0 to 5 for 6 images, got -1 to 4"),
-        ({"corners": CORNERS[:, :1]}, r"corners.*\[9, 2\], got.*\[9, 1\]"),
-        ({"corners": CORNERS * 5}, r"9 x 11 can be mirrored by up to 8 and 10.*\[-10, -10\] to \[10, 10\]"),
-        ({"flips": FLIPS.byte()}, "flips must be torch.bool.*uint8"),
-        ({"flips": FLIPS.to("meta")}, "meta"),
-        ({"output": poisoned(8, 9, 11)}, r"\[9, 3, 9, 11\] for 9 images, got \[8, 3, 9, 11\]"),
-        ({"output": torch.zeros(9, 3, 9, 11)}, "channels-last"),
-        ({"std": [0.2, 0.0, 0.2]}, "std must be above 0"),
+        ({"images": torch.zeros(3, 8, 8, 3)}, "images must be uint8"),
+        ({"images": torch.zeros(3, 8, 8, 2, dtype=torch.uint8)}, "images must be uint8"),
+        ({"chosen": torch.zeros(2, dtype=torch.int32)}, "chosen must be torch.int64"),
+        ({"corners": torch.zeros(2, 3, dtype=torch.int64)}, "corners must be torch.int64"),
+        ({"flips": torch.zeros(2)}, "flips must be torch.bool"),
+        ({"output": torch.zeros(2, 3, 9, 8)}, "output must be float16"),
+        ({"output": torch.zeros(2, 3, 8, 8)}, "channels-last"),
+        ({"pad": 8}, "pad must be from 0 to below 8"),
+        ({"std": [0.0, 1, 1]}, "std above 0"),
     ],
 )
-def test_bad_input(wrong, words):
-    pad_crop(**GOOD, reflect=True)
+def test_bad_input(change, words):
+    chosen, corners, flips = drawn(2, 1, 3)
+    given = {"images": pixels(3, 8, 8, 3), "chosen": chosen, "corners": corners, "flips": flips}
+    given |= {"output": buffer(2, 8, 8), "mean": MEAN, "std": STD} | change
+    pad = given.pop("pad", 1)
     with pytest.raises(ValueError, match=words):
-        pad_crop(**{**GOOD, **wrong}, reflect=True)
+        pad_crop(*given.values(), pad=pad, reflect=True)
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph():
+    images, args, out = pixels(5, 8, 8, 3, "cuda"), drawn(4, 2, 5, "cuda"), buffer(4, 8, 8, device="cuda")
+    pad_crop(images, *args, out, MEAN, STD, pad=2, reflect=True)
+    want, graph = out.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pad_crop(images, *args, out, MEAN, STD, pad=2, reflect=True)
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, want)
