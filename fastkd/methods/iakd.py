@@ -10,8 +10,8 @@ student block that is not drawn stays as it is in that step: no weight decay, no
 alone is evaluated and saved.
 
 Source: no code was released and only the abstract could be read. From it: random swapping, no feature matching. The
-rest is ours: what a gate is, the schedules of p and their defaults, and the optional KD term. With p = 0.8 the blocks of
-the student run together in 74 % of the steps that `linear` gives three gates; with 0.5 in 47 %: too few in short runs.
+rest is ours: what a gate is, the schedules of p and their defaults, and the optional KD term. With p = 0.8 all
+blocks of the student run in 74 % of the steps that `linear` gives three gates; with 0.5 in 47 %: too few in short runs.
 Departures: unknown, see above. The draws depend on seed and step alone: all processes and resumed runs draw the same.
 """
 
