@@ -18,7 +18,7 @@ from torch import nn
 
 from fastkd import bench
 from fastkd.bench import Record
-from fastkd.bench.fashion import create_fashion
+from fastkd.bench.fashion import PAD, create_fashion
 from fastkd.config import parse
 from fastkd.data import create_loaders
 from fastkd.data.base import Loader, Shard
@@ -72,6 +72,7 @@ class Study:
         options = {name: value for name, value in asdict(self.train).items() if name not in NOT_SETTINGS}
         named = {"data": self.name, "teacher": TEACHER, "student": STUDENT}
         counts = {"images": [train.samples, val.samples], "batch_size": self.data.batch_size}
+        counts |= {"pad": PAD} if self.name == "fashion" else {}
         return dict(json.loads(json.dumps(named | counts | options)))
 
 
