@@ -118,15 +118,12 @@ def _bordered(images_NHWC: Tensor, width: int) -> Tensor:
 
 
 def download(name: str, data_dir: str, parts: tuple[str, ...], log: Log) -> str:
-    """Download the files of a set unless all `parts` ("train", "val") are there; with torchvision, which checks the MD5.
+    """Download the files of a set unless all `parts` (train, val) are there; with torchvision, which checks their MD5.
 
     Gives the reason if it did not work, in one line, or an empty string.
     """
-    if name in cifar.SETS:
-        found = [cifar.find(data_dir, name)]
-    else:
-        found = [idx.find(data_dir, name, part == "train") for part in parts]
-    if all(found):
+    is_cifar = name in cifar.SETS
+    if all(cifar.find(data_dir, name) if is_cifar else idx.find(data_dir, name, part == "train") for part in parts):
         return ""
     import socket
 
