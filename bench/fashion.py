@@ -18,6 +18,7 @@ from fastkd.data.small_sets import SMALL_SETS, read_small_set
 from fastkd.errors import UserError
 
 NAME, SIDE = "fashion-mnist", 28  # pixels
+PAD = 2  # pixels; after 8 epochs of 18,000 images resnet8 has 88.3 % with 2 and 87.8 % with 4 (seed 0)
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
@@ -47,10 +48,10 @@ def create_fashion(
 ) -> tuple[ResidentLoader, ResidentLoader]:
     """The training and the evaluation loader, of `counts` images; 0: all.
 
-    Training pads by 4 pixels of background, crops, and mirrors every second image by chance, as for CIFAR.
+    Training pads by PAD pixels of background, crops, and mirrors every second image by chance.
     """
     mean, std = SMALL_SETS[NAME].mean, SMALL_SETS[NAME].std
-    augmentation = Augmentation("pad-crop", 4, "zeros", True)
+    augmentation = Augmentation("pad-crop", PAD, "zeros", True)
 
     def loader(train: bool) -> ResidentLoader:
         images = read_part(train, counts[0 if train else 1], folder)

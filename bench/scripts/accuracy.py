@@ -174,7 +174,8 @@ def main(words: list[str] | None = None) -> None:
             raise UserError(f"--table: there is no {path}; run without --table first")
         record = json.loads(path.read_text())
     else:
-        names, this = runs_of(args), Study(args.data, args.epochs, device, args.folder, tuple(args.images))
+        names = runs_of(args)
+        this = Study(args.data, args.epochs, device, args.folder, tuple(args.images), args.amp_dtype)
         record = run_all(this, path := args.file or find_file(folder, name, this.settings()), names, args)
     text = f"{heading(record)}\n\n{table(record)}"
     print(text)
@@ -192,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images", type=int, nargs=2, default=IMAGES, help="of fashion, to train and to evaluate; 0 all"
     )
+    parser.add_argument("--amp-dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="as of training")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side; they share the cores")
     parser.add_argument("--minutes", type=float, default=0, help="begin no new run after so many")
     parser.add_argument("--again", action="store_true", help="run --methods again where the file has them")

@@ -18,7 +18,7 @@ from torch import nn
 
 from fastkd import bench
 from fastkd.bench import Record
-from fastkd.bench.fashion import create_fashion
+from fastkd.bench.fashion import PAD, create_fashion
 from fastkd.config import parse
 from fastkd.data import create_loaders
 from fastkd.data.base import Loader, Shard
@@ -53,15 +53,23 @@ class Unit(NamedTuple):
 class Study:
     """What all runs share. `epochs`: 0 is the usual number. `images` of Fashion-MNIST, to train and to evaluate."""
 
-    def __init__(self, data: str, epochs: int, device: torch.device, folder: Path, images: tuple[int, int] = IMAGES):
+    def __init__(
+        self,
+        data: str,
+        epochs: int,
+        device: torch.device,
+        folder: Path,
+        images: tuple[int, int] = IMAGES,
+        amp_dtype: str = "auto",
+    ):
         words = RECIPES[data].split() + (["--data-dir", str(folder)] if data == "fashion" else [])
-        config = parse(["--method", "ce", *words], lambda line: None)
+        config = parse(["--method", "ce", *words, "--amp-dtype", amp_dtype], lambda line: None)
         train = config.train.stretched(epochs) if epochs else config.train
         self.name, self.data, self.train = data, config.data, replace(train, device=str(device))
         self.device, self.folder, self.images = device, folder, images
 
     def loaders(self, seed: int) -> tuple[Loader, Loader]:
-        dtype = Precision("auto", self.device).dtype
+        dtype = Precision(self.train.amp_dtype, self.device).dtype
         if self.name == "digits":
             return create_loaders(self.data, self.device, seed=seed, dtype=dtype, log=lambda line: None)
         return create_fashion(self.data.batch_size, self.device, Shard(seed, dtype=dtype), self.images, self.folder)
@@ -72,6 +80,7 @@ class Study:
         options = {name: value for name, value in asdict(self.train).items() if name not in NOT_SETTINGS}
         named = {"data": self.name, "teacher": TEACHER, "student": STUDENT}
         counts = {"images": [train.samples, val.samples], "batch_size": self.data.batch_size}
+        counts |= {"pad": PAD} if self.name == "fashion" else {}
         return dict(json.loads(json.dumps(named | counts | options)))
 
 
@@ -94,7 +103,7 @@ def train_one(this: Study, work: Path, unit: Unit) -> Record:
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()) as printed:
         trainer = Trainer(method, train, watched, replace(this.train, seed=unit.seed, out=f"{out}/run"))
         result = trainer.fit()
-        found = evaluate_networks(trainer.networks, val, Precision("auto", this.device))
+        found = evaluate_networks(trainer.networks, val, Precision(this.train.amp_dtype, this.device))
         if is_teacher:
             _copy(result.student, file)
     record: Record = {key: value for key, value in found.items() if key.endswith(("top1", "val_loss"))}

@@ -90,10 +90,11 @@ def table(record: Record) -> str:
 def heading(record: Record) -> str:
     what, where = record["settings"], record["environment"]
     train, test = what["images"]
+    precision = what.get("amp_dtype", "auto").replace("auto", "default precision")
     return (
         f"{what['data']}: {train:,} images to train, {test:,} to evaluate (one is {100 / test:.2f} %), "
-        f"{what['epochs']} epochs, {what['teacher']} -> {what['student']}, {where['gpu'] or where['cpu']}, "
-        f"torch {where['torch']}, commit {(record['commit'] or 'unknown')[:12]}"
+        f"{what['epochs']} epochs, {what['teacher']} -> {what['student']}, {precision}, "
+        f"{where['gpu'] or where['cpu']}, torch {where['torch']}, commit {(record['commit'] or 'unknown')[:12]}"
     )
 
 
