@@ -244,8 +244,8 @@ def about_input(options: dict[str, Any]) -> dict[str, Any]:
     `data`: the name of a data set with files of its own. `resident`: the images were kept in memory at their own size.
     """
     resident = {"resident": True} if options.get("loader") == "resident" else {}
-    if options.get("data") == "digits":
-        return resident
+    if options.get("data") == "digits" and not resident:
+        return {}  # of an older version, which did not use these options for the digits
     always = resident | {name: options[name] for name in ("image_size", "mean", "std") if name in options}
     if options.get("data_dir"):
         always["data"] = options["data"]

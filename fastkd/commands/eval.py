@@ -112,8 +112,8 @@ def _noted_input(about: dict[str, Any], typed: dict[str, str], weights: Path) ->
     images = about.get("input", {})
     noted = {name: value for name, value in images.items() if name not in typed and name != "resident"}
     data = typed.get("data") or noted.get("data", "digits")
-    if data == "digits":
-        return {}
+    if data == "digits":  # they have one size
+        return {name: noted[name] for name in ("mean", "std") if name in noted}
     same = data in WITH_FILES and data == images.get("data")
     if same and "data_dir" not in typed and (place := _data_dir_of(weights)):
         noted["data_dir"] = place

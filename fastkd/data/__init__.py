@@ -116,7 +116,7 @@ def _named_loaders(
 
     known, side = SMALL_SETS[options.data], side_of(options, options.data, log)
     if options.download:
-        problem = download(options.data, options.data_dir, log) if shard.rank == 0 else ""
+        problem = download(options.data, options.data_dir, parts, log) if shard.rank == 0 else ""
         if problem := _first_problem(gather(problem)):
             raise UserError(problem)
     options = replace(options, image_size=side).sized(side, known.mean, known.std)

@@ -117,13 +117,16 @@ def _bordered(images_NHWC: Tensor, width: int) -> Tensor:
     return pad(images_NHWC, (0, 0, width, width, width, width)) if width else images_NHWC
 
 
-def download(name: str, data_dir: str, log: Log) -> str:
-    """Download the files of a set unless they are there; with torchvision, which checks their MD5.
+def download(name: str, data_dir: str, parts: tuple[str, ...], log: Log) -> str:
+    """Download the files of a set unless all `parts` ("train", "val") are there; with torchvision, which checks the MD5.
 
     Gives the reason if it did not work, in one line, or an empty string.
     """
-    found = cifar.find(data_dir, name) if name in cifar.SETS else idx.find(data_dir, name, train=True)
-    if found:
+    if name in cifar.SETS:
+        found = [cifar.find(data_dir, name)]
+    else:
+        found = [idx.find(data_dir, name, part == "train") for part in parts]
+    if all(found):
         return ""
     import socket
 

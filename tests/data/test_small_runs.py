@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 from refused import check_refused
 
-from fastkd.checkpoint import read_about
-from fastkd.data import idx
+from fastkd.checkpoint import about_input, read_about
+from fastkd.data import digits, idx
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 TRAIN = ["train", "--method", "ce", "--student", "resnet8", "-b", "32", "--lr", "0.05", "--epochs", "1"]
@@ -108,6 +108,20 @@ def test_weights_are_evaluated_on_small_images_as_they_were_trained(fastkd):
     assert fastkd("train", "--out", "kept", "--resume", "--data", "set")[0] == 0
     refused = fastkd("train", "--out", "kept", "--resume", "--data", "set", "--loader", "folder", "--epochs", "1")
     check_refused(refused, "by the 'resident' loader", "resume with loader='resident'")
+
+
+def test_the_digits_are_evaluated_with_the_normalisation_of_the_training(fastkd, monkeypatch):
+    images, target = digits.read_digits()
+    monkeypatch.setattr(digits, "read_digits", lambda: (images[:200], target[:200]))
+    given = ["--mean", "0", "0", "0", "--std", "0.1", "0.1", "0.1"]
+    status, out, err = fastkd(*TRAIN, "--data", "digits", *given, "--out", "run")
+    assert status == 0, err
+    loss = re.search(r"val loss ([\d.]+)", out)[1]
+    for weights in ("run/student.safetensors", "run/last.pt"):
+        status, out, err = fastkd("eval", "--weights", weights)
+        assert status == 0 and loss in out, err
+    before = yaml.safe_load(Path("run/config.yaml").read_text()) | {"loader": "auto"}  # of an older version
+    assert about_input(before) == {}
 
 
 def test_the_switch_may_be_written_in_all_ways(fastkd):

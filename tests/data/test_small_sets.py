@@ -462,6 +462,22 @@ def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
     assert loaders(tmp_path, download=True)[0].samples == 20  # what is there is not downloaded
 
 
+def test_missing_files_of_a_part_are_downloaded(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setitem(idx.SETS, "mnist", lambda root, download: asked.append(root))
+    for file in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        (tmp_path / file).touch()
+    assert small_sets.download("mnist", str(tmp_path), ("val",), asked.append) == "" and not asked
+    for parts in (("train",), ("train", "val")):
+        assert small_sets.download("mnist", str(tmp_path), parts, lambda line: None) == ""
+    assert asked == [str(tmp_path)] * 2
+    for file in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        (tmp_path / file).touch()
+    assert small_sets.download("mnist", str(tmp_path), ("train", "val"), lambda line: None) == "" and len(asked) == 2
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    assert small_sets.download("mnist", str(tmp_path), ("train", "val"), lambda line: None) == "" and len(asked) == 3
+
+
 def test_process_zero_downloads_for_all(tmp_path, monkeypatch):
     monkeypatch.setattr(small_sets, "download", lambda *args: pytest.fail("by another process"))
     python_folder(tmp_path, "cifar10")
