@@ -10,6 +10,7 @@ import torch
 import yaml
 from refused import check_refused
 
+from fastkd.commands.recipes import _row
 from fastkd.config import flat, parse
 from fastkd.engine import Schedule
 from fastkd.methods import METHODS
@@ -149,7 +150,16 @@ def test_the_settings_of_the_pairs():
     assert {name for name, beta in betas.items() if beta == 8} == betas.keys() - two - six
     at = yaml.safe_load(recipe_text("cifar100-240-vgg13-vgg8", "at"))
     assert at["attention_weight"] == 1000 and at["batch_size"] == 64 and at["pad_mode"] == "zeros"
-    assert yaml.safe_load(recipe_text("cifar100-240-vgg13-vgg8", "sp"))["similarity_weight"] == 3000
+    sp = yaml.safe_load(recipe_text("cifar100-240-vgg13-vgg8", "sp"))
+    assert (sp["similarity_weight"], sp["features"]) == (3000, "maps")
+
+
+def test_a_pair_says_that_its_teacher_has_another_learning_rate_than_the_published_one():
+    """RepDistiller's train_teacher.py: 0.05 for every network."""
+    for name in PAIRS:
+        text = recipe_text(name)
+        apart = yaml.safe_load(text)["lr"] != 0.05
+        assert ("RepDistiller's teachers have 0.05" in text) == ("--lr 0.05; then --teacher-weights" in text) == apart
 
 
 def test_published_figures_stand_where_the_readme_has_them():
@@ -234,6 +244,11 @@ def test_the_list_has_every_recipe_and_its_figures(fastkd):
     row = next(line for line in out.splitlines() if "resnet56-resnet20" in line)
     assert [float(word) for word in re.findall(r"\d\d\.\d\d", row)] == [72.34, 69.06, 70.66, 70.55, 69.84, 71.97]
     assert "16.65" in out
+
+
+def test_networks_that_learn_together_are_in_the_order_of_their_figures():
+    row = _row("cifar100-dcm-mobilenet")
+    assert row[2] == "wrn_28_10 | mobilenet" and "alone 18.72 | 26.30" in row[4]
 
 
 @pytest.mark.parametrize("name", ["cifar100-dcm", "imagenet-dkd-resnet34-resnet18", "cifar100-240-vgg13-vgg8"])

@@ -86,10 +86,11 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     return tckd + 8 * F.kl_div(log_r_s, r_t, reduction="batchmean") * T * T
 
 
-def dist(student: Tensor, teacher: Tensor) -> Tensor:
-    """hunto/DIST_KD; beta, gamma and temperature 1."""
-    p_s, p_t = F.softmax(student, dim=1), F.softmax(teacher.detach(), dim=1)
-    return 2 - _pearson(p_s, p_t).mean() - _pearson(p_s.T, p_t.T).mean()
+def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Tensor:
+    """hunto/DIST_KD."""
+    p_s, p_t = (F.softmax(z / temperature, dim=1) for z in (student, teacher.detach()))
+    rows, columns = 1 - _pearson(p_s, p_t).mean(), 1 - _pearson(p_s.T, p_t.T).mean()
+    return temperature**2 * (beta * rows + gamma * columns)
 
 
 def _pearson(x: Tensor, y: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ PUBLISHED: dict[str, Callable[..., object]] = {
     "kd_loss": _kd,
     "logit_loss": _heads,
     "dkd_loss": lambda student, teacher, target, **_: dkd(student, teacher, target),
-    "dist_loss": lambda student, teacher, **_: dist(student, teacher),
+    "dist_loss": dist,
     "attention_transfer": lambda student, teacher, weight: weight * attention_transfer(student, teacher),
     "factor_distance": _factors,
     "hint_distance": lambda student, teacher, weight: weight * hint(student, teacher),

@@ -47,8 +47,9 @@ def _row(name: str) -> list[str]:
     """One line of the table, from the recipe itself."""
     text = recipe_text(name)
     values = yaml.safe_load(text)
-    others = [values["teacher"]] if "teacher" in values else values["peers"]
-    networks = [network.removeprefix("timm/") for network in (*others, values["student"])]
+    student = values["student"]
+    networks = [values["teacher"], student] if "teacher" in values else [student, *values["peers"]]
+    networks = [network.removeprefix("timm/") for network in networks]
     published = next((line.removeprefix("# Published: ") for line in text.splitlines() if "# Published: " in line), "-")
     link = " -> " if "teacher" in values else " | "
     return [name, values.get("method", "kd"), link.join(networks), str(values["epochs"]), published]

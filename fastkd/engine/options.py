@@ -102,10 +102,11 @@ class TrainOptions:
             raise UserError(f"--opt nesterov needs --momentum above 0, got {self.momentum}")
         if self.sched == "multistep":
             self._check_milestones()
-        if self.reset_momentum and (self.opt not in ("sgd", "nesterov") or not self.drops):
+        if self.reset_momentum and not (self.opt in ("sgd", "nesterov") and self.momentum and self.drops):
             raise UserError(
                 f"--reset-momentum sets the momentum of SGD to zero at each drop, with --sched step or multistep, got "
-                f"--opt {self.opt} --sched {self.sched} --epochs {self.epochs}; --no-reset-momentum turns it off"
+                f"--opt {self.opt} --momentum {self.momentum:g} --sched {self.sched} --epochs {self.epochs}; "
+                "--no-reset-momentum turns it off"
             )
 
     def _check_kinds(self) -> None:

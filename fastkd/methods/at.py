@@ -5,8 +5,8 @@
 
 If the maps of a stage differ in height or width, the larger one is average-pooled to the smaller one first.
 Defaults: ce_weight 1 and attention_weight 1000, as in the code of DKD's comparison; the pooling is from there too.
-Departures: none. As in the authors' code, the maps of a Wide ResNet (pre-activation) are sums before the activation.
-The last one is taken after the final norm and activation (docs/taps.md).
+As in the authors' code, the maps of a Wide ResNet (pre-activation) are sums before the activation.
+Departures: its last map is taken after the final norm and activation (docs/taps.md); in that code it is a sum too.
 """
 
 from collections.abc import Hashable

@@ -13,7 +13,8 @@ error, learning rate 0.1 and weight decay. Ours: IE-KD's encoder for both, with 
 RepDistiller has other factors: attention maps of the two encoders (the mean over channels of the squares), with
 factor_weight 200, a paraphraser with biases and without BatchNorm, its mean squared error, and learning rate 0.01 for
 ResNets.
-Departures: student and translator share one optimizer, with one momentum and weight decay.
+Departures: student and translator share one optimizer, with one momentum and weight decay. The map of a Wide ResNet
+is taken after the final norm and activation (docs/taps.md); in RepDistiller it is the sum before them.
 """
 
 from collections.abc import Hashable

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError, nearest
-from .checkpoint_files import SUFFIXES, read_state_dict
+from .checkpoint_files import FOLDER_FILES, SUFFIXES, read_state_dict
 from .classifier import classifiers_of, reorder_classes
 from .ensemble import Ensemble
 from .nets.mobilenet import CifarMobileNet, CifarMobileNetV2
@@ -129,9 +129,14 @@ def model_names() -> list[str]:
 
 
 def _is_file(weights: str | os.PathLike) -> bool:
-    """True for a path object, a name with a separator or a known suffix, and the name of an existing file or folder."""
+    """True for a path object, a name with a separator or a known suffix, and a name of a file or a folder of weights.
+
+    A folder without weights does not hide "pretrained", or a tag, of the same name.
+    """
     text = os.fspath(weights)
-    return not isinstance(weights, str) or os.sep in text or text.endswith(SUFFIXES) or Path(text).exists()
+    if not isinstance(weights, str) or os.sep in text or text.endswith(SUFFIXES):
+        return True
+    return Path(text).is_file() or any((Path(text) / name).is_file() for name in FOLDER_FILES)
 
 
 def _cifar_net(name: str, num_classes: int) -> nn.Module:

@@ -117,7 +117,7 @@ def _read_folder(folder: Path) -> StateDict:
     if found.suffix != ".json":
         return read_state_dict(found)
     try:
-        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
+        shards = sorted({str(shard) for shard in json.loads(found.read_text())["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{found} is no index of weights: {type(error).__name__}: {error}") from None
     for shard in shards:

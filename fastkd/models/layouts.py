@@ -25,7 +25,7 @@ FUNCTIONAL_WRN = (  # S. Zagoruyko's names, with "." or "-" between them; conv0 
 
 
 class Layout(NamedTuple):
-    """Keys that begin with `prefix`, without it, but for `companions`; then each of `renames` is applied in turn."""
+    """Keys that begin with `prefix`, without it, but for `companions`; then the first of `renames` that matches."""
 
     name: str
     prefix: str = ""
@@ -34,9 +34,10 @@ class Layout(NamedTuple):
 
     def apply(self, table: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The network's part of `table` with the network's keys; empty if the layout does not occur in it."""
-        if not any(key.startswith(self.prefix) for key in table):
+        found = [(_below(self.prefix, key), value) for key, value in table.items() if key.startswith(self.prefix)]
+        inside = dict(found)
+        if len(inside) < len(found):
             return {}
-        inside = {key.removeprefix(self.prefix): value for key, value in table.items() if key.startswith(self.prefix)}
         kept = {key: value for key, value in inside.items() if not (self.companions and re.match(self.companions, key))}
         renamed = {self._renamed(key): value for key, value in kept.items()}
         return renamed if len(renamed) == len(kept) else {}
@@ -49,6 +50,11 @@ class Layout(NamedTuple):
                 key = re.sub(pattern, new, key)
                 break
         return re.sub(r"block@(\d+)", lambda found: f"block{int(found[1]) + 1}", key)
+
+
+def _below(prefix: str, key: str) -> str:
+    """A key without the prefix, nor that of a network inside, which DistributedDataParallel wraps."""
+    return key.removeprefix(prefix).removeprefix("module.") if prefix else key
 
 
 LAYOUTS = (

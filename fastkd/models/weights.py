@@ -46,6 +46,7 @@ class Fit(NamedTuple):
     complaints: list[str]  # as phrases
     faults: int  # keys that are missing, unexpected or different
     classifier: NewClassifier | None  # if the classifier alone differs
+    rest: list[str]  # the complaints that are not about the classifier, if it has another number of classes
 
 
 def copy_weights(model: nn.Module, table: Mapping[str, Tensor], source: str, new_classifier: bool = False) -> list[str]:
@@ -79,16 +80,16 @@ def copy_weights(model: nn.Module, table: Mapping[str, Tensor], source: str, new
 def _fit(model: nn.Module, own: Mapping[str, Tensor], layout: str, table: Mapping[str, Tensor]) -> Fit:
     complaints, faults = _complaints(own, table)
     other = _other_classes(model, own, table) if complaints else None
-    if other and _complaints(own, table, other.keys)[0]:
-        other = None
-    return Fit(layout, table, complaints, faults, other)
+    rest = _complaints(own, table, other.keys)[0] if other else []
+    return Fit(layout, table, complaints, faults, None if rest else other, rest)
 
 
 def _misfit(model: nn.Module, fit: Fit, new_classifier: bool) -> str:
     """Why the nearest layout does not fit."""
     nearest = f" (nearest layout: {fit.layout})" if fit.layout else ""
     hint = f"; {HINT}" if fit.classifier and not new_classifier else ""
-    return f"does not fit this {type(model).__name__}{nearest}: {'; '.join(fit.complaints)}{hint}"
+    words = fit.rest if new_classifier and fit.rest else fit.complaints
+    return f"does not fit this {type(model).__name__}{nearest}: {'; '.join(words)}{hint}"
 
 
 def _note(table: Mapping[str, Tensor], good: Sequence[Fit]) -> str:

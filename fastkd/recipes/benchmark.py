@@ -79,7 +79,7 @@ def _options_of(method: str, pair: tuple[str, str]) -> list[Line]:
             Line("gamma", 2.0, "arXiv:2205.10536: the authors' code"),
         ],
         "rkd": [Line("distance_weight", 25.0, REPDISTILLER), Line("angle_weight", 50.0, REPDISTILLER)],
-        "sp": [Line("similarity_weight", 3000.0, REPDISTILLER)],
+        "sp": [Line("similarity_weight", 3000.0, REPDISTILLER), Line("features", "maps", REPDISTILLER)],
     }.get(method, [])
 
 
@@ -91,7 +91,8 @@ def _lines(method: str, pair: tuple[str, str]) -> Iterable[Line]:
     yield Line("student", student, REPDISTILLER)
     if kind.needs_teacher:
         yield Line("teacher", teacher, REPDISTILLER)
-        yield Line("teacher_epochs", 240, f"{REPDISTILLER}: trained first, by the same schedule")
+        rate = "with the student's lr: RepDistiller's teachers have 0.05" if student in SLOW else "by the same schedule"
+        yield Line("teacher_epochs", 240, f"{'ours' if student in SLOW else REPDISTILLER}: trained first, {rate}")
     known = {option.name for option in fields(kind.Options)}
     terms = method.split("+")
     for term in terms:
@@ -149,6 +150,10 @@ def benchmark_recipe(name: str, method: str) -> str:
         'arXiv:2203.08679), or "ours": fastkd\'s own choice. Options that are not here have their defaults.',
         *textwrap.wrap(f"Published top-1 %: {figures}.", 116),
     ]
+    if pair[1] in SLOW:
+        head.append(
+            f"For the published teacher: --method ce --student {pair[0]} --lr 0.05; then --teacher-weights FILE."
+        )
     body = [f"{line.name}: {_yaml(line.value)}  # {line.source}" for line in _lines(method, pair)]
     return "\n".join([*(f"# {line}" for line in head), *body]) + "\n"
 

@@ -93,7 +93,12 @@ def test_momentum_stays_without_the_option():
 
 @pytest.mark.parametrize(
     "options",
-    [{"opt": "adamw", "sched": "step", "decay_epochs": 3}, {"sched": "cosine"}, {"sched": "step", "decay_epochs": 10}],
+    [
+        {"opt": "adamw", "sched": "step", "decay_epochs": 3},
+        {"sched": "cosine"},
+        {"sched": "step", "decay_epochs": 10},
+        {"opt": "sgd", "momentum": 0.0, "sched": "step", "decay_epochs": 3},
+    ],
 )
 def test_a_reset_that_never_happens_is_an_error(options):
     with pytest.raises(UserError, match="--reset-momentum .*--no-reset-momentum turns it off"):

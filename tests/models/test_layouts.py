@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastkd.errors import UserError
 from fastkd.models import create_model, layout_note_of, load_weights
+from fastkd.models.zoo import hidden_kernels
 
 State = dict[str, Tensor]
 
@@ -123,6 +124,7 @@ LAYOUTS = {  # network, the content of the file by its state dict, a word of the
         "model of a whole distiller or Lightning module; 1 other keys",
     ),
     "Lightning's student": ("resnet8", lambda s: {"state_dict": below("student.", s)}, "student"),
+    "Lightning's student in DDP": ("resnet8", lambda s: {"state_dict": below("student.module.", s)}, "student"),
     "a name of one's own": (
         "resnet8",
         lambda s: {"state_dict": below("classifier.", s)},
@@ -230,7 +232,11 @@ def test_safetensors_by_content(tmp_path):
 @pytest.mark.parametrize("form", ["one file", "shards"])
 def test_a_folder_of_transformers(tmp_path, form):
     """Its names differ from those of the module in this version."""
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
+    with hidden_kernels():  # the test runs beside the folder kernels/
+        import transformers
+
+        transformers.utils.is_kernels_available()
     config = transformers.ViTConfig(
         hidden_size=16,
         num_hidden_layers=1,
@@ -240,7 +246,8 @@ def test_a_folder_of_transformers(tmp_path, form):
         patch_size=16,
         num_labels=7,
     )
-    theirs = transformers.ViTForImageClassification(config).eval()
+    with hidden_kernels():  # the test runs beside the folder kernels/
+        theirs = transformers.ViTForImageClassification(config).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="10KB" if form == "shards" else "5GB")
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 or form == "shards"
     x = torch.randn(2, 3, 32, 32)
@@ -254,11 +261,24 @@ def test_a_folder_of_transformers(tmp_path, form):
     assert fresh.classifier.out_features == 5
 
 
-def test_an_index_that_leaves_its_folder_is_refused(tmp_path):
-    index = {"weight_map": {"a": "../secret.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="files of its own folder alone"):
+@pytest.mark.parametrize(
+    ("name", "words"), [("../secret.safetensors", "files of its own folder alone"), (3, "no weights file .*/3")]
+)
+def test_an_index_that_names_no_file_of_its_folder_is_refused(tmp_path, name, words):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match=words):
         create_model("resnet8", 7, tmp_path)
+
+
+def test_a_folder_without_weights_does_not_hide_a_tag_of_its_name(tmp_path, monkeypatch):
+    """Many keep their downloads in a folder called `pretrained`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained").mkdir()
+    with pytest.raises(UserError, match="'pretrained' is not a file, and 'resnet8' has no pre-trained weights"):
+        create_model("resnet8", 7, "pretrained")
+    net = trained("resnet8")
+    save_file(net.state_dict(), tmp_path / "pretrained" / "model.safetensors")
+    assert torch.equal(create_model("resnet8", 7, "pretrained").fc.weight, net.fc.weight)
 
 
 def test_versions_of_the_modules_reach_their_hooks(tmp_path):
