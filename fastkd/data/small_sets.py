@@ -81,7 +81,7 @@ def side_of(options: "DataOptions", name: str, log: Log = lambda line: None) -> 
         sides = " or ".join(map(str, known.sides))
         raise UserError(
             f"image_size={options.image_size}: the images of {known.title} have {sides} pixels a side and are not "
-            f"resized; drop --image-size"
+            f"resized; give --image-size {known.sides[0]}"
         )
     return options.image_size or known.sides[0]
 
