@@ -133,3 +133,14 @@ def test_the_switch_may_be_written_in_all_ways(fastkd):
     assert yaml.safe_load(fastkd("train", "--config", "f.yaml", "--flip", "--print-config")[1])["flip"] == "on"
     check_refused(fastkd("train", "--flip", "maybe", "--print-config"), "--flip must be one of auto, on, off")
     check_refused(fastkd("train", "--no-flip", "on", "--print-config"), "unknown option '--no-flip'")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--data", "synthetic"], ["--data", "pictures", "--loader", "folder"], ["--data-dir", "x", "--augment", "rrc"]],
+)
+def test_what_a_recipe_augments_can_be_given_up_as_the_error_says(fastkd, given):
+    command = ["train", "--recipe", "cifar100-kd", *given, "--print-config"]
+    status, _, err = fastkd(*command)
+    words = re.search(r"\(over a recipe: (.*?)\)", " ".join(err.split()))[1].split()
+    assert status == 2 and fastkd(*command[:-1], *words, "--print-config")[0] == 0
