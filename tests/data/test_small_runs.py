@@ -8,12 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from refused import check_refused
 
 from fastkd.checkpoint import about_input, read_about
-from fastkd.data import digits, idx
+from fastkd.data import DataOptions, create_loaders, digits, idx
+from fastkd.engine import TrainOptions
+from fastkd.methods.ce import CE
+from fastkd.models import create_model
+from fastkd.train import Trainer
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 TRAIN = ["train", "--method", "ce", "--student", "resnet8", "-b", "32", "--lr", "0.05", "--epochs", "1"]
@@ -108,6 +113,16 @@ def test_weights_are_evaluated_on_small_images_as_they_were_trained(fastkd):
     assert fastkd("train", "--out", "kept", "--resume", "--data", "set")[0] == 0
     refused = fastkd("train", "--out", "kept", "--resume", "--data", "set", "--loader", "folder", "--epochs", "1")
     check_refused(refused, "by the 'resident' loader", "resume with loader='resident'")
+
+
+def test_weights_of_a_program_are_evaluated_on_small_images_as_they_were_trained(fastkd):
+    write_folder(Path("set"), 16)
+    loaders = create_loaders(DataOptions(data="set", batch_size=4, workers=0), torch.device("cpu"))
+    options = TrainOptions(epochs=1, lr=0.1, device="cpu", out="run")
+    (row,) = Trainer(CE(create_model("resnet8", 2)), *loaders, options, {"student": "resnet8"}).fit().history
+    status, out, err = fastkd("eval", "--weights", "run/student.safetensors", "--data", "set", "--workers", "1")
+    out = out.partition("as in training")[2]  # what eval printed
+    assert status == 0 and "kept in memory" in out and f"{row['val_loss']:.4f}" in out, err
 
 
 def test_the_digits_are_evaluated_with_the_normalisation_of_the_training(fastkd, monkeypatch):
