@@ -8,7 +8,7 @@
 resnet20 teaches resnet8; peers are resnet8. Each method has its default options. Of Fashion-MNIST, the first 1,800
 images of each class are for training; all 10,000 test images are evaluated, once, after the last epoch. The schedule is
 that of the CIFAR-100 benchmark (batch 64, SGD at 0.05, a tenth of it at 5/8, 6/8 and 7/8 of the run; RepDistiller),
-over 8 epochs, which are 2,250 steps. `--data digits` takes the embedded digits with the recipe `digits`.
+over 8 epochs, which are 2,256 steps. `--data digits` takes the embedded digits with the recipe `digits`.
 
 All methods of a seed share one teacher; their students start with the same weights and see the same batches. --jobs 2
 runs two processes of one thread each on two cores: one process with two threads needs 38 % more CPU time. Each finished

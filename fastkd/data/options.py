@@ -149,7 +149,10 @@ def _check_augmentation(options: DataOptions) -> None:
     if kind in ("rrc", "none"):
         for name, unset in (("pad", -1), ("pad_mode", "auto")):
             if getattr(options, name) != unset:
-                raise UserError(f"{name}={getattr(options, name)!r} is for augment='pad-crop', and augment={kind!r}")
+                value = getattr(options, name)
+                raise UserError(
+                    f"{name}={value!r} is for augment='pad-crop', and augment={kind!r}: drop one of the two"
+                )
     if kind == "none" and options.flip == "on":
         raise UserError("flip='on' and augment='none': augment='pad-crop' with pad=0 mirrors alone")
     if options.loader in ("dali", "folder") and (given := needs_resident(options)):

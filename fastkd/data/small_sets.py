@@ -81,9 +81,26 @@ def side_of(options: "DataOptions", name: str, log: Log = lambda line: None) -> 
         sides = " or ".join(map(str, known.sides))
         raise UserError(
             f"image_size={options.image_size}: the images of {known.title} have {sides} pixels a side and are not "
-            f"resized; drop --image-size"
+            f"resized; give --image-size {known.sides[0]}"
         )
     return options.image_size or known.sides[0]
+
+
+def unusual_normalisation(options: "DataOptions", known: SmallSet) -> str:
+    """A line to log if the given mean or std is another data set's, as from a recipe; "" if not.
+
+    Numbers within 0.01 of the set's own are the same ones, rounded otherwise.
+    """
+    other = [
+        f"--{name} {_words(given)} (its own is {_words(own)})"
+        for name, given, own in (("mean", options.mean, known.mean), ("std", options.std, known.std))
+        if given and any(abs(value - usual) > 0.01 for value, usual in zip(given, own, strict=True))
+    ]
+    return f"data: {known.title} is normalised with {' and '.join(other)}" if other else ""
+
+
+def _words(numbers: tuple[float, ...]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 def augmentation_of(options: "DataOptions", side: int, pad_mode: Padding, flip: bool) -> Augmentation:
@@ -118,15 +135,12 @@ def _bordered(images_NHWC: Tensor, width: int) -> Tensor:
 
 
 def download(name: str, data_dir: str, parts: tuple[str, ...], log: Log) -> str:
-    """Download the files of a set unless all `parts` ("train", "val") are there; with torchvision, which checks the MD5.
+    """Download the files of a set unless all `parts` (train, val) are there; with torchvision, which checks their MD5.
 
     Gives the reason if it did not work, in one line, or an empty string.
     """
-    if name in cifar.SETS:
-        found = [cifar.find(data_dir, name)]
-    else:
-        found = [idx.find(data_dir, name, part == "train") for part in parts]
-    if all(found):
+    is_cifar = name in cifar.SETS
+    if all(cifar.find(data_dir, name) if is_cifar else idx.find(data_dir, name, part == "train") for part in parts):
         return ""
     import socket
 

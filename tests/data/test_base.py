@@ -3,8 +3,9 @@
 from itertools import product
 
 import pytest
+import torch
 
-from fastkd.data.base import derived_seed, epoch_of, epoch_order, evaluation_slices, training_slices
+from fastkd.data.base import derived_seed, epoch_of, epoch_order, evaluation_slices, input_of, training_slices
 from fastkd.errors import UserError
 
 CASES = [(n, b, w) for n, b, w in product(range(1, 48), range(2, 9), range(1, 6))]
@@ -60,3 +61,11 @@ def test_a_state_of_another_loader_is_refused():
     with pytest.raises(UserError, match="'dali' loader and this run uses 'folder'"):
         epoch_of({"loader": "dali", "epoch": 3}, "folder")
     assert epoch_of({"loader": "folder", "epoch": 3}, "folder") == 3
+
+
+def test_a_callers_loader_may_have_its_mean_as_a_tensor():
+    class Own:
+        image_size, mean, std = 32, torch.zeros(3), torch.ones(3).numpy()
+
+    assert input_of(Own(), {}) == {"image_size": 32, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    assert input_of(object(), {"image_size": 0, "mean": (), "std": (0.5,) * 3}) == {"std": (0.5,) * 3}
