@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from ..errors import UserError
 from ..parser import run_parser
 from ..recipes import recipe_names, recipe_text
 from ..recipes.benchmark import PAIRS, published
@@ -33,11 +34,19 @@ def run(arguments: list[str]) -> None:
     """The command: the table of all recipes, or the text of one."""
     config: Any = run_parser(make_dataclass("Recipes", [("recipes", RecipesOptions)]), arguments, "fastkd recipes")
     options: RecipesOptions = config.recipes
+    if options.method and options.show not in PAIRS:
+        raise UserError(
+            f"--method {options.method} chooses what --show cifar100-240-TEACHER-STUDENT prints, and --show is "
+            f"{options.show!r}: drop --method, or show a pair"
+        )
     if options.show:
         print(recipe_text(options.show, options.method), end="")
         return
-    rows = [_row(name) for name in recipe_names() if name not in PAIRS]
-    show_table(["recipe", "method", "networks", "epochs", "published"], rows, whole=1)
+    papers = [name for name in recipe_names() if name not in PAIRS]
+    show_table(["recipe", "method", "networks", "epochs"], [_row(name) for name in papers], whole=1)
+    for name in papers:
+        if figures := _published(name):
+            log_rank0(f"{name}, published: {figures}")
     log_rank0(ABOVE_PAIRS)
     show_table(["PAIR", *FIGURES.values()], [_figures(name) for name in PAIRS], numbers=len(FIGURES), whole=1)
     log_rank0(NOTE)
@@ -45,14 +54,18 @@ def run(arguments: list[str]) -> None:
 
 def _row(name: str) -> list[str]:
     """One line of the table, from the recipe itself."""
-    text = recipe_text(name)
-    values = yaml.safe_load(text)
+    values = yaml.safe_load(recipe_text(name))
     student = values["student"]
     networks = [values["teacher"], student] if "teacher" in values else [student, *values["peers"]]
     networks = [network.removeprefix("timm/") for network in networks]
-    published = next((line.removeprefix("# Published: ") for line in text.splitlines() if "# Published: " in line), "-")
     link = " -> " if "teacher" in values else " | "
-    return [name, values.get("method", "kd"), link.join(networks), str(values["epochs"]), published]
+    return [name, values.get("method", "kd"), link.join(networks), str(values["epochs"])]
+
+
+def _published(name: str) -> str:
+    """The published figures in the head of a recipe; "" if it has none."""
+    lines = recipe_text(name).splitlines()
+    return next((line.removeprefix("# Published: ") for line in lines if line.startswith("# Published: ")), "")
 
 
 def _figures(name: str) -> list[str]:

@@ -112,13 +112,15 @@ def _named_loaders(
         from .synthetic import create_synthetic
 
         return create_synthetic(options.for_large_images(), device, shard)
-    from .small_sets import SMALL_SETS, download, read_small_set, side_of
+    from .small_sets import SMALL_SETS, download, read_small_set, side_of, unusual_normalisation
 
     known, side = SMALL_SETS[options.data], side_of(options, options.data, log)
     if options.download:
         problem = download(options.data, options.data_dir, parts, log) if shard.rank == 0 else ""
         if problem := _first_problem(gather(problem)):
             raise UserError(problem)
+    if "train" in parts and (line := unusual_normalisation(options, known)):
+        log(line)
     options = replace(options, image_size=side).sized(side, known.mean, known.std)
     sets = {}
     for part in parts:

@@ -86,6 +86,23 @@ def side_of(options: "DataOptions", name: str, log: Log = lambda line: None) -> 
     return options.image_size or known.sides[0]
 
 
+def unusual_normalisation(options: "DataOptions", known: SmallSet) -> str:
+    """A line to log if the given mean or std is another data set's, as from a recipe; "" if not.
+
+    Numbers within 0.01 of the set's own are the same ones, rounded otherwise.
+    """
+    other = [
+        f"--{name} {_words(given)} (its own is {_words(own)})"
+        for name, given, own in (("mean", options.mean, known.mean), ("std", options.std, known.std))
+        if given and any(abs(value - usual) > 0.01 for value, usual in zip(given, own, strict=True))
+    ]
+    return f"data: {known.title} is normalised with {' and '.join(other)}" if other else ""
+
+
+def _words(numbers: tuple[float, ...]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
+
+
 def augmentation_of(options: "DataOptions", side: int, pad_mode: Padding, flip: bool) -> Augmentation:
     """What the options say for images of `side` pixels. `pad_mode` and `flip` hold where they say nothing."""
     kind = "pad-crop" if options.augment == "auto" else options.augment

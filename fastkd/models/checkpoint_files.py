@@ -149,7 +149,8 @@ def _read(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         marks = ("GLOBAL", "Unsupported", "Can only")  # of the line in torch's long message that names the object
-        lines = [line.strip()[:160] for line in str(error).splitlines() if any(mark in line for mark in marks)]
+        lines = [line.strip() for line in str(error).splitlines() if any(mark in line for mark in marks)]
+        lines = [line.partition(". Please use ")[0][:240] for line in lines]  # without advice to allow the object
         raise UserError(
             f"{path} is damaged or holds more than tensors ({lines[0] if lines else 'no detail'}) and was refused; "
             "none of its code was run: save model.state_dict(), or a .safetensors file"

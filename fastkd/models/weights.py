@@ -98,8 +98,9 @@ def _note(table: Mapping[str, Tensor], good: Sequence[Fit]) -> str:
     if good[0].layout:
         left = len(table) - len(good[0].table)
         parts.append(f"layout: {good[0].layout}" + (f"; {left} other keys are left out" if left else ""))
-    others = [fit.layout for fit in good[1:] if fit.layout and len(fit.table) == len(good[0].table)]
-    return "; ".join(parts + [f"{others[0]} would fit too" for _ in others[:1] if good[0].layout])
+    chosen = good[0].table  # another layout matters if it would load other tensors
+    others = [fit.layout for fit in good[1:] if any(chosen.get(name) is not new for name, new in fit.table.items())]
+    return "; ".join(parts + [f"{other} would fit too" for other in others[:1] if good[0].layout])
 
 
 def layout_note_of(net: nn.Module) -> str:

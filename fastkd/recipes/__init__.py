@@ -50,6 +50,8 @@ def read_recipe(name: str, given: Mapping[str, Any], log: Callable[[str], None])
         scaled[time] = [number * factor for number in numbers]
         before, after = (" ".join(f"{number:.3g}" for number in each) for each in (numbers, scaled[time]))
         changes.append(f"{time} {before} -> {after}")
+    if values.get("teacher_epochs") and not {"teacher_epochs", "teacher_weights"} & given.keys():
+        changes.append(f"--teacher-epochs {values['teacher_epochs']} is not changed")
     log(f"recipe {name}, made for {values['epochs']} epochs, over {epochs}: {', '.join(changes)}")
     return values | scaled
 

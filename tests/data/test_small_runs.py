@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from refused import check_refused
 
 from fastkd.checkpoint import about_input, read_about
-from fastkd.data import DataOptions, create_loaders, digits, idx
+from fastkd.data import DataOptions, create_eval_loader, create_loaders, digits, idx
 from fastkd.engine import TrainOptions
 from fastkd.methods.ce import CE
 from fastkd.models import create_model
@@ -74,6 +75,25 @@ def test_fashion_mnist_is_trained_on_resumed_and_evaluated(fastkd, fashion):
     )
     check_refused(fastkd("eval", "--weights", "alone.safetensors"), "data='fashion-mnist' needs data_dir")
     assert fastkd("eval", "--weights", "alone.safetensors", "--data-dir", "moved")[0] == 0
+
+
+def test_the_normalisation_of_another_set_is_said(fashion):
+    """As a recipe for CIFAR-100 gives it: Fashion-MNIST with it is trained on, but not silently."""
+    options = DataOptions(data="fashion-mnist", data_dir=str(fashion), mean=(0.5071, 0.4867, 0.4408), std=(0.353,) * 3)
+    for given, count in (
+        (options, 1),
+        (replace(options, mean=(0.2861, 0.2859, 0.286)), 0),
+        (replace(options, mean=()), 0),
+    ):
+        lines: list[str] = []
+        create_loaders(given, torch.device("cpu"), log=lines.append)
+        said = [line for line in lines if "normalised with" in line]
+        assert len(said) == count, lines
+        assert all("--mean 0.5071 0.4867 0.4408 (its own is 0.286 0.286 0.286)" in line for line in said)
+        assert "--std" not in "".join(said)
+    lines = []
+    create_eval_loader(options, torch.device("cpu"), log=lines.append)
+    assert "normalised" not in "".join(lines)  # it is as in training, which has said it
 
 
 def test_weights_of_other_classes_are_refused(fastkd, fashion):

@@ -213,6 +213,16 @@ def test_both_parts_of_a_distiller_may_fit(tmp_path):
     assert "teacher of a whole distiller or Lightning module would fit too" in layout_note_of(net)
 
 
+def test_two_names_of_one_layout_are_no_choice(tmp_path):
+    """The same tensors under the same keys: there is nothing to warn of."""
+    state = trained("resnet8").state_dict()
+    torch.save({"state_dict": below("model.", state)}, tmp_path / "net.ckpt")
+    torch.save({"params": dict(state) | {"ep1_fc.weight": torch.ones(2)}}, tmp_path / "net.pt7")
+    for name, words in (("net.ckpt", "layout: model of a whole"), ("net.pt7", "layout: DCM's code")):
+        note = layout_note_of(create_model("resnet8", 7, tmp_path / name))
+        assert words in note and "would fit too" not in note
+
+
 def test_a_new_classifier_with_a_layout(tmp_path):
     net = trained("resnet8")
     table = renamed(net.state_dict(), (r"downsample\.", "shortcut."), (r"^fc\.", "linear."))
