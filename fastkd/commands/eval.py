@@ -114,7 +114,7 @@ def _noted_input(about: dict[str, Any], typed: dict[str, str], weights: Path) ->
     noted = {name: value for name, value in images.items() if name not in typed and name != "resident"}
     if not {"data", "data_dir"} & typed.keys() and "data" not in noted and about.get("data"):
         place = _trained_with(weights, "data")
-        noted |= {"data": place} if place not in NAMES and Path(place).is_dir() else {}
+        noted |= {"data": place} if place and place not in NAMES and Path(place).is_dir() else {}
     data = typed.get("data") or noted.get("data", "digits")
     if data == "digits":  # they have one size
         return {name: noted[name] for name in ("mean", "std") if name in noted}
