@@ -278,10 +278,12 @@ def _about_checkpoint(path: Path) -> dict:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal; empty if there is no such file."""
-    if not path.is_file():
-        return ""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """The SHA-256 of a file's content, in hexadecimal; of a folder, that of the weights files in it; else empty."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    files = sorted(file for kind in ("*.safetensors", "*.bin") for file in path.glob(kind))
+    hashes = "".join(f"{file.name} {sha256_of(file)}\n" for file in files)
+    return hashlib.sha256(hashes.encode()).hexdigest() if files else ""
 
 
 def new_folder(stem: str) -> Path:

@@ -278,3 +278,5 @@ def test_a_method_is_for_the_pairs(fastkd):
     status, out, _ = fastkd("recipes", "--show", "cifar100-240-vgg13-vgg8", "--method", "dkd+at")
     assert status == 0 and "dkd_beta: 6.0" in out and "at_attention_weight: 1000.0" in out
     check_refused(fastkd("recipes", "--show", "cifar100-240-vgg13-vgg8", "--method", "kdd"), "'kdd'")
+    check_refused(fastkd("recipes", "--show", "cifar100-dcm", "--method", "kd"), "drop --method")
+    check_refused(fastkd("recipes", "--method", "kd"), "drop --method")

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from ..errors import UserError
 from ..parser import run_parser
 from ..recipes import recipe_names, recipe_text
 from ..recipes.benchmark import PAIRS, published
@@ -33,6 +34,11 @@ def run(arguments: list[str]) -> None:
     """The command: the table of all recipes, or the text of one."""
     config: Any = run_parser(make_dataclass("Recipes", [("recipes", RecipesOptions)]), arguments, "fastkd recipes")
     options: RecipesOptions = config.recipes
+    if options.method and options.show not in PAIRS:
+        raise UserError(
+            f"--method {options.method} chooses what --show cifar100-240-TEACHER-STUDENT prints, and --show is "
+            f"{options.show!r}: drop --method, or show a pair"
+        )
     if options.show:
         print(recipe_text(options.show, options.method), end="")
         return

@@ -5,8 +5,8 @@
 The regressor r brings the student's map to the teacher's shape. Its convolution is 1x1 if the maps are equally large,
 3x3 with stride 2 or a transposed 4x4 if one is twice as large as the other, else as large as the difference plus 1.
 Defaults: ce_weight 1, hint_weight 100, the second of three stages and the regressor, as in RepDistiller.
-Departures: one phase, as there; the original has two, first the hint and then the logits. Ours: the regressor starts
-from He initialisation, and its convolution has no bias, which the BatchNorm would take away.
+Departures: one phase, as there; the original has two, first the hint and then the logits. Ours: the convolution starts
+from He initialisation (a transposed one from torch's), and has no bias, which the BatchNorm would take away.
 """
 
 from collections.abc import Hashable

@@ -58,6 +58,16 @@ def test_two_teachers(fastkd, few_digits):
     assert "one teacher" in refused(fastkd("train", *given, "--method", "iekd"))
 
 
+def test_a_teacher_from_a_folder_of_weights_counts_by_their_content(fastkd, few_digits):
+    Path("folder").mkdir()
+    save_network(Path("folder/model.safetensors"), create_model("resnet8", 10), {})
+    given = [*QUICK, "--teacher", "resnet8", "--teacher-weights", "folder"]
+    assert "fine-tuning it" in ok(fastkd("train", *given, "--out", "first"))
+    assert "trained before" in ok(fastkd("train", *given, "--out", "again"))
+    save_network(Path("folder/model.safetensors"), create_model("resnet8", 10), {})
+    assert "fine-tuning it" in ok(fastkd("train", *given, "--out", "other"))
+
+
 def test_the_mean_has_the_temperature_of_a_sums_methods():
     nets = [create_model("resnet8", 3), create_model("resnet8", 3)]
     assert teacher_of(nets, two_teachers("kd+sp", "--kd-temperature", "3")).temperature == 3

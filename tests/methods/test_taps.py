@@ -6,6 +6,7 @@ import torch
 from fastkd import create_model
 from fastkd.methods import METHODS
 from fastkd.methods.forwards import ForwardCache
+from fastkd.models import tapped
 
 NAMES = ["wrn_16_2", "mobilenetv2", "vgg13"]
 
@@ -130,3 +131,13 @@ def test_the_student_of_iakd_has_the_same_last_map(images):
     logits, maps = path.features(images)
     torch.testing.assert_close(maps[-1], wide_resnet(nets[0], images)[0][-1])
     assert torch.equal(logits, nets[0](images))
+
+
+@pytest.mark.parametrize("name", ["torchvision/mobilenet_v2", "torchvision/efficientnet_b0", "timm/efficientnet_b0"])
+def test_a_network_of_a_library_has_its_last_map_after_the_final_activation(name):
+    """torchvision's efficientnet_b0 and timm's are one network, so their maps have to be alike."""
+    net = create_model(name, 5, image_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    logits, maps = tapped(net).features(images)
+    torch.testing.assert_close(net.classifier(maps[-1].mean((2, 3))), logits)
+    assert torch.equal(logits, net(images)) and maps[-1].shape == (2, 1280, 1, 1)

@@ -184,7 +184,9 @@ FAMILIES: dict[str, Family] = {  # by name, so that neither library is imported 
         "", _features_by_resolution, "AvgPool Flatten classifier", final=1
     ),
     "torchvision.models.mobilenetv3.MobileNetV3": Family("", _features_by_resolution, "avgpool Flatten classifier"),
-    "torchvision.models.efficientnet.EfficientNet": Family("", _features_by_resolution, "avgpool Flatten classifier"),
+    "torchvision.models.efficientnet.EfficientNet": Family(
+        "", _features_by_resolution, "avgpool Flatten classifier", final=1
+    ),
     "torchvision.models.regnet.RegNet": Family("stem", lambda m: list(m.trunk_output), "avgpool Flatten fc"),
     "torchvision.models.convnext.ConvNeXt": Family("features.0", _torchvision_convnext, "avgpool classifier"),
     "torchvision.models.vgg.VGG": Family("", _features_by_pool, "avgpool Flatten classifier"),
