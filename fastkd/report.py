@@ -32,7 +32,7 @@ This folder holds one run of fastkd. FOLDER stands for its path.
     curves.png            The history as a picture. It is drawn at the end of the run.
     last.pt               The state after the last finished epoch. Continue: fastkd train --out FOLDER --resume
     best.pt               The state after the epoch with the best accuracy.
-                          Evaluate it: fastkd eval --weights FOLDER/best.pt --model NAME
+                          Evaluate it: fastkd eval --weights FOLDER/best.pt
     student.safetensors   The student after the last epoch.
                           Evaluate it: fastkd eval --weights FOLDER/student.safetensors
     teacher/, alone/      The runs that trained the teacher and the student alone, if this run needed them.
