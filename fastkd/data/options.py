@@ -152,9 +152,7 @@ def _check_augmentation(options: DataOptions) -> None:
     if kind in ("rrc", "none"):
         if name := next((name for name in ("pad", "pad_mode") if getattr(options, name) != UNSET[name]), ""):
             value, over = getattr(options, name), f"over a recipe: --pad {UNSET['pad']} --pad-mode {UNSET['pad_mode']}"
-            raise UserError(
-                f"{name}={value!r} is for augment='pad-crop', and augment={kind!r}: drop one of the two ({over})"
-            )
+            raise UserError(f"{name}={value!r} is for augment='pad-crop', and augment={kind!r}: drop it ({over})")
     if kind == "none" and options.flip == "on":
         raise UserError("flip='on' and augment='none': augment='pad-crop' with pad=0 mirrors alone")
     if options.loader in ("dali", "folder") and (given := needs_resident(options)):
