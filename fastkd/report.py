@@ -32,7 +32,7 @@ This folder holds one run of fastkd. FOLDER stands for its path.
     curves.png            The history as a picture. It is drawn at the end of the run.
     last.pt               The state after the last finished epoch. Continue: fastkd train --out FOLDER --resume
     best.pt               The state after the epoch with the best accuracy.
-                          Evaluate it: fastkd eval --weights FOLDER/best.pt --model NAME
+                          Evaluate it: fastkd eval --weights FOLDER/best.pt
     student.safetensors   The student after the last epoch.
                           Evaluate it: fastkd eval --weights FOLDER/student.safetensors
     teacher/, alone/      The runs that trained the teacher and the student alone, if this run needed them.
@@ -54,7 +54,7 @@ class Report:
     """Prints the epochs of a run and writes its folder. Only rank 0 prints and writes.
 
     config: the options of the training. about: further options for config.yaml. data: a description of the data set.
-    image: size, mean and std of the images that the networks take.
+    image: of the images that the networks take: size, mean, std, and whether they are resident (see `input_of`).
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Report:
         for name, net in networks.items():
             about = self.about | {"model": self.models.get(name, "")}
             if isinstance(net, OwnInput):
-                about["input"] = net.wanted.as_dict()
+                about["input"] = self.about["input"] | net.wanted.as_dict()
             checkpoint.save_network(self.out / f"{name}.safetensors", plain_network(net), about)
         self._draw(history)
         if self.board:

@@ -58,6 +58,18 @@ def test_the_held_out_images_are_evaluated(fastkd, trained, weights):
     assert score(fastkd, trained, "--data", trained / "tree", "--val-fraction", "0")[1] == 32
 
 
+@pytest.mark.parametrize(
+    ("weights", "elsewhere"), [("student.safetensors", "evaluated on the digits"), ("best.pt", "give --model NAME")]
+)
+def test_the_folder_of_the_run_is_evaluated_without_data(fastkd, trained, tmp_path, monkeypatch, weights, elsewhere):
+    monkeypatch.chdir(trained)
+    top1, images, out = score(fastkd, trained, weights=weights)
+    assert top1 > 80 and images == 8 and "--data tree" in out and "--val-fraction 0.25" in out
+    assert score(fastkd, trained, "--val-fraction", "0", weights=weights)[1] == 32
+    shutil.copy(trained / "r" / weights, tmp_path / weights)  # no config.yaml beside it
+    check_refused(fastkd("eval", "--weights", tmp_path / weights), elsewhere)
+
+
 def test_the_same_names_in_another_order_go_together(fastkd, trained, monkeypatch):
     """Folders are always sorted, so that only the note can have another order."""
     from fastkd import checkpoint

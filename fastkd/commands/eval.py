@@ -106,16 +106,20 @@ def _about(weights: Path, model: str) -> dict[str, Any]:
 def _noted_input(about: dict[str, Any], typed: dict[str, str], weights: Path) -> dict[str, Any]:
     """The options of the images that a weights file notes, where the command line has none.
 
-    The files of a data set that has a name are where they were in training, unless --data-dir is given.
+    Without --data, a run's weights are evaluated on the run's folder of images, if it is there. The files of a data set
+    that has a name are where they were in training, unless --data-dir is given.
     What was held out of another folder does not matter for one with a val/, or if --val-fraction is given.
     """
     images = about.get("input", {})
     noted = {name: value for name, value in images.items() if name not in typed and name != "resident"}
+    if not {"data", "data_dir"} & typed.keys() and "data" not in noted and about.get("data"):
+        place = _trained_with(weights, "data")
+        noted |= {"data": place} if place and place not in NAMES and Path(place).is_dir() else {}
     data = typed.get("data") or noted.get("data", "digits")
     if data == "digits":  # they have one size
         return {name: noted[name] for name in ("mean", "std") if name in noted}
     same = data in WITH_FILES and data == images.get("data")
-    if same and "data_dir" not in typed and (place := _data_dir_of(weights)):
+    if same and "data_dir" not in typed and (place := _trained_with(weights, "data_dir")):
         noted["data_dir"] = place
     split = [name for name in ("val_fraction", "split_seed") if name in noted]
     if split and (data in NAMES or "val_fraction" in typed or "val" in parts_of(data)):
@@ -123,13 +127,13 @@ def _noted_input(about: dict[str, Any], typed: dict[str, str], weights: Path) ->
     return noted
 
 
-def _data_dir_of(weights: Path) -> str:
-    """The option data_dir in the config.yaml beside a weights file; empty if there is none."""
+def _trained_with(weights: Path, option: str) -> str:
+    """The value of an option in the config.yaml beside a weights file; empty if there is none."""
     try:
         options = yaml.safe_load((weights.parent / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return ""
-    return str(options.get("data_dir", "")) if isinstance(options, dict) else ""
+    return str(options.get(option) or "") if isinstance(options, dict) else ""
 
 
 def _network_of(weights: Path) -> str:

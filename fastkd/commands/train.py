@@ -79,9 +79,10 @@ class Job:
         )
         check_unlabelled(kind, config, self.train_loader)
         self.first_epoch = self.train_loader.state_dict()
-        images = InputSpec.of(input_of(self.train_loader, {}))
+        noted = input_of(self.train_loader, {})
+        images = InputSpec.of(noted)
         assert images is not None  # all of our loaders have a size and a normalisation
-        if getattr(self.train_loader, "name", "") == "resident":
+        if noted.get("resident"):
             config = replace(config, data=replace(config.data, loader="resident"))
         config = replace(config, data=replace(config.data, **vars(images)))  # so that config.yaml says what was used
         self.config = replace(config, networks=names)

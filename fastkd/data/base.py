@@ -111,10 +111,12 @@ def describe(loader: Loader) -> dict[str, Any]:
 def input_of(loader: Loader, options: Mapping[str, Any]) -> dict[str, Any]:
     """The loader's image_size, mean and std where it has them, as all of ours do; else those of `options`.
 
-    A loader of the caller may have them as tensors or arrays: they become lists, as they are written to files.
+    `resident` is True for images that were kept in memory at their own size. A loader of the caller may have tensors or
+    arrays: they become lists, as they are written to files.
     """
     values: dict[str, Any] = {name: getattr(loader, name, options.get(name)) for name in ("image_size", "mean", "std")}
     plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in values.items()}
+    plain["resident"] = getattr(loader, "name", "") == "resident"
     return {name: value for name, value in plain.items() if value}
 
 

@@ -15,6 +15,9 @@ Padding = Literal["reflect", "zeros"]
 Switch = Literal["auto", "on", "off"]
 CHOICES: dict[str, Any] = {"loader": LoaderName, "augment": AugmentName, "pad_mode": PadMode, "flip": Switch}
 
+UNSET: dict[str, Any] = {"augment": "auto", "pad": -1, "pad_mode": "auto", "flip": "auto"}  # of the augmentation
+OVER_RECIPE = "over a recipe: " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in UNSET.items())
+
 WITH_FILES = ("cifar10", "cifar100", "fashion-mnist", "mnist")  # data sets by name; their files are in data_dir
 NAMES = (*WITH_FILES, "digits", "synthetic")  # any other `data` is a folder
 
@@ -145,27 +148,24 @@ def _check_augmentation(options: DataOptions) -> None:
     """The options that contradict each other, whatever the images are."""
     kind = options.augment
     if options.data == "synthetic" and changes_augmentation(options):
-        raise UserError(f"{changes_augmentation(options)}: data='synthetic' is not augmented; drop it")
+        raise UserError(f"{changes_augmentation(options)}: data='synthetic' is not augmented; drop it ({OVER_RECIPE})")
     if kind in ("rrc", "none"):
-        for name, unset in (("pad", -1), ("pad_mode", "auto")):
-            if getattr(options, name) != unset:
-                value = getattr(options, name)
-                raise UserError(
-                    f"{name}={value!r} is for augment='pad-crop', and augment={kind!r}: drop one of the two"
-                )
+        if name := next((name for name in ("pad", "pad_mode") if getattr(options, name) != UNSET[name]), ""):
+            value, over = getattr(options, name), f"over a recipe: --pad {UNSET['pad']} --pad-mode {UNSET['pad_mode']}"
+            raise UserError(f"{name}={value!r} is for augment='pad-crop', and augment={kind!r}: drop it ({over})")
     if kind == "none" and options.flip == "on":
         raise UserError("flip='on' and augment='none': augment='pad-crop' with pad=0 mirrors alone")
     if options.loader in ("dali", "folder") and (given := needs_resident(options)):
         raise UserError(
             f"{given} is for images in memory, and loader={options.loader!r} decodes and crops them at random "
-            "(augment='rrc', with flip): drop it, or leave loader at 'auto' for a folder of images of up to 64 pixels"
+            f"(augment='rrc', with flip): drop it ({OVER_RECIPE}), or leave loader at 'auto' "
+            "for a folder of images of up to 64 pixels"
         )
 
 
 def changes_augmentation(options: DataOptions) -> str:
     """The first option of the augmentation that is given, such as "pad=2"; "" if there is none."""
-    unset = {"augment": "auto", "pad": -1, "pad_mode": "auto", "flip": "auto"}
-    given = [name for name, value in unset.items() if getattr(options, name) != value]
+    given = [name for name, value in UNSET.items() if getattr(options, name) != value]
     return f"{given[0]}={getattr(options, given[0])!r}" if given else ""
 
 

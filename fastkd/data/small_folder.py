@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from .decode import decode
-from .options import needs_resident
+from .options import OVER_RECIPE, needs_resident
 from .resident import ResidentSet
 from .scan import Split
 from .walk import shown
@@ -58,7 +58,7 @@ def read_small_folder(
     if asked:
         raise UserError(
             f"{asked} is for squares of one size, of at most {LARGEST} pixels, that are kept in memory; {reason}: drop "
-            "it, or resize the images"
+            f"it ({OVER_RECIPE}), or resize the images"
         )
     if side <= LARGEST:
         log(f"data: the images are decoded in every epoch and resized ({reason})")

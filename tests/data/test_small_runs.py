@@ -16,6 +16,10 @@ from refused import check_refused
 
 from fastkd.checkpoint import about_input, read_about
 from fastkd.data import DataOptions, create_eval_loader, create_loaders, digits, idx
+from fastkd.engine import TrainOptions
+from fastkd.methods.ce import CE
+from fastkd.models import create_model
+from fastkd.train import Trainer
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 TRAIN = ["train", "--method", "ce", "--student", "resnet8", "-b", "32", "--lr", "0.05", "--epochs", "1"]
@@ -131,6 +135,16 @@ def test_weights_are_evaluated_on_small_images_as_they_were_trained(fastkd):
     check_refused(refused, "by the 'resident' loader", "resume with loader='resident'")
 
 
+def test_weights_of_a_program_are_evaluated_on_small_images_as_they_were_trained(fastkd):
+    write_folder(Path("set"), 16)
+    loaders = create_loaders(DataOptions(data="set", batch_size=4, workers=0), torch.device("cpu"))
+    options = TrainOptions(epochs=1, lr=0.1, device="cpu", out="run")
+    (row,) = Trainer(CE(create_model("resnet8", 2)), *loaders, options, {"student": "resnet8"}).fit().history
+    status, out, err = fastkd("eval", "--weights", "run/student.safetensors", "--data", "set", "--workers", "1")
+    out = out.partition("as in training")[2]  # what eval printed
+    assert status == 0 and "kept in memory" in out and f"{row['val_loss']:.4f}" in out, err
+
+
 def test_the_digits_are_evaluated_with_the_normalisation_of_the_training(fastkd, monkeypatch):
     images, target = digits.read_digits()
     monkeypatch.setattr(digits, "read_digits", lambda: (images[:200], target[:200]))
@@ -154,3 +168,14 @@ def test_the_switch_may_be_written_in_all_ways(fastkd):
     assert yaml.safe_load(fastkd("train", "--config", "f.yaml", "--flip", "--print-config")[1])["flip"] == "on"
     check_refused(fastkd("train", "--flip", "maybe", "--print-config"), "--flip must be one of auto, on, off")
     check_refused(fastkd("train", "--no-flip", "on", "--print-config"), "unknown option '--no-flip'")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--data", "synthetic"], ["--data", "pictures", "--loader", "folder"], ["--data-dir", "x", "--augment", "rrc"]],
+)
+def test_what_a_recipe_augments_can_be_given_up_as_the_error_says(fastkd, given):
+    command = ["train", "--recipe", "cifar100-kd", *given, "--print-config"]
+    status, _, err = fastkd(*command)
+    words = re.search(r"\(over a recipe: (.*?)\)", " ".join(err.split()))[1].split()
+    assert status == 2 and fastkd(*command[:-1], *words, "--print-config")[0] == 0
