@@ -16,7 +16,7 @@ class NetworkOptions:
     teacher: tuple[str, ...] = ("timm/resnet50",)
     """The teacher: a name as for the student. Several names: the student learns from the mean of their predictions."""
     teacher_weights: tuple[str, ...] = ()
-    """The weights of each teacher: a file (.safetensors, .pth), `pretrained`, a tag of its library, or `none`."""
+    """The weights of each teacher: a file, a folder of transformers, `pretrained`, a tag of its library, or `none`."""
     teacher_epochs: int = 0
     """Train the teachers for this many epochs first, from their weights if they have some: fine-tuning, with a new
     classifier for another number of classes. Later runs with equal settings and equal weights reuse them."""

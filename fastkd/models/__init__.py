@@ -72,8 +72,8 @@ def create_model(
     """A network for images [N, 3, H, W] and `num_classes` classes, fp32, on the CPU, in train mode.
 
     `name`: one of `model_names()`, any `wrn_D_K`, `timm/<name>`, `torchvision/<name>`, or `hf/<name or folder>` for
-    transformers' networks. `weights`: a file (see `read_state_dict`), "pretrained" for the library's default weights,
-    or the tag of other weights: timm's (also as part of the name, `timm/resnet50.a1_in1k`) or torchvision's
+    transformers' networks. `weights`: a file or folder (see `read_state_dict`), "pretrained" for the library's default
+    weights, or the tag of other weights: timm's (also as part of the name, `timm/resnet50.a1_in1k`) or torchvision's
     (`IMAGENET1K_V2`). A file overrides a tag in the name. `image_size`: the height and width of the images. Networks of
     a fixed size are made for it, and one image of it is tried. The network returns logits alone: auxiliary heads of
     GoogLeNet and Inception are dropped.

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
         ({"pad_mode": "zero"}, r"pad_mode='zero'.*did you mean 'zeros'"),
         ({"flip": "yes"}, "flip='yes': choose one of auto, on, off"),
         ({"pad": -2}, "pad=-2: give at least -1"),
-        ({"augment": "rrc", "pad": 2}, "pad=2 is for augment='pad-crop', and augment='rrc': drop one"),
+        ({"augment": "rrc", "pad": 2}, "pad=2 is for augment='pad-crop', and augment='rrc': drop it"),
         ({"augment": "none", "pad_mode": "zeros"}, "pad_mode='zeros' is for augment='pad-crop', and augment='none'"),
         ({"augment": "none", "flip": "on"}, "flip='on' and augment='none': augment='pad-crop' with pad=0"),
         ({"data": "folder", "loader": "dali", "augment": "pad-crop"}, "augment='pad-crop' is for images in memory"),
