@@ -70,9 +70,9 @@ def augment(
             raise ValueError(
                 f"outputs must all be [{N}, 3, h, w] of one size, got {list(output.shape)} and {list(outputs[0].shape)}"
             )
-        _check_output(output)
+        check_output(output)
     # the operator under torch.compile on the CPU, too: 2.2 times as fast as a compiled grid_sample of the batch
-    _augment(images_NHWC, boxes, flips, outputs, _flat("mean", mean, outputs), _flat("std", std, outputs))
+    _augment(images_NHWC, boxes, flips, outputs, flat_numbers("mean", mean, outputs), flat_numbers("std", std, outputs))
 
 
 def normalise_reference(images_NHWC: Tensor, output: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -93,8 +93,8 @@ def normalise(images_NHWC: Tensor, output: Tensor, mean: Sequence[float], std: S
         raise ValueError(
             f"output must be {[N, 3, H, W]} on {images_NHWC.device}, got {list(output.shape)} on {output.device}"
         )
-    _check_output(output)
-    _normalise(images_NHWC, output, _flat("mean", [mean], [output]), _flat("std", [std], [output]))
+    check_output(output)
+    _normalise(images_NHWC, output, flat_numbers("mean", [mean], [output]), flat_numbers("std", [std], [output]))
 
 
 def _check_images(images: Tensor) -> None:
@@ -102,7 +102,7 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(f"images must be uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}")
 
 
-def _check_output(output: Tensor) -> None:
+def check_output(output: Tensor) -> None:
     if output.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"outputs must be float16, bfloat16 or float32, got {output.dtype}")
     if not output.is_contiguous(memory_format=torch.channels_last):
@@ -114,7 +114,7 @@ def _check_output(output: Tensor) -> None:
         raise ValueError("an output requires a gradient, which this operation does not give")
 
 
-def _flat(name: str, values: list[Sequence[float]], outputs: list[Tensor]) -> list[float]:
+def flat_numbers(name: str, values: list[Sequence[float]], outputs: list[Tensor]) -> list[float]:
     if len(values) != len(outputs) or any(len(three) != 3 for three in values):
         raise ValueError(f"{name} must hold 3 numbers for each of {len(outputs)} output(s), got {values}")
     if any(isinstance(three, Tensor) and three.device.type != "cpu" for three in values):

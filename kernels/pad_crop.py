@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .augment import check_output, flat_numbers
 from .cpu.pad_crop import closed_form
 
 
@@ -68,19 +69,15 @@ def pad_crop(
     ):
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(f"{name} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
-    if output.shape != (N, 3, H, W) or output.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(
-            f"output must be float16, bfloat16 or float32 {[N, 3, H, W]}, got {output.dtype} {list(output.shape)}"
-        )
-    if not output.is_contiguous(memory_format=torch.channels_last) or output.requires_grad:
-        raise ValueError("output must be channels-last in memory and without a gradient")
+    if output.shape != (N, 3, H, W):
+        raise ValueError(f"output must be {[N, 3, H, W]}, got {list(output.shape)}")
+    check_output(output)
     if len({tensor.device for tensor in (images_NHWC, chosen, corners, flips, output)}) > 1:
         raise ValueError("images, chosen, corners, flips and output must be on one device")
     if not 0 <= pad < (min(H, W) if reflect else 2**15):
         raise ValueError(f"pad must be from 0 to below {min(H, W)} to reflect images of {H} x {W}, got {pad}")
-    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-        raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {mean} and {std}")
-    _pad_crop(images_NHWC, chosen, corners, flips, output, list(mean), list(std), pad, reflect)
+    numbers = flat_numbers("mean", [mean], [output]), flat_numbers("std", [std], [output])
+    _pad_crop(images_NHWC, chosen, corners, flips, output, *numbers, pad, reflect)
 
 
 @torch.library.custom_op("fastkd::pad_crop", mutates_args=("output",))

@@ -110,10 +110,10 @@ def test_empty_batch_and_opcheck():
         ({"chosen": torch.zeros(2, dtype=torch.int32)}, "chosen must be torch.int64"),
         ({"corners": torch.zeros(2, 3, dtype=torch.int64)}, "corners must be torch.int64"),
         ({"flips": torch.zeros(2)}, "flips must be torch.bool"),
-        ({"output": torch.zeros(2, 3, 9, 8)}, "output must be float16"),
+        ({"output": torch.zeros(2, 3, 9, 8)}, r"output must be \[2, 3, 8, 8\], got"),
         ({"output": torch.zeros(2, 3, 8, 8)}, "channels-last"),
         ({"pad": 8}, "pad must be from 0 to below 8"),
-        ({"std": [0.0, 1, 1]}, "std above 0"),
+        ({"std": [0.0, 1, 1]}, "std must be above 0"),
     ],
 )
 def test_bad_input(change, words):

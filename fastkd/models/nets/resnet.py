@@ -85,11 +85,11 @@ class CifarResNet(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Convolutions 1x1, 3x3, 1x1 and a shortcut, [N, cin, H, W] -> [N, 4 width, H/stride, W/stride], ReLU last."""
+    """Convolutions 1x1, 3x3, 1x1 and a shortcut, [N, cin, H, W] -> [N, cout, H/stride, W/stride], ReLU last."""
 
-    def __init__(self, cin: int, width: int, stride: int):
+    def __init__(self, cin: int, cout: int, stride: int):
         super().__init__()
-        cout = 4 * width
+        width = cout // 4
         self.conv1 = nn.Conv2d(cin, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
@@ -118,10 +118,10 @@ class CifarResNet50(nn.Module):
         self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _bottlenecks(3, 64, 64, 1)
-        self.layer2 = _bottlenecks(4, 256, 128, 2)
-        self.layer3 = _bottlenecks(6, 512, 256, 2)
-        self.layer4 = _bottlenecks(3, 1024, 512, 2)
+        self.layer1 = stack(Bottleneck, 3, 64, 256)
+        self.layer2 = stack(Bottleneck, 4, 256, 512, stride=2)
+        self.layer3 = stack(Bottleneck, 6, 512, 1024, stride=2)
+        self.layer4 = stack(Bottleneck, 3, 1024, 2048, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(2048, num_classes)
         he_init(self)
@@ -130,10 +130,6 @@ class CifarResNet50(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.linear(torch.flatten(self.avgpool(x), 1))
-
-
-def _bottlenecks(count: int, cin: int, width: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(Bottleneck(cin, width, stride), *(Bottleneck(4 * width, width, 1) for _ in range(count - 1)))
 
 
 class WideBlock(nn.Module):

@@ -7,14 +7,13 @@ initialisation. Names as there, so its checkpoints load.
 Departures: the average pool takes any map, so any image size works.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
+from .resnet import stack
+
 STEM = 24  # channels
-WIDTHS_V1, BLOCKS_V1, GROUPS_V1 = (240, 480, 960), (4, 8, 4), 3
-WIDTHS_V2, BLOCKS_V2, FEATURES_V2 = (116, 232, 464), (3, 7, 3), 1024
+GROUPS = 3  # of V1
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
@@ -38,10 +37,10 @@ class GroupedBottleneck(nn.Module):
         super().__init__()
         computed = cout - cin if stride == 2 else cout
         middle = computed // 4
-        self.groups = 1 if cin == STEM else GROUPS_V1
+        self.groups = 1 if cin == STEM else GROUPS
         self.conv1, self.bn1 = conv_bn(cin, middle, groups=self.groups)
         self.conv2, self.bn2 = conv_bn(middle, middle, 3, stride, middle)
-        self.conv3, self.bn3 = conv_bn(middle, computed, groups=GROUPS_V1)
+        self.conv3, self.bn3 = conv_bn(middle, computed, groups=GROUPS)
         self.shortcut = nn.AvgPool2d(3, 2, 1) if stride == 2 else None
         self.relu = nn.ReLU(inplace=True)
 
@@ -96,20 +95,6 @@ class ReducingBlock(nn.Module):
         return shuffle(torch.cat([left, self.relu(self.bn5(self.conv5(y)))], 1), 2)
 
 
-def _stages(
-    widths: tuple[int, ...],
-    counts: tuple[int, ...],
-    reduce: Callable[[int, int], nn.Module],
-    keep: Callable[[int], nn.Module],
-) -> list[nn.Sequential]:
-    """For each stage a reducing block and `counts` blocks that keep the shape."""
-    before = (STEM, *widths[:-1])
-    return [
-        nn.Sequential(reduce(cin, cout), *(keep(cout) for _ in range(count)))
-        for cin, cout, count in zip(before, widths, counts, strict=True)
-    ]
-
-
 class CifarShuffleNetV1(nn.Module):
     """Images [N, 3, H, W] floating -> logits [N, num_classes]; maps of 240, 480, 960 channels at H/2, H/4, H/8."""
 
@@ -117,14 +102,11 @@ class CifarShuffleNetV1(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv_bn(3, STEM)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1, self.layer2, self.layer3 = _stages(
-            WIDTHS_V1,
-            tuple(count - 1 for count in BLOCKS_V1),
-            lambda cin, cout: GroupedBottleneck(cin, cout, 2),
-            lambda width: GroupedBottleneck(width, width, 1),
-        )
+        self.layer1 = stack(GroupedBottleneck, 4, STEM, 240, stride=2)
+        self.layer2 = stack(GroupedBottleneck, 8, 240, 480, stride=2)
+        self.layer3 = stack(GroupedBottleneck, 4, 480, 960, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(WIDTHS_V1[-1], num_classes)
+        self.linear = nn.Linear(960, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -142,10 +124,12 @@ class CifarShuffleNetV2(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = conv_bn(3, STEM)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1, self.layer2, self.layer3 = _stages(WIDTHS_V2, BLOCKS_V2, ReducingBlock, SplitBlock)
-        self.conv2, self.bn2 = conv_bn(WIDTHS_V2[-1], FEATURES_V2)
+        self.layer1 = nn.Sequential(ReducingBlock(STEM, 116), *(SplitBlock(116) for _ in range(3)))
+        self.layer2 = nn.Sequential(ReducingBlock(116, 232), *(SplitBlock(232) for _ in range(7)))
+        self.layer3 = nn.Sequential(ReducingBlock(232, 464), *(SplitBlock(464) for _ in range(3)))
+        self.conv2, self.bn2 = conv_bn(464, 1024)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(FEATURES_V2, num_classes)
+        self.linear = nn.Linear(1024, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
