@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from fastkd.data import DataOptions
-from fastkd.data.base import Shard
+from fastkd.data.order import Shard
 from fastkd.data.resident import Augmentation, ResidentLoader, ResidentSet
 from fastkd.data.small_sets import SMALL_SETS, read_small_set
 from fastkd.errors import UserError

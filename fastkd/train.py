@@ -13,7 +13,17 @@ from torch import nn
 
 from . import checkpoint, distributed
 from .checkpoint import Result
-from .data.base import EpochLoader, Loader, check_count, check_loaders, describe, first_images, input_of, rewound
+from .data.base import (
+    EpochLoader,
+    Loader,
+    check_count,
+    check_loaders,
+    describe,
+    first_images,
+    input_of,
+    rewound,
+    samples_of,
+)
 from .engine import Schedule, Step, TrainOptions, graphed
 from .engine.backends import backends
 from .engine.ema import needs_warm_up
@@ -63,7 +73,7 @@ class Trainer:
         self.runner: Runner = self.step
         self.schedule = Schedule(config, self.step.optimizer)
         alphas = (config.mixup, config.cutmix, config.smoothing)
-        self.mixup = Mixup(*alphas, len(train_loader.classes), config.seed, distributed.rank())
+        self.mixup = Mixup(*alphas, len(train_loader.classes), config.seed)
         is_ours = isinstance(train_loader, EpochLoader)  # its labels are right by construction
         self.labels = None if is_ours else LabelCheck(len(train_loader.classes), self.device, method.ignore_index)
         self.report = Report(config, about or {}, self.data, input_of(train_loader, about or {}))
@@ -122,7 +132,8 @@ class Trainer:
             lr = self.schedule.write(done / len(self.train_loader), (done - 1) / len(self.train_loader))
             self.method.at_epoch(done / len(self.train_loader))
             target = self.labels(target) if self.labels else target
-            images, target = self.mixup(images, target, done)
+            drawn = samples_of(self.train_loader, self.epoch, done - first, len(images), distributed.rank())
+            images, target = self.mixup(images, target, *drawn)
             if self.step.ema:
                 self.step.ema.write(done)
             for plan in self.method.plans(done):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastkd import Trainer, TrainOptions, distributed
-from fastkd.data.base import training_slices
+from fastkd.data.order import training_slices
 from fastkd.methods import KD
 
 SAMPLES, BATCH = 45, 8
@@ -23,7 +23,7 @@ class Net(nn.Module):
 
 
 class NumberedLoader:
-    """45 images over the processes, by the rule of fastkd.data.base; notes which it has handed out."""
+    """45 images over the processes, by the rule of fastkd.data.order; notes which it has handed out."""
 
     classes, samples = ("a", "b", "c", "d"), SAMPLES
 

@@ -14,7 +14,7 @@ import torch
 from fastkd.bench import fashion
 from fastkd.bench.scripts import accuracy, accuracy_runs, accuracy_table
 from fastkd.data import idx
-from fastkd.data.base import Shard
+from fastkd.data.order import Shard
 from fastkd.data.resident import ResidentSet
 from fastkd.errors import UserError
 from fastkd.methods import METHODS

@@ -21,7 +21,8 @@ from fastkd.bench import Record
 from fastkd.bench.fashion import PAD, create_fashion
 from fastkd.config import parse
 from fastkd.data import create_loaders
-from fastkd.data.base import Loader, Shard
+from fastkd.data.base import Loader
+from fastkd.data.order import Shard
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluate_networks

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from fastkd.bench import environment, script_parser, show_table, summary, write_json
-from fastkd.data.base import Shard
+from fastkd.data.order import Shard
 from fastkd.data.resident import Augmentation, ResidentLoader, ResidentSet
 from fastkd.models import create_model
 

@@ -114,7 +114,7 @@ def breakdown(step: Step, mixup: Mixup, batch: Batch, steps: list[Plans], rounds
     def load() -> Batch:
         for here, there in zip(inputs, host, strict=True):
             here.copy_(there, non_blocking=True)
-        return mixup(inputs[0], inputs[1], 0)
+        return mixup(inputs[0], inputs[1], 0, torch.arange(len(inputs[0])))
 
     for number in range(rounds + 1):
         with marked(step, marks):

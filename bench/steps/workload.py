@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from fastkd.data import DataOptions
-from fastkd.data.base import ONE_PROCESS
+from fastkd.data.order import ONE_PROCESS
 from fastkd.data.synthetic import SyntheticLoader
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError

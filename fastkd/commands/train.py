@@ -74,6 +74,7 @@ class Job:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             dtype=self.precision.dtype,
+            paired=bool(config.train.mixup or config.train.cutmix),
             log=log_rank0,
             gather=distributed.gather,
         )

@@ -1,7 +1,10 @@
 """Where batches come from: `create_loaders` makes the training and the evaluation loader of a run.
 
 options.py       DataOptions: which images, and how they are read
-base.py          the Loader protocol, and the rule that splits an epoch over processes
+base.py          the Loader protocol
+order.py         the order of an epoch, and how it is split into batches and over processes
+augment.py       what is drawn for each image: crops, flips, mixtures
+draws.py         the generator of these numbers
 layout.py        which images of a folder are for training and which for evaluation
 scan.py          finds the images of a folder and checks them
 walk.py          the files below a folder: which are images, and why the others are skipped
@@ -29,10 +32,11 @@ import torch
 
 from ..errors import UserError
 from ..kernels.logit_loss import UNLABELLED
-from .base import IMAGENET_MEAN, IMAGENET_STD, EpochLoader, Loader, Shard
+from .base import IMAGENET_MEAN, IMAGENET_STD, EpochLoader, Loader
 from .dali_package import import_problem
 from .layout import evaluation_split, training_splits
 from .options import NAMES, DataOptions, changes_augmentation
+from .order import Shard
 from .scan import Split
 
 if TYPE_CHECKING:
@@ -53,16 +57,18 @@ def create_loaders(
     rank: int = 0,
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
+    paired: bool = False,
     log: Log = print,
     gather: Gather = lambda thing: [thing],
 ) -> tuple[Loader, Loader]:
     """The training and the evaluation loader: batches of `dtype` on `device`, this process's share of each epoch.
 
-    Both have the classes of the training images. Images of `options.unlabelled` have the label UNLABELLED (-100).
-    `log` gets one line for each choice made here, and for what is skipped in the folder. `gather(x)` gives the x of
-    every process, so that all of them choose the same decoder. Raises UserError if the data cannot be used.
+    Both have the classes of the training images. `paired`: the images will be mixed in pairs, by mixup or CutMix.
+    Images of `options.unlabelled` have the label UNLABELLED (-100). `log` gets one line for each choice made here, and
+    for what is skipped in the folder. `gather(x)` gives the x of every process, so that all of them choose the same
+    decoder. Raises UserError if the data cannot be used.
     """
-    shard = Shard(seed, rank, world_size, dtype)
+    shard = Shard(seed, rank, world_size, dtype, options.views, paired)
     if options.data in NAMES:
         train, val = _named_loaders(options, device, shard, log, gather)
         return train, val

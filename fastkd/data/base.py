@@ -1,15 +1,14 @@
-"""What the trainer needs from a source of batches, and how an epoch is split over processes."""
+"""What the trainer needs from a source of batches."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .order import Shard, evaluation_slices, training_slices
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -120,66 +119,13 @@ def input_of(loader: Loader, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if value}
 
 
-def shard_bounds(samples: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First and one-past-last position of this process's share of an epoch; shares differ by at most one sample."""
-    return samples * rank // world_size, samples * (rank + 1) // world_size
-
-
-def training_slices(samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:
-    """(start, stop) of each training batch of this process in the epoch's order, as many on every process.
-
-    Every sample is used once. Each batch but the last has `batch_size` images; the last takes the rest of this
-    process's share. A rest of fewer than two images joins the batch before it (batch normalisation cannot train on one
-    image), so the last batch has 2 to `batch_size` + 2 images.
-    """
-    if samples < 2 * world_size:
-        raise UserError(
-            f"{samples} training images for {world_size} processes: each process needs at least 2; "
-            "add images or start fewer processes"
-        )
-    first, last = shard_bounds(samples, rank, world_size)
-    full, rest = divmod(samples // world_size, batch_size)
-    starts = [first + i * batch_size for i in range(max(1, full + (rest >= 2)))]
-    return list(zip(starts, [*starts[1:], last], strict=True))
-
-
-def evaluation_slices(samples: int, batch_size: int, rank: int, world_size: int) -> list[tuple[int, int]]:
-    """(start, stop) of each evaluation batch of this process. Together the processes use each sample once."""
-    first, last = shard_bounds(samples, rank, world_size)
-    return [(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The share of an epoch that a process gets, and the dtype of its images."""
-
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-    dtype: torch.dtype = torch.float32
-
-
-ONE_PROCESS = Shard()
-
-
 def resize_side(image_size: int) -> int:
     """Length of the shorter side, in pixels, before the centre crop of evaluation."""
     return round(image_size * 256 / 224)
 
 
-def derived_seed(*numbers: int) -> int:
-    """One seed in [0, 2**31) from several numbers: DALI takes signed 32-bit integers."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
-    """The permutation of an epoch, [samples] int64 on the CPU, the same on every process."""
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(derived_seed(seed, epoch)))
-
-
-def epoch_of(state: dict, loader: str) -> int:
-    """The epoch in a state that a `loader` wrote. Raises UserError if another kind of loader wrote it."""
+def position_of(state: dict, loader: str) -> tuple[int, int]:
+    """(epoch, step) in a state that a `loader` wrote. Raises UserError if another kind of loader wrote it."""
     before = state.get("loader")
     if before != loader:
         known = before in ("dali", "folder", "resident")  # "digits" is of older versions
@@ -188,11 +134,26 @@ def epoch_of(state: dict, loader: str) -> int:
             f"the checkpoint's data state was written by the {before!r} loader and this run uses {loader!r}, whose "
             f"batches differ: {remedy} a new run with another --out"
         )
-    return state["epoch"]
+    if "step" not in state:
+        raise UserError(
+            "the checkpoint was written by an older version of fastkd, whose crops differ: begin a new run with "
+            "another --out, or go on with that version"
+        )
+    return state["epoch"], state["step"]
+
+
+def samples_of(loader: Loader, epoch: int, step: int, count: int, rank: int) -> tuple[int, Tensor]:
+    """(view, numbers of the images int64 [count]) of a batch. A loader of the caller is taken to have new images."""
+    if isinstance(loader, EpochLoader):
+        return loader.shard.view(epoch), loader.samples_of(epoch, step)
+    return epoch, torch.arange(count) + (rank << 40) + (step << 20)
 
 
 class EpochLoader:
-    """What our loaders share: a Loader whose batches depend on the seed and the number of the epoch."""
+    """What our loaders share: a Loader whose batches depend on the seed and the number of the epoch.
+
+    It can begin at any step of an epoch: load the state {"loader": name, "epoch": 3, "step": 500}.
+    """
 
     name: str  # in the state
     image_size: int  # pixels
@@ -201,32 +162,50 @@ class EpochLoader:
     unlabelled = 0  # images of an epoch that have no label
 
     def __init__(self, classes: tuple[str, ...], samples: int, batch_size: int, shard: Shard, *, train: bool):
-        self.classes, self.samples, self.train, self.seed = classes, samples, train, shard.seed
-        slices = training_slices if train else evaluation_slices
-        self.slices = slices(samples, batch_size, shard.rank, shard.world_size)
+        self.classes, self.samples, self.train, self.seed, self.shard = classes, samples, train, shard.seed, shard
+        place = shard.rank, shard.world_size
+        if train:
+            self.slices = training_slices(samples, batch_size, *place, shard.paired)
+        else:
+            self.slices = evaluation_slices(samples, batch_size, *place)
         self.epoch = 0  # complete epochs that the loader has given
+        self.first = 0  # step at which the next iteration begins
+        self._known: tuple[int, Tensor] | None = None  # the last epoch that was asked for, and its order
 
     def __len__(self) -> int:
         return len(self.slices)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch = self.epoch
-        for step, batch in enumerate(self.batches(epoch)):
+        epoch, first = self.epoch, self.first
+        for step, batch in enumerate(self.batches(epoch, first), first):
             if self.train and step == len(self) - 1:
-                self.epoch = epoch + 1
+                self.epoch, self.first = epoch + 1, 0
             yield batch
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch, one for each of `slices`."""
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch, one for each of `slices[first:]`."""
         raise NotImplementedError
 
     def order(self, epoch: int) -> Tensor:
-        """Positions of the images, [samples] int64 on the CPU: `epoch_order`, or as they are for evaluation."""
-        return epoch_order(self.samples, self.seed, epoch) if self.train else torch.arange(self.samples)
+        """Numbers of the images, [samples] int64 on the CPU: `Shard.order`, or as they are for evaluation."""
+        if not self.train:
+            return torch.arange(self.samples)
+        if self._known is None or self._known[0] != epoch:
+            self._known = epoch, self.shard.order(self.samples, epoch)
+        return self._known[1]
+
+    def samples_of(self, epoch: int, step: int) -> Tensor:
+        """Numbers of the images of a batch, int64 on the CPU."""
+        start, stop = self.slices[step]
+        return self.order(epoch)[start:stop]
 
     def state_dict(self) -> dict:
-        return {"loader": self.name, "epoch": self.epoch} if self.train else {}
+        return {"loader": self.name, "epoch": self.epoch, "step": self.first} if self.train else {}
 
     def load_state_dict(self, state: dict) -> None:
-        if self.train:
-            self.epoch = epoch_of(state, self.name)
+        if not self.train:
+            return
+        epoch, step = position_of(state, self.name)
+        if not 0 <= step < len(self):
+            raise UserError(f"the checkpoint's data state is at step {step} of an epoch of {len(self)} steps")
+        self.epoch, self.first = epoch, step

@@ -27,10 +27,11 @@ from nvidia.dali.types import DALIDataType, DALIInterpType
 from torch import Tensor
 
 from ..errors import UserError
-from .base import ONE_PROCESS, EpochLoader, Shard, derived_seed, epoch_of, resize_side
+from .base import EpochLoader, position_of, resize_side
 from .dali_files import REMEDY, DaliNames, FirstPass
 from .decode import decode
 from .normalise import Normalise
+from .order import ONE_PROCESS, Shard, derived_seed
 from .scan import Split
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class DaliLoader(EpochLoader):
         """Build the pipeline now, for the next epoch. Raises UserError if DALI cannot start."""
         self._pipeline = self._pipeline or self._build()
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.slices:
             return
         pipeline, self._pipeline = self._pipeline or self._build(), None
@@ -89,7 +90,8 @@ class DaliLoader(EpochLoader):
                 runs += 1
             if step == len(self) - 1:
                 self._finish(pipeline, runs)
-            yield batch[0][: stop - start], batch[1][: stop - start]
+            if step >= first:
+                yield batch[0][: stop - start], batch[1][: stop - start]
 
     def _finish(self, pipeline: Pipeline, runs: int) -> None:
         """Reach the end of DALI's epoch, which may be longer than ours."""
@@ -229,14 +231,14 @@ class DaliLoader(EpochLoader):
     def load_state_dict(self, state: dict) -> None:
         if not self.train:
             return
-        epoch = epoch_of(state, self.name)
+        epoch, step = position_of(state, self.name)
         for name, value in self._fixed.items():
             if state[name] != value:
                 raise UserError(
                     f"the checkpoint's data state has {name}={state[name]} and this run has {name}={value}: DALI can "
                     "only resume with the same; loader='folder' allows another number of processes"
                 )
-        self.epoch, self._boundary, self._pipeline = epoch, state["pipeline"], None
+        self.epoch, self.first, self._boundary, self._pipeline = epoch, step, state["pipeline"], None
         self._checked = epoch > 0
 
 

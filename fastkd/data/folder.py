@@ -4,8 +4,8 @@ Training: RandomResizedCrop (area 0.08 to 1, aspect 3/4 to 4/3, bilinear, antial
 Evaluation: shorter side to image_size * 256 / 224, centre crop. Both are the settings of torchvision's references.
 
 Workers return uint8 [B, H, W, 3], a quarter of the bytes of float32. The device normalises, on CUDA one batch ahead of
-the step (prefetch.py). The crop of image i in epoch e depends only on (seed, e, i). So the numbers of workers and
-processes change no image, and the number of the epoch is the whole state. EXIF orientation is ignored, as in
+the step (prefetch.py). The crop of image i in epoch e depends only on (seed, e, i), see augment.py. So the numbers of
+workers and processes change no image, and the place in the epoch is the whole state. EXIF orientation is ignored, as in
 torchvision's ImageFolder, unless the option `exif` is on.
 """
 
@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from ..errors import UserError
-from .base import ONE_PROCESS, EpochLoader, Shard, derived_seed, resize_side
+from .augment import crops_and_flips, resized_boxes
+from .base import EpochLoader, resize_side
 from .decode import decode
 from .normalise import Normalise
+from .order import ONE_PROCESS, Shard
 from .prefetch import Prefetch
 from .scan import Split
 
@@ -34,35 +37,37 @@ Batch = tuple[Tensor, Tensor] | str  # images and target, or an error message
 
 
 class Images(Dataset):
-    """Cropped images. A key is (epoch, position in the files): persistent workers get the epoch's number with it."""
+    """Cropped images. A key is (view, position in the files): persistent workers get the view's number with it."""
 
     def __init__(self, split: Split, image_size: int, *, train: bool, seed: int, exif: bool = False):
         # one array of bytes: with a list of str, reference counts would make every worker copy its memory pages
         self.files = np.array([os.fsencode(file) for file in split.files])
         self.labels = torch.tensor(split.labels)
-        self.seed, self.exif = seed, exif
+        self.seed, self.exif, self.train, self.size = seed, exif, train, image_size
         self.side = None if train else resize_side(image_size)
-        if train:
-            self.transform = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()])
-        else:
-            self.transform = v2.Compose([v2.Resize(resize_side(image_size)), v2.CenterCrop(image_size)])
+        self.transform = v2.Compose([v2.Resize(resize_side(image_size)), v2.CenterCrop(image_size)])
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
         """(uint8 [B, H, W, 3], int64 [B]), or an error message: an exception would show the worker's traceback."""
+        numbers = torch.tensor([i for _, i in keys])
         try:
-            images = [self._image(epoch, i) for epoch, i in keys]
+            images = [decode(os.fsdecode(self.files[i]), self.exif, self.side) for _, i in keys]
         except UserError as error:
             return str(error)
-        return torch.stack(images), self.labels[[i for _, i in keys]]
+        images = self._crops(images, keys[0][0], numbers) if self.train else [self.transform(image) for image in images]
+        return torch.stack([image.permute(1, 2, 0) for image in images]).contiguous(), self.labels[numbers]
 
-    def _image(self, epoch: int, i: int) -> Tensor:
-        image = decode(os.fsdecode(self.files[i]), self.exif, self.side)
-        with torch.random.fork_rng(devices=[]):  # with workers=0 this is the training process: keep its random state
-            torch.default_generator.manual_seed(derived_seed(self.seed, epoch, i))
-            return self.transform(image).permute(1, 2, 0).contiguous()
+    def _crops(self, images: list[Tensor], view: int, numbers: Tensor) -> list[Tensor]:
+        boxes = resized_boxes(self.seed, view, numbers, torch.tensor([image.shape[1:] for image in images]))
+        flips = crops_and_flips(self.seed, view, numbers, pad=0, flip=True)[1].tolist()
+        crops = []
+        for image, box, flip in zip(images, boxes.int().tolist(), flips, strict=True):
+            crop = F.resized_crop(image, *box, [self.size, self.size])
+            crops.append(crop.flip(2) if flip else crop)
+        return crops
 
 
 class FolderLoader(EpochLoader):
@@ -89,7 +94,7 @@ class FolderLoader(EpochLoader):
             generator=torch.Generator(),  # else each epoch draws from the training process's default generator
         )
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         if self.prefetch is not None:
             yield from self.prefetch(self._decode())
         else:
@@ -105,7 +110,7 @@ class FolderLoader(EpochLoader):
 
 
 class EpochKeys:
-    """The DataLoader's batch sampler: lists of (epoch, position in the files)."""
+    """The DataLoader's batch sampler: lists of (view, position in the files)."""
 
     def __init__(self, loader: FolderLoader):
         # A cycle of references would leave the loader to the garbage collector, which closes the workers' queues first:
@@ -113,7 +118,7 @@ class EpochKeys:
         self.loader: FolderLoader = weakref.proxy(loader)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.loader.epoch
-        order = self.loader.order(epoch)
-        for start, stop in self.loader.slices:
-            yield [(epoch, i) for i in order[start:stop].tolist()]
+        loader = self.loader
+        order, view = loader.order(loader.epoch), loader.shard.view(loader.epoch)
+        for start, stop in loader.slices[loader.first :]:
+            yield [(view, i) for i in order[start:stop].tolist()]

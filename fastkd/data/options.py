@@ -63,6 +63,9 @@ class DataOptions:
     """Side of the square images, in pixels; 0: that of the data set, 224 for a folder of larger images."""
     workers: int = field(default_factory=default_workers)
     """Decoding threads (DALI, at least 1) or processes (torchvision; 0: the training process itself), per process."""
+    views: int = 0
+    """Augmented forms of each training image, which come back in turn over the epochs, so that the teacher's answers
+    can be kept (see --teacher-cache); 0: a new form in every epoch."""
     exif: bool = False
     """Turn photos as their EXIF orientation says; off, as in torchvision's ImageFolder."""
     hw_decoder_load: float = 0.65
@@ -81,7 +84,7 @@ class DataOptions:
             value, names = getattr(self, name), get_args(kind)
             if value not in names:
                 raise UserError(f"{name}={value!r}: choose one of {', '.join(names)}{nearest(value, names)}")
-        least = {"batch_size": 2, "workers": 0, "pad": -1, "synthetic_classes": 2, "synthetic_samples": 2}
+        least = {"batch_size": 2, "workers": 0, "pad": -1, "views": 0, "synthetic_classes": 2, "synthetic_samples": 2}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"{name}={getattr(self, name)}: give at least {low}")

@@ -1,6 +1,6 @@
 """A data set of small images that lies on the device as uint8. Batches are cropped, mirrored and normalised there.
 
-What is drawn for image i in epoch e depends only on (seed, e, i), see draws.py: neither the batch size nor the number
+What is drawn for image i in epoch e depends only on (seed, e, i), see augment.py: neither the batch size nor the number
 of processes nor the device changes an image. The draws of an epoch are made at its start. On a GPU a batch is then one
 launch ("rrc": two), and its target a view of the epoch's.
 """
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import augment, pad_crop
-from .base import EpochLoader, Shard
-from .draws import crops_and_flips, resized_boxes
+from .augment import crops_and_flips, resized_boxes
+from .base import EpochLoader
+from .order import Shard
 
 
 class ResidentSet(NamedTuple):
@@ -61,18 +62,19 @@ class ResidentLoader(EpochLoader):
         self.augmentation = augmentation if train else Augmentation("none")
         self.image_size, self.mean, self.std, self.dtype = image_size, mean, std, shard.dtype
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         kind, device = self.augmentation, self.images.device
-        first, last = self.slices[0][0] if self.slices else 0, self.slices[-1][1] if self.slices else 0
-        order = self.order(epoch)[first:last]  # of this process
+        slices, view = self.slices[first:], self.shard.view(epoch)
+        begin, end = (slices[0][0], slices[-1][1]) if slices else (0, 0)
+        order = self.order(epoch)[begin:end]  # of this process
         boxes = None
         if kind.kind == "rrc":
-            boxes = resized_boxes(self.seed, epoch, order, (self.images.shape[1], self.images.shape[2])).to(device)
+            boxes = resized_boxes(self.seed, view, order, (self.images.shape[1], self.images.shape[2])).to(device)
         order = order.to(device)
         target = self.target[order]
-        corners, flips = crops_and_flips(self.seed, epoch, order, kind.pad, kind.flip)
-        for start, stop in self.slices:
-            part = slice(start - first, stop - first)
+        corners, flips = crops_and_flips(self.seed, view, order, kind.pad, kind.flip)
+        for start, stop in slices:
+            part = slice(start - begin, stop - begin)
             out = self._memory(stop - start)
             if boxes is None:
                 drawn = order[part], corners[part], flips[part]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import EpochLoader, Shard, derived_seed
+from .base import EpochLoader
+from .order import Shard, derived_seed
 
 if TYPE_CHECKING:
     from . import DataOptions
@@ -21,7 +22,7 @@ HELD = 4  # batches
 def create_synthetic(options: "DataOptions", device: torch.device, shard: Shard) -> tuple[EpochLoader, EpochLoader]:
     """The training loader, and an evaluation loader with a tenth of the images. Both use the same batches."""
     random = torch.Generator(device).manual_seed(derived_seed(shard.seed, shard.rank))
-    most = options.batch_size + 2  # see base.training_slices
+    most = options.batch_size + 3  # see order.training_slices
     shape = (HELD, most, options.image_size, options.image_size, 3)
     images = torch.randn(shape, generator=random, device=device, dtype=shard.dtype).permute(0, 1, 4, 2, 3)
     held = images, torch.randint(options.synthetic_classes, (HELD, most), generator=random, device=device)
@@ -41,6 +42,6 @@ class SyntheticLoader(EpochLoader):
         self.images, self.target = held
         self.image_size, self.mean, self.std = options.image_size, options.mean, options.std
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for step, (start, stop) in enumerate(self.slices):
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for step, (start, stop) in enumerate(self.slices[first:], first):
             yield self.images[step % HELD, : stop - start], self.target[step % HELD, : stop - start]

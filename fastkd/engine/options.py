@@ -50,9 +50,10 @@ class TrainOptions:
     smoothing: float = 0.0
     """Label smoothing; from 0 to below 1."""
     mixup: float = 0.0
-    """Alpha of mixup; 0 is off. The teacher sees the mixed image too."""
+    """Alpha of mixup; 0 is off. Images are mixed in pairs, each in its own proportion. The teacher sees the mixed image
+    too."""
     cutmix: float = 0.0
-    """Alpha of CutMix; 0 is off. With mixup as well, each batch draws one of the two."""
+    """Alpha of CutMix; 0 is off. With mixup as well, each image draws one of the two."""
     ema_decay: float = 0.0
     """Decay per step of the weights' moving average; 0 is off. The average is evaluated and saved as the student."""
     amp_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

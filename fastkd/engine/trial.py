@@ -132,7 +132,8 @@ def _try(
         with torch.no_grad(), precision.autocast():
             _check_logits(network, images, classes, "in evaluation")
     method.train()
-    images, target = Mixup(options.mixup, options.cutmix, options.smoothing, classes)(images, target, 0)
+    mixup = Mixup(options.mixup, options.cutmix, options.smoothing, classes)
+    images, target = mixup(images, target, 0, torch.arange(len(images)))
     for plan in _plans(method):
         try:
             with precision.autocast():

@@ -1,66 +1,52 @@
-"""The rule that splits an epoch: exhaustive over small numbers."""
-
-from itertools import product
+"""What a loader tells the trainer: its place in the epoch, the numbers of its images, its input."""
 
 import pytest
 import torch
 
-from fastkd.data.base import derived_seed, epoch_of, epoch_order, evaluation_slices, input_of, training_slices
+from fastkd.data.base import EpochLoader, input_of, position_of, samples_of
+from fastkd.data.order import Shard
 from fastkd.errors import UserError
 
-CASES = [(n, b, w) for n, b, w in product(range(1, 48), range(2, 9), range(1, 6))]
+
+class Numbers(EpochLoader):
+    """Gives the numbers of the images in place of images."""
+
+    name = "numbers"
+
+    def batches(self, epoch, first):
+        for step in range(first, len(self)):
+            yield self.samples_of(epoch, step), torch.full((1,), epoch)
 
 
-def covered(slices_per_rank):
-    return [i for slices in slices_per_rank for start, stop in slices for i in range(start, stop)]
+def test_a_loader_begins_at_any_step():
+    whole = Numbers(("a",), 23, 4, Shard(5), train=True)
+    epochs = [[batch for batch, _ in whole] for _ in range(2)]
+    for step in range(len(whole)):
+        part = Numbers(("a",), 23, 4, Shard(5), train=True)
+        part.load_state_dict({"loader": "numbers", "epoch": 0, "step": step})
+        assert part.state_dict() == {"loader": "numbers", "epoch": 0, "step": step}
+        for want in (epochs[0][step:], epochs[1]):
+            got = [batch for batch, _ in part]
+            assert len(got) == len(want) and all(map(torch.equal, got, want))
+    for step in (-1, len(whole)):
+        with pytest.raises(UserError, match=f"is at step {step} of an epoch of 6 steps"):
+            whole.load_state_dict({"loader": "numbers", "epoch": 0, "step": step})
 
 
-def test_training_uses_each_sample_once_in_as_many_steps_on_every_process():
-    for samples, batch, world in CASES:
-        if samples < 2 * world:
-            continue
-        ranks = [training_slices(samples, batch, rank, world) for rank in range(world)]
-        assert covered(ranks) == list(range(samples)), (samples, batch, world)
-        full, rest = divmod(samples // world, batch)
-        assert {len(slices) for slices in ranks} == {max(1, full + (rest >= 2))}
-        sizes = [[stop - start for start, stop in slices] for slices in ranks]
-        assert all(size == batch for row in sizes for size in row[:-1])
-        assert all(2 <= row[-1] <= batch + 2 for row in sizes), (samples, batch, world, sizes)
-
-
-def test_training_needs_two_samples_for_each_process():
-    with pytest.raises(UserError, match="3 training images for 2 processes"):
-        training_slices(3, 4, 0, 2)
-
-
-def test_evaluation_covers_each_sample_once_in_order():
-    for samples, batch, world in CASES:
-        ranks = [evaluation_slices(samples, batch, rank, world) for rank in range(world)]
-        assert covered(ranks) == list(range(samples))
-        assert all(1 <= stop - start <= batch for slices in ranks for start, stop in slices)
-
-
-def test_evaluation_of_an_empty_share_is_empty():
-    assert evaluation_slices(1, 4, 0, 2) == [] and evaluation_slices(1, 4, 1, 2) == [(0, 1)]
-
-
-def test_orders_differ_by_epoch_and_seed_and_repeat():
-    orders = [tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(3) for epoch in range(3)]
-    assert len(set(orders)) == 9 and all(sorted(order) == list(range(50)) for order in orders)
-    assert orders[4] == tuple(epoch_order(50, 1, 1).tolist())
-    assert orders[0] != tuple(range(50))
-
-
-def test_derived_seeds_do_not_collide_in_a_small_grid():
-    seeds = {derived_seed(*numbers) for numbers in product(range(4), range(8), range(100))}
-    assert len(seeds) == 3200 and all(0 <= seed < 2**31 for seed in seeds)
-    assert derived_seed(1, 23) != derived_seed(12, 3)
+def test_numbers_of_the_images():
+    loader = Numbers(("a",), 23, 4, Shard(5, views=2), train=True)
+    assert samples_of(loader, 3, 1, 4, 0)[0] == 1  # the view
+    assert torch.equal(samples_of(loader, 3, 1, 4, 0)[1], loader.order(3)[4:8])
+    own = [samples_of(object(), 3, step, 5, rank) for step in (0, 1) for rank in (0, 1)]
+    assert all(view == 3 for view, _ in own) and len({i for _, ids in own for i in ids.tolist()}) == 20
 
 
 def test_a_state_of_another_loader_is_refused():
     with pytest.raises(UserError, match="'dali' loader and this run uses 'folder'"):
-        epoch_of({"loader": "dali", "epoch": 3}, "folder")
-    assert epoch_of({"loader": "folder", "epoch": 3}, "folder") == 3
+        position_of({"loader": "dali", "epoch": 3, "step": 0}, "folder")
+    assert position_of({"loader": "folder", "epoch": 3, "step": 2}, "folder") == (3, 2)
+    with pytest.raises(UserError, match="written by an older version of fastkd, whose crops differ"):
+        position_of({"loader": "folder", "epoch": 3}, "folder")
 
 
 def test_a_callers_loader_may_have_its_mean_as_a_tensor():

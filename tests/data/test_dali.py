@@ -15,7 +15,8 @@ import fastkd.data.dali_files as dali_files
 import fastkd.data.scan as scan_module
 from fastkd.checkpoint import claim_folder
 from fastkd.data import DataOptions, create_loaders
-from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD, training_slices
+from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD
+from fastkd.data.order import training_slices
 from fastkd.data.scan import scan
 from fastkd.errors import UserError
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastkd.data.base import Shard
+from fastkd.data.order import Shard
 from fastkd.data.resident import Augmentation, ResidentLoader, ResidentSet
 
 CPU = torch.device("cpu")

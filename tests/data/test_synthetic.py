@@ -44,4 +44,4 @@ def test_the_same_seed_gives_the_same_images_and_the_epoch_is_the_state():
     train, again = loaders(seed=3)[0], loaders(seed=3)[0]
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(train, again, strict=True))
     again.load_state_dict(train.state_dict())
-    assert again.state_dict() == {"loader": "synthetic", "epoch": 1}
+    assert again.state_dict() == {"loader": "synthetic", "epoch": 1, "step": 0}

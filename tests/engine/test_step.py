@@ -146,7 +146,7 @@ def test_no_host_sync_in_a_step(tiny_net, options, mixed):
     mixup = Mixup(0.8, 1.0, 0.1, 4) if mixed else Mixup(0, 0, 0, 4)
     with Capture():
         for number in range(3):
-            step(*mixup(IMAGES, TARGET, number), method.plan(number))
+            step(*mixup(IMAGES, TARGET, number, torch.arange(len(IMAGES))), method.plan(number))
 
 
 @pytest.mark.gpu
@@ -158,12 +158,12 @@ def test_no_host_sync_on_a_gpu(tiny_net, options):
     settings = TrainOptions(lr=0.1, **options)
     step, mixup = Step(method, settings, device), Mixup(0.8, 1.0, 0.1, 4)
     schedule, images, target = Schedule(settings, step.optimizer), IMAGES.to(device), TARGET.to(device)
-    step(*mixup(images, target, 0))  # the first step makes the optimizer's state
+    step(*mixup(images, target, 0, torch.arange(len(images))))  # the first step makes the optimizer's state
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(1, 4):
             schedule.write(number / 4)
-            step(*mixup(images, target, number), method.plan(number))
+            step(*mixup(images, target, number, torch.arange(len(images))), method.plan(number))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum(step.meter.read().values()) > 0

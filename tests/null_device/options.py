@@ -38,9 +38,9 @@ def test_options_eager_and_in_a_graph(name, options):
 @pytest.mark.parametrize("alphas", [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)], ids=["mixup", "cutmix", "both"])
 def test_mixed_batches_in_a_graph(alphas):
     step = step_of("kd")
-    runner, mixup = as_graph(step), Mixup(*alphas, 0.1, 10, 0, 0)
+    runner, mixup = as_graph(step), Mixup(*alphas, 0.1, 10)
     for number in range(5):
-        images, target = mixup(*(x.to(CUDA) for x in batch(number % 3, 8)), number)
+        images, target = mixup(*(x.to(CUDA) for x in batch(number % 3, 8)), number, torch.arange(8))
         assert images.is_cuda and target.is_cuda and images.is_contiguous(memory_format=torch.channels_last)
         runner(images, target, None)
     assert runner.graphs
