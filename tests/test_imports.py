@@ -23,7 +23,7 @@ ALLOWED = {
     # data.base: as a type
     "fastkd/methods": {"kernels", "losses", "models", "data.base", "checkpoint", "distributed", "errors"},
     "fastkd/distributed.py": {"errors"},
-    "fastkd/engine": {*PROTOCOL, "kernels", "models", "distributed", "errors"},
+    "fastkd/engine": {*PROTOCOL, "data.augment", "kernels", "models", "distributed", "errors"},
     "fastkd/checkpoint.py": {"errors", "paths"},
     "fastkd/evaluate.py": {"engine", "distributed", "errors"},
     "fastkd/report.py": {"engine", "models.own_input", "checkpoint", "distributed", "environment", "errors"},

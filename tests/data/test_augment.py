@@ -92,8 +92,8 @@ def test_both_are_drawn_equally_often_and_each_as_alone():
         mixtures(1, 2, torch.arange(4000), SIZE, *alphas) for alphas in ((0.4, 1.0), (0.4, 0.0), (0.0, 1.0))
     )
     is_added, is_cut = (both == added).all(1), (both == cut).all(1)
-    assert (is_added | is_cut).all() and not (is_added & is_cut).any()
-    assert 1900 < is_cut.sum() < 2100
+    assert (is_added | is_cut).all() and (is_added & is_cut).sum() < 200  # a box without a pixel, a share of 1
+    assert 1850 < is_cut.sum() < 2150
 
 
 def test_a_draw_depends_on_seed_view_and_sample_alone():
