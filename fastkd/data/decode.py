@@ -80,6 +80,21 @@ def inspect(file: str, side: int | None = None) -> tuple[str, str]:
     return ("BMP without the place of its pixels" if nowhere else kind), ""
 
 
+def header(file: str, exif: bool = False) -> tuple[int, int, int, str]:
+    """(height, width, EXIF's orientation or 0, Pillow's name of the format) without decoding. 0.1 ms.
+
+    The size is that of the decoded picture before it is turned. The orientation is read with `exif`. It is 1 if it is
+    not one of 1 to 8, and for a TIFF, which Pillow turns. Raises ValueError with the reason if the header is damaged.
+    """
+    try:
+        with open(file, "rb") as stream, Image.open(stream) as image:
+            width, height = image.size
+            turn = image.getexif().get(ORIENTATION, 1) if exif and image.format != "TIFF" else 1
+            return height, width, (turn if turn in range(1, 9) else 1) if exif else 0, str(image.format)
+    except Exception as error:  # damaged files raise anything
+        raise ValueError(_reason(error)) from None
+
+
 def check_resized(size: tuple[int, int], side: int | None) -> None:
     """Raise ValueError if a picture with its shorter side resized to `side` would have more pixels than Pillow reads.
 
