@@ -113,9 +113,10 @@ class _Reader:
         if not len(missing):
             return rows
         _, first = np.unique(rows["key"][missing], return_index=True)  # a file may be listed twice
-        known, bad = self._read_headers(rows, missing[first], known)
+        missing = missing[np.sort(first)]
+        known, bad = self._read_headers(rows, missing, known)
         if self._is_slow():
-            self._finish(known, len(first))
+            self._finish(known, len(missing))
         if bad:
             raise UserError(_damaged(bad))
         _take(rows, known, self.exif)
