@@ -1,7 +1,8 @@
 """One picture file to pixels, or an error that names the file.
 
 The content tells the format, not the name's ending. torchvision decodes JPEG. Pillow decodes all other formats that it
-knows: PNG, WebP, BMP, GIF (the first frame), TIFF, PPM, PGM, AVIF. A file is bad if Pillow refuses it. The pixels are
+knows: PNG, WebP, BMP, GIF (the first frame), TIFF, PPM, PGM, AVIF. A file is bad if Pillow refuses it. So is a PNG
+whose checksums do not fit, and a JPEG that ends with zeros, for Pillow would make up the lost pixels. The pixels are
 those of Pillow's `convert("RGB")`: CMYK and palettes become RGB, alpha is dropped and nothing is blended with it. One
 rule differs: gray of 16 bits is shifted by 8 bits, where `convert` clips it at 255.
 
@@ -70,7 +71,7 @@ def inspect(file: str, side: int | None = None) -> tuple[str, str]:
         with Image.open(io.BytesIO(data)) as image:
             kind = str(image.format)
             check_resized(image.size, side)
-            sound = (kind == "PNG" and _checksums_fit(image)) or (kind == "WEBP" and _is_whole_webp(data))
+            sound = (kind == "PNG" and _checksums_fit(data)) or (kind == "WEBP" and _is_whole_webp(data))
         if not sound and not _is_plain_jpeg(data):
             _pixels(data, exif=False)
     except Exception as error:
@@ -117,6 +118,8 @@ def _read(file: str) -> bytes:
 def _pixels(data: bytes, exif: bool) -> Tensor:
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries switch it on: what is missing would be gray
     with Image.open(io.BytesIO(data)) as image:  # reads the header, and refuses a size that would fill the memory
+        if reason := _lost_pixels(str(image.format), data):
+            raise ValueError(reason)
         turn = 1 if not exif or image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)  # Pillow turns TIFFs
         pixels = _fast_jpeg(data)
         if pixels is None:
@@ -155,10 +158,20 @@ def _turned(pixels: Tensor, orientation: Any) -> Tensor:
     return pixels
 
 
-def _checksums_fit(png: Image.Image) -> bool:
+def _lost_pixels(kind: str, data: bytes) -> str:
+    """Damage that Pillow passes over although pixels are lost, or "". A download that was cut off often has such."""
+    if kind == "PNG" and not _checksums_fit(data):
+        return "its checksums do not fit, or its end is missing"
+    if kind in ("JPEG", "MPO") and data.endswith(bytes(16)) and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        return "it ends with zeros in the place of pixels"
+    return ""
+
+
+def _checksums_fit(png: bytes) -> bool:
     try:
-        png.verify()
-    except Exception:  # the pixels may be sound: the caller decodes them
+        with Image.open(io.BytesIO(png)) as image:
+            image.verify()
+    except Exception:  # damaged files raise anything
         return False
     return True
 

@@ -473,10 +473,12 @@ def test_a_header_with_a_huge_size_takes_no_memory(tmp_path):
 
 
 def test_a_file_that_dali_alone_refuses_is_named_and_the_way_out_works(tmp_path):
-    """A PNG that ends before its end chunk: Pillow reads it."""
-    root = spoilt(tmp_path, {"odd.png": damage.good_files()["png"][:-12]})
+    """A JPEG with bytes between two segments of its header: libjpeg passes over them."""
+    jpeg = damage.good_files()["jpeg"]
+    at = jpeg.find(b"\xff\xda")
+    root = spoilt(tmp_path, {"odd.jpg": jpeg[:at] + b"\0\1\2\3" + jpeg[at:]})
     train, _ = loaders(root)
-    with pytest.raises(UserError, match="odd.png' cannot be decoded by DALI .*a new run with loader='folder'"):
+    with pytest.raises(UserError, match="odd.jpg' cannot be decoded by DALI .epoch 0.*a new run with loader='folder'"):
         list(train)
     assert len(epoch(loaders(root, "folder", workers=0)[0])[1]) == 13
 
