@@ -22,8 +22,10 @@ from fastkd.data import DataOptions
 from fastkd.data.augment import crops_and_flips, resized_boxes
 from fastkd.data.dali_files import FirstPass
 from fastkd.data.dali_source import Source
+from fastkd.data.index_file import merged, write
 from fastkd.data.order import Shard, training_slices
 from fastkd.data.scan import Split
+from fastkd.data.walk import INDEX
 
 
 def resident_mb() -> float:
@@ -44,7 +46,7 @@ def make_index(split: Split, root: str) -> None:
     rows = image_index._stat_all(split.files, root)
     random = np.random.default_rng(0)
     rows["height"], rows["width"] = random.integers(200, 600, (2, len(rows)))
-    image_index._write(os.path.join(root, f"{image_index.INDEX}.npz"), image_index._merged(rows))
+    write(os.path.join(root, f"{INDEX}.npz"), merged(rows))
 
 
 def no_files(files: list[str]) -> tuple[np.ndarray, list[image_index.Bad]]:
@@ -66,7 +68,7 @@ def box_milliseconds(sizes: torch.Tensor, batch: int = 256, times: int = 200) ->
 
 def measure(images: int, root: str) -> dict[str, float]:
     image_index._stat = no_files
-    if not os.path.exists(os.path.join(root, f"{image_index.INDEX}.npz")):
+    if not os.path.exists(os.path.join(root, f"{INDEX}.npz")):
         make_index(make_split(root, images), root)
     before = resident_mb()
     split = make_split(root, images)

@@ -10,7 +10,7 @@ scan.py          finds the images of a folder and checks them
 walk.py          the files below a folder: which are images, and why the others are skipped
 classes.py       the class names of a weights file against those of the data
 decode.py        one picture file to pixels; names the file if it is damaged
-image_index.py   the sizes of the images of a folder, read once and kept
+image_index.py   the sizes of the images of a folder, read once; index_file.py: keeps them
 folder.py        a folder of images, decoded in worker processes
 dali.py          a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
 dali_source.py   what DALI gets for each batch

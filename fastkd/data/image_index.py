@@ -4,9 +4,6 @@ Who draws a crop before the image is decoded needs its size. Pillow reads a head
 1.28 million files on one core, so the answers are kept in DIR/.fastkd-index.npz, or in the cache folder of the user if
 DIR cannot be written. A later run asks the file system for the length and the time of each file, and reads anew what
 has changed. What is read is saved every few seconds, so that a run that was killed goes on there.
-
-The file holds one array of rows, sorted by the key of the file. The key is a hash of 64 bits of the path below DIR: two
-of 1.28 million files have the same with a probability of 4e-8, and they would have to agree in length and time as well.
 """
 
 import os
@@ -14,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -27,21 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from .decode import header
+from .index_file import HEADER, NO_ROWS, ROW, in_cache, key_of, load, merged, pruned, take, write
 from .walk import INDEX, SHOWN, shown
 
-ROW = np.dtype(
-    [
-        ("key", "u8"),
-        ("bytes", "i8"),
-        ("mtime_ns", "i8"),
-        ("height", "i4"),  # pixels, as stored: not turned
-        ("width", "i4"),
-        ("orientation", "u1"),  # of EXIF, 1 to 8; 0: not read
-        ("kind", "S8"),  # Pillow's name of the format
-    ]
-)
-HEADER = ("height", "width", "orientation", "kind")
-NO_ROWS = np.zeros(0, ROW)
 SLOW = 1.0  # seconds after which there is a progress bar, and the index is kept
 SAVE_EVERY = 5.0  # seconds
 CHUNK = 256  # headers per message of a reading process
@@ -100,7 +84,7 @@ class _Reader:
     def __init__(self, files: list[str], root: str, exif: bool, workers: int, log: Log):
         self.files, self.root, self.exif, self.log = files, root, exif, log
         self.workers = workers
-        self.paths = [os.path.join(root, f"{INDEX}.npz"), _in_cache(root)]
+        self.paths = [os.path.join(root, f"{INDEX}.npz"), in_cache(root)]
         self.started = self.saved = time.monotonic()
 
     def read(self) -> np.ndarray:
@@ -108,8 +92,8 @@ class _Reader:
         rows = _stat_all(self.files, self.root)
         known = NO_ROWS
         for path in self.paths:
-            known = _merged(known, _load(path, self.log))
-        missing = _take(rows, known, self.exif)
+            known = merged(known, load(path, self.log))
+        missing = take(rows, known, self.exif)
         if not len(missing):
             return rows
         _, first = np.unique(rows["key"][missing], return_index=True)  # a file may be listed twice
@@ -119,7 +103,7 @@ class _Reader:
             self._finish(known, len(missing))
         if bad:
             raise UserError(_damaged(bad))
-        _take(rows, known, self.exif)
+        take(rows, known, self.exif)
         return rows
 
     def _read_headers(self, rows: np.ndarray, missing: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, list[Bad]]:
@@ -133,10 +117,10 @@ class _Reader:
             fresh.append(part)
             bad += wrong
             if self._is_slow() and time.monotonic() > self.saved + SAVE_EVERY:
-                known, fresh = _pruned(_merged(known, *fresh), wanted), [NO_ROWS]
+                known, fresh = pruned(merged(known, *fresh), wanted), [NO_ROWS]
                 self._save(known)
                 self.saved = time.monotonic()
-        return _pruned(_merged(known, *fresh), wanted), bad
+        return pruned(merged(known, *fresh), wanted), bad
 
     def _headers(self, missing: np.ndarray) -> DataLoader:
         return DataLoader(
@@ -176,7 +160,7 @@ class _Reader:
         """Write the index beside the data or in the cache folder. Gives the path; "" if neither can be written."""
         for path in self.paths:
             try:
-                _write(path, rows)
+                write(path, rows)
             except OSError:
                 continue
             return path
@@ -210,7 +194,7 @@ def _stat_all(files: list[str], root: str) -> np.ndarray:
     In threads: on network storage each file is a wait. On a local disk it takes about 4 us a file.
     """
     rows, bad, start = np.zeros(len(files), ROW), list[Bad](), len(root.rstrip(os.sep)) + 1
-    rows["key"] = np.fromiter((_key(file[start:]) for file in files), np.uint64, len(files))
+    rows["key"] = np.fromiter((key_of(file[start:]) for file in files), np.uint64, len(files))
     with ThreadPoolExecutor(16) as pool:
         chunks = [slice(at, at + 4096) for at in range(0, len(files), 4096)]
         for chunk, (found, wrong) in zip(chunks, pool.map(_stat, (files[chunk] for chunk in chunks)), strict=True):
@@ -232,73 +216,6 @@ def _stat(files: list[str]) -> tuple[np.ndarray, list[Bad]]:
             continue
         found[i] = status.st_size, status.st_mtime_ns
     return found, bad
-
-
-def _key(path: str) -> int:
-    return int.from_bytes(blake2b(os.fsencode(path), digest_size=8).digest(), "little")
-
-
-def _take(rows: np.ndarray, known: np.ndarray, exif: bool) -> np.ndarray:
-    """Fill the rows of unchanged files from the sorted known ones. Gives the positions of the others, int64 [n]."""
-    same = np.zeros(len(rows), bool)
-    if len(known):
-        at = np.searchsorted(known["key"], rows["key"]).clip(max=len(known) - 1)
-        same = known["height"][at] > 0
-        for name in ("key", "bytes", "mtime_ns"):
-            same &= known[name][at] == rows[name]
-        if exif:
-            same &= known["orientation"][at] > 0
-        rows[same] = known[at[same]]
-    return np.flatnonzero(~same)
-
-
-def _merged(*parts: np.ndarray) -> np.ndarray:
-    """All rows, sorted by key; of those with one key, the last."""
-    rows = np.concatenate(parts[::-1])
-    return rows[np.unique(rows["key"], return_index=True)[1]]
-
-
-def _pruned(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Without the rows of other files than those with the `wanted` keys, if there are more of them.
-
-    They may belong to another split of the folder, or to files that went away.
-    """
-    ours = np.isin(known["key"], wanted)
-    return known if len(known) - ours.sum() <= len(wanted) else known[ours]
-
-
-def _load(path: str, log: Log) -> np.ndarray:
-    """The rows of a file; none if it is not there, or damaged, which is logged."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            rows = content["rows"]
-        if rows.dtype != ROW or rows.ndim != 1 or not (rows["key"][1:] > rows["key"][:-1]).all():
-            raise ValueError("it is of another version of fastkd")
-    except FileNotFoundError:
-        return NO_ROWS
-    except Exception as error:  # of zipfile, zlib and numpy: anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        log(f"data: the index of the images {shown(path)} cannot be used ({reason}): it is made anew")
-        return NO_ROWS
-    return rows
-
-
-def _write(path: str, rows: np.ndarray) -> None:
-    """Atomic: after a kill at any moment, the old or the new file is there. One process of a machine writes."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part = f"{path.removesuffix('.npz')}.{os.uname().nodename}.tmp"
-    with open(part, "wb") as stream:
-        np.savez(stream, rows=rows)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
-
-
-def _in_cache(root: str) -> str:
-    """The path of the index of a folder that cannot be written."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    name = blake2b(os.fsencode(os.path.abspath(root)), digest_size=8).hexdigest()
-    return os.path.join(cache, "fastkd", f"index-{name}.npz")
 
 
 def _damaged(bad: list[Bad]) -> str:

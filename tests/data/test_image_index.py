@@ -13,7 +13,8 @@ from PIL import Image
 
 import fastkd.data.image_index as image_index
 from fastkd.data.decode import decode, header
-from fastkd.data.image_index import NO_ROWS, ROW, read_index
+from fastkd.data.image_index import read_index
+from fastkd.data.index_file import NO_ROWS, ROW, load
 from fastkd.data.scan import scan
 from fastkd.errors import UserError
 
@@ -105,7 +106,7 @@ def test_files_that_went_away_do_not_pile_up(folder, kept):
         os.rename(files[0], files[0] + f"{name}.png")
         read_index([files[0] + f"{name}.png"], [str(folder)])
         os.rename(files[0] + f"{name}.png", files[0])
-    assert len(image_index._load(str(folder / ".fastkd-index.npz"), print)) <= 2
+    assert len(load(str(folder / ".fastkd-index.npz"), print)) <= 2
 
 
 def test_the_orientation_is_read_when_it_is_needed(folder, kept):
@@ -132,20 +133,20 @@ def test_the_index_is_no_entry_of_the_data(folder, kept):
 
 
 def test_a_folder_that_cannot_be_written(folder, kept, monkeypatch, tmp_path):
-    write = image_index._write
+    write = image_index.write
 
     def refuse(path, rows):
         if path.startswith(str(folder)):
             raise OSError("read-only file system")
         write(path, rows)
 
-    monkeypatch.setattr(image_index, "_write", refuse)
+    monkeypatch.setattr(image_index, "write", refuse)
     said = []
     first = index_of(folder, log=said.append)
     kept.clear()
     assert np.array_equal(index_of(folder).rows, first.rows) and kept == []
     assert str(tmp_path / "cache" / "fastkd") in said[0]
-    monkeypatch.setattr(image_index, "_write", lambda path, rows: os.listdir("/nowhere"))
+    monkeypatch.setattr(image_index, "write", lambda path, rows: os.listdir("/nowhere"))
     Image.new("RGB", (9, 9)).save(folder / "train" / "0" / "0.png")
     index_of(folder, log=said.append)
     assert "cannot be kept" in said[1]
@@ -193,7 +194,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(folder, kept
         time.sleep(random.uniform(0.005, 0.04))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        known.append(len(image_index._load(str(path), pytest.fail)))  # a damaged one would be logged
+        known.append(len(load(str(path), pytest.fail)))  # a damaged one would be logged
     kept.clear()
     assert np.array_equal(index_of(folder).rows, want) and len(kept) == 12 - known[-1]
     assert path.read_bytes() == good and known == sorted(known) and known[-1] > 0
