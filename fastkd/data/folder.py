@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as F
 from ..errors import UserError
 from .augment import crops_and_flips, resized_boxes
 from .base import EpochLoader, resize_side
-from .decode import decode
+from .decode import begin_worker, decode
 from .normalise import Normalise
 from .order import ONE_PROCESS, Shard
 from .prefetch import Prefetch
@@ -92,6 +92,7 @@ class FolderLoader(EpochLoader):
             prefetch_factor=4 if options.workers else None,
             pin_memory=device.type == "cuda",
             collate_fn=nn.Identity(),  # `__getitems__` makes whole batches already
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),  # else each epoch draws from the training process's default generator
         )
 

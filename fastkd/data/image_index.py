@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from .decode import header
+from .decode import begin_worker, header
 from .index_file import HEADER, NO_ROWS, ROW, in_cache, key_of, load, merged, pruned, take, write
 from .walk import INDEX, SHOWN, shown
 
@@ -128,6 +128,7 @@ class _Reader:
             batch_size=CHUNK,
             num_workers=self.workers if len(missing) > FEW else 0,
             collate_fn=nn.Identity(),  # `__getitems__` makes whole chunks already
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),  # else the training process's default generator is drawn from
         )
 

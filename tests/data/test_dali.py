@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastkd.data as data_module
 import fastkd.data.dali_files as dali_files
 import fastkd.data.scan as scan_module
 from fastkd.checkpoint import claim_folder
@@ -376,6 +377,25 @@ def test_a_run_begun_with_dali_is_not_resumed_with_torchvision(pictures, request
     request.getfixturevalue("no_driver")
     with pytest.raises(UserError, match="'dali' loader and this run uses 'folder'"):
         chosen(pictures, "auto")[2].load_state_dict(state)
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_one_process_of_a_machine_reads_the_headers_first(pictures, monkeypatch, local_rank):
+    """The others find what it has kept."""
+    happened, sizes_of = [], data_module.sizes_of
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(data_module, "sizes_of", lambda *how: happened.append("read") or sizes_of(*how))
+    _, _, train = chosen(pictures, "dali", rank=1, world_size=2, gather=lambda it: happened.append("met") or [it] * 2)
+    assert happened == (["read", "met", "met"] if local_rank == 0 else ["met", "read", "met"])
+    assert len(epoch(train)[1]) == 14
+
+
+def test_a_damaged_header_ends_every_process(pictures):
+    def gather(problem):
+        return ["'x.jpg' cannot be decoded (because)", problem]
+
+    with pytest.raises(UserError, match="process 0 of 2: 'x.jpg' cannot be decoded .because."):
+        chosen(pictures, "dali", rank=1, world_size=2, gather=gather)
 
 
 def test_a_pipeline_is_built_once_for_the_first_epoch(pictures, monkeypatch):
