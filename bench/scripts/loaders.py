@@ -85,7 +85,7 @@ def later(split: Split, options: DataOptions, device: torch.device) -> DaliLoade
 class OwnReader(DaliLoader):
     """DALI's file reader shuffles, and its decoder draws the crops."""
 
-    def _define(self, source: Iterator[Any], batch_size: int) -> Pipeline:
+    def _define(self, source: Iterator[Any], batch_size: int, side: int) -> Pipeline:
         files, threads = self.source.files, self.options.workers
         return own_reader(files, batch_size=batch_size, num_threads=threads, device_id=None, exec_dynamic=True)
 

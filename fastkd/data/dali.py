@@ -18,6 +18,7 @@ per cent of the images/s (bench/scripts/loaders.py).
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
@@ -81,11 +82,12 @@ class DaliLoader(EpochLoader):
         self.normalise = Normalise(options.mean, options.std, device, shard.dtype)
         self.lent: deque = deque()  # CUDA: DALI's outputs that torch may still be copying
         self._pipeline: Pipeline | None = None  # None while it is in use, and if an epoch was not finished
-        self._place = 0, 0  # epoch and step of the pipeline's next batch
+        self._place = 0, 0, 0  # epoch, step and side of the pipeline's next batch
 
     def start(self) -> None:
         """Build the pipeline now, for the next epoch. Raises UserError if DALI cannot start."""
-        self._pipeline, self._place = self._built_for(self.epoch, self.first), (self.epoch, self.first)
+        self._pipeline = self._built_for(self.epoch, self.first)
+        self._place = self.epoch, self.first, self._side(self.epoch)
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.slices:
@@ -94,7 +96,7 @@ class DaliLoader(EpochLoader):
         for step in range(first, len(self)):
             images, target = self._run(pipeline, epoch, step)
             if step == len(self) - 1:
-                self._pipeline, self._place = pipeline, (epoch + self.train, 0)
+                self._pipeline, self._place = pipeline, (epoch + self.train, 0, self._side(epoch))
                 self.first_pass.checked.fill_(True)  # of the other processes' files too: these have checked them
             yield images, target
 
@@ -105,20 +107,24 @@ class DaliLoader(EpochLoader):
 
     def _built_for(self, epoch: int, step: int) -> Pipeline:
         """The pipeline whose next batch is that of this step."""
-        if self._pipeline is not None and self._place == (epoch, step):
+        if self._pipeline is not None and self._place == (epoch, step, self._side(epoch)):
             return self._pipeline
         try:
-            pipeline = self._define(self.source.batches(epoch, step), self.largest)
+            pipeline = self._define(self.source.batches(epoch, step), self.largest, self._side(epoch))
             pipeline.build()
         except RuntimeError as error:
             raise UserError(f"DALI cannot start here: {' '.join(str(error).split())[:300]}{WAY_OUT}") from None
         return pipeline
 
-    def _define(self, source: Iterator[Inputs], batch_size: int) -> Pipeline:
+    def _side(self, epoch: int) -> int:
+        """The side of the images of an epoch, in pixels."""
+        return self.image_size
+
+    def _define(self, source: Iterator[Inputs], batch_size: int, side: int) -> Pipeline:
         device = torch.empty(0, device=self.device).device.index  # a number for "cuda" too, None for the CPU
         return _folder_pipeline(
             source,
-            self.options,
+            replace(self.options, image_size=side),
             train=self.train,
             cuda=self.device.type == "cuda",
             dtype=DALIDataType.FLOAT16 if self.shard.dtype in HALF else DALIDataType.FLOAT,
@@ -136,7 +142,7 @@ class DaliLoader(EpochLoader):
         except RuntimeError as error:
             raise UserError(self._explain(str(error), epoch, step)) from None
         if self.train and not cuda:
-            return self._resized_here(*outputs)
+            return self._resized_here(self._side(epoch), *outputs)
         images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         # On the CPU the tensor owns DALI's buffer. On CUDA it is copied, since DALI does not know torch's streams.
         batch = images.permute(0, 3, 1, 2).to(self.shard.dtype, copy=cuda), labels.to(torch.int64, copy=cuda)
@@ -148,10 +154,9 @@ class DaliLoader(EpochLoader):
                 self.lent.popleft()[1].synchronize()
         return batch
 
-    def _resized_here(self, crops: Any, mirrored: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    def _resized_here(self, side: int, crops: Any, mirrored: Any, labels: Any) -> tuple[Tensor, Tensor]:
         """Crops of any size, uint8 [h, w, 3], to the batch that the CUDA pipeline would give."""
-        side = self.options.image_size
-        if self.resized is None:
+        if self.resized is None or self.resized.shape[1] != side:
             self.resized = torch.empty(self.largest, side, side, 3, dtype=torch.uint8)
         resized, flips = self.resized, torch.from_dlpack(mirrored.as_tensor()).tolist()
 
@@ -190,7 +195,7 @@ class DaliLoader(EpochLoader):
         """The number of the image that DALI cannot decode: each image of the batch is decoded alone."""
         for number in self.samples_of(epoch, step).split(1):
             try:
-                alone = self._define(repeat(self.source.inputs(number, self.shard.view(epoch))), 1)
+                alone = self._define(repeat(self.source.inputs(number, self.shard.view(epoch))), 1, self._side(epoch))
                 alone.build()
                 alone.run()
             except RuntimeError:

@@ -92,7 +92,7 @@ def inspect(file: str, side: int | None = None) -> tuple[str, str]:
 
 
 def header(file: str, exif: bool = False) -> tuple[int, int, int, str]:
-    """(height, width, EXIF's orientation or 0, Pillow's name of the format) without decoding. 0.1 ms.
+    """(height, width, EXIF's orientation or 0, Pillow's name of the format) without decoding. 0.03 ms.
 
     The size is that of the decoded picture before it is turned. The orientation is read with `exif`. It is 1 if it is
     not one of 1 to 8, and for a TIFF, which Pillow turns. Raises ValueError with the reason if the header is damaged.

@@ -1,9 +1,10 @@
 """The sizes of the images of a folder: read from their headers once, and kept.
 
-Who draws a crop before the image is decoded needs its size. Pillow reads a header in 0.1 ms. That is two minutes for
-1.28 million files on one core, so the answers are kept in DIR/.fastkd-index.npz, or in the cache folder of the user if
-DIR cannot be written. A later run asks the file system for the length and the time of each file, and reads anew what
-has changed. What is read is saved every few seconds, so that a run that was killed goes on there.
+To draw a crop before the image is decoded, its size must be known. Pillow reads a header in 0.03 ms, and with a process
+for it 0.05 ms: a minute for 1.28 million files that lie in the page cache, much longer on a slow disk. So the answers
+are kept in DIR/.fastkd-index.npz, or in the cache folder of the user if DIR cannot be written. A later run asks the
+file system for the length and the time of each file, and reads anew what has changed. What is read is saved every few
+seconds, so that a run that was killed goes on there.
 """
 
 import os

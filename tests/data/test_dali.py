@@ -267,6 +267,17 @@ def test_the_options_of_the_training_images_are_those_of_torchvision(tmp_path, m
     assert level_apart(by_number(root, "dali", **more), want) < 1.01 and level_apart(other, want) > 50
 
 
+def test_the_side_may_differ_between_epochs(pictures, monkeypatch):
+    """Images that DALI decodes ahead have the side of their own epoch."""
+    monkeypatch.setattr(DaliLoader, "_side", lambda loader, number: 32 + 16 * (number % 2))
+    train, _ = loaders(pictures)
+    got = [epoch(train)[0] for _ in range(3)]
+    for number, side in enumerate((32, 48, 32)):
+        folder, _ = loaders(pictures, "folder", image_size=side, workers=0)
+        folder.load_state_dict({"loader": "folder", "epoch": number, "step": 0})
+        assert (got[number] - epoch(folder)[0]).abs().max() < 0.02
+
+
 def test_a_file_that_shrank_during_the_run_is_named(pictures, tmp_path):
     """Its crop may lie outside: DALI's message names no file."""
     root = spoilt(tmp_path, {"big.jpg": damage.saved(damage.noisy(300, 200), "JPEG")})
