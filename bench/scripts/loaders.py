@@ -3,11 +3,13 @@
     python bench/scripts/loaders.py
     python bench/scripts/loaders.py --threads 8 --device cuda --json bench/results/data.json
 
-Three ways, each with as many worker processes (torchvision) or threads (DALI):
+Five ways, each with as many worker processes (torchvision) or threads (DALI):
     recipe   what torchvision documents: ImageFolder (PIL), v2 transforms on uint8 tensors, ToDtype and Normalize in the
              workers; they persist and prefetch 4 batches each
     folder   fastkd's own loader on torchvision: its fast (deprecated) decoder, uint8 to the device, normalised there
-    dali     fastkd's loader on NVIDIA DALI
+    first    fastkd's loader on NVIDIA DALI, in the first epoch: each file is checked before it is decoded
+    dali     the same in later epochs
+    reader   DALI's own file reader, crops and flips in the place of ours; on the CPU only
 
 The files are made here: about 500x375 pixels, smooth colour with grain, quality 90, 4:2:0, around 100 KB as ImageNet's.
 They stay in the page cache, so this measures decoding and cropping and not the disk. Each round builds every loader
@@ -19,13 +21,15 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import nvidia.dali.fn as fn
 import torch
+from nvidia.dali import Pipeline, pipeline_def
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -71,10 +75,35 @@ def recipe(split: Split, options: DataOptions, device: torch.device) -> DataLoad
     )
 
 
+def later(split: Split, options: DataOptions, device: torch.device) -> DaliLoader:
+    """In its second epoch."""
+    loader = DaliLoader(split, options, device, train=True)
+    loader.load_state_dict({"loader": "dali", "epoch": 1, "step": 0})
+    return loader
+
+
+class OwnReader(DaliLoader):
+    """DALI's file reader shuffles, and its decoder draws the crops."""
+
+    def _define(self, source: Iterator[Any], batch_size: int, side: int) -> Pipeline:
+        files, threads = self.source.files, self.options.workers
+        return own_reader(files, batch_size=batch_size, num_threads=threads, device_id=None, exec_dynamic=True)
+
+
+@pipeline_def
+def own_reader(files: list[str]) -> Any:
+    encoded, labels = fn.readers.file(files=files, random_shuffle=True, initial_fill=4096)
+    crop: dict[str, Any] = {"random_area": (0.08, 1.0), "random_aspect_ratio": (3 / 4, 4 / 3)}
+    images = fn.decoders.image_random_crop(encoded, device="cpu", adjust_orientation=False, **crop)
+    return images, fn.random.coin_flip(), fn.reshape(labels, shape=[])
+
+
 WAYS: dict[str, Callable[..., Iterable[Any]]] = {
     "recipe": recipe,
     "folder": partial(FolderLoader, train=True),
-    "dali": partial(DaliLoader, train=True),
+    "first": partial(DaliLoader, train=True),
+    "dali": later,
+    "reader": partial(OwnReader, train=True),
 }
 
 
@@ -98,8 +127,8 @@ def measure(split: Split, args: argparse.Namespace) -> dict[str, list[float]]:
     # the same files over and over, so that no window meets the end of an epoch (20,000 images/s at most)
     times = -(-int(args.seconds * 20_000 + WARM_BATCHES * args.batch_size) // len(split.files))
     split = Split(split.classes, split.files * times, split.labels * times)
-    found: dict[str, list[float]] = {name: [] for name in WAYS}
-    names, device = list(WAYS), torch.device(args.device)
+    found: dict[str, list[float]] = {name: [] for name in WAYS if name != "reader" or args.device == "cpu"}
+    names, device = [name for name in WAYS if name in found], torch.device(args.device)
     options = DataOptions(batch_size=args.batch_size, workers=args.threads).for_large_images()
     for turn in range(args.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:

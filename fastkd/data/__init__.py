@@ -10,8 +10,11 @@ scan.py          finds the images of a folder and checks them
 walk.py          the files below a folder: which are images, and why the others are skipped
 classes.py       the class names of a weights file against those of the data
 decode.py        one picture file to pixels; names the file if it is damaged
+image_index.py   the sizes of the images of a folder, read once; index_file.py: keeps them
 folder.py        a folder of images, decoded in worker processes
 dali.py          a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
+dali_source.py   what DALI gets for each batch
+dali_files.py    what DALI cannot do: tell a damaged file, decode every format
 dali_package.py  which DALI package fits torch, and whether it can be imported
 small_sets.py    CIFAR-10, CIFAR-100, Fashion-MNIST and MNIST in memory, and what is usual for each
 cifar.py         the files of CIFAR
@@ -24,16 +27,19 @@ prefetch.py      batches to a CUDA device, one ahead of the step
 synthetic.py     random images that are already on the device, to measure a run without loading data
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..kernels.logit_loss import UNLABELLED
 from .base import IMAGENET_MEAN, IMAGENET_STD, EpochLoader, Loader
 from .dali_package import import_problem
+from .image_index import sizes_of
 from .layout import evaluation_split, training_splits
 from .options import NAMES, DataOptions, changes_augmentation
 from .order import Shard
@@ -209,7 +215,8 @@ def _dali(
     gather: Gather,
 ) -> list[EpochLoader] | None:
     """The loaders, or None if the DALI of any process cannot start and `loader` is "auto". Logs the choice made."""
-    loaders, problem = _start_dali(splits, options, device, shard)
+    sizes = _sizes_of_training_images(splits, options, shard, log, gather)
+    loaders, problem = _start_dali(splits, options, device, shard, sizes)
     problem = _first_problem(gather(problem))
     if problem and options.loader == "dali":
         raise UserError(f"loader='dali': {problem}; loader='folder' does without it")
@@ -221,8 +228,36 @@ def _dali(
     return loaders
 
 
+def _sizes_of_training_images(
+    splits: dict[str, Split], options: DataOptions, shard: Shard, log: Log, gather: Gather
+) -> Tensor | None:
+    """(height, width) int64 [N, 2], which DALI needs; None without DALI or training images.
+
+    One process of each machine reads the headers, and the others what it has kept. Raises UserError on every process if
+    one meets damaged files.
+    """
+    from .dali_files import undecodable
+
+    def read() -> tuple[Tensor | None, str]:
+        if "train" not in splits or import_problem() or undecodable(tuple(splits.values())):
+            return None, ""
+        try:
+            return sizes_of(splits["train"].files, options, log), ""
+        except UserError as error:
+            return None, str(error)
+
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    sizes, problem = read() if is_first else (None, "")
+    problem = _first_problem(gather(problem)) if shard.world_size > 1 else problem
+    if not problem and not is_first:
+        sizes, problem = read()
+    if problem:
+        raise UserError(problem)
+    return sizes
+
+
 def _start_dali(
-    splits: dict[str, Split], options: DataOptions, device: torch.device, shard: Shard
+    splits: dict[str, Split], options: DataOptions, device: torch.device, shard: Shard, sizes: Tensor | None
 ) -> tuple[list[EpochLoader] | None, str]:
     """(the loaders, ""), or (None, why DALI cannot be used in this process)."""
     if problem := import_problem():
@@ -232,7 +267,9 @@ def _start_dali(
 
     if problem := undecodable(tuple(splits.values())):
         return None, problem
-    loaders = [DaliLoader(split, options, device, shard, train=name == "train") for name, split in splits.items()]
+    loaders = []
+    for name, split in splits.items():
+        loaders.append(DaliLoader(split, options, device, shard, train=name == "train", sizes=sizes))
     try:
         if loaders[0].slices:  # a process may have no images to evaluate
             loaders[0].start()

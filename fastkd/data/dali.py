@@ -1,22 +1,26 @@
 """A folder of images, decoded, cropped and normalised by NVIDIA DALI: on the GPU if the device is one.
 
-The crops are defined as in folder.py; in evaluation the images are equal up to rounding. DALI writes float16 (for a
-half-precision `dtype`; bfloat16 is cast from it) or float32 in HWC layout, so that `permute(0, 3, 1, 2)` is
-channels-last without a copy. EXIF orientation is ignored, or applied with the option `exif`, as in folder.py.
+The order of the images, their crops and their flips are those of folder.py: augment.py draws them, and DALI gets them
+as inputs, together with the names of the files. So the images are those of the folder loader up to rounding, for any
+number of processes and any batch size, and the loader can begin at any step. The crops need the sizes of the images
+before they are decoded: image_index.py knows them. DALI decodes no more than the crop, where the format allows it.
 
-When training on the CPU, DALI decodes the crops and torch resizes them. DALI's antialiased CPU resize takes 1.3 core-ms
-an image, more than the decoding; torch's takes 0.2 and gives the same pixels as torchvision.
+DALI writes float16 (for a half-precision `dtype`; bfloat16 is cast from it) or float32 in HWC layout, so that
+`permute(0, 3, 1, 2)` is channels-last without a copy. EXIF orientation is ignored, or applied with the option `exif`,
+as in folder.py. When training on the CPU, DALI decodes the crops and torch resizes them. DALI's antialiased CPU resize
+takes 1.3 core-ms an image, more than the decoding; torch's takes 0.2 and gives the same pixels as torchvision.
 
-DALI's reader shuffles the whole list after each epoch, equally on every process. This file shuffles the list for the
-first epoch. The crops and flips depend on the seed and the rank, so each process needs its own state. dali_files.py
-does what DALI cannot: names that are not UTF-8, and a look at each file before it is decoded for the first time.
+Names go to DALI as bytes, so any name will do. Files are read, not mapped into memory: a mapped file that another
+program shortens would kill the process. Against DALI's own file reader, which draws other crops, all this costs 2 to 5
+per cent of the images/s (bench/scripts/loaders.py).
 """
 
-import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import nvidia.dali.fn as fn
@@ -27,11 +31,13 @@ from nvidia.dali.types import DALIDataType, DALIInterpType
 from torch import Tensor
 
 from ..errors import UserError
-from .base import EpochLoader, position_of, resize_side
-from .dali_files import REMEDY, DaliNames, FirstPass
-from .decode import decode
+from .base import EpochLoader, resize_side
+from .dali_files import REMEDY, FirstPass
+from .dali_source import Inputs, Source
+from .decode import decode, header
+from .image_index import sizes_of
 from .normalise import Normalise
-from .order import ONE_PROCESS, Shard, derived_seed
+from .order import ONE_PROCESS, Shard
 from .scan import Split
 
 if TYPE_CHECKING:
@@ -47,74 +53,99 @@ class DaliLoader(EpochLoader):
     name = "dali"
 
     def __init__(
-        self, split: Split, options: "DataOptions", device: torch.device, shard: Shard = ONE_PROCESS, *, train: bool
+        self,
+        split: Split,
+        options: "DataOptions",
+        device: torch.device,
+        shard: Shard = ONE_PROCESS,
+        *,
+        train: bool,
+        sizes: Tensor | None = None,
     ):
+        """sizes: (height, width) of the training images, int64 [N, 2]; None: they are read from the index."""
         if options.workers < 1:
             raise UserError("workers=0: DALI decodes in at least one thread; give workers=1, or loader='folder'")
         super().__init__(split.classes, len(split.files), options.batch_size, shard, train=train)
         options = options.for_large_images()
         self.image_size, self.mean, self.std = options.image_size, options.mean, options.std
-        self.split, self.options, self.device, self.shard = split, options, device, shard
-        self.names = DaliNames(split.files)
+        self.options, self.device = options, device
+        if train and sizes is None:
+            sizes = sizes_of(split.files, options)
+        self.largest = max((stop - start for start, stop in self.slices), default=0)  # images of a batch
         self.threads = ThreadPoolExecutor(options.workers)  # check the files, and resize if DALI does not
-        self._first_pass: FirstPass | None = None  # while it runs
-        self._checked = False  # every file of this process has been looked at, by this run or the one it resumes
+        side = None if train else resize_side(options.image_size)
+        self.first_pass = FirstPass(split.files, side, shard.rank, self.threads)
+        self.source = Source(
+            split, self.slices, shard, sizes if train else None, self.first_pass, options.flip != "off"
+        )
         self.resized: Tensor | None = None  # bytes between resizing and normalising, reused for every batch
         self.normalise = Normalise(options.mean, options.std, device, shard.dtype)
         self.lent: deque = deque()  # CUDA: DALI's outputs that torch may still be copying
-        self._boundary: bytes | None = None  # the pipeline's state at the beginning of this epoch; None: as built
-        self._pipeline: Pipeline | None = None  # built when needed; None if an epoch was not finished
-        self._fixed = {  # must be equal when a run is resumed
-            "samples": self.samples,
-            "batch_size": options.batch_size,
-            "seed": shard.seed,
-            "rank": shard.rank,
-            "world_size": shard.world_size,
-        }
+        self._pipeline: Pipeline | None = None  # None while it is in use, and if an epoch was not finished
+        self._place = 0, 0, 0  # epoch, step and side of the pipeline's next batch
 
     def start(self) -> None:
         """Build the pipeline now, for the next epoch. Raises UserError if DALI cannot start."""
-        self._pipeline = self._pipeline or self._build()
+        self._pipeline = self._built_for(self.epoch, self.first)
+        self._place = self.epoch, self.first, self._side(self.epoch)
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.slices:
             return
-        pipeline, self._pipeline = self._pipeline or self._build(), None
-        runs, batch_size = 0, self.options.batch_size
-        self._first_pass = None if self._checked else self._new_pass()
-        for step, (start, stop) in enumerate(self.slices):
-            batch = self._run(pipeline, step)
-            runs += 1
-            if stop - start > batch_size:  # the one or two last images, which join this batch, are DALI's next batch
-                batch = [torch.cat(pair) for pair in zip(batch, self._run(pipeline, step), strict=True)]
-                runs += 1
+        pipeline, self._pipeline = self._built_for(epoch, first), None
+        for step in range(first, len(self)):
+            images, target = self._run(pipeline, epoch, step)
             if step == len(self) - 1:
-                self._finish(pipeline, runs)
-            if step >= first:
-                yield batch[0][: stop - start], batch[1][: stop - start]
+                self._pipeline, self._place = pipeline, (epoch + self.train, 0, self._side(epoch))
+                self.first_pass.checked.fill_(True)  # of the other processes' files too: these have checked them
+            yield images, target
 
-    def _finish(self, pipeline: Pipeline, runs: int) -> None:
-        """Reach the end of DALI's epoch, which may be longer than ours."""
-        for _ in range(runs, -(-self._share() // self.options.batch_size)):
-            self._run(pipeline, len(self))
-        self._pipeline, self._first_pass, self._checked = pipeline, None, True
-        self._boundary = pipeline.checkpoint() if self.train else None
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        if self.epoch > 0:
+            self.first_pass.checked.fill_(True)  # by the run that wrote the state
 
-    def _run(self, pipeline: Pipeline, step: int) -> list[Tensor]:
-        """[images channels-last [B, 3, H, W], target [B] int64], padded to the batch size."""
+    def _built_for(self, epoch: int, step: int) -> Pipeline:
+        """The pipeline whose next batch is that of this step."""
+        if self._pipeline is not None and self._place == (epoch, step, self._side(epoch)):
+            return self._pipeline
+        try:
+            pipeline = self._define(self.source.batches(epoch, step), self.largest, self._side(epoch))
+            pipeline.build()
+        except RuntimeError as error:
+            raise UserError(f"DALI cannot start here: {' '.join(str(error).split())[:300]}{WAY_OUT}") from None
+        return pipeline
+
+    def _side(self, epoch: int) -> int:
+        """The side of the images of an epoch, in pixels."""
+        return self.image_size
+
+    def _define(self, source: Iterator[Inputs], batch_size: int, side: int) -> Pipeline:
+        device = torch.empty(0, device=self.device).device.index  # a number for "cuda" too, None for the CPU
+        return _folder_pipeline(
+            source,
+            replace(self.options, image_size=side),
+            train=self.train,
+            cuda=self.device.type == "cuda",
+            dtype=DALIDataType.FLOAT16 if self.shard.dtype in HALF else DALIDataType.FLOAT,
+            batch_size=batch_size,
+            num_threads=self.options.workers,
+            device_id=device,
+            exec_dynamic=True,  # outputs stay valid while referenced; older executors overwrite them
+        )
+
+    def _run(self, pipeline: Pipeline, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """(images channels-last [B, 3, H, W], target int64 [B])"""
         cuda = self.device.type == "cuda"
         try:
-            if self._first_pass is not None:
-                self._first_pass.before_run()
             outputs = pipeline.run(torch.cuda.current_stream(self.device)) if cuda else pipeline.run()
         except RuntimeError as error:
-            raise UserError(self._explain(str(error), step)) from None
+            raise UserError(self._explain(str(error), epoch, step)) from None
         if self.train and not cuda:
-            return self._resized_here(*outputs)
+            return self._resized_here(self._side(epoch), *outputs)
         images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         # On the CPU the tensor owns DALI's buffer. On CUDA it is copied, since DALI does not know torch's streams.
-        images, labels = images.permute(0, 3, 1, 2), labels.squeeze(1)
-        batch = [images.to(self.shard.dtype, copy=cuda), labels.to(torch.int64, copy=cuda)]
+        batch = images.permute(0, 3, 1, 2).to(self.shard.dtype, copy=cuda), labels.to(torch.int64, copy=cuda)
         if cuda:  # keep DALI's memory until torch's stream has copied it; this waits for the copy of two batches ago
             copied = torch.cuda.Event()
             copied.record()
@@ -123,12 +154,11 @@ class DaliLoader(EpochLoader):
                 self.lent.popleft()[1].synchronize()
         return batch
 
-    def _resized_here(self, crops: Any, mirrored: Any, labels: Any) -> list[Tensor]:
+    def _resized_here(self, side: int, crops: Any, mirrored: Any, labels: Any) -> tuple[Tensor, Tensor]:
         """Crops of any size, uint8 [h, w, 3], to the batch that the CUDA pipeline would give."""
-        side = self.options.image_size
-        if self.resized is None:
-            self.resized = torch.empty(self.options.batch_size, side, side, 3, dtype=torch.uint8)
-        resized, flips = self.resized, torch.from_dlpack(mirrored.as_tensor()).flatten().tolist()
+        if self.resized is None or self.resized.shape[1] != side:
+            self.resized = torch.empty(self.largest, side, side, 3, dtype=torch.uint8)
+        resized, flips = self.resized, torch.from_dlpack(mirrored.as_tensor()).tolist()
 
         def resize(start: int) -> None:
             for i in range(start, len(crops), self.options.workers):
@@ -137,124 +167,58 @@ class DaliLoader(EpochLoader):
                 resized[i] = (image.flip(3) if flips[i] else image)[0].permute(1, 2, 0)
 
         list(self.threads.map(resize, range(self.options.workers)))
-        return [self.normalise(resized[: len(crops)]), torch.from_dlpack(labels.as_tensor()).squeeze(1).long()]
+        return self.normalise(resized[: len(crops)]), torch.from_dlpack(labels.as_tensor())
 
-    def _explain(self, message: str, step: int) -> str:
-        """What to tell of DALI's error: the file, which DALI names in some cases, and what to do."""
-        where = f"epoch {self.epoch}, batch {step}, rank {self.shard.rank}"
-        named = re.findall(r"Failed to decode sample #\d+ *: *(.+)", message)
-        file = self.names.real(named[0].strip()) if named else self._refused()
-        if file is None:
+    def _explain(self, message: str, epoch: int, step: int) -> str:
+        """What to tell of DALI's error: the file, and what to do."""
+        where = f"epoch {epoch}, batch {step}, rank {self.shard.rank}"
+        number = self._refused(epoch, step)
+        if number is None:
             reason = " ".join(message.partition("encountered:")[2].split() or message.split())[:300]
             return f"DALI stopped ({where}): {reason}; if a file is to blame, a new run with loader='folder' names it"
+        file = self.source.files[number]
         try:
             decode(file)
         except UserError as error:
             return f"{error} ({where})"
+        if self.source.sizes is not None and (size := self._new_size(file)) != self.source.sizes[number].tolist():
+            before, now = ("{1} x {0}".format(*sides) for sides in (self.source.sizes[number].tolist(), size))
+            return f"{file!r} has {now} pixels and had {before} when the run began ({where}): continue with --resume"
         return f"{file!r} cannot be decoded by DALI ({where}): {REMEDY}"
 
-    def _refused(self) -> str | None:
-        """The file that DALI cannot decode. Only in the first pass it is known which files are in a run."""
-        for file in self._first_pass.batch() if self._first_pass else ():
-            name = self.names.names[self.split.files.index(file)]
+    def _new_size(self, file: str) -> list[int]:
+        """[height, width] as decoded."""
+        height, width, orientation, _ = header(file, self.options.exif)
+        return [width, height] if orientation >= 5 else [height, width]
+
+    def _refused(self, epoch: int, step: int) -> int | None:
+        """The number of the image that DALI cannot decode: each image of the batch is decoded alone."""
+        for number in self.samples_of(epoch, step).split(1):
             try:
-                one = _one_file(name, cuda=self.device.type == "cuda", **self._machine(), batch_size=1)
-                one.build()
-                one.run()
+                alone = self._define(repeat(self.source.inputs(number, self.shard.view(epoch))), 1, self._side(epoch))
+                alone.build()
+                alone.run()
             except RuntimeError:
-                return file
+                return int(number)
         return None
-
-    def _new_pass(self) -> FirstPass:
-        side = None if self.train else resize_side(self.options.image_size)
-        return FirstPass(self._file_batches(), side, self.shard.rank, self.threads)
-
-    def _file_batches(self) -> Iterator[list[str]]:
-        """The files of each run of DALI in the first pass: a second reader tells the order, and decodes nothing."""
-        source = self._source(list(range(len(self.split.files))))
-        reader = _labels_only(source, batch_size=self.options.batch_size, num_threads=1, device_id=None)
-        reader.build()
-        for _ in range(-(-self._share() // self.options.batch_size)):
-            positions = torch.from_dlpack(reader.run()[0].as_tensor()).flatten().tolist()
-            yield [self.split.files[i] for i in positions]
-
-    def _share(self) -> int:
-        """Images in DALI's epoch: it pads every rank's share to the largest one."""
-        return -(-self.samples // self.shard.world_size) if self.train else self.slices[-1][1] - self.slices[0][0]
-
-    def _machine(self) -> dict[str, int | None]:
-        device = torch.empty(0, device=self.device).device.index  # a number for "cuda" too, None for the CPU
-        return {"num_threads": self.options.workers, "device_id": device}
-
-    def _build(self) -> Pipeline:
-        try:
-            pipeline = self._define()
-            pipeline.build()
-        except RuntimeError as error:
-            raise UserError(f"DALI cannot start here: {' '.join(str(error).split())[:300]}{WAY_OUT}") from None
-        return pipeline
-
-    def _source(self, labels: list[int]) -> dict[str, Any]:
-        """The arguments of DALI's reader."""
-        order = self.order(0).tolist()
-        shuffled = {
-            "shard_id": self.shard.rank,
-            "num_shards": self.shard.world_size,
-            "shuffle_after_epoch": True,
-            "shuffle_after_epoch_seed": derived_seed(self.seed),
-        }
-        if not self.train:  # the reader gets this rank's files only, not all files and the rank
-            order, shuffled = order[self.slices[0][0] : self.slices[-1][1]], {}
-        files, labels = ([every[i] for i in order] for every in (self.names.names, labels))
-        return {"files": files, "labels": labels, "pad_last_batch": True, **shuffled}
-
-    def _define(self) -> Pipeline:
-        return _folder_pipeline(
-            self._source(self.split.labels),
-            self.options,
-            train=self.train,
-            cuda=self.device.type == "cuda",
-            dtype=DALIDataType.FLOAT16 if self.shard.dtype in HALF else DALIDataType.FLOAT,
-            batch_size=self.options.batch_size,
-            **self._machine(),
-            seed=derived_seed(self.seed, self.shard.rank),
-            exec_dynamic=True,  # outputs stay valid while referenced; older executors overwrite them
-            enable_checkpointing=self.train,
-            checkpoint=self._boundary,
-        )
-
-    def state_dict(self) -> dict:
-        """Between epochs; `pipeline` is None before the first one."""
-        state = super().state_dict()
-        return {**state, "pipeline": self._boundary, **self._fixed} if state else state
-
-    def load_state_dict(self, state: dict) -> None:
-        if not self.train:
-            return
-        epoch, step = position_of(state, self.name)
-        for name, value in self._fixed.items():
-            if state[name] != value:
-                raise UserError(
-                    f"the checkpoint's data state has {name}={state[name]} and this run has {name}={value}: DALI can "
-                    "only resume with the same; loader='folder' allows another number of processes"
-                )
-        self.epoch, self.first, self._boundary, self._pipeline = epoch, step, state["pipeline"], None
-        self._checked = epoch > 0
 
 
 @pipeline_def
-def _folder_pipeline(source: dict, options: "DataOptions", *, train: bool, cuda: bool, dtype: DALIDataType) -> Any:
+def _folder_pipeline(
+    source: Iterator[Inputs], options: "DataOptions", *, train: bool, cuda: bool, dtype: DALIDataType
+) -> Any:
     """(images [H, W, 3], label); in training on the CPU (crop uint8 [h, w, 3] of any size, mirrored or not, label)."""
-    encoded, labels = fn.readers.file(**source)
+    inputs: Any = fn.external_source(source, num_outputs=5 if train else 2, batch=True)
+    encoded = fn.io.file.read(inputs[0], dont_use_mmap=True)  # type: ignore[attr-defined]
+    labels: Any = inputs[1]
     decoder: dict[str, Any] = {"device": "mixed" if cuda else "cpu", "adjust_orientation": options.exif}
     decoder["hw_decoder_load"] = options.hw_decoder_load  # this and fancy upsampling: for "mixed" only
     size: Any = (options.image_size,) * 2
     resize = partial(fn.resize, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True, subpixel_scale=False)
     mirror: Any = 0
     if train:
-        crop: Any = {"random_area": (0.08, 1.0), "random_aspect_ratio": (3 / 4, 4 / 3), "num_attempts": 10}
-        images: Any = fn.decoders.image_random_crop(encoded, **crop, **decoder)
-        mirror = fn.random.coin_flip()
+        corners, sides, mirror = inputs[2:]
+        images: Any = fn.decoders.image_slice(encoded, corners, sides, axis_names="HW", **decoder)
         if not cuda:
             return images, mirror, labels
         images = resize(images, size=size)
@@ -272,17 +236,6 @@ def _folder_pipeline(source: dict, options: "DataOptions", *, train: bool, cuda:
     mean, std = ([value * 255 for value in values] for values in (options.mean, options.std))
     images = fn.crop_mirror_normalize(images, mirror=mirror, mean=mean, std=std, dtype=dtype, output_layout="HWC")
     return images, labels.gpu() if cuda else labels
-
-
-@pipeline_def
-def _labels_only(source: dict) -> Any:
-    return fn.readers.file(**source)[1]
-
-
-@pipeline_def
-def _one_file(name: str, *, cuda: bool) -> Any:
-    encoded, _ = fn.readers.file(files=[name], labels=[0])
-    return fn.decoders.image(encoded, device="mixed" if cuda else "cpu")
 
 
 def _centred(spare: Any) -> Any:

@@ -1,15 +1,17 @@
-"""What DALI cannot do with files by itself: take any name, tell a damaged file, decode every format.
+"""What DALI cannot do with files by itself: decode every format, and tell a damaged file.
 
 DALI decodes some damaged files without an error: a BMP without its end, a JPEG with a piece of another one. A header
 with a huge size fills the memory: 65,535 x 65,535 pixels took 12 GB. So `FirstPass` checks each file once, in threads,
 shortly before DALI decodes it for the first time.
 """
 
-import os
-import tempfile
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from ..errors import UserError
 from .decode import inspect
@@ -18,7 +20,15 @@ from .scan import Split
 KINDS = ("jpeg", "png", "webp", "bmp")  # that DALI decodes to the pixels of Pillow; TIFF: not turned, damage not seen
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB")  # the same in Pillow's words
 REMEDY = "convert or remove it, or start a new run with loader='folder', which decodes it"
-AHEAD = 4  # batches; DALI decodes up to 3 while the first is waited for
+AHEAD = 4  # batches that are checked while another is waited for
+
+
+class Place(NamedTuple):
+    """A batch: the numbers of its images, int64 [B]."""
+
+    epoch: int
+    step: int
+    numbers: Tensor
 
 
 def undecodable(splits: tuple[Split, ...]) -> str:
@@ -34,76 +44,36 @@ def undecodable(splits: tuple[Split, ...]) -> str:
     return f"DALI cannot decode {counts} files, such as {example!r}" if others else ""
 
 
-class DaliNames:
-    """A name in UTF-8 for each file, for DALI takes no other. A file with another name gets a symbolic link."""
-
-    def __init__(self, files: list[str]):
-        self.files = files
-        odd = [i for i, file in enumerate(files) if not _is_utf8(file)]
-        self.names, self._real = list(files) if odd else files, {}
-        if not odd:
-            return
-        try:
-            self._folder = tempfile.TemporaryDirectory(prefix="fastkd-names-")  # removed with this object
-            for i in odd:
-                self.names[i] = os.path.join(self._folder.name, str(i))
-                self._real[self.names[i]] = files[i]
-                os.symlink(os.path.abspath(files[i]), self.names[i])
-        except OSError as error:
-            raise UserError(
-                f"{files[odd[0]]!r} is no name in UTF-8, and no link to it can be made in {tempfile.gettempdir()} "
-                f"({error.strerror}): set TMPDIR to a writable folder, or rename the file, or take loader='folder'"
-            ) from None
-
-    def real(self, name: str) -> str:
-        return self._real.get(name, name)
-
-
-def _is_utf8(name: str) -> bool:
-    """False for the names that Python holds with surrogates."""
-    if name.isascii():
-        return True
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 class FirstPass:
-    """Checks the files of a process in the order in which DALI reads them, `AHEAD` batches before it does."""
+    """Checks the files of the batches that go through it, each file once, `AHEAD` batches before they leave.
 
-    def __init__(self, batches: Iterable[list[str]], side: int | None, rank: int, threads: Executor):
-        self.side, self.rank, self.threads = side, rank, threads
-        self._batches = iter(batches)
-        self._submitted: list[list[str]] = []
-        self._waiting: deque[Future[str]] = deque()
-        self._runs = self._checked = 0
+    side: the shorter side of the pictures after resizing, if they are resized as a whole.
+    """
 
-    def before_run(self) -> None:
-        """Wait until every file is checked that DALI may read in its next run. Raises UserError for a bad one."""
-        self._runs += 1
-        self._submit()
-        while self._waiting and self._checked < self._runs + AHEAD - 1:
-            problem = self._waiting.popleft().result()
-            if problem:
-                raise UserError(problem)
-            self._checked += 1
-            self._submit()
+    def __init__(self, files: list[str], side: int | None, rank: int, threads: Executor):
+        self.files, self.side, self.rank, self.threads = files, side, rank, threads
+        self.checked = torch.zeros(len(files), dtype=torch.bool)
 
-    def batch(self) -> list[str]:
-        """The files of DALI's last run; none if the files themselves could not be read."""
-        return self._submitted[self._runs - 1] if self._runs <= len(self._submitted) else []
+    def ahead(self, batches: Iterator[Place]) -> Iterator[Place]:
+        """The same batches. `batches` has no end. Raises UserError before it gives one with a bad file."""
+        waiting: deque[tuple[Place, Future[str] | None]] = deque()
+        for batch in batches:
+            waiting.append((batch, self._submit(batch)))
+            if len(waiting) > AHEAD:
+                sound, check = waiting.popleft()
+                if check is not None and (problem := check.result()):
+                    raise UserError(problem)
+                yield sound
 
-    def _submit(self) -> None:
-        while len(self._waiting) < 2 * AHEAD and (batch := next(self._batches, None)) is not None:
-            self._waiting.append(self.threads.submit(self._check, batch, len(self._submitted)))
-            self._submitted.append(batch)
+    def _submit(self, batch: Place) -> "Future[str] | None":
+        fresh = batch.numbers[~self.checked[batch.numbers]]
+        self.checked[fresh] = True
+        where = f"epoch {batch.epoch}, batch {batch.step}, rank {self.rank}"
+        return self.threads.submit(self._check, fresh.tolist(), where) if len(fresh) else None
 
-    def _check(self, batch: list[str], run: int) -> str:
+    def _check(self, numbers: list[int], where: str) -> str:
         """What is wrong with the first bad file, or ""."""
-        where = f"epoch 0, batch {run}, rank {self.rank}"
-        for file in batch:
+        for file in (self.files[number] for number in numbers):
             kind, reason = inspect(file, self.side)
             if reason:
                 return f"{file!r} cannot be decoded ({reason}; {where}): repair or remove it"

@@ -1,7 +1,8 @@
 """One picture file to pixels, or an error that names the file.
 
 The content tells the format, not the name's ending. torchvision decodes JPEG. Pillow decodes all other formats that it
-knows: PNG, WebP, BMP, GIF (the first frame), TIFF, PPM, PGM, AVIF. A file is bad if Pillow refuses it. The pixels are
+knows: PNG, WebP, BMP, GIF (the first frame), TIFF, PPM, PGM, AVIF. A file is bad if Pillow refuses it. So is a PNG
+whose checksums do not fit, and a JPEG that ends with zeros, for Pillow would make up the lost pixels. The pixels are
 those of Pillow's `convert("RGB")`: CMYK and palettes become RGB, alpha is dropped and nothing is blended with it. One
 rule differs: gray of 16 bits is shifted by 8 bits, where `convert` clips it at 255.
 
@@ -9,6 +10,7 @@ Measured on one core, 500 x 375 pixels: torchvision decodes 1,040 JPEGs/s (after
 710. Pillow decodes 284 PNGs/s and torchvision 317, but torchvision's PNG decoder kills the process on one wrong byte.
 """
 
+import gc
 import io
 import math
 import re
@@ -45,6 +47,15 @@ def ignore_warnings() -> None:
 ignore_warnings()
 
 
+def begin_worker(_: int) -> None:
+    """Call this first in a process that was forked to decode, as `worker_init_fn` of its DataLoader.
+
+    Then Python's garbage collector leaves alone what the parent had. A pipeline of DALI that was garbage there would be
+    ended here, without its threads: that kills the process. Memory pages stay shared too.
+    """
+    gc.freeze()
+
+
 def decode(file: str, exif: bool = False, side: int | None = None) -> Tensor:
     """uint8 [3, H, W], RGB; with `exif`, turned as the EXIF orientation says.
 
@@ -70,7 +81,7 @@ def inspect(file: str, side: int | None = None) -> tuple[str, str]:
         with Image.open(io.BytesIO(data)) as image:
             kind = str(image.format)
             check_resized(image.size, side)
-            sound = (kind == "PNG" and _checksums_fit(image)) or (kind == "WEBP" and _is_whole_webp(data))
+            sound = (kind == "PNG" and _checksums_fit(data)) or (kind == "WEBP" and _is_whole_webp(data))
         if not sound and not _is_plain_jpeg(data):
             _pixels(data, exif=False)
     except Exception as error:
@@ -78,6 +89,21 @@ def inspect(file: str, side: int | None = None) -> tuple[str, str]:
     # Pillow takes the pixels from after the header then, other decoders from its beginning
     nowhere = kind == "BMP" and int.from_bytes(data[10:14], "little") < 14 + int.from_bytes(data[14:18], "little")
     return ("BMP without the place of its pixels" if nowhere else kind), ""
+
+
+def header(file: str, exif: bool = False) -> tuple[int, int, int, str]:
+    """(height, width, EXIF's orientation or 0, Pillow's name of the format) without decoding. 0.03 ms.
+
+    The size is that of the decoded picture before it is turned. The orientation is read with `exif`. It is 1 if it is
+    not one of 1 to 8, and for a TIFF, which Pillow turns. Raises ValueError with the reason if the header is damaged.
+    """
+    try:
+        with open(file, "rb") as stream, Image.open(stream) as image:
+            width, height = image.size
+            turn = image.getexif().get(ORIENTATION, 1) if exif and image.format != "TIFF" else 1
+            return height, width, (turn if turn in range(1, 9) else 1) if exif else 0, str(image.format)
+    except Exception as error:  # damaged files raise anything
+        raise ValueError(_reason(error)) from None
 
 
 def check_resized(size: tuple[int, int], side: int | None) -> None:
@@ -102,6 +128,8 @@ def _read(file: str) -> bytes:
 def _pixels(data: bytes, exif: bool) -> Tensor:
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # some libraries switch it on: what is missing would be gray
     with Image.open(io.BytesIO(data)) as image:  # reads the header, and refuses a size that would fill the memory
+        if reason := _lost_pixels(str(image.format), data):
+            raise ValueError(reason)
         turn = 1 if not exif or image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)  # Pillow turns TIFFs
         pixels = _fast_jpeg(data)
         if pixels is None:
@@ -140,10 +168,20 @@ def _turned(pixels: Tensor, orientation: Any) -> Tensor:
     return pixels
 
 
-def _checksums_fit(png: Image.Image) -> bool:
+def _lost_pixels(kind: str, data: bytes) -> str:
+    """Damage that Pillow passes over although pixels are lost, or "". A download that was cut off often has such."""
+    if kind == "PNG" and not _checksums_fit(data):
+        return "its checksums do not fit, or its end is missing"
+    if kind in ("JPEG", "MPO") and data.endswith(bytes(16)) and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        return "it ends with zeros in the place of pixels"
+    return ""
+
+
+def _checksums_fit(png: bytes) -> bool:
     try:
-        png.verify()
-    except Exception:  # the pixels may be sound: the caller decodes them
+        with Image.open(io.BytesIO(png)) as image:
+            image.verify()
+    except Exception:  # damaged files raise anything
         return False
     return True
 

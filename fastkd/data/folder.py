@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as F
 from ..errors import UserError
 from .augment import crops_and_flips, resized_boxes
 from .base import EpochLoader, resize_side
-from .decode import decode
+from .decode import begin_worker, decode
 from .normalise import Normalise
 from .order import ONE_PROCESS, Shard
 from .prefetch import Prefetch
@@ -39,11 +39,11 @@ Batch = tuple[Tensor, Tensor] | str  # images and target, or an error message
 class Images(Dataset):
     """Cropped images. A key is (view, position in the files): persistent workers get the view's number with it."""
 
-    def __init__(self, split: Split, image_size: int, *, train: bool, seed: int, exif: bool = False):
+    def __init__(self, split: Split, image_size: int, *, train: bool, seed: int, exif: bool = False, flip: bool = True):
         # one array of bytes: with a list of str, reference counts would make every worker copy its memory pages
         self.files = np.array([os.fsencode(file) for file in split.files])
         self.labels = torch.tensor(split.labels)
-        self.seed, self.exif, self.train, self.size = seed, exif, train, image_size
+        self.seed, self.exif, self.flip, self.train, self.size = seed, exif, flip, train, image_size
         self.side = None if train else resize_side(image_size)
         self.transform = v2.Compose([v2.Resize(resize_side(image_size)), v2.CenterCrop(image_size)])
 
@@ -62,7 +62,7 @@ class Images(Dataset):
 
     def _crops(self, images: list[Tensor], view: int, numbers: Tensor) -> list[Tensor]:
         boxes = resized_boxes(self.seed, view, numbers, torch.tensor([image.shape[1:] for image in images]))
-        flips = crops_and_flips(self.seed, view, numbers, pad=0, flip=True)[1].tolist()
+        flips = crops_and_flips(self.seed, view, numbers, pad=0, flip=self.flip)[1].tolist()
         crops = []
         for image, box, flip in zip(images, boxes.int().tolist(), flips, strict=True):
             crop = F.resized_crop(image, *box, [self.size, self.size])
@@ -83,14 +83,16 @@ class FolderLoader(EpochLoader):
         self.image_size, self.mean, self.std = options.image_size, options.mean, options.std
         self.device, self.normalise = device, Normalise(options.mean, options.std, device, shard.dtype)
         self.prefetch = Prefetch(self.normalise, device) if device.type == "cuda" else None
+        flip = options.flip != "off"
         self.decoded = DataLoader(
-            Images(split, options.image_size, train=train, seed=shard.seed, exif=options.exif),
+            Images(split, options.image_size, train=train, seed=shard.seed, exif=options.exif, flip=flip),
             batch_sampler=EpochKeys(self),
             num_workers=options.workers,
             persistent_workers=options.workers > 0,
             prefetch_factor=4 if options.workers else None,
             pin_memory=device.type == "cuda",
             collate_fn=nn.Identity(),  # `__getitems__` makes whole batches already
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),  # else each epoch draws from the training process's default generator
         )
 

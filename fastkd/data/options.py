@@ -161,7 +161,7 @@ def _check_augmentation(options: DataOptions) -> None:
     if options.loader in ("dali", "folder") and (given := needs_resident(options)):
         raise UserError(
             f"{given} is for images in memory, and loader={options.loader!r} decodes and crops them at random "
-            f"(augment='rrc', with flip): drop it ({OVER_RECIPE}), or leave loader at 'auto' "
+            f"(augment='rrc'): drop it ({OVER_RECIPE}), or leave loader at 'auto' "
             "for a folder of images of up to 64 pixels"
         )
 
@@ -177,6 +177,6 @@ def needs_resident(options: DataOptions) -> str:
     if options.loader == "resident":
         return "loader='resident'"
     if options.augment == "rrc":
-        return "flip='off'" if options.flip == "off" else ""
+        return ""
     given = changes_augmentation(options)
-    return "" if given == "flip='on'" else given
+    return "" if given.startswith("flip=") else given

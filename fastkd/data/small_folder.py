@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from .decode import decode
+from .decode import begin_worker, decode
 from .options import OVER_RECIPE, needs_resident
 from .resident import ResidentSet
 from .scan import Split
@@ -148,6 +148,7 @@ def _decoded(split: Split, options: "DataOptions", side: int) -> DataLoader:
         batch_size=CHUNK,
         num_workers=options.workers if len(split.files) > FEW else 0,
         collate_fn=nn.Identity(),  # `__getitems__` makes whole chunks already
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # else the training process's default generator is drawn from
     )
 

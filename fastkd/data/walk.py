@@ -17,6 +17,7 @@ SYSTEM = (
     *("system volume information", "@eadir", "lost+found"),
 )
 SHOWN = 5  # names per message
+INDEX = ".fastkd-index"  # how the files begin in which image_index.py keeps what it has read
 
 Identity = tuple[int, int]  # device and inode of a folder
 
@@ -112,7 +113,7 @@ def look(folder: str, found: Found) -> tuple[list[str], list[str]]:
 def _sort(entry: "os.DirEntry[str]", files: list[str], folders: list[str], found: Found) -> str:
     """Put an entry into one of the lists. Gives the reason if it is skipped."""
     if entry.name[0] == ".":
-        return "hidden"
+        return "" if entry.name.startswith(INDEX) else "hidden"
     if entry.name.lower() in SYSTEM:
         return "made by the operating system"
     try:

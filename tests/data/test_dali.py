@@ -1,8 +1,9 @@
 """The DALI loader, beside the torchvision one."""
 
+import gc
 import io
 import os
-import re
+import weakref
 from dataclasses import replace
 
 import damage
@@ -11,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+import fastkd.data as data_module
 import fastkd.data.dali_files as dali_files
 import fastkd.data.scan as scan_module
 from fastkd.checkpoint import claim_folder
 from fastkd.data import DataOptions, create_loaders
 from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD
+from fastkd.data.dali_source import Source
 from fastkd.data.order import training_slices
 from fastkd.data.scan import scan
 from fastkd.errors import UserError
@@ -220,6 +223,70 @@ def test_crops_and_flips_are_those_of_random_resized_crop(tmp_path):
     assert abs(areas["dali"].std() - areas["folder"].std()) < 0.05
 
 
+def by_number(root, loader, world=1, first=0, **more):
+    """{number of the image: (image, label)} of epoch 3, from a step on, over all processes."""
+    found = {}
+    for rank in range(world):
+        options = DataOptions(str(root), loader=loader, workers=int(loader == "dali"), image_size=48, **more)
+        train, _ = create_loaders(options, torch.device("cpu"), seed=7, rank=rank, world_size=world)
+        train.load_state_dict({"loader": loader, "epoch": 3, "step": first})
+        for step, (images, target) in enumerate(train, first):
+            for number, *pair in zip(train.samples_of(3, step).tolist(), images, target.tolist(), strict=True):
+                assert number not in found
+                found[number] = pair
+    return found
+
+
+def level_apart(got, want) -> float:
+    """The largest difference between images of the same number, in 255ths."""
+    assert all(got[number][1] == want[number][1] for number in got)
+    steps = [(got[number][0] - want[number][0]).abs().amax((1, 2)) for number in got]
+    return float((torch.stack(steps) * torch.tensor(IMAGENET_STD) * 255).max())
+
+
+@pytest.mark.parametrize(
+    "world, batch_size, first, seen", [(1, 8, 0, 27), (2, 4, 0, 27), (3, 6, 0, 27), (1, 5, 2, 17), (2, 3, 1, 21)]
+)
+def test_training_images_are_those_of_torchvision(pictures, world, batch_size, first, seen):
+    """The same crop, flip and label of each image, however many processes, images per batch and steps there were."""
+    got = by_number(pictures, "dali", world, first, batch_size=batch_size)
+    assert len(got) == seen and level_apart(got, by_number(pictures, "folder", batch_size=9)) < 1.01
+
+
+@pytest.mark.parametrize("more", [{"exif": True}, {"flip": "off"}, {"views": 2}])
+def test_the_options_of_the_training_images_are_those_of_torchvision(tmp_path, more):
+    root, plain = spoilt(tmp_path, {}, samples=1), {}
+    for orientation in range(1, 9):
+        plain[0x0112] = orientation
+        exif = Image.Exif()
+        exif.update(plain)
+        (root / "train" / "one" / f"{orientation}.jpg").write_bytes(
+            damage.saved(damage.noisy(80, 60), "JPEG", exif=exif)
+        )
+    want, other = by_number(root, "folder", **more), by_number(root, "folder")
+    assert level_apart(by_number(root, "dali", **more), want) < 1.01 and level_apart(other, want) > 50
+
+
+def test_the_side_may_differ_between_epochs(pictures, monkeypatch):
+    """Images that DALI decodes ahead have the side of their own epoch."""
+    monkeypatch.setattr(DaliLoader, "_side", lambda loader, number: 32 + 16 * (number % 2))
+    train, _ = loaders(pictures)
+    got = [epoch(train)[0] for _ in range(3)]
+    for number, side in enumerate((32, 48, 32)):
+        folder, _ = loaders(pictures, "folder", image_size=side, workers=0)
+        folder.load_state_dict({"loader": "folder", "epoch": number, "step": 0})
+        assert (got[number] - epoch(folder)[0]).abs().max() < 0.02
+
+
+def test_a_file_that_shrank_during_the_run_is_named(pictures, tmp_path):
+    """Its crop may lie outside: DALI's message names no file."""
+    root = spoilt(tmp_path, {"big.jpg": damage.saved(damage.noisy(300, 200), "JPEG")})
+    train, _ = loaders(root)
+    (root / "train" / "one" / "big.jpg").write_bytes(damage.saved(damage.noisy(30, 20), "JPEG"))
+    with pytest.raises(UserError, match="big.jpg' has 30 x 20 pixels and had 300 x 200 when the run began"):
+        list(train)
+
+
 def test_a_truncated_jpeg_is_named(truncated):
     train, _ = loaders(truncated.parents[2])
     with pytest.raises(UserError) as caught:
@@ -241,10 +308,24 @@ def test_what_does_not_fit_is_refused(pictures):
     with pytest.raises(UserError, match="workers=0: DALI decodes in at least one thread"):
         loaders(pictures, workers=0)
     train, _ = loaders(pictures)
-    with pytest.raises(UserError, match="world_size=1 and this run has world_size=2"):
-        loaders(pictures, world_size=2)[0].load_state_dict(train.state_dict())
     with pytest.raises(UserError, match="'folder' loader and this run uses 'dali'"):
         train.load_state_dict({"loader": "folder", "epoch": 1})
+
+
+def test_a_loader_ends_with_its_last_reference(pictures):
+    """The garbage collector would end its pipeline in a process that was forked from this one, and kill that one."""
+    gc.disable()
+    try:
+        for train in (True, False):
+            loader = loaders(pictures)[0 if train else 1]
+            next(iter(loader))
+            epoch(loader)
+            loader.start()
+            ends = weakref.ref(loader), weakref.ref(loader._pipeline)
+            del loader
+            assert [end() for end in ends] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_auto_takes_dali_and_says_so(pictures):
@@ -309,9 +390,28 @@ def test_a_run_begun_with_dali_is_not_resumed_with_torchvision(pictures, request
         chosen(pictures, "auto")[2].load_state_dict(state)
 
 
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_one_process_of_a_machine_reads_the_headers_first(pictures, monkeypatch, local_rank):
+    """The others find what it has kept."""
+    happened, sizes_of = [], data_module.sizes_of
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(data_module, "sizes_of", lambda *how: happened.append("read") or sizes_of(*how))
+    _, _, train = chosen(pictures, "dali", rank=1, world_size=2, gather=lambda it: happened.append("met") or [it] * 2)
+    assert happened == (["read", "met", "met"] if local_rank == 0 else ["met", "read", "met"])
+    assert len(epoch(train)[1]) == 14
+
+
+def test_a_damaged_header_ends_every_process(pictures):
+    def gather(problem):
+        return ["'x.jpg' cannot be decoded (because)", problem]
+
+    with pytest.raises(UserError, match="process 0 of 2: 'x.jpg' cannot be decoded .because."):
+        chosen(pictures, "dali", rank=1, world_size=2, gather=gather)
+
+
 def test_a_pipeline_is_built_once_for_the_first_epoch(pictures, monkeypatch):
     defined, define = [], DaliLoader._define
-    monkeypatch.setattr(DaliLoader, "_define", lambda loader: defined.append(loader) or define(loader))
+    monkeypatch.setattr(DaliLoader, "_define", lambda loader, *how: defined.append(loader) or define(loader, *how))
     train = chosen(pictures, "auto")[2]
     list(train)
     assert defined == [train]
@@ -345,9 +445,16 @@ def test_names_in_any_bytes_are_read_in_the_same_order(tmp_path):
 
 def test_a_damaged_file_whose_name_is_not_utf8_is_named_by_its_own_name(tmp_path):
     name = os.fsdecode(b"caf\xe9.jpg")
-    train, _ = loaders(spoilt(tmp_path, {name: damage.good_files()["jpeg"][:300]}))
-    with pytest.raises(UserError, match=re.escape(repr(str(tmp_path / "train" / "one" / name)))):
-        list(train)
+    for length in (100, 700):  # within the header, and behind it
+        root = spoilt(tmp_path / str(length), {name: damage.good_files()["jpeg"][:length]})
+        assert repr(str(root / "train" / "one" / name)) in error_of(root)
+
+
+def error_of(root, **more) -> str:
+    """The message with which training stops, before the first epoch or within it."""
+    with pytest.raises(UserError) as caught:
+        epoch(loaders(root, **more)[0])
+    return str(caught.value)
 
 
 BAD = {
@@ -362,36 +469,47 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_damaged_file_is_named(kind, tmp_path):
-    train, _ = loaders(spoilt(tmp_path, {f"bad.{kind}.jpg": BAD[kind](damage.good_files()[kind])}), batch_size=4)
-    with pytest.raises(UserError) as caught:
-        list(train)
-    message = str(caught.value)
-    assert f"bad.{kind}.jpg' cannot be decoded" in message and "epoch 0, batch" in message and "\n" not in message
+    message = error_of(spoilt(tmp_path, {f"bad.{kind}.jpg": BAD[kind](damage.good_files()[kind])}), batch_size=4)
+    assert f"bad.{kind}.jpg' cannot be decoded" in message and "\n" not in message
+    assert ("epoch 0, batch" in message) != kind.startswith("webp")  # whose header has the length of the file
 
 
-def test_the_first_pass_is_in_the_order_of_dali(tmp_path):
-    """Else a file would be decoded before it is checked."""
+def test_a_file_is_checked_before_dali_reads_it(tmp_path, monkeypatch):
+    root, checked, read = labelled(tmp_path, 23), [], []
+    monkeypatch.setattr(dali_files, "inspect", lambda file, side: checked.append(file) or ("PNG", ""))
+    inputs = Source.inputs
+
+    def give(source, numbers, view):
+        files = [source.files[number] for number in numbers.tolist()]
+        assert set(files) <= set(checked)
+        read.extend(files)
+        return inputs(source, numbers, view)
+
+    monkeypatch.setattr(Source, "inputs", give)
     for rank in range(2):
-        for loader in loaders(labelled(tmp_path / str(rank), 23), batch_size=4, image_size=8, rank=rank, world_size=2):
-            files = sum(loader._file_batches(), [])
-            want = numbers(epoch(loader)[0])
-            assert [int(os.path.basename(file)[:3]) for file in files][: len(want)] == want and len(want) > 10
+        for loader in loaders(root, batch_size=4, image_size=8, rank=rank, world_size=2):
+            assert len(epoch(loader)[1]) in (11, 12)
+    assert len(set(read)) == 46
 
 
 def test_a_header_with_a_huge_size_takes_no_memory(tmp_path):
     file = bytearray(damage.good_files(64, 64)["jpeg"])
     at = file.find(b"\xff\xc0")
     file[at + 5 : at + 9] = b"\xff\xdc\xff\xdc"  # 65,500 x 65,500 pixels
-    train, _ = loaders(spoilt(tmp_path, {"huge.jpg": bytes(file)}))
-    with pytest.raises(UserError, match=r"huge.jpg' cannot be decoded \(Image size \(4290250000 pixels\) exceeds"):
-        list(train)
+    root = spoilt(tmp_path, {"huge.jpg": bytes(file)})
+    assert "huge.jpg' cannot be decoded (Image size (4290250000 pixels) exceeds" in error_of(root)
+    os.rename(root / "train" / "one" / "huge.jpg", root / "val" / "one" / "huge.jpg")
+    with pytest.raises(UserError, match="huge.jpg' cannot be decoded"):
+        list(loaders(root)[1])
 
 
 def test_a_file_that_dali_alone_refuses_is_named_and_the_way_out_works(tmp_path):
-    """A PNG that ends before its end chunk: Pillow reads it."""
-    root = spoilt(tmp_path, {"odd.png": damage.good_files()["png"][:-12]})
+    """A JPEG with bytes between two segments of its header: libjpeg passes over them."""
+    jpeg = damage.good_files()["jpeg"]
+    at = jpeg.find(b"\xff\xda")
+    root = spoilt(tmp_path, {"odd.jpg": jpeg[:at] + b"\0\1\2\3" + jpeg[at:]})
     train, _ = loaders(root)
-    with pytest.raises(UserError, match="odd.png' cannot be decoded by DALI .*a new run with loader='folder'"):
+    with pytest.raises(UserError, match="odd.jpg' cannot be decoded by DALI .epoch 0.*a new run with loader='folder'"):
         list(train)
     assert len(epoch(loaders(root, "folder", workers=0)[0])[1]) == 13
 

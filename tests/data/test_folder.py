@@ -1,11 +1,15 @@
 """The torchvision loader."""
 
+import gc
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+import fastkd.data.folder as folder_module
 from fastkd.data import DataOptions, create_loaders
 from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.scan import scan
@@ -122,3 +126,24 @@ def test_a_loader_that_is_dropped_ends_its_workers(small):
     (worker,) = train.decoded._iterator._workers
     del train
     assert not worker.is_alive()
+
+
+def test_a_worker_leaves_the_garbage_of_its_parent_alone(pictures, monkeypatch, tmp_path):
+    """A pipeline of DALI that ends in a forked process kills it."""
+
+    class Cycle:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            (tmp_path / str(os.getpid())).touch()
+
+    decode = folder_module.decode
+    monkeypatch.setattr(folder_module, "decode", lambda *how: (gc.collect(), decode(*how))[1])
+    train, _ = loaders(pictures, workers=1)
+    gc.disable()
+    try:
+        Cycle()
+        assert len(epoch(train)[1]) == 27 and os.listdir(tmp_path) == []
+    finally:
+        gc.enable()

@@ -100,7 +100,7 @@ def test_large_images_and_rectangles_are_not_kept(tmp_path, size, lines):
     options = DataOptions(data=str(tmp_path), workers=0)
     assert small_folder.read_small_folder(splits(tmp_path), options, CPU, said.append, lambda x: [x]) is None
     assert len(said) == lines and all(f"{size[0]} x {size[1]} pixels" in line for line in said)
-    for given in ({"augment": "none"}, {"pad": 2}, {"flip": "off"}, {"loader": "resident"}):
+    for given in ({"augment": "none"}, {"pad": 2}, {"loader": "resident"}):
         with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels"):
             loaders(tmp_path, **given)
 
