@@ -19,6 +19,7 @@ idx.py           the files of Fashion-MNIST and MNIST
 small_folder.py  a folder of small images, decoded once
 resident.py      images in memory, cropped, mirrored and normalised on the device
 digits.py        1,797 real images inside the package
+fingerprint.py   a hash that tells one set of training images from another
 normalise.py     bytes to normalised channels-last batches
 prefetch.py      batches to a CUDA device, one ahead of the step
 synthetic.py     random images that are already on the device, to measure a run without loading data
@@ -26,6 +27,7 @@ synthetic.py     random images that are already on the device, to measure a run 
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +36,7 @@ from ..errors import UserError
 from ..kernels.logit_loss import UNLABELLED
 from .base import IMAGENET_MEAN, IMAGENET_STD, EpochLoader, Loader
 from .dali_package import import_problem
+from .fingerprint import of_split
 from .layout import evaluation_split, training_splits
 from .options import NAMES, DataOptions, changes_augmentation
 from .order import Shard
@@ -75,6 +78,7 @@ def create_loaders(
     splits = training_splits(options, log)
     train, val = _folder_loaders(splits, options, device, shard, log, gather)
     train.unlabelled = splits["train"].labels.count(UNLABELLED)
+    train.fingerprint = train.fingerprint if train.name == "resident" else partial(of_split, splits["train"])
     return train, val
 
 
