@@ -38,7 +38,7 @@ from .methods.forwards import Taught
 from .methods.frozen import is_absent
 from .report import Bar, Report, log_rank0, track
 from .teacher_cache import Lessons, TeacherCache
-from .teacher_cache.lessons import same_bits
+from .teacher_cache.lessons import check_lessons, same_bits
 
 
 class Trainer:
@@ -67,6 +67,8 @@ class Trainer:
             checkpoint.check_savable(net, name.replace("_", " "))
         self.train_loader, self.val_loader, self.data = train_loader, val_loader, describe(train_loader)
         self.method = method.to(self.device).to(memory_format=config.memory_format)
+        if teacher_cache:
+            check_lessons(method, train_loader)
         taught = teacher_cache.rows.example(len(batch[0])) if teacher_cache else ()
         try_step(method, batch, train_loader.classes, config, self.device, titles(about or {}), taught)
         out = config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run")

@@ -25,7 +25,7 @@ ALLOWED = {
     "fastkd/distributed.py": {"errors"},
     "fastkd/engine": {*PROTOCOL, "data.augment", "kernels", "models", "distributed", "errors"},
     "fastkd/checkpoint.py": {"errors", "paths"},
-    "fastkd/teacher_cache": {*PROTOCOL, "kernels", "checkpoint", "distributed", "errors"},
+    "fastkd/teacher_cache": {*PROTOCOL, "data.base", "kernels", "checkpoint", "distributed", "errors"},
     "fastkd/evaluate.py": {"engine", "distributed", "errors"},
     "fastkd/report.py": {"engine", "models.own_input", "checkpoint", "distributed", "environment", "errors"},
     "fastkd/train.py": {

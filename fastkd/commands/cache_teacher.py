@@ -133,7 +133,7 @@ def _fill(job: Job, cache: TeacherCache) -> None:
                     bar.update(task, completed=number * len(loader) + step + 1, shown=f"{rate:,.0f} img/s")
                 lessons.finish()
                 rate = done / (time.perf_counter() - started)
-                log_rank0(f"view {view + 1} of {cache.manifest.views}: {done:,} images, {rate:,.0f} img/s")
+                log_rank0(f"view {view + 1} of {cache.manifest.views} is complete: {rate:,.0f} img/s")
 
 
 def _batches(

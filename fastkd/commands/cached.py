@@ -81,8 +81,8 @@ def with_views(config: Config, log: Log) -> Config:
     found = Manifest.read(Path(names.teacher_cache))
     if found is None:
         raise UserError(
-            f"--teacher-cache {names.teacher_cache} is new: give --views V, the number of augmented forms of each image "
-            "that come back in turn, such as 16"
+            f"--teacher-cache {names.teacher_cache} is new: give --views V, the number of augmented forms of each "
+            "image that come back in turn, such as 16"
         )
     log(f"teacher cache {names.teacher_cache}: --views {found.views}, as it has")
     return replace(config, data=replace(config.data, views=found.views))
@@ -96,17 +96,16 @@ def open_cache(config: Config, loader: Loader, precision: Precision, weights: tu
     """
     folder = Path(config.networks.teacher_cache)
     form = config.train.teacher_form
-    how = {"amp_dtype": str(precision.dtype).removeprefix("torch.")} | (
-        {} if form == "auto" else {"teacher_form": form}
-    )
-    settings = cache_settings(config, loader, weights)
-    cache = TeacherCache.open(folder, settings, how)
-    if not cache.covers(views_of(config)) and several_machines():
+    how, views = {"amp_dtype": str(precision.dtype).removeprefix("torch.")}, views_of(config)
+    if form != "auto":
+        how["teacher_form"] = form
+    cache = TeacherCache.open(folder, cache_settings(config, loader, weights), how, views)
+    if not cache.covers(views) and several_machines():
         raise UserError(
             f"--teacher-cache {folder} is not complete, and the processes are on several machines, which cannot fill "
             "one file together: fill it on one machine by fastkd cache-teacher"
         )
-    cache.check_room(views_of(config))
+    cache.check_room(views)
     return cache
 
 

@@ -35,16 +35,17 @@ class TeacherCache:
         self._flushed = time.monotonic()
 
     @classmethod
-    def open(cls, folder: Path, settings: dict[str, Any], how: dict[str, str]) -> "TeacherCache":
+    def open(cls, folder: Path, settings: dict[str, Any], how: dict[str, str], views: int) -> "TeacherCache":
         """The cache in `folder`, or a new one if the folder is empty or not there; nothing is written yet.
 
-        settings: what the run needs. A value of None fits any; a new cache then has fp16 and whole logits. Raises
+        settings: what the run needs. A value of None fits any; a new cache then has fp16 and whole logits. views: how
+        many views the run sees; if all of them are complete, it does not matter how its teacher would run. Raises
         UserError if the folder holds something else, a cache of other settings, or one whose files are damaged.
         """
         found = Manifest.read(folder)
         if found is None:
             given = {name: value for name, value in settings.items() if value is not None}
-            new = {"precision": "fp16", "topk": 0, "temperature": 0.0} | given
+            new = {"precision": "fp16", "topk": 0, "temperature": 1.0} | given
             if not new["topk"]:
                 new["temperature"] = 0.0
             return cls(folder, Manifest(new, how))
@@ -57,7 +58,7 @@ class TeacherCache:
         cache = cls(folder, found)
         for view in found.complete:
             cache.check_files(int(view))
-        if not cache.covers(found.views) and (changed := differences(how, found.how)):
+        if not cache.covers(views) and (changed := differences(how, found.how)):
             raise UserError(
                 f"the teacher cache {folder} is not complete and was begun in another way: {'; '.join(changed)}. Go on "
                 "with the cache's values"

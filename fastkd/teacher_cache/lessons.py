@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from ..data.base import EpochLoader, Loader
+from ..errors import UserError
 from ..methods.base import Method
 from ..methods.forwards import ForwardCache, Taught
 from .cache import TeacherCache
@@ -73,6 +75,20 @@ class Lessons:
             if event is not None:
                 event.synchronize()
             self.cache.write(samples, self.cache.rows.pack(held))
+
+
+def check_lessons(method: Method, loader: Loader) -> None:
+    """Raise UserError if the method needs more of its teacher than logits, or the loader does not number its images."""
+    if not method.uses_logits_alone:
+        raise UserError(
+            f"method {type(method).__name__} needs more of its teacher than the logits, which is what a teacher cache "
+            "holds; use kd, hardkd, dkd or dist, or no cache"
+        )
+    if not isinstance(loader, EpochLoader):
+        raise UserError(
+            f"a teacher cache needs to know which images a batch has: train_loader ({type(loader).__name__}) is not "
+            "one of fastkd's; make it by fastkd.data.create_loaders, or train without the cache"
+        )
 
 
 def same_bits(method: Method) -> None:
