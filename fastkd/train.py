@@ -68,7 +68,7 @@ class Trainer:
         self.train_loader, self.val_loader, self.data = train_loader, val_loader, describe(train_loader)
         self.method = method.to(self.device).to(memory_format=config.memory_format)
         if teacher_cache:
-            check_lessons(method, train_loader)
+            check_lessons(method, train_loader, teacher_cache, bool(config.mixup or config.cutmix))
         taught = teacher_cache.rows.example(len(batch[0])) if teacher_cache else ()
         try_step(method, batch, train_loader.classes, config, self.device, titles(about or {}), taught)
         out = config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run")

@@ -8,8 +8,9 @@
 
 Each pair of networks takes its turns in each round: one epoch online, one epoch cached. An epoch is what a trainer
 does: the loader of images in memory (noise), crops and flips, the logits, forward, kd loss, backward, SGD. The networks
-have random weights, whose logits may be too large for fp16. The first round is not counted. The cache is in the page cache of the operating system, for it was
-written just before. Pairs: resnet110 to resnet20 at 32 pixels, timm/resnet50 to timm/resnet18 at 64 pixels.
+have random weights, whose logits may be too large for fp16. The first round is not counted. The cache is in the page
+cache of the operating system, for it was written just before. Pairs: resnet110 to resnet20 at 32 pixels, timm/resnet50
+to timm/resnet18 at 64 pixels.
 """
 
 import argparse

@@ -77,8 +77,11 @@ class Lessons:
             self.cache.write(samples, self.cache.rows.pack(held))
 
 
-def check_lessons(method: Method, loader: Loader) -> None:
-    """Raise UserError if the method needs more of its teacher than logits, or the loader does not number its images."""
+def check_lessons(method: Method, loader: Loader, cache: TeacherCache, mixes: bool) -> None:
+    """Raise UserError if the method needs more of its teacher than logits, or the loader's images are not the cache's.
+
+    `mixes`: the images will be mixed by mixup or CutMix.
+    """
     if not method.uses_logits_alone:
         raise UserError(
             f"method {type(method).__name__} needs more of its teacher than the logits, which is what a teacher cache "
@@ -88,6 +91,15 @@ def check_lessons(method: Method, loader: Loader) -> None:
         raise UserError(
             f"a teacher cache needs to know which images a batch has: train_loader ({type(loader).__name__}) is not "
             "one of fastkd's; make it by fastkd.data.create_loaders, or train without the cache"
+        )
+    ours = {"views": loader.shard.views, "samples": loader.samples, "classes": len(loader.classes)}
+    theirs = {"views": cache.manifest.views, "samples": cache.manifest.samples, "classes": cache.rows.classes}
+    if ours != theirs:
+        raise UserError(f"the teacher cache {cache.folder} has {theirs}, and train_loader {ours}: they must be equal")
+    if mixes and not loader.shard.paired:
+        raise UserError(
+            "mixup or cutmix with a teacher cache: train_loader does not keep the same partners in each epoch of a view; "
+            "make it with paired=True"
         )
 
 

@@ -119,6 +119,16 @@ def test_other_methods_say_why_not(tmp_path):
         Trainer(method, NotOurs(plain), plain, TrainOptions(device="cpu"), None, cache_in(tmp_path / "c", 2))
 
 
+def test_images_that_are_not_the_caches_are_refused(tmp_path):
+    """In Python, where the caller makes the loader and the cache."""
+    options, cache = TrainOptions(device="cpu", mixup=0.2, out=str(tmp_path / "run")), cache_in(tmp_path / "c", 2)
+    cases = {"has {'views': 2, .*train_loader {'views': 3": loader(3), "partners": loader(2, paired=False)}
+    for words, images in cases.items():
+        with pytest.raises(UserError, match=words):
+            Trainer(KD(net(0), net(1)), images, loader(0, train=False), options, None, cache)
+    assert not list(tmp_path.iterdir())
+
+
 class NotOurs(list):
     classes, samples = CLASSES, 4
 
