@@ -85,8 +85,8 @@ class TeacherCache:
         free = shutil.disk_usage(there).free
         if needed > free:
             raise UserError(
-                f"the teacher cache {self.folder} needs {needed / 1e9:,.2f} GB more, and {there} has "
-                f"{free / 1e9:,.2f} GB free: give fewer --views, --precision fp16, --topk, or another folder"
+                f"the teacher cache {self.folder} needs {_megabytes(needed)} more, and {there} has "
+                f"{_megabytes(free)} free: give fewer --views, --precision fp16, --topk, or another folder"
             )
 
     def begin(self, view: int) -> None:
@@ -165,6 +165,11 @@ class TeacherCache:
         if self.is_complete(view) or not path.exists():
             return float(self.is_complete(view))
         return float(open_rows(path, self.manifest.samples, np.dtype(np.uint8)).mean())
+
+
+def _megabytes(size: int) -> str:
+    """A number of bytes, for a message."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.3f} MB"
 
 
 def verify(folder: Path) -> int:

@@ -98,8 +98,8 @@ def check_lessons(method: Method, loader: Loader, cache: TeacherCache, mixes: bo
         raise UserError(f"the teacher cache {cache.folder} has {theirs}, and train_loader {ours}: they must be equal")
     if mixes and not loader.shard.paired:
         raise UserError(
-            "mixup or cutmix with a teacher cache: train_loader does not keep the same partners in each epoch of a view; "
-            "make it with paired=True"
+            "mixup or cutmix with a teacher cache: train_loader does not keep the same partners in each epoch of a "
+            "view; make it with paired=True"
         )
 
 

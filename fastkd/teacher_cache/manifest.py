@@ -90,8 +90,11 @@ def _short(value: Any, other: Any) -> str:
     """The value in a message; of lists and dictionaries what differs from `other`."""
     if isinstance(value, dict) and isinstance(other, dict):
         value = {name: each for name, each in value.items() if other.get(name) != each}
-    if isinstance(value, list) and isinstance(other, list) and len(value) > 4:
-        place = next((i for i, pair in enumerate(zip(value, other, strict=False)) if pair[0] != pair[1]), len(other))
+    pairs = list(zip(value, other, strict=False)) if isinstance(value, list) and isinstance(other, list) else []
+    if pairs and len(value) == len(other) and all(isinstance(each, dict) for pair in pairs for each in pair):
+        value = [{name: each for name, each in one.items() if two.get(name) != each} for one, two in pairs]
+    elif pairs and len(value) > 4:
+        place = next((i for i, pair in enumerate(pairs) if pair[0] != pair[1]), len(other))
         return f"{len(value)} entries, entry {place} is {value[place]!r}" if place < len(value) else f"{len(value)}"
     text = json.dumps(value) if isinstance(value, (dict, list)) else repr(value)
     return text if len(text) <= 160 else text[:157] + "..."

@@ -232,7 +232,7 @@ def test_the_disk_that_is_needed_is_computed_first(tmp_path, monkeypatch):
         if room == free:
             this.check_room(2)
         else:
-            with pytest.raises(UserError, match="needs 0.00 GB more, and .* has 0.00 GB free: give fewer --views"):
+            with pytest.raises(UserError, match="needs 0.003 MB more, and .* has 0.003 MB free: give fewer --views"):
                 this.check_room(2)
     fill(this, 0, batches())
     this.check_room(2)  # half of it is there
