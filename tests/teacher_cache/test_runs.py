@@ -14,14 +14,20 @@ from fastkd.data.order import Shard
 from fastkd.data.resident import Augmentation, ResidentLoader, ResidentSet
 from fastkd.engine import TrainOptions
 from fastkd.errors import UserError
-from fastkd.methods import DIST, DKD, KD, SP, HardKD, find_method
+from fastkd.methods import DKD, KD, SP, HardKD, find_method
 from fastkd.methods.frozen import AbsentTeacher
 from fastkd.models import create_model
-from fastkd.teacher_cache import Lessons, Manifest, TeacherCache
+from fastkd.teacher_cache import Lessons, Manifest, Rows, TeacherCache
 from fastkd.train import Trainer
 
-CLASSES, SAMPLES, BATCH = ("a", "b", "c", "d"), 45, 16  # the last batch has 13 images
+CLASSES, SAMPLES, BATCH = ("a", "b", "c", "d"), 46, 16  # the last batch has 14 images
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """curves.png takes as long as a run here."""
+    monkeypatch.setattr("fastkd.report.plot", lambda history: b"")
 
 
 def loader(views: int, batch: int = BATCH, paired: bool = True, train: bool = True, seed: int = 0) -> ResidentLoader:
@@ -57,9 +63,7 @@ def equal(one: dict, other: dict) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize(
-    "kind, views", [(KD, 4), (KD, 2), (DIST, 2), (DKD, 4), (HardKD, 1), (find_method("dist+kd"), 2)]
-)
+@pytest.mark.parametrize("kind, views", [(KD, 4), (DKD, 2), (find_method("dist+kd"), 2), (HardKD, 1)])
 def test_whole_fp32_logits_give_the_same_student_bit_for_bit(kind, views, tmp_path):
     """Filled on the fly and read, with mixup and CutMix, for as many views as epochs and for fewer."""
     online, _ = train(kind, tmp_path / "online", views)
@@ -67,8 +71,26 @@ def test_whole_fp32_logits_give_the_same_student_bit_for_bit(kind, views, tmp_pa
     assert cache_in(tmp_path / "cache", views).covers(views)
     again, _ = train(kind, tmp_path / "again", views, cache_in(tmp_path / "cache", views), teacher=False)
     assert equal(first, online) and equal(again, online)
-    other, _ = train(kind, tmp_path / "other", 3)
-    assert not equal(other, online)
+
+
+def test_other_views_give_another_student(tmp_path):
+    two, _ = train(KD, tmp_path / "two", 2, epochs=3)
+    assert not equal(two, train(KD, tmp_path / "three", 3, epochs=3)[0])
+
+
+@pytest.mark.parametrize("kind, topk", [(KD, 0), (KD, 2), (HardKD, 2)])
+def test_a_step_with_given_logits_compiles_without_a_break(kind, topk):
+    method, taught = kind(net(0), AbsentTeacher()), cache_rows(topk).example(8)
+    images, target = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
+    want = method(images, target, None, taught)
+    got = torch.compile(method, fullgraph=True, backend="aot_eager")(images, target, None, taught)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value)
+
+
+def cache_rows(topk: int) -> Rows:
+    return Rows(4, "fp16", topk, 4.0)
 
 
 def test_micro_batches_get_their_own_rows(tmp_path):
@@ -79,18 +101,19 @@ def test_micro_batches_get_their_own_rows(tmp_path):
 
 
 def test_another_batch_size_reads_the_same_cache(tmp_path):
-    """An image has the same logits whatever its batch is: with 45 images in batches of 10, and in those of 16."""
-    for batch in (16, 10):
+    """An image has the same logits whatever its batch is; a batch of 2 images alone takes other kernels."""
+    assert loader(2, 44).slices == [(0, 44), (44, 46)]
+    for batch in (16, 44):
         train(KD, tmp_path / f"run{batch}", 2, cache_in(tmp_path / f"cache{batch}", 2), batch=batch)
-    parts = [torch.arange(45)]
-    one, other = (cache_in(tmp_path / f"cache{batch}", 2) for batch in (16, 10))
-    assert all(torch.equal(one.read(view, part)[0], other.read(view, part)[0]) for view in (0, 1) for part in parts)
+    one, other = (cache_in(tmp_path / f"cache{batch}", 2) for batch in (16, 44))
+    samples = torch.arange(SAMPLES)
+    assert all(torch.equal(one.read(view, samples)[0], other.read(view, samples)[0]) for view in (0, 1))
 
 
 def test_fp16_logits_are_within_a_thousandth_of_those_asked(tmp_path):
     for precision in ("fp16", "fp32"):
         train(KD, tmp_path / f"run{precision}", 2, cache_in(tmp_path / precision, 2, precision), epochs=2)
-    (half,), (whole,) = (cache_in(tmp_path / each, 2, each).read(1, torch.arange(45)) for each in ("fp16", "fp32"))
+    (half,), (whole,) = (cache_in(tmp_path / each, 2, each).read(1, torch.arange(SAMPLES)) for each in ("fp16", "fp32"))
     assert 0 < (half - whole).abs().max() <= 1e-3 * whole.abs().max()
     first, history = train(KD, tmp_path / "a", 2, cache_in(tmp_path / "fp16", 2, "fp16"), teacher=False)
     second, _ = train(KD, tmp_path / "b", 2, cache_in(tmp_path / "new", 2, "fp16"))
