@@ -9,7 +9,6 @@ from typing import Any
 from .. import checkpoint, distributed
 from ..config import Config
 from ..data.base import EpochLoader, Loader, input_of
-from ..data.resident import ResidentLoader
 from ..engine.precision import Precision
 from ..errors import UserError
 from ..methods import METHODS
@@ -173,9 +172,9 @@ def _temperature(config: Config) -> float | None:
 
 
 def _augmentation(loader: EpochLoader) -> dict[str, Any]:
-    if isinstance(loader, ResidentLoader):
-        return dict(vars(loader.augmentation))
-    return {"kind": "rrc", "flip": True}
+    """What the loader does to images; those that decode a folder all do the same."""
+    given = getattr(loader, "augmentation", None)
+    return {"kind": "rrc", "flip": True} if given is None else dict(vars(given))
 
 
 def several_machines() -> bool:
