@@ -50,6 +50,7 @@ setup(
         "fastkd.models.nets",
         "fastkd.models.stages",
         "fastkd.recipes",
+        "fastkd.teacher_cache",
     ],
     package_data={"fastkd": ["py.typed"], "fastkd.data": ["*.npz"], "fastkd.recipes": ["*.yaml"]},
     install_requires=[

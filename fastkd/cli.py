@@ -13,6 +13,7 @@ USAGE = """\
 usage: fastkd COMMAND [OPTIONS]
 
   train     distill a student; with no option at all: handwritten digits, a few minutes on two CPU cores
+  cache-teacher   ask the teacher once: its logits on disk, for trainings that load no teacher
   eval      top-1, top-5, loss and images/s of trained weights
   bench     how long losses and whole training steps take here, beside other ways: fastkd bench loss | step
   doctor    what this machine has, and which paths fastkd will take on it
@@ -22,7 +23,7 @@ usage: fastkd COMMAND [OPTIONS]
 `fastkd COMMAND --help` explains the options. Several GPUs: torchrun --nproc-per-node N -m fastkd train ...
 """
 
-COMMANDS = ("train", "eval", "bench", "doctor", "methods", "recipes")
+COMMANDS = ("train", "cache-teacher", "eval", "bench", "doctor", "methods", "recipes")
 """Each is a module of commands/ with `run(arguments)`. It is imported when it is asked for: torch takes seconds."""
 
 
@@ -41,7 +42,7 @@ def main() -> None:
         elif command == "--version":
             print(import_module(__package__).__version__)
         elif command in COMMANDS:
-            import_module(f".commands.{command}", __package__).run(arguments)
+            import_module(f".commands.{command.replace('-', '_')}", __package__).run(arguments)
         else:
             near = nearest(command, [*COMMANDS, "--version", "--help"])
             raise UserError(f"unknown command {command!r}{near}; see `fastkd --help`")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import UserError
 from .models.ensemble import Mean
@@ -30,6 +31,14 @@ class NetworkOptions:
     """Mean of each channel of the teacher's images. Default: as its weights say, or else as the student."""
     teacher_std: tuple[float, ...] = ()
     """Standard deviation of each channel of the teacher's images. Default: as for the mean."""
+    teacher_cache: str = ""
+    """A folder that keeps what the teacher says of each of the --views of each image. Views that are not there are
+    asked once and kept; from a complete cache no teacher is loaded. `fastkd cache-teacher` fills it ahead."""
+    teacher_cache_precision: Literal["auto", "fp16", "fp32"] = "auto"
+    """Number format of the kept logits; auto: that of the cache, fp16 in a new one."""
+    teacher_cache_topk: int = -1
+    """Keep this many of the largest logits and the sum of the others, for kd and hardkd; 0: all; -1: as the cache has,
+    all in a new one."""
     peers: tuple[str, ...] = ()
     """Networks that are trained together with the student by dml, dcm and iedml. Default: one like the student."""
     student_weights: str = ""
@@ -47,6 +56,12 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         if self.teacher_epochs < 0:
             raise UserError(f"--teacher-epochs must not be negative, got {self.teacher_epochs}")
+        if self.teacher_cache_topk < -1:
+            raise UserError(f"--teacher-cache-topk must be -1 or more, got {self.teacher_cache_topk}")
+        if not self.teacher_cache and (self.teacher_cache_topk >= 0 or self.teacher_cache_precision != "auto"):
+            raise UserError(
+                "--teacher-cache-topk and --teacher-cache-precision are for --teacher-cache DIR: give it too"
+            )
         if not all(self.teacher):
             raise UserError("--teacher needs a name")
         weights = tuple("" if each == "none" else each for each in self.teacher_weights)

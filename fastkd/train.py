@@ -34,19 +34,30 @@ from .engine.teacher_forms import check_form, teacher_form
 from .engine.trial import try_step
 from .evaluate import Batches, evaluate_networks
 from .methods.base import Method
+from .methods.forwards import Taught
+from .methods.frozen import is_absent
 from .report import Bar, Report, log_rank0, track
+from .teacher_cache import Lessons, TeacherCache
+from .teacher_cache.lessons import check_lessons, same_bits
 
 
 class Trainer:
     """Trains `method.student` on `train_loader`, and evaluates it on `val_loader` after each epoch.
 
     `train_loader` follows `fastkd.data.Loader`; `val_loader` is any iterable of (images, target). `about` is written to
-    config.yaml beside the training options; its "student" is the network's name for `create_model`. Raises UserError
+    config.yaml beside the training options; its "student" is the network's name for `create_model`. `teacher_cache`:
+    what the teacher says is read from there, or asked once and kept there. Raises UserError
     if a loader is empty, if `config.out` holds another run, or if training diverges.
     """
 
     def __init__(
-        self, method: Method, train_loader: Loader, val_loader: Batches, config: TrainOptions, about: dict | None = None
+        self,
+        method: Method,
+        train_loader: Loader,
+        val_loader: Batches,
+        config: TrainOptions,
+        about: dict | None = None,
+        teacher_cache: TeacherCache | None = None,
     ):
         self.device = distributed.device_for(config.device)
         batch = check_loaders(train_loader, val_loader, distributed.gather)
@@ -56,7 +67,10 @@ class Trainer:
             checkpoint.check_savable(net, name.replace("_", " "))
         self.train_loader, self.val_loader, self.data = train_loader, val_loader, describe(train_loader)
         self.method = method.to(self.device).to(memory_format=config.memory_format)
-        try_step(method, batch, train_loader.classes, config, self.device, titles(about or {}))
+        if teacher_cache:
+            check_lessons(method, train_loader, teacher_cache, bool(config.mixup or config.cutmix))
+        taught = teacher_cache.rows.example(len(batch[0])) if teacher_cache else ()
+        try_step(method, batch, train_loader.classes, config, self.device, titles(about or {}), taught)
         out = config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run")
         self.config = config = replace(config, out=str(out))
         compiled = compiles(method, config, self.device, config.epochs * len(train_loader), log_rank0)
@@ -75,6 +89,11 @@ class Trainer:
         alphas = (config.mixup, config.cutmix, config.smoothing)
         self.mixup = Mixup(*alphas, len(train_loader.classes), config.seed)
         is_ours = isinstance(train_loader, EpochLoader)  # its labels are right by construction
+        if isinstance(train_loader, EpochLoader) and train_loader.shard.views and self.device.type == "cpu":
+            same_bits(method)
+        self.lessons: Lessons | None = None
+        if teacher_cache:
+            self.lessons = Lessons(teacher_cache, method, self.step.precision.autocast)
         self.labels = None if is_ours else LabelCheck(len(train_loader.classes), self.device, method.ignore_index)
         self.report = Report(config, about or {}, self.data, input_of(train_loader, about or {}))
         self.epoch, self.form = 0, str(config.teacher_form)
@@ -103,8 +122,11 @@ class Trainer:
         if self.config.resume:
             self._resume()
         images = partial(first_images, self.train_loader)
-        asked = str(self.config.teacher_form)
-        with teacher_form(self.method, images, self.form, self.step.precision, log_rank0, asked) as self.form:
+        asked, cache = str(self.config.teacher_form), self.lessons.cache if self.lessons else None
+        wanted = (cache and cache.manifest.how.get("teacher_form")) or self.form
+        with teacher_form(self.method, images, wanted, self.step.precision, log_rank0, asked) as self.form:
+            if cache and not is_absent(self.method.teacher):
+                cache.note_form(self.form)
             self._train()
         self.report.finish(self.history, self.networks)
         distributed.barrier()  # every process finds the files
@@ -127,20 +149,25 @@ class Trainer:
         self.method.train()
         bar.start_epoch(self.epoch)
         first = done = self.epoch * len(self.train_loader)  # steps before this epoch, and before the next step
-        lr = 0.0
+        lr, taught, lessons = 0.0, Taught(), self.lessons
+        if lessons:
+            lessons.start(samples_of(self.train_loader, self.epoch, 0, 0, 0)[0])
         for images, target in self.train_loader:
             lr = self.schedule.write(done / len(self.train_loader), (done - 1) / len(self.train_loader))
             self.method.at_epoch(done / len(self.train_loader))
             target = self.labels(target) if self.labels else target
             drawn = samples_of(self.train_loader, self.epoch, done - first, len(images), distributed.rank())
             images, target = self.mixup(images, target, *drawn)
+            taught = lessons(images, drawn[1]) if lessons else ()
             if self.step.ema:
                 self.step.ema.write(done)
             for plan in self.method.plans(done):
-                self.runner(images, target, plan)
+                self.runner(images, target, plan, taught)
             bar.advance(len(images), self.step.meter)
             done += 1
         check_count(done - first, self.train_loader, self.epoch + 1)
+        if lessons:
+            lessons.finish()
         if self.labels:
             self.labels.check_labels(self.epoch + 1)
         rates = self.method.selection_rates(range(first, done))

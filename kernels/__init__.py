@@ -33,6 +33,7 @@ from .map_distance import (
 )
 from .pad_crop import pad_crop, pad_crop_reference
 from .relational import rkd_loss, sp_loss
+from .topk_loss import topk_kd_loss, topk_kd_loss_reference, topk_of
 
 __all__ = [
     "attention_transfer",
@@ -62,4 +63,7 @@ __all__ = [
     "pad_crop_reference",
     "rkd_loss",
     "sp_loss",
+    "topk_kd_loss",
+    "topk_kd_loss_reference",
+    "topk_of",
 ]

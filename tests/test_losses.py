@@ -7,7 +7,7 @@ import torch
 from capture import Capture
 
 import fastkd.losses
-from fastkd.kernels import kd_loss
+from fastkd.kernels import kd_loss, topk_of
 from fastkd.losses import (
     AttentionTransferLoss,
     BridgeLoss,
@@ -23,6 +23,7 @@ from fastkd.losses import (
     OverhaulLoss,
     RKDLoss,
     SPLoss,
+    TopKLoss,
 )
 
 LOSSES = [name for name in fastkd.losses.__all__ if name.endswith("Loss")]
@@ -334,6 +335,7 @@ EVERY = {
     "OverhaulLoss": lambda z, f, y: OverhaulLoss()(*f, torch.linspace(-1, -0.1, 4)),
     "RKDLoss": lambda z, f, y: RKDLoss()(f[0].mean((2, 3)), f[1].mean((2, 3))),
     "SPLoss": lambda z, f, y: SPLoss()(*f),
+    "TopKLoss": lambda z, f, y: TopKLoss()(z[0], *topk_of(z[1], 2, 4.0)),
 }
 
 
@@ -437,6 +439,8 @@ def called(loss, z, f, y):
         return loss(f[0].mean((2, 3)), f[1].mean((2, 3)))
     if isinstance(loss, KDLoss | DKDLoss):
         return loss(*z[:2], y)
+    if isinstance(loss, TopKLoss):
+        return loss(z[0], *topk_of(z[1], 2, 4.0))
     return loss(*z[:2]) if isinstance(loss, DISTLoss) else loss(*f)
 
 

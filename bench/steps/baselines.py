@@ -28,6 +28,7 @@ from fastkd.kernels.logit_loss import LogitLoss
 from fastkd.losses import logits
 from fastkd.methods import METHODS, kd
 from fastkd.methods.base import Method
+from fastkd.methods.forwards import Taught
 
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 BOUNDS = ("constant gradient", "student only")  # no loss or another loss: bounds of the time, not compared
@@ -244,9 +245,9 @@ class WithoutLoss(Step):
         homes = (*HOMES, (F, ("cross_entropy",)))
         self.homes = [(home, {name: getattr(self, name, self.scalar) for name in names}) for home, names in homes]
 
-    def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:
+    def _backward(self, images: Tensor, target: Tensor, plan: Hashable, taught: Taught, share: float) -> None:
         with self.precision.autocast(), patch_losses(self.homes):
-            terms = self.module(images, target, plan)
+            terms = self.module(images, target, plan, taught)
         tensors = list(self.learners.values())
         torch.autograd.backward(tensors, [self._gradient(x) for x in tensors])
         self.learners.clear()

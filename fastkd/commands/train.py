@@ -26,11 +26,14 @@ from ..evaluate import evaluate, speed
 from ..methods import find_method
 from ..methods.base import Method
 from ..methods.context import NoOptions, RunContext
+from ..methods.frozen import AbsentTeacher
 from ..models import load_weights
 from ..models.own_input import InputSpec, OwnInput
 from ..network_options import NetworkOptions
 from ..report import board_class, log_rank0, show_table
+from ..teacher_cache import TeacherCache
 from ..train import Trainer, titles
+from .cached import check_cached, open_cache, views_of, with_views
 from .networks import NetworkMaker, check_networks, teacher_of
 from .unlabelled import check_unlabelled
 
@@ -65,6 +68,9 @@ class Job:
         if kind.needs_peers and not names.peers:
             names = replace(names, peers=(names.student,))
         self.config, self.names = replace(config, networks=names), names
+        if names.teacher_cache:
+            check_cached(kind, self.config)
+            config = with_views(config, log_rank0)
         self.device = distributed.device_for(config.train.device)
         self.precision = Precision(config.train.amp_dtype, self.device)
         self.train_loader, self.val_loader = create_loaders(
@@ -91,11 +97,20 @@ class Job:
         self.maker = NetworkMaker(names, classes, images, config.train.seed, ignore)
         self.student = self.maker.student()
         _check_options(kind, config)
-        self.teachers = self.maker.teachers() if kind.needs_teacher else []
-        self.teacher = teacher_of(self.teachers, config)
+        self.cache = self._open_cache(None if names.teacher_epochs else names.weights_of_teachers)
+        absent = self.cache is not None and self.cache.covers(views_of(config)) and not names.teacher_epochs
+        self.teachers = self.maker.teachers() if kind.needs_teacher and not absent else []
+        self.teacher = AbsentTeacher() if absent else teacher_of(self.teachers, config)
         self.peers = self.maker.peers()
         self._check_fit(kind)
         self.rows: list[list[str]] = []
+        self.trained: list[Path] = []  # the weights of the teachers that the job has trained, or has found
+
+    def _open_cache(self, weights: tuple[str, ...] | None) -> TeacherCache | None:
+        """The teacher cache, if the run has one. `weights`: of the teachers; None: they have yet to be trained."""
+        if not self.names.teacher_cache:
+            return None
+        return open_cache(self.config, self.train_loader, self.precision, weights)
 
     def _check_fit(self, kind: type[Method]) -> None:
         """Raise UserError if networks, options or schedule do not fit the method, before a teacher is trained."""
@@ -126,11 +141,13 @@ class Job:
         if self.names.teacher_epochs:
             for name, net in zip(self.names.teacher, self.teachers, strict=False):
                 trials.append((find_method("ce")(copy.deepcopy(net)), {"student": f"the teacher {name}"}))
+        taught = self.cache.rows.example(len(batch[0])) if self.cache else ()
         for trial, called in trials:
             if self.config.data.unlabelled:
                 trial.allow_unlabelled()
             trial.to(self.device).to(memory_format=options.memory_format)
-            try_step(trial, batch, classes, options, self.device, called)
+            given = taught if trial is method else ()
+            try_step(trial, batch, classes, options, self.device, called, given)
 
     def claim(self) -> None:
         """Make the run folder; without --out it is a new one in runs/."""
@@ -153,6 +170,10 @@ class Job:
         """Train what needs training, the student last, and show the table."""
         for number, teacher in enumerate(self.teachers):
             self.prepare_teacher(number, teacher)
+        if self.cache and self.names.teacher_epochs:
+            self.cache = self._open_cache(tuple(map(str, self.trained)))
+        if isinstance(self.teacher, AbsentTeacher):
+            log_rank0(f"teacher {' '.join(self.names.teacher)}: its logits are in {self.names.teacher_cache}")
         if self.teacher is not None and len(self.teachers) > 1:
             self._add_row("teachers' mean", " ".join(self.names.teacher), self.teacher)
         name, method = self.names.student, self.config.run.method
@@ -162,7 +183,7 @@ class Job:
             trainer = self._fit(self._alone(name, self.names.student_weights, self.config.train, "alone"), net)
             self._add_row("student alone", name, trainer.network)
         log_rank0(f"student {name}: {method}" + (f" from {', '.join(self.names.teacher)}" if self.teacher else ""))
-        trainer = self._fit(self.config, self.student, self.teacher, self.peers)
+        trainer = self._fit(self.config, self.student, self.teacher, self.peers, self.cache)
         for label, net in trainer.networks.items():
             self._add_row(f"{label.replace('_', ' ')}, {method}", trainer.report.models.get(label, ""), net)
         show_table(["", "network", "top-1 %", "parameters", "inference img/s"], self.rows, numbers=3)
@@ -176,7 +197,8 @@ class Job:
         name = self.names.teacher[number]
         folder = "teacher" + (str(number + 1) if number else "")
         if self.names.teacher_epochs:
-            load_weights(teacher, self._trained_teacher(number, teacher, folder))
+            self.trained.append(self._trained_teacher(number, teacher, folder))
+            load_weights(teacher, self.trained[-1])
         top1 = self._add_row(folder.replace("teacher", "teacher ").strip(), name, teacher)
         chance = 100 / len(self.val_loader.classes)
         log_rank0(f"teacher {name}: top-1 {top1:.2f} % on the validation images")
@@ -218,7 +240,12 @@ class Job:
         )
 
     def _fit(
-        self, config: Config, student: nn.Module, teacher: nn.Module | None = None, peers: Sequence[nn.Module] = ()
+        self,
+        config: Config,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        peers: Sequence[nn.Module] = (),
+        cache: TeacherCache | None = None,
     ) -> Trainer:
         self.train_loader.load_state_dict(self.first_epoch)
         torch.manual_seed(config.train.seed)  # so that a method's own layers do not depend on earlier trainings
@@ -226,7 +253,7 @@ class Job:
         if config.data.unlabelled:
             method.allow_unlabelled()
         options = replace(config.train, resume=True)  # continue whatever run is in the job's folder
-        trainer = Trainer(method, self.train_loader, self.val_loader, options, flat(config))
+        trainer = Trainer(method, self.train_loader, self.val_loader, options, flat(config), cache)
         trainer.fit()
         return trainer
 

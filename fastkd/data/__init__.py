@@ -22,6 +22,7 @@ idx.py           the files of Fashion-MNIST and MNIST
 small_folder.py  a folder of small images, decoded once
 resident.py      images in memory, cropped, mirrored and normalised on the device
 digits.py        1,797 real images inside the package
+fingerprint.py   a hash that tells one set of training images from another
 normalise.py     bytes to normalised channels-last batches
 prefetch.py      batches to a CUDA device, one ahead of the step
 synthetic.py     random images that are already on the device, to measure a run without loading data
@@ -30,6 +31,7 @@ synthetic.py     random images that are already on the device, to measure a run 
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +41,7 @@ from ..errors import UserError
 from ..kernels.logit_loss import UNLABELLED
 from .base import IMAGENET_MEAN, IMAGENET_STD, EpochLoader, Loader
 from .dali_package import import_problem
+from .fingerprint import of_split
 from .image_index import sizes_of
 from .layout import evaluation_split, training_splits
 from .options import NAMES, DataOptions, changes_augmentation
@@ -81,6 +84,7 @@ def create_loaders(
     splits = training_splits(options, log)
     train, val = _folder_loaders(splits, options, device, shard, log, gather)
     train.unlabelled = splits["train"].labels.count(UNLABELLED)
+    train.fingerprint = train.fingerprint if train.name == "resident" else partial(of_split, splits["train"])
     return train, val
 
 

@@ -160,6 +160,7 @@ class EpochLoader:
     mean: tuple[float, ...]  # of each channel, which was subtracted from images in [0, 1]
     std: tuple[float, ...]
     unlabelled = 0  # images of an epoch that have no label
+    fingerprint: Callable[[], str] = staticmethod(lambda: "")  # of the images and their labels; "": not known
 
     def __init__(self, classes: tuple[str, ...], samples: int, batch_size: int, shard: Shard, *, train: bool):
         self.classes, self.samples, self.train, self.seed, self.shard = classes, samples, train, shard.seed, shard

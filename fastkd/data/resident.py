@@ -7,6 +7,7 @@ launch ("rrc": two), and its target a view of the epoch's.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..kernels import augment, pad_crop
 from .augment import crops_and_flips, resized_boxes
 from .base import EpochLoader
+from .fingerprint import of_tensors
 from .order import Shard
 
 
@@ -61,6 +63,7 @@ class ResidentLoader(EpochLoader):
         self.images, self.target = images.images.to(device).contiguous(), images.target.to(device)
         self.augmentation = augmentation if train else Augmentation("none")
         self.image_size, self.mean, self.std, self.dtype = image_size, mean, std, shard.dtype
+        self.fingerprint = partial(of_tensors, images.images, images.target)
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         kind, device = self.augmentation, self.images.device

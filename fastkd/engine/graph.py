@@ -21,13 +21,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..methods.forwards import Taught
 from .step import Step
 from .timing import release_failed_capture
 
 WARM_UP = 3  # eager steps before the first capture: cuDNN chooses its algorithms, the optimizer makes its state
 LARGEST = 64  # graphs held; IAKD has 2^K plans
 
-Shapes = tuple[torch.Size, torch.dtype, torch.Size, torch.dtype]  # of images and target
+Shapes = tuple[torch.Size | torch.dtype, ...]  # of images, target and what the teacher says of them
 Key = tuple[Hashable, Shapes]  # plan and shapes
 
 
@@ -135,26 +136,27 @@ class GraphedStep:
         self.seen: Counter[Key] = Counter()  # eager steps
         self.eager, self.replays = 0, 0  # steps
         self.usual = 0  # images of the first batch
-        self.inputs: dict[Shapes, tuple[Tensor, Tensor]] = {}  # shared by the graphs of one shape: replays take turns
+        self.inputs: dict[Shapes, tuple[Tensor, ...]] = {}  # shared by the graphs of one shape: replays take turns
 
-    def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
-        shapes = (images.shape, images.dtype, target.shape, target.dtype)
+    def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None, taught: Taught = ()) -> None:
+        batch = (images, target, *taught)
+        shapes = tuple(about for each in batch for about in (each.shape, each.dtype))
         key = (plan, shapes)
         self.usual = self.usual or len(images)
         self.step.agree(len(images))
         is_new = self.seen[key] < self.step.first_steps
         if self.stopped or is_new or self.eager < self.warm_up or len(images) != self.usual:
-            self._run_eagerly(key, images, target)
+            self._run_eagerly(key, images, target, taught)
             return
         if shapes not in self.inputs:
-            self.inputs[shapes] = torch.empty_like(images), torch.empty_like(target)
-        self.inputs[shapes][0].copy_(images)
-        self.inputs[shapes][1].copy_(target)
+            self.inputs[shapes] = tuple(torch.empty_like(each) for each in batch)
+        for held, each in zip(self.inputs[shapes], batch, strict=True):
+            held.copy_(each)
         if key in self.graphs:
             self.graphs.move_to_end(key)
             self._replay(self.graphs[key])
         elif not self._captured(key):
-            self._run_eagerly(key, images, target)
+            self._run_eagerly(key, images, target, taught)
             return
         self.replays += 1
 
@@ -185,7 +187,8 @@ class GraphedStep:
         plan, shapes = key
         graphs = [self.new_graph()]
         with graphs[0]:
-            self.step.gradients(*self.inputs[shapes], plan)
+            images, target, *taught = self.inputs[shapes]
+            self.step.gradients(images, target, plan, tuple(taught))
             if not self.step.processes:
                 self.step.update()
         if self.step.processes:
@@ -196,7 +199,7 @@ class GraphedStep:
                 self.step.update()
         return graphs
 
-    def _run_eagerly(self, key: Key, images: Tensor, target: Tensor) -> None:
+    def _run_eagerly(self, key: Key, images: Tensor, target: Tensor, taught: Taught) -> None:
         """An eager step. The first of its plan and shapes also shows whether it asks the device for a value."""
         plan, is_first, memory = key[0], not self.seen[key], self.memory if self.graphs else None
         self.seen[key] += 1
@@ -204,7 +207,7 @@ class GraphedStep:
         before, syncs = memory.live() if memory else 0, list[str]()
         around = self.memory.eager(bool(self.graphs)) if self.memory and not self.stopped else nullcontext()
         with around, _watch_syncs(syncs) if is_first and images.is_cuda else nullcontext():
-            self.step.gradients(images, target, plan)
+            self.step.gradients(images, target, plan, taught)
         self.step.exchange()
         self.step.update()
         if memory and memory.live() > before:  # something made there lives on: capture around it

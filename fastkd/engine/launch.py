@@ -16,7 +16,7 @@ from .step import Step
 
 Log = Callable[[str], None]
 Runner = Step | GraphedStep | PartialGraphStep
-"""Runs a step: `runner(images, target, plan)`, and `runner.close()` at the end."""
+"""Runs a step: `runner(images, target, plan, taught)`, and `runner.close()` at the end."""
 COMPILE_PAYS = 100_000  # steps: compiling takes a minute or two and saves about a tenth of a step of 1 to 30 ms
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.base import Method
+from ..methods.forwards import Taught
 from .graph import WARM_UP, CannotCapture, CudaGraph
 from .step import Step
 from .teacher_forms import TeacherForm
@@ -50,8 +51,8 @@ class PartialGraphStep:
                 shared: Shared = {}  # a step runs one module of a group
                 self.modules += [GraphedModule(module, new_graph, warm_up, shared, has_grad, stop) for module in group]
 
-    def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
-        self.step(images, target, plan)
+    def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None, taught: Taught = ()) -> None:
+        self.step(images, target, plan, taught)
 
     def close(self) -> str:
         """Free the graphs' memory and restore the modules; gives a line about how often the graphs were used."""

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..kernels.step_end import add_to_sums, check_gradients
 from ..methods.base import Method
 from ..methods.context import RunContext
+from ..methods.forwards import Taught
 from .batched import BatchedLayers, join_buffers
 from .ema import Ema
 from .exchange import DdpExchange, FlatGradients
@@ -64,12 +65,12 @@ class Meter:
 
 
 class Step:
-    """`step(images, target, plan)` updates the method's weights and adds its loss terms to `step.meter`.
+    """`step(images, target, plan, taught)` updates the method's weights and adds its loss terms to `step.meter`.
 
-    images: [N, 3, H, W] on the device; target: [N] int64 or [N, C] floating. A step whose gradient is not finite is
-    skipped on the device (apex's optimizers cannot): weights, momentum and BatchNorm statistics stay as they were, and
-    `step.nonfinite` counts it. It has three parts, of which graphs hold the first and the last: `gradients`,
-    `exchange` between processes, `update`.
+    images: [N, 3, H, W] on the device; target: [N] int64 or [N, C] floating; taught: see `Method.forward`. A step whose
+    gradient is not finite is skipped on the device (apex's optimizers cannot): weights, momentum and BatchNorm
+    statistics stay as they were, and `step.nonfinite` counts it. It has three parts, of which graphs hold the first and
+    the last: `gradients`, `exchange` between processes, `update`.
 
     With several processes, gradients are averaged by DDP, or with `flat` in one block: what graphs need.
     `compiled`: by torch.compile. If that fails and `options.compile` is not "on", `log` gets the reason and the steps
@@ -112,9 +113,9 @@ class Step:
         self.terms: list[tuple[dict[str, Tensor], int]] = []  # loss terms and images of each micro-batch of this step
         self.one = torch.ones((), device=device)
 
-    def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
+    def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None, taught: Taught = ()) -> None:
         self.agree(len(images))
-        self.gradients(images, target, plan)
+        self.gradients(images, target, plan, taught)
         self.exchange()
         self.update()
 
@@ -123,19 +124,19 @@ class Step:
         if self.processes:
             self.processes.agree(images)
 
-    def gradients(self, images: Tensor, target: Tensor, plan: Hashable = None) -> None:
+    def gradients(self, images: Tensor, target: Tensor, plan: Hashable = None, taught: Taught = ()) -> None:
         """Forward and backward of each micro-batch."""
         self.saved_buffers.copy_(self.buffers)
         kind = (plan, images.shape)
         self.runs[kind] += 1
         try:
             with self._around(kind):
-                self._gradients(images, target, plan)
+                self._gradients(images, target, plan, taught)
         except Exception as error:  # the compiler raises any kind
             if not self.compiled or self.runs[kind] != self.first_steps:
                 raise
             self._stop_compiling()
-            self.gradients(images, target, plan)  # what is no fault of the compiler comes again
+            self.gradients(images, target, plan, taught)  # what is no fault of the compiler comes again
             reason = f"torch.compile failed: {type(error).__name__}: {error}".splitlines()[0][:200]
             if self.options.compile == "on":
                 raise UserError(f"--compile on: {reason}; use --compile auto or off") from error
@@ -160,14 +161,15 @@ class Step:
         self.method._compiled_call_impl = None
         self.compiled = False
 
-    def _gradients(self, images: Tensor, target: Tensor, plan: Hashable) -> None:
+    def _gradients(self, images: Tensor, target: Tensor, plan: Hashable, taught: Taught) -> None:
         count = max(1, min(self.options.grad_accum, len(images) // 2))  # BatchNorm cannot train on one image
-        micro_batches = list(zip(images.tensor_split(count), target.tensor_split(count), strict=True))
+        micro_batches = list(zip(*(each.tensor_split(count) for each in (images, target, *taught)), strict=True))
         divisor = self.processes.start(len(images)) if self.processes else len(images)
-        for number, (some_images, some_target) in enumerate(micro_batches, 1):
+        for number, (some_images, some_target, *some_taught) in enumerate(micro_batches, 1):
             if isinstance(self.module, DistributedDataParallel):  # it sends gradients with the last micro-batch
                 self.module.require_backward_grad_sync = number == count
-            self._backward(some_images, some_target, plan, share=len(some_images) / divisor)
+            share = len(some_images) / divisor
+            self._backward(some_images, some_target, plan, tuple(some_taught), share)
         if self.processes:
             self.processes.flatten(self.parameters)
 
@@ -243,9 +245,9 @@ class Step:
             log=log,
         )
 
-    def _backward(self, images: Tensor, target: Tensor, plan: Hashable, share: float) -> None:
+    def _backward(self, images: Tensor, target: Tensor, plan: Hashable, taught: Taught, share: float) -> None:
         with self.precision.autocast():
-            terms = self.module(images, target, plan)
+            terms = self.module(images, target, plan, taught)
         learnt = [term for term in terms.values() if term.requires_grad] or list(terms.values())
         seed = self.precision.scaler.scale(self.one if share == 1 else self.one * share)
         # the gradient of the sum, without the launches of adding up

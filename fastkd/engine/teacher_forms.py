@@ -25,7 +25,7 @@ from .. import distributed
 from ..errors import UserError
 from ..methods.base import Method
 from ..methods.forwards import StagedView
-from ..methods.frozen import FrozenTeacher
+from ..methods.frozen import FrozenTeacher, is_absent
 from ..models import Staged, tapped
 from ..models.stages.layout import CONVOLUTIONAL, Layout, layout_of
 from .folded_gates import LARGEST_ERROR, fold_gates, foldable, unfold_gates
@@ -119,6 +119,9 @@ def teacher_form(
     own weights again, and swapped-in blocks are the teacher's own. Raises UserError if the wanted form is not possible
     or wrong. `asked`: the user's option, if `wanted` is what an earlier run or rank 0 has made of it.
     """
+    if is_absent(method.teacher):
+        yield wanted
+        return
     if wanted == "auto" and precision.device.type != "cuda":
         wanted = "plain"
     if wanted == "plain" and precision.dtype == torch.float32:
@@ -168,7 +171,7 @@ def choose_form(method: Method, images: Tensor, wanted: str, precision: Precisio
 
 def check_form(method: Method, wanted: str) -> None:
     """Raise UserError if the method cannot use the `wanted` form of its teacher. Nothing is run."""
-    if wanted in ("auto", "plain"):
+    if wanted in ("auto", "plain") or is_absent(method.teacher):
         return
     reasons = [_why_plain(*each) for each in _users(method).items()] or ["the method has no teacher"]
     if wanted == "folded" and not method.asks_teacher and foldable(method):

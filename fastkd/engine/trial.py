@@ -18,7 +18,8 @@ from torch.nn.parameter import is_lazy
 from .. import distributed
 from ..errors import UserError
 from ..methods.base import Method
-from ..methods.frozen import FrozenTeacher
+from ..methods.forwards import Taught
+from ..methods.frozen import FrozenTeacher, is_absent
 from ..models.own_input import plain_network
 from .labels import allowed_labels, out_of_range
 from .mixup import Mixup
@@ -44,20 +45,21 @@ def try_step(
     options: TrainOptions,
     device: torch.device,
     titles: Mapping[str, str] | None = None,
+    taught: Taught = (),
 ) -> None:
     """Evaluate each network of `method`, and make a training step without its update, on IMAGES images of `batch`.
 
     `method` is on `device`; `batch`: (images [N, 3, H, W], target) as a training loader gives it; `titles`: by role,
-    what errors call a network, such as {"student": "the student resnet8"}. Weights, statistics, modes and random states
-    stay as they are. Every process must call it. Raises the same UserError on all of them if something fails on one; it
-    names the network.
+    what errors call a network, such as {"student": "the student resnet8"}; `taught`: what an absent teacher would say
+    of the images. Weights, statistics, modes and random states stay as they are. Every process must call it. Raises the
+    same UserError on all of them if something fails on one; it names the network.
     """
     problem = ""
     try:
         check_batch(*batch, classes, options, device, method.ignore_index)
         images, target = (part[:IMAGES] for part in batch)
         with _unchanged(method, device):
-            _try(method, images, target, len(classes), options, device, titles or {})
+            _try(method, images, target, len(classes), options, device, titles or {}, taught)
     except UserError as error:
         problem = str(error)
     finally:
@@ -125,6 +127,7 @@ def _try(
     options: TrainOptions,
     device: torch.device,
     titles: Mapping[str, str],
+    taught: Taught,
 ) -> None:
     precision, networks = Precision(options.amp_dtype, device), networks_of(method, titles)
     method.eval()
@@ -134,10 +137,11 @@ def _try(
     method.train()
     mixup = Mixup(options.mixup, options.cutmix, options.smoothing, classes)
     images, target = mixup(images, target, 0, torch.arange(len(images)))
+    taught = tuple(each[: len(images)].to(device) for each in taught)
     for plan in _plans(method):
         try:
             with precision.autocast():
-                terms = method(images, target, plan)
+                terms = method(images, target, plan, taught)
         except Exception as error:  # a network's code may raise anything
             for network in networks:  # a method's own error may come from what one network returns
                 with torch.no_grad(), precision.autocast():
@@ -149,7 +153,7 @@ def _try(
 def networks_of(method: Method, titles: Mapping[str, str]) -> list[Network]:
     """The networks that a run evaluates or trains, the teacher last. `titles`: see `try_step`."""
     nets: dict[str, nn.Module] = dict(method.networks())
-    if method.teacher is not None:
+    if method.teacher is not None and not is_absent(method.teacher):
         nets["teacher"] = method.teacher.net
     plain = {role: f"the {role.replace('_', ' ')} {type(plain_network(net)).__name__}" for role, net in nets.items()}
     networks = [Network(titles.get(role) or plain[role], net) for role, net in nets.items()]

@@ -18,7 +18,7 @@ from .features import (
     RKDLoss,
     SPLoss,
 )
-from .logits import BridgeLoss, DISTLoss, DKDLoss, KDLoss, MutualLoss
+from .logits import BridgeLoss, DISTLoss, DKDLoss, KDLoss, MutualLoss, TopKLoss
 
 __all__ = [
     "UNLABELLED",
@@ -36,4 +36,5 @@ __all__ = [
     "OverhaulLoss",
     "RKDLoss",
     "SPLoss",
+    "TopKLoss",
 ]

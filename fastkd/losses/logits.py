@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..kernels import dist_loss, dkd_loss, kd_loss, logit_loss
+from ..kernels import dist_loss, dkd_loss, kd_loss, logit_loss, topk_kd_loss
 from ..kernels.check import check_tensors
 from ..kernels.logit_loss import LogitLoss, standardized
 from .base import Loss
@@ -179,6 +179,22 @@ class DKDLoss(Loss):
         if self.standardize:
             student_logits, teacher_logits = _standardized(student_logits), _standardized(teacher_logits.detach())
         return dkd_loss(student_logits, teacher_logits, target, **self.settings("alpha", "beta", "temperature"))
+
+
+@dataclass(eq=False, repr=False)
+class TopKLoss(Loss):
+    """weight * T^2 * KL over k + 1 outcomes: the teacher's k most probable classes, and all others together.
+
+    student_logits: [N, C]. values [N, k + 1], classes [N, k]: from `fastkd.kernels.topk_of(teacher_logits, k, T)`, at
+    the same temperature T. No cross-entropy. It lies below the whole KL, and its gradient differs only in the other
+    classes, by at most weight * T / N * (the teacher's mass outside of the k classes).
+    """
+
+    temperature: float = 4.0
+    weight: float = 1.0
+
+    def forward(self, student_logits: Tensor, values: Tensor, classes: Tensor) -> Tensor:
+        return topk_kd_loss(student_logits, values, classes, **self.settings())
 
 
 @dataclass(eq=False, repr=False)

@@ -19,7 +19,7 @@ from ..losses import UNLABELLED, BridgeLoss, KDLoss, MutualLoss
 from ..models import tapped
 from .context import NoOptions, RunContext
 from .embedding import ClassifierInput, classifier_input
-from .forwards import ForwardCache, StagedView
+from .forwards import ForwardCache, StagedView, Taught
 from .frozen import FrozenTeacher
 from .hooks import OptionalHooks
 
@@ -38,6 +38,8 @@ class Method(OptionalHooks):
     needs_peers = False  # one or more networks that are trained beside the student, given as `peers`
     needs_stages = ""  # which networks must be divisible into stages, for `fastkd methods`
     ce_option: str | None = "ce_weight"  # option that scales the term `ce` alone; "": there is none; None: no such term
+    uses_logits_alone = False  # of the teacher; they may then be given with a batch, from a teacher cache
+    takes_topk = False  # `losses` can do with the teacher's k largest logits, `out.topk`
     needs_labels = False  # a term other than the cross-entropy uses the label of every image
     find_unused_parameters = False  # a step may leave weights without a gradient; they are then not updated at all
 
@@ -127,10 +129,15 @@ class Method(OptionalHooks):
         """By network, the view that runs in its place in a step with this plan."""
         return self.staged_views
 
-    def forward(self, images: Tensor, target: Tensor, plan: Hashable = None) -> dict[str, Tensor]:
-        """Images [N, 3, H, W] and their target -> the terms of `losses`. This is what the engine calls."""
+    def forward(self, images: Tensor, target: Tensor, plan: Hashable = None, taught: Taught = ()) -> dict[str, Tensor]:
+        """Images [N, 3, H, W] and their target -> the terms of `losses`. This is what the engine calls.
+
+        `taught`: what the teacher says of the images, if it is known already; the teacher is not run then.
+        """
         out = ForwardCache(images, self.staged_views_for(plan), self.classifiers)
-        others = [self.teacher, *self.peers] if self.asks_teacher else [*self.peers]
+        others = [self.teacher, *self.peers] if self.asks_teacher and not taught else [*self.peers]
+        if taught:
+            out.give(self.teacher, taught)
         out.start(self.student, others, self.learners(plan))
         terms = self.losses(out, target, plan)
         out.join_all()

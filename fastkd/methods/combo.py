@@ -147,6 +147,8 @@ def combine(kinds: dict[str, type[Method]], name: str) -> type[Combo]:
         "needs_stages": "; ".join(f"{each}: {kind.needs_stages}" for each, kind in kinds.items() if kind.needs_stages),
         "needs_teacher": any(kind.needs_teacher for kind in kinds.values()),
         "needs_peers": any(kind.needs_peers for kind in kinds.values()),
+        "uses_logits_alone": all(kind.uses_logits_alone or not kind.needs_teacher for kind in kinds.values()),
+        "takes_topk": all(kind.takes_topk or not kind.needs_teacher for kind in kinds.values()),
         "needs_labels": any(kind.needs_labels for kind in kinds.values()),
     }
     return type(name, (Combo,), about)

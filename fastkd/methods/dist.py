@@ -37,6 +37,7 @@ class DIST(Method):
     Options = DISTOptions
     options: DISTOptions
     paper = "arXiv:2205.10536"
+    uses_logits_alone = True
 
     def build(self) -> None:
         self.loss = DISTLoss(self.options.beta, self.options.gamma, self.options.temperature)

@@ -56,6 +56,7 @@ class DKD(Method):
     Options = DKDOptions
     options: DKDOptions
     paper = "arXiv:2203.08679"
+    uses_logits_alone = True
     needs_labels = True
 
     ramp: Tensor

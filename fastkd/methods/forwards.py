@@ -15,6 +15,9 @@ from ..errors import UserError
 from .embedding import ClassifierInput
 from .frozen import FrozenTeacher
 
+Taught = tuple[Tensor, ...]
+"""What a teacher that is not run says of a batch: (logits [N, C],), or (values [N, k + 1], classes [N, k]), or ()."""
+
 
 class StagedView(Protocol):
     """A network that returns the feature maps of its stages beside its logits, such as `fastkd.models.Staged`.
@@ -42,6 +45,7 @@ class ForwardCache:
         classifiers: Mapping[nn.Module, ClassifierInput] = MappingProxyType({}),
     ):
         self.images, self._views, self._classifiers = images, views, classifiers
+        self._taught: dict[nn.Module, Taught] = {}
         self._memo: dict[nn.Module, tuple[Tensor, list[Tensor]]] = {}
         self._maps: dict[nn.Module, list[Tensor]] = {}
         self._embeddings: dict[nn.Module, Tensor] = {}
@@ -49,6 +53,17 @@ class ForwardCache:
 
     def __call__(self, net: nn.Module) -> Tensor:
         return self._run(net)[0]
+
+    def give(self, teacher: nn.Module, taught: Taught) -> None:
+        """From now on, `taught` stands for the outputs of `teacher`, which is not run."""
+        if len(taught) == 1:
+            self._memo[teacher] = (taught[0], [])
+        self._taught[teacher] = taught
+
+    def topk(self, net: nn.Module) -> Taught:
+        """(values [N, k + 1], classes [N, k]) if the largest logits of `net` were given alone, else the empty tuple."""
+        taught = self._taught.get(net, ())
+        return taught if len(taught) == 2 else ()
 
     def features(self, net: nn.Module) -> list[Tensor]:
         """One map [N, C, H, W] per stage of `net`, the first stage first. Raises ValueError if not requested."""
@@ -114,6 +129,8 @@ class ForwardCache:
     def _run(self, net: nn.Module) -> tuple[Tensor, list[Tensor]]:
         self.join(net)
         if net not in self._memo:
+            if net in self._taught:
+                raise ValueError("of this network the largest logits alone are given: ask topk()")
             classifier = self._classifiers.get(net)
             if classifier is None:
                 self._memo[net] = self._forward(net)
@@ -129,8 +146,13 @@ class ForwardCache:
     def _forward(self, net: nn.Module) -> tuple[Tensor, list[Tensor]]:
         view, whole = self._views.get(net), net.net if isinstance(net, FrozenTeacher) else net
         run = getattr(view, "outputs", view.features) if view else None
+        images = self.images
         with nullcontext() if whole is net else torch.no_grad():
-            logits, outputs = run(self.images) if run else (whole(self.images), [])
+            if isinstance(net, FrozenTeacher) and len(images) < net.least_images and not net.batch_statistics:
+                images = torch.cat([images, images[:1].expand(net.least_images - len(images), -1, -1, -1)])
+            logits, outputs = run(images) if run else (whole(images), [])
+            if len(images) > len(self.images):
+                logits, outputs = logits[: len(self.images)], [each[: len(self.images)] for each in outputs]
         if not isinstance(logits, Tensor):
             name, kind = type(whole).__name__, type(logits).__name__
             raise UserError(f"{name} returns {kind}, but logits [N, C] are needed; switch off its extra outputs")

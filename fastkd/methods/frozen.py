@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import UserError
+
 
 class FrozenTeacher(nn.Module):
     """`FrozenTeacher(net)(images [N, 3, H, W])` -> logits [N, C] of `net`, in eval mode and without gradients.
@@ -19,6 +21,8 @@ class FrozenTeacher(nn.Module):
     """
 
     net: nn.Module
+    least_images = 0
+    """Smaller batches are filled up for the forward pass, so that the logits of an image do not depend on the batch."""
 
     def __init__(self, net: nn.Module, batch_statistics: bool = False):
         super().__init__()
@@ -41,3 +45,15 @@ class FrozenTeacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             return self.net(images)
+
+
+class AbsentTeacher(nn.Module):
+    """Stands for a teacher that is not loaded: its logits are given to each step. A forward pass is an error."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise UserError("the teacher is not loaded, and this step needs it: its logits were not given with the batch")
+
+
+def is_absent(teacher: nn.Module | None) -> bool:
+    """True for the FrozenTeacher of an AbsentTeacher."""
+    return isinstance(teacher, FrozenTeacher) and isinstance(teacher.net, AbsentTeacher)

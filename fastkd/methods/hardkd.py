@@ -33,9 +33,12 @@ class HardKD(Method):
     Options = HardKDOptions
     options: HardKDOptions
     paper = "arXiv:2012.12877"
+    uses_logits_alone = True
+    takes_topk = True
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, o = out(self.student), self.options
-        teacher_label = out(self.teacher).argmax(1)
+        top = out.topk(self.teacher)
+        teacher_label = top[1][:, 0] if top else out(self.teacher).argmax(1)
         ce = cross_entropy(ours, target, o.ce_weight, self.ignore_index)
         return {"ce": ce, "hard": cross_entropy(ours, teacher_label, o.hard_weight)}

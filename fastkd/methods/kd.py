@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..kernels import kd_loss
+from ..kernels import kd_loss, topk_kd_loss
 from ..losses import KDLoss
-from .base import Method, check_weights
+from .base import Method, check_weights, cross_entropy
 from .forwards import ForwardCache
 
 
@@ -41,9 +41,16 @@ class KD(Method):
     Options = KDOptions
     options: KDOptions
     paper = "arXiv:1503.02531"
+    uses_logits_alone = True
+    takes_topk = True
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         o = self.options
+        if top := out.topk(self.teacher):
+            ce = cross_entropy(out(self.student), target, o.ce_weight, self.ignore_index)
+            values, classes = top
+            kd = topk_kd_loss(out(self.student), values, classes, o.temperature, o.kd_weight)
+            return {"ce": ce, "kd": kd}
         fused = kd_loss(
             out(self.student),
             out(self.teacher),

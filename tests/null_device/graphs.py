@@ -8,6 +8,8 @@ from null_device.methods import CUDA, as_graph, new_pool, run_steps, step_of
 
 from fastkd import distributed
 from fastkd.engine.partial_graphs import PartialGraphStep
+from fastkd.methods.frozen import AbsentTeacher
+from fastkd.teacher_cache import Rows
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,4 +90,19 @@ def test_with_several_processes_modules_are_graphs(reduced):
     run_steps(runner, step, range(1), may_wait=True)
     run_steps(runner, step, range(1, 12))
     assert any(module.replays for module in runner.modules) and len(reduced) == 12
+    runner.close()
+
+
+@pytest.mark.parametrize("topk", [0, 2])
+def test_the_logits_of_a_batch_are_inputs_of_a_graph(topk):
+    """As from a teacher cache: no teacher is in the graph, and each batch brings its own logits."""
+    step = step_of("kd")
+    step.method.teacher.__dict__["net"] = AbsentTeacher()
+    runner, rows = as_graph(step), Rows(10, "fp16", topk, 4.0)
+    held = [each.to(CUDA) for each in rows.example(8)]
+    run_steps(lambda *given: runner(*given, taught=tuple(held)), step, range(6))
+    (inputs,) = runner.inputs.values()
+    assert runner.replays and len(inputs) == 2 + len(held) and inputs[2].data_ptr() != held[0].data_ptr()
+    few = tuple(each[:5] for each in held)
+    run_steps(lambda *given: runner(*given, taught=few), step, range(6, 7), size=5)
     runner.close()

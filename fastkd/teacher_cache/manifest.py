@@ -1,0 +1,100 @@
+"""manifest.json: what a cache was made from, and which views are complete."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import write_atomic
+from ..errors import UserError
+
+NAME, FORMAT = "manifest.json", 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`settings`: what must be equal for a run to use the cache. Two caches of equal settings hold the same.
+
+    `how`: how the teacher was run (its form and dtype); it must be equal for a run that fills the cache further.
+    `complete`: by view, the BLAKE2 hash of each shard. There is no date: a cache made twice has the same bytes.
+    """
+
+    settings: dict[str, Any]
+    how: dict[str, str]
+    complete: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        return int(self.settings["samples"])
+
+    @property
+    def views(self) -> int:
+        return int(self.settings["views"])
+
+    def write(self, folder: Path) -> None:
+        """Replace manifest.json, whole or not at all."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True)
+        write_atomic(folder / NAME, text + "\n")
+
+    def check(self) -> None:
+        """Raise ValueError, KeyError, TypeError or AttributeError unless the values are of the right kind."""
+        if min(self.samples, self.views, len(self.settings["classes"])) < 1 or not isinstance(self.how, dict):
+            raise ValueError("a number below 1")
+        for view, hashes in self.complete.items():
+            if not 0 <= int(view) < self.views or not hashes.items():
+                raise ValueError(f"complete view {view} of {self.views}")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest | None":
+        """The manifest of a folder; None if the folder is empty or not there.
+
+        Raises UserError for a folder of other files, and for a manifest that is damaged or of another version.
+        """
+        path = folder / NAME
+        if not path.is_file():
+            if folder.exists() and (not folder.is_dir() or _holds_something(folder)):
+                raise UserError(f"{folder} is no teacher cache (it has no {NAME}) and not empty; choose another folder")
+            return None
+        try:
+            values = json.loads(path.read_text())
+            version = values.pop("format")
+            manifest = cls(**values)
+            manifest.check()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is no manifest of a teacher cache ({type(error).__name__}: {error}); restore it, or make the "
+                "cache anew in another folder"
+            ) from None
+        if version != FORMAT:
+            raise UserError(f"{path} is of format {version}, this fastkd reads format {FORMAT}; make the cache anew")
+        return manifest
+
+
+def _holds_something(folder: Path) -> bool:
+    return any(not file.name.endswith(".tmp") for file in folder.iterdir())
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Each setting of a run that is another one in the cache, in words. Settings that are None in `ours` fit any."""
+    found = []
+    for name in dict.fromkeys([*theirs, *ours]):
+        mine, other = ours.get(name), theirs.get(name)
+        if mine is not None and mine != other:
+            found.append(
+                f"{name.replace('_', ' ')}: the cache has {_short(other, mine)}, this run {_short(mine, other)}"
+            )
+    return found
+
+
+def _short(value: Any, other: Any) -> str:
+    """The value in a message; of lists and dictionaries what differs from `other`."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        value = {name: each for name, each in value.items() if other.get(name) != each}
+    pairs = list(zip(value, other, strict=False)) if isinstance(value, list) and isinstance(other, list) else []
+    if pairs and len(value) == len(other) and all(isinstance(each, dict) for pair in pairs for each in pair):
+        value = [{name: each for name, each in one.items() if two.get(name) != each} for one, two in pairs]
+    elif pairs and len(value) > 4:
+        place = next((i for i, pair in enumerate(pairs) if pair[0] != pair[1]), len(other))
+        return f"{len(value)} entries, entry {place} is {value[place]!r}" if place < len(value) else f"{len(value)}"
+    text = json.dumps(value) if isinstance(value, (dict, list)) else repr(value)
+    return text if len(text) <= 160 else text[:157] + "..."
