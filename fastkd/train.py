@@ -128,7 +128,7 @@ class Trainer:
         bar.start_epoch(self.epoch)
         first = done = self.epoch * len(self.train_loader)  # steps before this epoch, and before the next step
         lr = 0.0
-        for images, target in self.train_loader:
+        for images, target in bar.wait.batches(self.train_loader):
             lr = self.schedule.write(done / len(self.train_loader), (done - 1) / len(self.train_loader))
             self.method.at_epoch(done / len(self.train_loader))
             target = self.labels(target) if self.labels else target

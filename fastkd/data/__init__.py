@@ -21,6 +21,7 @@ resident.py      images in memory, cropped, mirrored and normalised on the devic
 digits.py        1,797 real images inside the package
 normalise.py     bytes to normalised channels-last batches
 prefetch.py      batches to a CUDA device, one ahead of the step
+wait.py          how long the training loop waits for its loader
 synthetic.py     random images that are already on the device, to measure a run without loading data
 """
 

@@ -1,14 +1,18 @@
 """What the trainer needs from a source of batches."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from .order import Shard, evaluation_slices, training_slices
+
+if TYPE_CHECKING:
+    from .prefetch import Prefetch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -160,6 +164,8 @@ class EpochLoader:
     mean: tuple[float, ...]  # of each channel, which was subtracted from images in [0, 1]
     std: tuple[float, ...]
     unlabelled = 0  # images of an epoch that have no label
+    prefetch: "Prefetch | None" = None  # on CUDA, of a loader that decodes on the host
+    _held_s = 0.0
 
     def __init__(self, classes: tuple[str, ...], samples: int, batch_size: int, shard: Shard, *, train: bool):
         self.classes, self.samples, self.train, self.seed, self.shard = classes, samples, train, shard.seed, shard
@@ -198,6 +204,17 @@ class EpochLoader:
         """Numbers of the images of a batch, int64 on the CPU."""
         start, stop = self.slices[step]
         return self.order(epoch)[start:stop]
+
+    @property
+    def held_s(self) -> float:
+        """Seconds that the loader has waited for steps on the device, see wait.py."""
+        return self._held_s + (self.prefetch.held_s if self.prefetch else 0.0)
+
+    def hold_until(self, step: torch.cuda.Event) -> None:
+        """Wait for a step on the device, and count the time as the step's."""
+        start = time.perf_counter()
+        step.synchronize()
+        self._held_s += time.perf_counter() - start
 
     def state_dict(self) -> dict:
         return {"loader": self.name, "epoch": self.epoch, "step": self.first} if self.train else {}

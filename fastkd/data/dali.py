@@ -120,7 +120,7 @@ class DaliLoader(EpochLoader):
             copied.record()
             self.lent.append((outputs, copied))
             if len(self.lent) > 2:
-                self.lent.popleft()[1].synchronize()
+                self.hold_until(self.lent.popleft()[1])
         return batch
 
     def _resized_here(self, crops: Any, mirrored: Any, labels: Any) -> list[Tensor]:
