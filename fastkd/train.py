@@ -24,6 +24,7 @@ from .data.base import (
     rewound,
     samples_of,
 )
+from .data.train_size import batches_of_all_sizes
 from .engine import Schedule, Step, TrainOptions, graphed
 from .engine.backends import backends
 from .engine.ema import needs_warm_up
@@ -56,7 +57,8 @@ class Trainer:
             checkpoint.check_savable(net, name.replace("_", " "))
         self.train_loader, self.val_loader, self.data = train_loader, val_loader, describe(train_loader)
         self.method = method.to(self.device).to(memory_format=config.memory_format)
-        try_step(method, batch, train_loader.classes, config, self.device, titles(about or {}))
+        for note, images in batches_of_all_sizes(train_loader, batch):
+            try_step(method, images, train_loader.classes, config, self.device, titles(about or {}), note)
         out = config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run")
         self.config = config = replace(config, out=str(out))
         compiled = compiles(method, config, self.device, config.epochs * len(train_loader), log_rank0)

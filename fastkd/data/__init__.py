@@ -4,6 +4,7 @@ options.py       DataOptions: which images, and how they are read
 base.py          the Loader protocol
 order.py         the order of an epoch, and how it is split into batches and over processes
 augment.py       what is drawn for each image: crops, flips, mixtures
+train_size.py    the size of the training crops in each epoch
 draws.py         the generator of these numbers
 layout.py        which images of a folder are for training and which for evaluation
 scan.py          finds the images of a folder and checks them
@@ -39,6 +40,7 @@ from .layout import evaluation_split, training_splits
 from .options import NAMES, DataOptions, changes_augmentation
 from .order import Shard
 from .scan import Split
+from .train_size import sized_loader
 
 if TYPE_CHECKING:
     from .options import Padding
@@ -59,12 +61,14 @@ def create_loaders(
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
     paired: bool = False,
+    epochs: int = 1,
     log: Log = print,
     gather: Gather = lambda thing: [thing],
 ) -> tuple[Loader, Loader]:
     """The training and the evaluation loader: batches of `dtype` on `device`, this process's share of each epoch.
 
     Both have the classes of the training images. `paired`: the images will be mixed in pairs, by mixup or CutMix.
+    `epochs` of the whole run, over which `options.train_size` grows.
     Images of `options.unlabelled` have the label UNLABELLED (-100). `log` gets one line for each choice made here, and
     for what is skipped in the folder. `gather(x)` gives the x of every process, so that all of them choose the same
     decoder. Raises UserError if the data cannot be used.
@@ -72,11 +76,11 @@ def create_loaders(
     shard = Shard(seed, rank, world_size, dtype, options.views, paired)
     if options.data in NAMES:
         train, val = _named_loaders(options, device, shard, log, gather)
-        return train, val
+        return sized_loader(train, options, epochs, log), val
     splits = training_splits(options, log)
     train, val = _folder_loaders(splits, options, device, shard, log, gather)
     train.unlabelled = splits["train"].labels.count(UNLABELLED)
-    return train, val
+    return sized_loader(train, options, epochs, log), val
 
 
 def create_eval_loader(
@@ -113,7 +117,7 @@ def _named_loaders(
     log: Log,
     gather: Gather,
     parts: tuple[str, ...] = ("train", "val"),
-) -> tuple[Loader, ...]:
+) -> tuple[EpochLoader, ...]:
     """The loaders of a data set that has a name."""
     if options.data == "synthetic":
         from .synthetic import create_synthetic
@@ -193,12 +197,25 @@ def _folder_loaders(
         usual: tuple[Padding, bool] = ("reflect", True)
         return _resident_loaders(sets, options.sized(side, IMAGENET_MEAN, IMAGENET_STD), usual, device, shard, log)
     options = options.for_large_images()
-    loaders = None if options.loader == "folder" else _dali(splits, options, device, shard, log, gather)
+    by_dali = options.loader != "folder" and not _needs_folder(options, log)
+    loaders = _dali(splits, options, device, shard, log, gather) if by_dali else None
     if loaders is not None:
         return loaders
     from .folder import FolderLoader
 
     return [FolderLoader(split, options, device, shard, train=name == "train") for name, split in splits.items()]
+
+
+def _needs_folder(options: DataOptions, log: Log) -> bool:
+    """Whether only torchvision's loader can follow train_size; logs it. UserError if DALI is asked for."""
+    from .dali import DaliLoader
+
+    if DaliLoader.follows_train_size or not options.train_size:
+        return False
+    if options.loader == "dali":
+        raise UserError(f"train_size={options.train_size!r} is not for loader='dali': take loader='folder'")
+    log("data: decoding with torchvision (DALI does not follow train_size)")
+    return True
 
 
 def _dali(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from .order import Shard, evaluation_slices, training_slices
 
 if TYPE_CHECKING:
     from .prefetch import Prefetch
+    from .train_size import TrainSizes
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -160,10 +162,12 @@ class EpochLoader:
     """
 
     name: str  # in the state
-    image_size: int  # pixels
+    image_size: int  # pixels, of evaluation
     mean: tuple[float, ...]  # of each channel, which was subtracted from images in [0, 1]
     std: tuple[float, ...]
     unlabelled = 0  # images of an epoch that have no label
+    follows_train_size = False  # whether the loader gives training images of `size_of(epoch)`
+    train_sizes: "TrainSizes | None" = None  # of the training crops over the epochs; None: image_size
     prefetch: "Prefetch | None" = None  # on CUDA, of a loader that decodes on the host
     _held_s = 0.0
 
@@ -191,6 +195,15 @@ class EpochLoader:
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch, one for each of `slices[first:]`."""
         raise NotImplementedError
+
+    def size_of(self, epoch: int) -> int:
+        """The side of the images of an epoch, in pixels; evaluation always has `image_size`."""
+        return self.train_sizes.size_of(epoch) if self.train and self.train_sizes else self.image_size
+
+    def stretch(self, epochs: int) -> None:
+        """Let the sizes of the training images grow over so many epochs."""
+        if self.train_sizes:
+            self.train_sizes = replace(self.train_sizes, epochs=epochs)
 
     def order(self, epoch: int) -> Tensor:
         """Numbers of the images, [samples] int64 on the CPU: `Shard.order`, or as they are for evaluation."""

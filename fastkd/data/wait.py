@@ -1,7 +1,7 @@
 """How long the training loop waits for its loader.
 
-The time is that of the host around `next()` of the loader, without any wait for the device. A loader that holds the host
-back on purpose, until a step on the device is done, says how long that took in `held_s`; that time is the step's.
+The time is that of the host around `next()` of the loader, without any wait for the device. A loader that holds the
+host back on purpose, until a step on the device is done, says how long that took in `held_s`: that time is the step's.
 
 On CUDA the host runs ahead of the device, so that a short wait may cost nothing. A large share over a whole epoch does.
 """

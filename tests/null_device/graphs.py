@@ -89,3 +89,18 @@ def test_with_several_processes_modules_are_graphs(reduced):
     run_steps(runner, step, range(1, 12))
     assert any(module.replays for module in runner.modules) and len(reduced) == 12
     runner.close()
+
+
+@pytest.mark.parametrize("name", ["kd", "dcm"])
+def test_each_image_size_is_captured_once(name):
+    """--train-size: sizes come one after another; a graph of an earlier size is kept and can be replayed again."""
+    step = step_of(name)
+    runner = as_graph(step)
+    count = {}
+    for number, side in enumerate((16, 24, 32, 16)):
+        first = device.count_graphs()
+        run_steps(runner, step, range(6 * number, 6 * number + 6), side=side)
+        count[number] = device.count_graphs() - first
+    plans = len({plan for plan, _ in runner.graphs})
+    assert len(runner.graphs) == 3 * plans and count == {0: plans, 1: plans, 2: plans, 3: 0}
+    runner.close()
