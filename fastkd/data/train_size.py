@@ -84,8 +84,14 @@ def sized_loader(
             f"train_size={options.train_size!r} is for random resized crops, and images in memory have "
             f"augment={kind!r}: give --augment rrc, or drop it"
         )
-    loader.train_sizes = replace(sizes, epochs=epochs)
-    shown = ", ".join(map(str, loader.train_sizes.all()))
+    loader.train_sizes = sizes = replace(sizes, epochs=epochs)
+    views = options.views
+    if views and any(sizes.size_of(epoch) != sizes.size_of(epoch % views) for epoch in range(epochs)):
+        raise UserError(
+            f"train_size={options.train_size!r} and views={views}: a view comes back at another size within {epochs} "
+            f"epochs, and kept answers of the teacher would be of the first one; give views={epochs}, or one size"
+        )
+    shown = ", ".join(map(str, sizes.all()))
     log(f"data: training crops of {shown} pixels over {epochs} epochs (train_size); evaluation has {loader.image_size}")
     return loader
 

@@ -125,6 +125,26 @@ def test_loaders_that_cannot_follow_refuse(options, words):
         create_loaders(DataOptions(train_size="16", **options), CPU, log=lambda line: None)
 
 
+@pytest.mark.parametrize(
+    ("text", "views", "epochs", "is_right"),
+    [
+        ("16:32:8", 2, 3, False),
+        ("16:32:8", 3, 3, True),
+        ("16:32:8", 9, 3, True),
+        ("16", 1, 3, True),
+        ("16:32:8", 0, 3, True),
+    ],
+)
+def test_a_view_has_one_size(text, views, epochs, is_right):
+    """What a teacher said of a view of 16 pixels is not its answer to that view of 32."""
+    options = DataOptions(data="digits", augment="rrc", train_size=text, views=views)
+    if is_right:
+        create_loaders(options, CPU, epochs=epochs, log=lambda line: None)
+        return
+    with pytest.raises(UserError, match=f"give views={epochs}"):
+        create_loaders(options, CPU, epochs=epochs, log=lambda line: None)
+
+
 def test_the_digits_follow_it_with_random_resized_crops():
     lines = []
     options = DataOptions(data="digits", augment="rrc", train_size="16:32:8", batch_size=500)
