@@ -97,14 +97,16 @@ def sized_loader(
 
 
 def batches_of_all_sizes(loader: object, batch: tuple[Tensor, Tensor]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """(what errors begin with, the batch at a size) for every size of the run; "" and the batch itself without sizes.
+    """(what errors begin with, the batch at a size) for the size of evaluation and then for every size of the run.
 
     batch: images [N, 3, H, W] and target; the images are resized, which is enough to see if a network takes them.
+    Without sizes: "" and the batch itself.
     """
     sizes: TrainSizes | None = getattr(loader, "train_sizes", None)
+    usual: int = getattr(loader, "image_size", 0)
+    for side in dict.fromkeys([usual, *sizes.all()]) if sizes else ():
+        images = interpolate(batch[0], (side, side), mode="bilinear", antialias=True)
+        note = "" if side == usual else f"train_size does not fit, drop it: at {side} pixels, "
+        yield note, (images.to(memory_format=torch.channels_last), batch[1])
     if sizes is None:
         yield "", batch
-        return
-    for side in sizes.all():
-        images = interpolate(batch[0], (side, side), mode="bilinear", antialias=True)
-        yield f"train_size: at {side} pixels: ", (images.to(memory_format=torch.channels_last), batch[1])

@@ -185,11 +185,11 @@ def test_a_network_of_one_size_is_refused_before_anything_is_written(tmp_path, r
     from fastkd.commands.train import run
 
     monkeypatch.chdir(tmp_path)
-    fixed, other = "timm/vit_tiny_patch16_224", "resnet8"
+    fixed, other = "timm/visformer_tiny", "resnet8"
     student, teacher = (fixed, other) if role == "student" else (other, fixed)
     words = ["--data", "digits", "--augment", "rrc", "--train-size", "16:32:8", "--epochs", "3", "--no-baseline"]
     words += ["--student", student, "--teacher", teacher, "--teacher-epochs", "1", "-b", "200", "--out", "run"]
-    with pytest.raises(UserError, match=rf"train_size: at 16 pixels: .*{role}.*vit_tiny"):
+    with pytest.raises(UserError, match=rf"train_size does not fit, drop it: at 16 pixels, .*{role}.*visformer"):
         run(words)
     assert not (tmp_path / "run").exists()
 
