@@ -145,6 +145,22 @@ def test_the_command(fastkd, folder, tmp_path):
     assert "folder" in out and "10 training images" in out
 
 
+def test_small_images_are_measured_at_their_own_size(fastkd, tmp_path):
+    """As training reads them: in memory. The torchvision loader would enlarge them to 224 pixels."""
+    for number in range(12):
+        place = tmp_path / "small" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        noise = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(place / f"{number}.png")
+    words = ["--val-fraction", "0.3", "--seconds", "0.3", "--workers", "1", "-b", "4", "--student", "resnet8"]
+    words += ["--teacher", "resnet8", "--json", str(tmp_path / "r.json")]
+    status, out, err = fastkd("bench", "data", str(tmp_path / "small"), *words)
+    assert status == 0, err
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["image_size"] == 16 and record["loaders"]["resident"]["status"] == "right"
+    assert "labels alone were compared" in record["loaders"]["resident"]["note"]
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [

@@ -52,6 +52,7 @@ def measure_data(
 ) -> Record:
     """The record of all loaders with each number of `workers`, and of the step. `seconds`: about, for both together."""
     record = about_run(device, load_average()) | {"data": options.data, "batch_size": options.batch_size}
+    options = replace(options, image_size=build(options, device).image_size)  # small images keep their own
     found, alike = compare_loaders(options, device, log)
     names = [name for name, each in found.items() if each["status"] == "right"]
     pairs = list(itertools.product(names, workers))
@@ -87,7 +88,7 @@ def build(options: DataOptions, device: torch.device) -> EpochLoader:
 def compare_loaders(options: DataOptions, device: torch.device, log: Log) -> tuple[dict[str, Record], Record]:
     """By name, whether a loader is there and gives what the first one gives; and what the images are.
 
-    Raises UserError if no loader can read the data.
+    `options` have the image size that training would take. Raises UserError if no loader can read the data.
     """
     found: dict[str, Record] = {}
     first: tuple[EpochLoader, list[tuple[Tensor, Tensor]]] | None = None
