@@ -65,6 +65,7 @@ def runs(seconds, top1, **more):
 def test_the_table(capsys):
     found = {
         "timm": runs([100.0, 90.0, 110.0], [80.0, 82.0, 81.0]),
+        "online": {},  # all of its runs have failed
         "cached": runs([40.0, 40.0, 50.0], [80.5, 81.5, 82.0], fill_seconds=10.0),
     }
     record = {"settings": json.loads(json.dumps(peer_runs.settings())), "runs": {"small": found}}

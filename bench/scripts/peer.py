@@ -73,11 +73,12 @@ def _shown(found: Record) -> str:
 def table(record: Record) -> str:
     """A table for each pair: images/s as the median of the seeds, and top-1 with its range."""
     parts = []
-    for name, ways in record["runs"].items():
+    for name, found in record["runs"].items():
+        ways = {way: runs for way, runs in found.items() if runs}
         pair = record["settings"]["pairs"][name]
         count = pair["images"][0] * pair["epochs"]
         rate = {way: count / statistics.median(run["seconds"] for run in runs.values()) for way, runs in ways.items()}
-        rows = [_row(way, rate, list(ways[way].values()), count) for way in WAYS if ways.get(way)]
+        rows = [_row(way, rate, list(ways[way].values()), count) for way in WAYS if way in ways]
         columns = ["way", "img/s", "of timm", "fill, s", "img/s with fill", "top-1 %", "lowest", "highest", "runs"]
         title = f"{pair['teacher']} -> {pair['student']}, {pair['image_size']} pixels, {pair['images'][0]:,} images x "
         parts.append(f"{title}{pair['epochs']} epochs\n\n{bench.markdown_table(columns, rows, numbers=8)}")
