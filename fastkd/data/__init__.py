@@ -208,9 +208,11 @@ def _folder_loaders(
 
 def _needs_folder(options: DataOptions, log: Log) -> bool:
     """Whether only torchvision's loader can follow train_size; logs it. UserError if DALI is asked for."""
+    if not options.train_size or import_problem():  # without DALI, `_start_dali` says so
+        return False
     from .dali import DaliLoader
 
-    if DaliLoader.follows_train_size or not options.train_size:
+    if DaliLoader.follows_train_size:
         return False
     if options.loader == "dali":
         raise UserError(f"train_size={options.train_size!r} is not for loader='dali': take loader='folder'")

@@ -1,5 +1,7 @@
 """Sizes of the training crops: the schedule, the loaders that follow it, and networks that cannot."""
 
+import sys
+
 import pytest
 import torch
 import yaml
@@ -227,3 +229,12 @@ def test_a_compiled_teacher_is_compiled_for_each_size(monkeypatch):
     for count, side in ((4, 16), (4, 16), (3, 16), (4, 24)):
         form(torch.zeros(count, 3, side, side))
     assert compiled == [16, 16, 24]
+
+
+@pytest.mark.parametrize("text", ["", "32:64:16"])
+def test_a_folder_is_read_without_dali(pictures, monkeypatch, text):
+    monkeypatch.setitem(sys.modules, "fastkd.data.dali", None)  # its import fails, as without DALI
+    monkeypatch.setattr("fastkd.data.import_problem", lambda: "is not installed")
+    options = DataOptions(data=str(pictures), workers=0, batch_size=8, image_size=64, train_size=text)
+    train, _ = create_loaders(options, CPU, epochs=3, log=lambda line: None)
+    assert train.name == "folder" and train.size_of(0) == (32 if text else 64)
