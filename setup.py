@@ -34,6 +34,7 @@ setup(
     packages=[
         "fastkd",
         "fastkd.bench",
+        "fastkd.bench.loaders",
         "fastkd.bench.losses",
         "fastkd.bench.scripts",
         "fastkd.bench.steps",

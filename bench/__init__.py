@@ -1,7 +1,8 @@
 """Benchmarks, installed as fastkd.bench. This file is what they share: where they ran, summaries, tables, files.
 
 timing.py    how long a call takes, what it asks of the machine      bench_losses.py    `pytest bench/`
-losses/      `fastkd bench loss`      steps/    `fastkd bench step`      scripts/    run by path
+losses/      `fastkd bench loss`      steps/      `fastkd bench step`
+loaders/     `fastkd bench data`      scripts/    run by path
 """
 
 import argparse

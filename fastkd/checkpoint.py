@@ -183,7 +183,7 @@ def claim_folder(path: Path, config: dict, resume: bool) -> None:
         raise UserError(f"--out {path} is not empty{hint} choose another folder")
     if holds_something and not run:
         raise UserError(f"--resume: {path} holds files but no run (no config.yaml); choose another --out")
-    # The loader changes what is computed, but the loaders' own states refuse another one (`position_of` in data/base.py),
+    # The loader changes what is computed, but the loaders' own states refuse another one (data/base.py),
     # and with "auto" an option may be needed to get the one from before.
     free = (*FREE_TO_CHANGE, "loader")
     changed = differences(path, config, free) if holds_something else []

@@ -15,7 +15,7 @@ usage: fastkd COMMAND [OPTIONS]
   train     distill a student; with no option at all: handwritten digits, a few minutes on two CPU cores
   cache-teacher   ask the teacher once: its logits on disk, for trainings that load no teacher
   eval      top-1, top-5, loss and images/s of trained weights
-  bench     how long losses and whole training steps take here, beside other ways: fastkd bench loss | step
+  bench     how long losses and whole training steps take here, beside other ways: fastkd bench loss | step | data
   doctor    what this machine has, and which paths fastkd will take on it
   methods   the methods by name, with their papers and what they need
   recipes   the papers' settings by name: fastkd recipes [--show NAME]

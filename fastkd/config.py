@@ -21,6 +21,7 @@ from .parser import name_of, option_types, run_parser, tokens_of, typed_options,
 from .recipes import read_recipe
 
 SWITCHES = ("graph", "compile", "flip")  # their values: auto, on, off
+AS_WRITTEN = ("train_size",)  # YAML 1.1 reads 24:32 as the number 24 * 60 + 32
 NOT_IN_FILES = ("config", "print_config", "resume")
 
 Sources = list[tuple[str, dict[str, Any]]]
@@ -143,7 +144,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"--config {path}: {name} is given {times} times; keep one of the lines")
         if name in NOT_IN_FILES:
             raise UserError(f"--config {path}: {name} is for the command line only; remove the line")
-    return {name: _word(name, value) for key, value in values.items() for name in [name_of(str(key))]}
+    found = {name: _word(name, value) for key, value in values.items() for name in [name_of(str(key))]}
+    letters = {name_of(str(key.value)): str(value.value) for key, value in node.value}
+    return found | {name: letters[name] for name in AS_WRITTEN if name in found}
 
 
 def _word(name: str, value: Any) -> Any:

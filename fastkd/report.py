@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import nn
 
 from . import checkpoint, distributed
+from .data.wait import DataWait
 from .engine import TrainOptions
 from .engine.step import Meter
 from .environment import environment
@@ -28,7 +29,8 @@ This folder holds one run of fastkd. FOLDER stands for its path.
 
     config.yaml           All options of the run. Repeat it: fastkd train --config FOLDER/config.yaml --out NEW_FOLDER
     environment.json      The command, the versions and the devices.
-    history.csv, .jsonl   One row per epoch: learning rate, loss terms, accuracy in %, images/s.
+    history.csv, .jsonl   One row per epoch: learning rate, loss terms, accuracy in %, images/s,
+                          data_wait_ms: what a step waited for its images.
     curves.png            The history as a picture. It is drawn at the end of the run.
     last.pt               The state after the last finished epoch. Continue: fastkd train --out FOLDER --resume
     best.pt               The state after the epoch with the best accuracy.
@@ -46,7 +48,7 @@ Some methods save more networks:
 """
 
 
-NOT_TERMS = ("epoch", "lr", "img_per_s", "train_s")
+NOT_TERMS = ("epoch", "lr", "img_per_s", "train_s", "data_wait_ms", "data_wait_percent")
 SCORES = ("top1", "top5", "val_loss", "share")  # the name of a network or a gate may stand before them
 
 
@@ -84,7 +86,8 @@ class Report:
         log_rank0(
             f"epoch {row['epoch']:>3}/{self.config.epochs}  {terms_of(row)}{share}  "
             f"top-1 {row['top1']:.2f} %  val loss {row['val_loss']:.4f}  lr {row['lr']:.4g}  "
-            f"{row['img_per_s']:,.0f} img/s"
+            f"{row['img_per_s']:,.0f} img/s  data wait {row['data_wait_ms']:.3g} ms/step, "
+            f"{row['data_wait_percent']:.0f} %"
         )
         self._write_history(history)
         if self.board:
@@ -134,13 +137,13 @@ def board_class() -> type[Any]:
 
 
 class Bar:
-    """The progress bar of a run: images/s of this epoch, loss terms and the remaining time."""
+    """The progress bar of a run: images/s and wait of this epoch, loss terms, remaining time."""
 
     def __init__(self, epochs: int, epoch: int, steps: int) -> None:
         """`epochs` of the whole run, of which `epoch` are done; `steps` per epoch."""
         self.progress = progress_with(TextColumn("{task.fields[shown]}", markup=False))
         self.task = self.progress.add_task("", total=epochs * steps, completed=epoch * steps, shown="")
-        self.epochs = epochs
+        self.epochs, self.wait, self.warned = epochs, DataWait(), False
 
     def start_epoch(self, epoch: int) -> None:
         self.progress.update(self.task, description=f"epoch {epoch + 1}/{self.epochs}")
@@ -153,13 +156,25 @@ class Bar:
         if self.progress.disable or time.perf_counter() < self.shown_at + 1:
             return
         self.shown_at = time.perf_counter()
-        shown = f"{self.rates()['img_per_s']:,.0f} img/s  {terms_of(meter.read(everywhere=False))}"
-        self.progress.update(self.task, shown=shown)
+        seconds = self.shown_at - self.started
+        rates = f"{self.images / seconds:,.0f} img/s  data wait {100 * self.wait.seconds / seconds:.0f} %"
+        self.progress.update(self.task, shown=f"{rates}  {terms_of(meter.read(everywhere=False))}")
 
     def rates(self) -> dict[str, float]:
-        """Images/s of all processes and seconds since the start of the epoch."""
+        """Of the epoch that ends here: images/s of all processes, seconds, and the wait for the data (data/wait.py).
+
+        Logs once in a run that the wait is large. Every process must call it.
+        """
         seconds = time.perf_counter() - self.started
-        return {"img_per_s": round(self.images / seconds, 1), "train_s": round(seconds, 2)}
+        rates = {"img_per_s": round(self.images / seconds, 1), "train_s": round(seconds, 2)}
+        waits = self.wait.rates(seconds, distributed.gather)
+        if any(distributed.gather(self.wait.is_large(seconds))) and not self.warned:
+            self.warned = True
+            log_rank0(
+                f"the steps waited for their images for {waits['data_wait_percent']:.0f} % of the epoch: the loader "
+                "limits this run; `fastkd bench data` compares loaders and numbers of workers"
+            )
+        return rates | waits
 
 
 def progress_with(column: ProgressColumn) -> Progress:

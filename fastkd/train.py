@@ -24,6 +24,7 @@ from .data.base import (
     rewound,
     samples_of,
 )
+from .data.train_size import batches_of_all_sizes
 from .engine import Schedule, Step, TrainOptions, graphed
 from .engine.backends import backends
 from .engine.ema import needs_warm_up
@@ -70,7 +71,8 @@ class Trainer:
         if teacher_cache:
             check_lessons(method, train_loader, teacher_cache, bool(config.mixup or config.cutmix))
         taught = teacher_cache.rows.example(len(batch[0])) if teacher_cache else ()
-        try_step(method, batch, train_loader.classes, config, self.device, titles(about or {}), taught)
+        for note, images in batches_of_all_sizes(train_loader, batch):
+            try_step(method, images, train_loader.classes, config, self.device, titles(about or {}), taught, note)
         out = config.out or distributed.from_rank_zero(checkpoint.new_folder, "runs/run")
         self.config = config = replace(config, out=str(out))
         compiled = compiles(method, config, self.device, config.epochs * len(train_loader), log_rank0)
@@ -152,7 +154,7 @@ class Trainer:
         lr, taught, lessons = 0.0, Taught(), self.lessons
         if lessons:
             lessons.start(samples_of(self.train_loader, self.epoch, 0, 0, 0)[0])
-        for images, target in self.train_loader:
+        for images, target in bar.wait.batches(self.train_loader):
             lr = self.schedule.write(done / len(self.train_loader), (done - 1) / len(self.train_loader))
             self.method.at_epoch(done / len(self.train_loader))
             target = self.labels(target) if self.labels else target

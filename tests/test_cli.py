@@ -21,7 +21,7 @@ from PIL import Image
 from refused import check_refused
 
 from fastkd import create_model
-from fastkd.commands.bench import LossOptions, StepOptions
+from fastkd.commands.bench import DataBenchOptions, LossOptions, StepOptions
 from fastkd.commands.doctor import DoctorOptions
 from fastkd.commands.eval import EvalOptions
 from fastkd.config import RunOptions, config_type
@@ -208,7 +208,13 @@ def test_help_shows_the_whole_text_of_every_option(fastkd, method):
 
 @pytest.mark.parametrize(
     "command, kind",
-    [("eval", EvalOptions), ("doctor", DoctorOptions), ("bench loss", LossOptions), ("bench step", StepOptions)],
+    [
+        ("eval", EvalOptions),
+        ("doctor", DoctorOptions),
+        ("bench loss", LossOptions),
+        ("bench step", StepOptions),
+        ("bench data", DataBenchOptions),
+    ],
 )
 def test_help_of_the_other_commands_is_whole(fastkd, command, kind):
     shown = shown_by(fastkd, *command.split())

@@ -27,10 +27,13 @@ ALLOWED = {
     "fastkd/checkpoint.py": {"errors", "paths"},
     "fastkd/teacher_cache": {*PROTOCOL, "data.base", "kernels", "checkpoint", "distributed", "errors"},
     "fastkd/evaluate.py": {"engine", "distributed", "errors"},
-    "fastkd/report.py": {"engine", "models.own_input", "checkpoint", "distributed", "environment", "errors"},
+    "fastkd/report.py": {
+        *("engine", "data.wait", "models.own_input", "checkpoint", "distributed", "environment", "errors"),
+    },
     "fastkd/train.py": {
         *PROTOCOL,
-        *("engine", "data.base", "teacher_cache", "checkpoint", "distributed", "evaluate", "report", "errors"),
+        *("engine", "data.base", "data.train_size", "teacher_cache", "checkpoint", "distributed", "evaluate"),
+        *("report", "errors"),
     },
     "fastkd/parser.py": {"errors"},
     "fastkd/network_options.py": {"errors", "models"},

@@ -106,7 +106,7 @@ class Workload:
     def _network(self, option: str, name: str, number: int = 0) -> nn.Module:
         torch.manual_seed(number)
         with _naming(option, name):
-            return create_model(name, self.classes)
+            return create_model(name, self.classes, image_size=self.image_size or None)
 
 
 @contextmanager

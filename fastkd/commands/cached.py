@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import checkpoint, distributed
 from ..config import Config
+from ..data import DataOptions
 from ..data.base import EpochLoader, Loader, input_of
 from ..engine.precision import Precision
 from ..errors import UserError
@@ -126,7 +127,7 @@ def cache_settings(config: Config, loader: Loader, weights: tuple[str, ...] | No
         "classes": list(loader.classes),
         "ignore_class_names": config.data.ignore_class_names,
         "loader": loader.name,
-        "augmentation": _augmentation(loader) | {"exif": config.data.exif},
+        "augmentation": _augmentation(loader, config.data) | _sizes(loader, config.data.views),
         "images": {"image_size": loader.image_size, "mean": list(loader.mean), "std": list(loader.std)},
         "seed": train.seed,
         "views": config.data.views,
@@ -171,10 +172,16 @@ def _temperature(config: Config) -> float | None:
     return float(next(iter(found.values()))) if len(set(found.values())) == 1 else None
 
 
-def _augmentation(loader: EpochLoader) -> dict[str, Any]:
+def _augmentation(loader: EpochLoader, options: DataOptions) -> dict[str, Any]:
     """What the loader does to images; those that decode a folder all do the same."""
     given = getattr(loader, "augmentation", None)
-    return {"kind": "rrc", "flip": True} if given is None else dict(vars(given))
+    about = {"kind": "rrc", "flip": options.flip != "off"} if given is None else dict(vars(given))
+    return about | {"exif": options.exif}
+
+
+def _sizes(loader: EpochLoader, views: int) -> dict[str, Any]:
+    """The side of the crops in each view, where --train-size gives them."""
+    return {"train_size": [loader.size_of(view) for view in range(views)]} if loader.train_sizes else {}
 
 
 def several_machines() -> bool:

@@ -13,7 +13,8 @@ from torch import nn
 from .. import checkpoint, distributed
 from ..config import Config, RunOptions, defaults, flat, parse
 from ..data import create_loaders
-from ..data.base import describe, first_batch, input_of
+from ..data.base import EpochLoader, describe, first_batch, input_of
+from ..data.train_size import batches_of_all_sizes
 from ..engine import TrainOptions
 from ..engine.backends import backends
 from ..engine.launch import check_compile, check_graph
@@ -81,6 +82,7 @@ class Job:
             world_size=distributed.world_size(),
             dtype=self.precision.dtype,
             paired=bool(config.train.mixup or config.train.cutmix),
+            epochs=config.train.epochs,
             log=log_rank0,
             gather=distributed.gather,
         )
@@ -147,7 +149,8 @@ class Job:
                 trial.allow_unlabelled()
             trial.to(self.device).to(memory_format=options.memory_format)
             given = taught if trial is method else ()
-            try_step(trial, batch, classes, options, self.device, called, given)
+            for note, images in batches_of_all_sizes(self.train_loader, batch):
+                try_step(trial, images, classes, options, self.device, called, given, note)
 
     def claim(self) -> None:
         """Make the run folder; without --out it is a new one in runs/."""
@@ -248,6 +251,8 @@ class Job:
         cache: TeacherCache | None = None,
     ) -> Trainer:
         self.train_loader.load_state_dict(self.first_epoch)
+        if isinstance(self.train_loader, EpochLoader):
+            self.train_loader.stretch(config.train.epochs)
         torch.manual_seed(config.train.seed)  # so that a method's own layers do not depend on earlier trainings
         method = find_method(config.run.method)(student, teacher, config.method, peers)
         if config.data.unlabelled:

@@ -4,6 +4,7 @@ options.py       DataOptions: which images, and how they are read
 base.py          the Loader protocol
 order.py         the order of an epoch, and how it is split into batches and over processes
 augment.py       what is drawn for each image: crops, flips, mixtures
+train_size.py    the size of the training crops in each epoch
 draws.py         the generator of these numbers
 layout.py        which images of a folder are for training and which for evaluation
 scan.py          finds the images of a folder and checks them
@@ -25,6 +26,7 @@ digits.py        1,797 real images inside the package
 fingerprint.py   a hash that tells one set of training images from another
 normalise.py     bytes to normalised channels-last batches
 prefetch.py      batches to a CUDA device, one ahead of the step
+wait.py          how long the training loop waits for its loader
 synthetic.py     random images that are already on the device, to measure a run without loading data
 """
 
@@ -47,6 +49,7 @@ from .layout import evaluation_split, training_splits
 from .options import NAMES, DataOptions, changes_augmentation
 from .order import Shard
 from .scan import Split
+from .train_size import sized_loader
 
 if TYPE_CHECKING:
     from .options import Padding
@@ -67,12 +70,14 @@ def create_loaders(
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
     paired: bool = False,
+    epochs: int = 1,
     log: Log = print,
     gather: Gather = lambda thing: [thing],
 ) -> tuple[Loader, Loader]:
     """The training and the evaluation loader: batches of `dtype` on `device`, this process's share of each epoch.
 
     Both have the classes of the training images. `paired`: the images will be mixed in pairs, by mixup or CutMix.
+    `epochs` of the whole run, over which `options.train_size` grows.
     Images of `options.unlabelled` have the label UNLABELLED (-100). `log` gets one line for each choice made here, and
     for what is skipped in the folder. `gather(x)` gives the x of every process, so that all of them choose the same
     decoder. Raises UserError if the data cannot be used.
@@ -80,12 +85,12 @@ def create_loaders(
     shard = Shard(seed, rank, world_size, dtype, options.views, paired)
     if options.data in NAMES:
         train, val = _named_loaders(options, device, shard, log, gather)
-        return train, val
+        return sized_loader(train, options, epochs, log), val
     splits = training_splits(options, log)
     train, val = _folder_loaders(splits, options, device, shard, log, gather)
     train.unlabelled = splits["train"].labels.count(UNLABELLED)
     train.fingerprint = train.fingerprint if train.name == "resident" else partial(of_split, splits["train"])
-    return train, val
+    return sized_loader(train, options, epochs, log), val
 
 
 def create_eval_loader(
@@ -122,7 +127,7 @@ def _named_loaders(
     log: Log,
     gather: Gather,
     parts: tuple[str, ...] = ("train", "val"),
-) -> tuple[Loader, ...]:
+) -> tuple[EpochLoader, ...]:
     """The loaders of a data set that has a name."""
     if options.data == "synthetic":
         from .synthetic import create_synthetic

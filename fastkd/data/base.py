@@ -1,14 +1,20 @@
 """What the trainer needs from a source of batches."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from .order import Shard, evaluation_slices, training_slices
+
+if TYPE_CHECKING:
+    from .prefetch import Prefetch
+    from .train_size import TrainSizes
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -156,11 +162,15 @@ class EpochLoader:
     """
 
     name: str  # in the state
-    image_size: int  # pixels
+    image_size: int  # pixels, of evaluation
     mean: tuple[float, ...]  # of each channel, which was subtracted from images in [0, 1]
     std: tuple[float, ...]
     unlabelled = 0  # images of an epoch that have no label
     fingerprint: Callable[[], str] = staticmethod(lambda: "")  # of the images and their labels; "": not known
+    follows_train_size = False  # whether the loader gives training images of `size_of(epoch)`
+    train_sizes: "TrainSizes | None" = None  # of the training crops over the epochs; None: image_size
+    prefetch: "Prefetch | None" = None  # on CUDA, of a loader that decodes on the host
+    _held_s = 0.0
 
     def __init__(self, classes: tuple[str, ...], samples: int, batch_size: int, shard: Shard, *, train: bool):
         self.classes, self.samples, self.train, self.seed, self.shard = classes, samples, train, shard.seed, shard
@@ -187,6 +197,15 @@ class EpochLoader:
         """The batches of one epoch, one for each of `slices[first:]`."""
         raise NotImplementedError
 
+    def size_of(self, epoch: int) -> int:
+        """The side of the images of an epoch, in pixels; evaluation always has `image_size`."""
+        return self.train_sizes.size_of(epoch) if self.train and self.train_sizes else self.image_size
+
+    def stretch(self, epochs: int) -> None:
+        """Let the sizes of the training images grow over so many epochs."""
+        if self.train_sizes:
+            self.train_sizes = replace(self.train_sizes, epochs=epochs)
+
     def order(self, epoch: int) -> Tensor:
         """Numbers of the images, [samples] int64 on the CPU: `Shard.order`, or as they are for evaluation."""
         if not self.train:
@@ -199,6 +218,17 @@ class EpochLoader:
         """Numbers of the images of a batch, int64 on the CPU."""
         start, stop = self.slices[step]
         return self.order(epoch)[start:stop]
+
+    @property
+    def held_s(self) -> float:
+        """Seconds that the loader has waited for steps on the device, see wait.py."""
+        return self._held_s + (self.prefetch.held_s if self.prefetch else 0.0)
+
+    def hold_until(self, step: torch.cuda.Event) -> None:
+        """Wait for a step on the device, and count the time as the step's."""
+        start = time.perf_counter()
+        step.synchronize()
+        self._held_s += time.perf_counter() - start
 
     def state_dict(self) -> dict:
         return {"loader": self.name, "epoch": self.epoch, "step": self.first} if self.train else {}

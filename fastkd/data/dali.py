@@ -51,6 +51,7 @@ class DaliLoader(EpochLoader):
     """A Loader (see base.py) over one split of a folder."""
 
     name = "dali"
+    follows_train_size = True
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class DaliLoader(EpochLoader):
     def start(self) -> None:
         """Build the pipeline now, for the next epoch. Raises UserError if DALI cannot start."""
         self._pipeline = self._built_for(self.epoch, self.first)
-        self._place = self.epoch, self.first, self._side(self.epoch)
+        self._place = self.epoch, self.first, self.size_of(self.epoch)
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.slices:
@@ -96,7 +97,7 @@ class DaliLoader(EpochLoader):
         for step in range(first, len(self)):
             images, target = self._run(pipeline, epoch, step)
             if step == len(self) - 1:
-                self._pipeline, self._place = pipeline, (epoch + self.train, 0, self._side(epoch))
+                self._pipeline, self._place = pipeline, (epoch + self.train, 0, self.size_of(epoch))
                 self.first_pass.checked.fill_(True)  # of the other processes' files too: these have checked them
             yield images, target
 
@@ -107,18 +108,14 @@ class DaliLoader(EpochLoader):
 
     def _built_for(self, epoch: int, step: int) -> Pipeline:
         """The pipeline whose next batch is that of this step."""
-        if self._pipeline is not None and self._place == (epoch, step, self._side(epoch)):
+        if self._pipeline is not None and self._place == (epoch, step, self.size_of(epoch)):
             return self._pipeline
         try:
-            pipeline = self._define(self.source.batches(epoch, step), self.largest, self._side(epoch))
+            pipeline = self._define(self.source.batches(epoch, step), self.largest, self.size_of(epoch))
             pipeline.build()
         except RuntimeError as error:
             raise UserError(f"DALI cannot start here: {' '.join(str(error).split())[:300]}{WAY_OUT}") from None
         return pipeline
-
-    def _side(self, epoch: int) -> int:
-        """The side of the images of an epoch, in pixels."""
-        return self.image_size
 
     def _define(self, source: Iterator[Inputs], batch_size: int, side: int) -> Pipeline:
         device = torch.empty(0, device=self.device).device.index  # a number for "cuda" too, None for the CPU
@@ -142,7 +139,7 @@ class DaliLoader(EpochLoader):
         except RuntimeError as error:
             raise UserError(self._explain(str(error), epoch, step)) from None
         if self.train and not cuda:
-            return self._resized_here(self._side(epoch), *outputs)
+            return self._resized_here(self.size_of(epoch), *outputs)
         images, labels = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         # On the CPU the tensor owns DALI's buffer. On CUDA it is copied, since DALI does not know torch's streams.
         batch = images.permute(0, 3, 1, 2).to(self.shard.dtype, copy=cuda), labels.to(torch.int64, copy=cuda)
@@ -151,7 +148,7 @@ class DaliLoader(EpochLoader):
             copied.record()
             self.lent.append((outputs, copied))
             if len(self.lent) > 2:
-                self.lent.popleft()[1].synchronize()
+                self.hold_until(self.lent.popleft()[1])
         return batch
 
     def _resized_here(self, side: int, crops: Any, mirrored: Any, labels: Any) -> tuple[Tensor, Tensor]:
@@ -195,7 +192,7 @@ class DaliLoader(EpochLoader):
         """The number of the image that DALI cannot decode: each image of the batch is decoded alone."""
         for number in self.samples_of(epoch, step).split(1):
             try:
-                alone = self._define(repeat(self.source.inputs(number, self.shard.view(epoch))), 1, self._side(epoch))
+                alone = self._define(repeat(self.source.inputs(number, self.shard.view(epoch))), 1, self.size_of(epoch))
                 alone.build()
                 alone.run()
             except RuntimeError:

@@ -37,35 +37,40 @@ Batch = tuple[Tensor, Tensor] | str  # images and target, or an error message
 
 
 class Images(Dataset):
-    """Cropped images. A key is (view, position in the files): persistent workers get the view's number with it."""
+    """Cropped images. A key is (view, size, position in the files), for workers outlive an epoch.
+
+    `size`: the side of a training crop in pixels.
+    """
 
     def __init__(self, split: Split, image_size: int, *, train: bool, seed: int, exif: bool = False, flip: bool = True):
         # one array of bytes: with a list of str, reference counts would make every worker copy its memory pages
         self.files = np.array([os.fsencode(file) for file in split.files])
         self.labels = torch.tensor(split.labels)
-        self.seed, self.exif, self.flip, self.train, self.size = seed, exif, flip, train, image_size
+        self.seed, self.exif, self.flip, self.train = seed, exif, flip, train
         self.side = None if train else resize_side(image_size)
         self.transform = v2.Compose([v2.Resize(resize_side(image_size)), v2.CenterCrop(image_size)])
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Batch:
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> Batch:
         """(uint8 [B, H, W, 3], int64 [B]), or an error message: an exception would show the worker's traceback."""
-        numbers = torch.tensor([i for _, i in keys])
+        numbers = torch.tensor([i for *_, i in keys])
         try:
-            images = [decode(os.fsdecode(self.files[i]), self.exif, self.side) for _, i in keys]
+            images = [decode(os.fsdecode(self.files[i]), self.exif, self.side) for *_, i in keys]
         except UserError as error:
             return str(error)
-        images = self._crops(images, keys[0][0], numbers) if self.train else [self.transform(image) for image in images]
+        images = (
+            self._crops(images, *keys[0][:2], numbers) if self.train else [self.transform(image) for image in images]
+        )
         return torch.stack([image.permute(1, 2, 0) for image in images]).contiguous(), self.labels[numbers]
 
-    def _crops(self, images: list[Tensor], view: int, numbers: Tensor) -> list[Tensor]:
+    def _crops(self, images: list[Tensor], view: int, size: int, numbers: Tensor) -> list[Tensor]:
         boxes = resized_boxes(self.seed, view, numbers, torch.tensor([image.shape[1:] for image in images]))
         flips = crops_and_flips(self.seed, view, numbers, pad=0, flip=self.flip)[1].tolist()
         crops = []
         for image, box, flip in zip(images, boxes.int().tolist(), flips, strict=True):
-            crop = F.resized_crop(image, *box, [self.size, self.size])
+            crop = F.resized_crop(image, *box, [size, size])
             crops.append(crop.flip(2) if flip else crop)
         return crops
 
@@ -73,7 +78,7 @@ class Images(Dataset):
 class FolderLoader(EpochLoader):
     """A Loader (see base.py) over one split of a folder."""
 
-    name = "folder"
+    name, follows_train_size = "folder", True
 
     def __init__(
         self, split: Split, options: "DataOptions", device: torch.device, shard: Shard = ONE_PROCESS, *, train: bool
@@ -112,15 +117,16 @@ class FolderLoader(EpochLoader):
 
 
 class EpochKeys:
-    """The DataLoader's batch sampler: lists of (view, position in the files)."""
+    """The DataLoader's batch sampler: lists of (view, size, position in the files)."""
 
     def __init__(self, loader: FolderLoader):
         # A cycle of references would leave the loader to the garbage collector, which closes the workers' queues first:
         # each worker was then waited for in vain, 5 s.
         self.loader: FolderLoader = weakref.proxy(loader)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         loader = self.loader
         order, view = loader.order(loader.epoch), loader.shard.view(loader.epoch)
+        size = loader.size_of(loader.epoch)
         for start, stop in loader.slices[loader.first :]:
-            yield [(view, i) for i in order[start:stop].tolist()]
+            yield [(view, size, i) for i in order[start:stop].tolist()]

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from ..errors import UserError, nearest
 from .base import IMAGENET_MEAN, IMAGENET_STD
+from .train_size import TrainSizes
 
 LoaderName = Literal["auto", "dali", "folder", "resident"]
 AugmentName = Literal["auto", "rrc", "pad-crop", "none"]
@@ -61,6 +62,9 @@ class DataOptions:
     """Images per step and process; also -b."""
     image_size: int = 0
     """Side of the square images, in pixels; 0: that of the data set, 224 for a folder of larger images."""
+    train_size: str = ""
+    """Side of the training crops, if another: "160", or "160:224" to grow over the epochs in steps of 32 pixels
+    ("24:32:4": of 4). Evaluation keeps image_size."""
     workers: int = field(default_factory=default_workers)
     """Decoding threads (DALI, at least 1) or processes (torchvision; 0: the training process itself), per process."""
     views: int = 0
@@ -95,6 +99,7 @@ class DataOptions:
         _check_split(self)
         _check_place(self)
         _check_numbers(self)
+        TrainSizes.parse(self.train_size)
         _check_augmentation(self)
 
     def sized(self, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> "DataOptions":

@@ -9,6 +9,7 @@ this bound, a loader that is faster than the step would fill the GPU with batche
 already, so the GPU goes on. Pinned memory is not written before its copy is done: torch's host allocator sees to that.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
@@ -25,6 +26,7 @@ class Prefetch:
 
     def __init__(self, normalise: Callable[[Tensor], Tensor], device: torch.device):
         self.normalise, self.device, self.stream = normalise, device, torch.cuda.Stream(device)
+        self.held_s = 0.0  # seconds that the host has waited here for steps
 
     def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches on the device. `batches` is read one batch ahead."""
@@ -32,7 +34,9 @@ class Prefetch:
         steps: deque[torch.cuda.Event] = deque()  # ends of the steps that may still run, oldest first
         for images, target in batches:
             while len(steps) > QUEUED:
+                start = time.perf_counter()
                 steps.popleft().synchronize()
+                self.held_s += time.perf_counter() - start
             sent = self._send(images, target)
             if waiting is not None:
                 yield self._receive(*waiting)

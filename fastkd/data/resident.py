@@ -45,6 +45,7 @@ class ResidentLoader(EpochLoader):
     """
 
     name = "resident"
+    follows_train_size = True  # with "rrc"
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class ResidentLoader(EpochLoader):
         corners, flips = crops_and_flips(self.seed, view, order, kind.pad, kind.flip)
         for start, stop in slices:
             part = slice(start - begin, stop - begin)
-            out = self._memory(stop - start)
+            out = self._memory(stop - start, self.size_of(epoch))
             if boxes is None:
                 drawn = order[part], corners[part], flips[part]
                 reflect = kind.pad_mode == "reflect"
@@ -88,7 +89,7 @@ class ResidentLoader(EpochLoader):
                 augment(images, boxes[part], flips[part], [out], [self.mean], [self.std])
             yield out, target[part]
 
-    def _memory(self, count: int) -> Tensor:
+    def _memory(self, count: int, side: int) -> Tensor:
         """Each batch has memory of its own, so that it may be kept."""
-        shape = (count, 3, *((self.image_size,) * 2 if self.augmentation.kind == "rrc" else self.images.shape[1:3]))
+        shape = (count, 3, *((side, side) if self.augmentation.kind == "rrc" else self.images.shape[1:3]))
         return torch.empty(shape, dtype=self.dtype, device=self.images.device, memory_format=torch.channels_last)

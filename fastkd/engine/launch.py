@@ -17,6 +17,7 @@ from .step import Step
 Log = Callable[[str], None]
 Runner = Step | GraphedStep | PartialGraphStep
 """Runs a step: `runner(images, target, plan, taught)`, and `runner.close()` at the end."""
+IMAGE_SIZES = 8
 COMPILE_PAYS = 100_000  # steps: compiling takes a minute or two and saves about a tenth of a step of 1 to 30 ms
 
 
@@ -102,5 +103,5 @@ def check_compile(method: Method, options: TrainOptions) -> None:
 
 def _allow_recompiling(method: Method) -> None:
     limit = torch._dynamo.config.recompile_limit
-    # per path: two batch sizes, with and without autocast
-    torch._dynamo.config.recompile_limit = max(limit, 4 * count_paths(method))
+    # per path: two batch sizes, with and without autocast, at a few image sizes (--train-size)
+    torch._dynamo.config.recompile_limit = max(limit, 4 * IMAGE_SIZES * count_paths(method))

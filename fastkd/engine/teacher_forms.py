@@ -43,8 +43,8 @@ class TeacherForm(nn.Module):
     """A teacher as a sequence of modules in one dtype; runs outside autocast.
 
     With `wants_features` the modules are stem, stages and head, as in `fastkd.models.Staged`. With `compiled` the first
-    call compiles. Batches of another shape than that call's run the modules as they are: the last batch of an epoch is
-    not worth a second compilation, which could also fail in the middle of a run.
+    call compiles. Batches of another number of images than that call's run the modules as they are: the last batch of
+    an epoch is not worth a second compilation. Images of another size are (--train-size).
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TeacherForm(nn.Module):
         self.sequence, self.dtype, self.wants_features = nn.ModuleList(sequence), dtype, wants_features
         self.layout = layout
         self.compiled = torch.compile(self._run, dynamic=False) if compiled else None
-        self.shape: torch.Size | None = None  # of the images that are compiled for
+        self.usual = 0  # images in the batches that are compiled for
 
     def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Images [N, 3, H, W] -> (logits [N, C], one map [N, C, H, W] per stage, or none without `wants_features`)."""
@@ -73,8 +73,8 @@ class TeacherForm(nn.Module):
     def outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Images [N, 3, H, W] -> (logits [N, C], the output of every stage, or none without `wants_features`)."""
         x = images.to(self.dtype, memory_format=torch.channels_last)
-        self.shape = self.shape or images.shape
-        run = self.compiled if self.compiled and images.shape == self.shape else self._run
+        self.usual = self.usual or len(images)
+        run = self.compiled if self.compiled and len(images) == self.usual else self._run
         # The compiler compiles anew if autocast's settings change, also where it is switched off: give all of them.
         with torch.autocast(images.device.type, torch.bfloat16, enabled=False, cache_enabled=False), torch.no_grad():
             return run(x)

@@ -46,13 +46,14 @@ def try_step(
     device: torch.device,
     titles: Mapping[str, str] | None = None,
     taught: Taught = (),
+    note: str = "",
 ) -> None:
     """Evaluate each network of `method`, and make a training step without its update, on IMAGES images of `batch`.
 
     `method` is on `device`; `batch`: (images [N, 3, H, W], target) as a training loader gives it; `titles`: by role,
     what errors call a network, such as {"student": "the student resnet8"}; `taught`: what an absent teacher would say
-    of the images. Weights, statistics, modes and random states stay as they are. Every process must call it. Raises the
-    same UserError on all of them if something fails on one; it names the network.
+    of the images; `note`: what errors begin with. Weights, statistics, modes and random states stay as they are. Every
+    process must call it. Raises the same UserError on all of them if something fails on one; it names the network.
     """
     problem = ""
     try:
@@ -61,7 +62,7 @@ def try_step(
         with _unchanged(method, device):
             _try(method, images, target, len(classes), options, device, titles or {}, taught)
     except UserError as error:
-        problem = str(error)
+        problem = note + str(error)
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the few images took

@@ -106,3 +106,18 @@ def test_the_logits_of_a_batch_are_inputs_of_a_graph(topk):
     few = tuple(each[:5] for each in held)
     run_steps(lambda *given: runner(*given, taught=few), step, range(6, 7), size=5)
     runner.close()
+
+
+@pytest.mark.parametrize("name", ["kd", "dcm"])
+def test_each_image_size_is_captured_once(name):
+    """--train-size: sizes come one after another; a graph of an earlier size is kept and can be replayed again."""
+    step = step_of(name)
+    runner = as_graph(step)
+    count = {}
+    for number, side in enumerate((16, 24, 32, 16)):
+        first = device.count_graphs()
+        run_steps(runner, step, range(6 * number, 6 * number + 6), side=side)
+        count[number] = device.count_graphs() - first
+    plans = len({plan for plan, _ in runner.graphs})
+    assert len(runner.graphs) == 3 * plans and count == {0: plans, 1: plans, 2: plans, 3: 0}
+    runner.close()

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from every_method import batch, build, prepare
 from null_device.checks import no_host_sync
 
@@ -45,14 +46,17 @@ def run_steps(
     size: int = 8,
     watch: AbstractContextManager = nullcontext(),  # noqa: B008
     may_wait: bool = False,
+    side: int = 0,
 ) -> None:
-    """The steps of these numbers, with the schedule, under `watch`.
+    """The steps of these numbers, with the schedule, under `watch`. `side`: of the images in pixels; 0: as they are.
 
     An error if one of them waits for the device, unless it `may_wait`, as the compiler does when it compiles.
     """
     schedule = Schedule(step.options, step.optimizer)
     batches = [tuple(x.to(CUDA) for x in batch(number % 3, size)) for number in numbers]
     batches = [(images.to(step.precision.dtype), target) for images, target in batches]
+    if side:
+        batches = [(F.interpolate(x, (side, side)), target) for x, target in batches]
     with nullcontext() if may_wait else no_host_sync(), watch:
         for number, (images, target) in zip(numbers, batches, strict=True):
             schedule.write(number / 2)
