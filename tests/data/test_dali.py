@@ -269,7 +269,7 @@ def test_the_options_of_the_training_images_are_those_of_torchvision(tmp_path, m
 
 def test_the_side_may_differ_between_epochs(pictures, monkeypatch):
     """Images that DALI decodes ahead have the side of their own epoch."""
-    monkeypatch.setattr(DaliLoader, "_side", lambda loader, number: 32 + 16 * (number % 2))
+    monkeypatch.setattr(DaliLoader, "size_of", lambda loader, number: 32 + 16 * (number % 2))
     train, _ = loaders(pictures)
     got = [epoch(train)[0] for _ in range(3)]
     for number, side in enumerate((32, 48, 32)):
