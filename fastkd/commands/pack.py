@@ -106,7 +106,8 @@ def _pack(source: str, destination: str, options: PackOptions) -> None:
     seconds = time.monotonic() - start
     size = sum(file.stat().st_size for file in Path(destination).iterdir())
     log_rank0(
-        f"pack: {destination} holds {size / 1e6:,.1f} MB ({seconds:,.0f} s); train with --data {shlex.quote(destination)}"
+        f"pack: {destination} holds {size / 1e6:,.1f} MB, after {seconds:,.0f} s; train with "
+        f"--data {shlex.quote(destination)}"
     )
 
 
