@@ -66,10 +66,11 @@ def read_source(options: DataOptions, log: Log) -> tuple[tuple[str, ...], dict[s
             f"data={options.data!r} does not say which images are for training: add --val-fraction 0.1, or let the "
             "names of the shards begin with train or val"
         )
-    return next(iter(splits.values())).classes, {name: _part(split, options.data) for name, split in splits.items()}
+    return next(iter(splits.values())).classes, {name: part_of(split, options.data) for name, split in splits.items()}
 
 
-def _part(split: Split, root: str) -> Part:
+def part_of(split: Split, root: str) -> Part:
+    """The images of a split. Their names are those of the files, below `root`."""
     places = OwnFiles(split.files) if split.places is None else split.places
     names = [file.removeprefix(root).lstrip("/") for file in split.files]
     return Part(Pictures(split.files, split.places), split.labels, names, places.lengths(), tuple(split.formats))
