@@ -11,9 +11,9 @@ Four ways, each with as many worker processes (torchvision) or threads (DALI):
     packed   fastkd's loader of packed images (`fastkd pack`, squares of 256 pixels), with as many threads
 
 The files are made here: about 500x375 pixels, smooth colour with grain, quality 90, 4:2:0, around 100 KB as ImageNet's.
-They stay in the page cache, so this measures decoding and cropping and not the disk. What
-packing takes is printed. Each round builds every loader anew, in rotating order. A loader first gives the batches that it had prefetched, then batches are counted for
-`--seconds`. The consumer does nothing with them.
+They stay in the page cache, so this measures decoding and cropping and not the disk. Each round builds every loader
+anew, in rotating order. A loader first gives the batches that it had prefetched, then batches are counted for
+`--seconds`. The consumer does nothing with them. A line says how fast the images were packed.
 """
 
 import argparse

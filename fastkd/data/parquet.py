@@ -7,7 +7,6 @@ so a line advises to pack the images first. Needs pyarrow: pip install 'fastkd[p
 import json
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -121,10 +120,16 @@ class Rows:
         counts = np.array([rows for _, _, rows in groups], dtype=np.int64)
         self.file, self.group = (np.repeat([group[at] for group in groups], counts) for at in (0, 1))
         self.row = np.concatenate([np.arange(count) for count in counts])
+        self.last: tuple[tuple[str, int], Any] | None = None  # a group that was read, and where it is
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "last": None}  # another process reads for itself
 
     def read(self, i: int) -> bytes:
-        images = _group(self.files[self.file[i]], int(self.group[i]))
-        value = images[int(self.row[i])].as_py()
+        place = self.files[self.file[i]], int(self.group[i])
+        if self.last is None or self.last[0] != place:
+            self.last = place, _read_group(*place)
+        value = self.last[1][int(self.row[i])].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise OSError("its row holds no bytes of an image, but perhaps a path, which is not followed")
@@ -142,9 +147,8 @@ class Rows:
         return np.ceil(sizes / np.maximum(1, counts)).astype(np.int64)[self.file]
 
 
-@lru_cache(2)
-def _group(file: str, group: int) -> Any:
-    """The images of a row group: a chunked array of pyarrow. Made in the process that reads: pyarrow does not fork."""
+def _read_group(file: str, group: int) -> Any:
+    """The images of a row group: a chunked array of pyarrow."""
     parquet = open_parquet(file)
     try:
         table = parquet.read_row_group(group, columns=[_columns(file, parquet)[0]], use_threads=False)

@@ -35,8 +35,9 @@ def by_part(files: list[str]) -> dict[str, list[str]]:
     parts: dict[str, list[str]] = {}
     for file in files:
         parts.setdefault(_part(file), []).append(file)
-    if "test" in parts:  # the labels of a test set are often missing: it counts if there is no other
-        parts.setdefault("val", parts.pop("test"))
+    test = parts.pop("test", None)
+    if test and "val" not in parts:  # the labels of a test set are often missing: it counts if there is no other
+        parts["val"] = test
     if parts.keys() & {"train", "val"}:
         parts.pop("", None)
     return parts

@@ -5,7 +5,7 @@
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -78,10 +78,11 @@ class Members:
     def __init__(self, shards: Sequence[str], shard: np.ndarray, offset: np.ndarray, length: np.ndarray):
         """Image i has `length[i]` bytes from `offset[i]` on in `shards[shard[i]]`; all int64 [N]."""
         self.shards, self.shard, self.offset, self.length = tuple(shards), shard, offset, length
+        self.opened = OpenFiles()
 
     def read(self, i: int) -> bytes:
         length = int(self.length[i])
-        data = os.pread(opened(self.shards[self.shard[i]]).descriptor, length, int(self.offset[i]))
+        data = os.pread(self.opened(self.shards[self.shard[i]]).descriptor, length, int(self.offset[i]))
         if len(data) < length:
             raise OSError(f"{length - len(data):,} of its {length:,} bytes are missing: the shard was cut off")
         return data
@@ -120,15 +121,32 @@ class Joined:
 class OpenFile:
     """A file that is closed with its last reference, so that it may be dropped while another thread reads it."""
 
+    _close = staticmethod(os.close)  # the module may be gone when the program ends
+
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):  # else it could not be opened
-            os.close(self.descriptor)
+            self._close(self.descriptor)
 
 
-@lru_cache(OPEN)
-def opened(path: str) -> OpenFile:
-    """One of the last OPEN files that were asked for, or else opened now. Raises OSError."""
-    return OpenFile(path)
+class OpenFiles:
+    """The last OPEN files that were asked for. Each loader has its own: a path may be another file for the next one."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, OpenFile] = {}
+        self.lock = Lock()
+
+    def __call__(self, path: str) -> OpenFile:
+        """Raises OSError if it cannot be opened."""
+        with self.lock:
+            file = self.files.get(path)
+            if file is None:
+                if len(self.files) >= OPEN:
+                    self.files.pop(next(iter(self.files)))
+                file = self.files[path] = OpenFile(path)
+            return file
+
+    def __reduce__(self) -> tuple[type["OpenFiles"], tuple[()]]:
+        return OpenFiles, ()  # another process opens them itself

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,7 +59,8 @@ def _keep(path: Path, index: Index) -> None:
         beside.write_text(json.dumps(index))
         os.replace(beside, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
 
 
 def scan_shard(shard: str) -> Index:
