@@ -37,3 +37,18 @@ def tar_folder(root: Path, pictures: Path, label: str = "cls") -> Path:
         write_tars(root, part, scan(str(pictures / part)), count, label)
     (root / "classes.txt").write_text("ant\nbee\ncow\n")
     return root
+
+
+def write_parquet(file: Path, split: Split, rows: int = 5, names: bool = True) -> Path:
+    """The images of a split as `datasets` writes them: image {bytes, path} and label, row groups of `rows` images."""
+    import pyarrow
+    import pyarrow.parquet
+
+    images = [{"bytes": Path(name).read_bytes(), "path": Path(name).name} for name in split.files]
+    table = pyarrow.table({"image": images, "label": split.labels})
+    label = {"names": list(split.classes), "_type": "ClassLabel"} if names else {"dtype": "int64", "_type": "Value"}
+    features = {"image": {"_type": "Image"}, "label": label}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(table, file, row_group_size=rows)
+    return file

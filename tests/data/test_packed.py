@@ -112,7 +112,6 @@ def test_processes_batches_and_steps_change_no_image(squares, world_size, batch_
     train, _ = loaders(squares)
     whole = [images.clone() for images, _ in train]
     train.load_state_dict({"loader": "packed", "epoch": 0, "step": 2})
-    train.load_state_dict({"loader": "packed", "epoch": 0, "step": 2})
     rest = [images.clone() for images, _ in train]
     assert len(rest) == len(whole) - 2 and all(map(torch.equal, rest, whole[2:]))
 
