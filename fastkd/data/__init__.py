@@ -8,6 +8,13 @@ draws.py         the generator of these numbers
 layout.py        which images of a folder are for training and which for evaluation
 scan.py          finds the images of a folder and checks them
 walk.py          the files below a folder: which are images, and why the others are skipped
+shards.py        tar shards and parquet files as splits; shard_names.py: which file is for what
+tar_index.py     the places and labels of the images in a tar shard; shard_labels.py: their classes
+parquet.py       images and labels in parquet files
+stored.py        reads an image by number, wherever its bytes are
+pack.py          `fastkd pack`; pack_source.py: what is packed; pack_shard.py: writes one shard
+pack_format.py   the files of packed images, and their checks
+packed.py        the loader of packed images; packed_set.py: small ones in memory
 classes.py       the class names of a weights file against those of the data
 decode.py        one picture file to pixels; names the file if it is damaged
 folder.py        a folder of images, decoded in worker processes

@@ -1,4 +1,4 @@
-"""Which images of a folder are for training and which for evaluation.
+"""Which images of a folder, or of shards, are for training and which for evaluation.
 
 A folder holds train/<class>/* and val/<class>/*. With `val_fraction` it holds train/<class>/* alone, or <class>/*, and
 a part of each class is held out.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError, nearest
 from ..kernels.logit_loss import UNLABELLED
 from .options import NAMES
+from .pack_format import read_manifest
 from .scan import Formats, Split, scan, scan_images
 from .shard_names import shards_of
 from .shards import stored_splits
@@ -113,6 +114,8 @@ def evaluation_split(options: "DataOptions", log: Log) -> Split:
 
 def parts_of(root: str) -> list[str]:
     """Which of train/ and val/ are in `root`. A folder of images beside other classes is itself a class."""
+    if (manifest := read_manifest(root)) is not None:
+        return list(manifest["parts"])
     if (shards := shards_of(root)) is not None:
         return list(shards)
     if not os.path.isdir(root):
@@ -125,6 +128,14 @@ def parts_of(root: str) -> list[str]:
     others = len(folders) > len(parts)
     are_classes = others and all(_holds_images_alone(os.path.join(root, name)) for name in parts)
     return [] if are_classes else list(parts)
+
+
+def is_there(data: str) -> bool:
+    """True for a folder, and for shards that all exist."""
+    try:
+        return os.path.isdir(data) or shards_of(data) is not None
+    except UserError:
+        return False
 
 
 def refuse_second_val(root: str, parts: list[str]) -> None:

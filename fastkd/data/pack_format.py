@@ -57,6 +57,8 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         raise UserError(f"{str(path)!r} cannot be read ({error}): pack the images again, or remove it") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return None  # of another program
+    if not isinstance(manifest.get("parts"), dict):
+        raise UserError(f"{str(path)!r} is damaged: pack the images again")
     if manifest.get("version") != VERSION:
         raise UserError(
             f"{str(path)!r} has the version {manifest.get('version')!r} of packed images and this fastkd reads "

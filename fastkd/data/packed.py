@@ -158,11 +158,13 @@ def _finished(batch: Batch, futures: list[Future]) -> Batch:
 def centred(sizes: Tensor, image_size: int) -> Tensor:
     """The centre crops of evaluation as boxes, float64 [N, 4], in pixels of pictures of `sizes` int64 [N, 2].
 
-    The shorter side would be resized to resize_side(image_size), and its middle cut out.
+    As torchvision's Resize and CenterCrop round: the shorter side becomes resize_side(image_size), and the middle of
+    what results is cut out.
     """
-    side = sizes.min(1).values.double() * image_size / resize_side(image_size)
-    extent = side[:, None].expand(-1, 2)
-    return torch.cat([(sizes - extent) / 2, extent], 1)
+    side, sizes = resize_side(image_size), sizes.double()
+    resized = (side * sizes / sizes.min(1, keepdim=True).values).floor()
+    begin = ((resized - image_size) / 2).round()
+    return torch.cat([begin, torch.full_like(begin, image_size)], 1) * (sizes / resized).repeat(1, 2)
 
 
 def scaled(boxes: Tensor, sizes: Tensor, side: int) -> Tensor:

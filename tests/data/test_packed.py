@@ -196,3 +196,17 @@ def test_tar_packs_are_read_as_shards(pictures, tmp_path, kind, quality):
         stream.write(b"more")
     with pytest.raises(UserError, match="train-00000.tar has .* bytes instead of"):
         training_splits(DataOptions(data=str(folder)), quiet)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_the_crops_are_those_of_the_cpu(squares):
+    """But for the antialiasing, which the kernel lacks: crops that become larger have none."""
+    options = DataOptions(data=str(squares), workers=2, batch_size=8, image_size=128)
+    for ours, theirs in zip(
+        *(create_loaders(options, device, log=quiet) for device in (torch.device("cuda"), CPU)), strict=True
+    ):
+        for (images, target), (wanted, labels) in zip(ours, theirs, strict=True):
+            assert images.is_contiguous(memory_format=torch.channels_last) and images.shape == wanted.shape
+            assert torch.equal(target.cpu(), labels)
+            assert float((images.cpu() - wanted).abs().max()) < 0.02  # the CPU rounds to bytes
