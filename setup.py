@@ -9,6 +9,7 @@ here = Path(__file__).parent
 DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50"]
 DALI = ["nvidia-dali-cuda130>=1.50"]  # the CUDA of torch's default wheels
 TENSORBOARD = ["tensorboard"]
+PARQUET = ["pyarrow"]
 BENCH = ["pytest", "pytest-benchmark"]
 
 setup(
@@ -73,9 +74,11 @@ setup(
         "dali-cuda13": DALI,
         "tensorboard": TENSORBOARD,
         "hf": ["transformers>=5"],
+        "parquet": PARQUET,
         "bench": BENCH,
         "test": [
             *DALI,
+            *PARQUET,
             *TENSORBOARD,
             *BENCH,
             "hypothesis",

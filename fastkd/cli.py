@@ -15,6 +15,7 @@ usage: fastkd COMMAND [OPTIONS]
   train     distill a student; with no option at all: handwritten digits, a few minutes on two CPU cores
   cache-teacher   ask the teacher once: its logits on disk, for trainings that load no teacher
   eval      top-1, top-5, loss and images/s of trained weights
+  pack      images once decoded, or made smaller, in shards that are read fast: fastkd pack SRC DST
   bench     how long losses and whole training steps take here, beside other ways: fastkd bench loss | step | data
   doctor    what this machine has, and which paths fastkd will take on it
   methods   the methods by name, with their papers and what they need
@@ -23,7 +24,7 @@ usage: fastkd COMMAND [OPTIONS]
 `fastkd COMMAND --help` explains the options. Several GPUs: torchrun --nproc-per-node N -m fastkd train ...
 """
 
-COMMANDS = ("train", "cache-teacher", "eval", "bench", "doctor", "methods", "recipes")
+COMMANDS = ("train", "cache-teacher", "eval", "pack", "bench", "doctor", "methods", "recipes")
 """Each is a module of commands/ with `run(arguments)`. It is imported when it is asked for: torch takes seconds."""
 
 

@@ -3,18 +3,19 @@
     python bench/scripts/loaders.py
     python bench/scripts/loaders.py --threads 8 --device cuda --json bench/results/data.json
 
-Five ways, each with as many worker processes (torchvision) or threads (DALI):
+Six ways, each with as many worker processes (torchvision) or threads (DALI):
     recipe   what torchvision documents: ImageFolder (PIL), v2 transforms on uint8 tensors, ToDtype and Normalize in the
              workers; they persist and prefetch 4 batches each
     folder   fastkd's own loader on torchvision: its fast (deprecated) decoder, uint8 to the device, normalised there
     first    fastkd's loader on NVIDIA DALI, in the first epoch: each file is checked before it is decoded
     dali     the same in later epochs
     reader   DALI's own file reader, crops and flips in the place of ours; on the CPU only
+    packed   fastkd's loader of packed images (`fastkd pack`, squares of 256 pixels), with as many threads
 
 The files are made here: about 500x375 pixels, smooth colour with grain, quality 90, 4:2:0, around 100 KB as ImageNet's.
 They stay in the page cache, so this measures decoding and cropping and not the disk. Each round builds every loader
 anew, in rotating order. A loader first gives the batches that it had prefetched, then batches are counted for
-`--seconds`. The consumer does nothing with them.
+`--seconds`. The consumer does nothing with them. A line says how fast the images were packed.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,10 @@ from fastkd.bench import environment, script_parser, show_table, summary, write_
 from fastkd.data import DataOptions
 from fastkd.data.dali import DaliLoader
 from fastkd.data.folder import FolderLoader
+from fastkd.data.pack import Packing, pack
+from fastkd.data.pack_format import PackedPart, packed_parts
+from fastkd.data.pack_source import part_of
+from fastkd.data.packed import PackedLoader
 from fastkd.data.scan import Split, scan
 
 WARM_BATCHES = 16  # more than any loader here holds ready when it starts
@@ -104,7 +110,18 @@ WAYS: dict[str, Callable[..., Iterable[Any]]] = {
     "first": partial(DaliLoader, train=True),
     "dali": later,
     "reader": partial(OwnReader, train=True),
+    "packed": partial(PackedLoader, train=True),
 }
+
+
+def packed(split: Split, root: Path, threads: int) -> PackedPart:
+    """The same images, packed into one shard."""
+    start = time.perf_counter()
+    pack(str(root), Packing(), split.classes, {"train": part_of(split, "")}, threads, lambda new, old: None)
+    print(f"packed {len(split.files) / (time.perf_counter() - start):.0f} images/s, by one process")
+    parts = packed_parts(str(root))
+    assert parts is not None
+    return parts["train"]
 
 
 def images_per_second(loader: Iterable[Any], device: torch.device, seconds: float) -> float:
@@ -122,17 +139,20 @@ def images_per_second(loader: Iterable[Any], device: torch.device, seconds: floa
     return images / elapsed
 
 
-def measure(split: Split, args: argparse.Namespace) -> dict[str, list[float]]:
+def measure(split: Split, part: PackedPart, args: argparse.Namespace) -> dict[str, list[float]]:
     """Images per second of each way, one number a round."""
     # the same files over and over, so that no window meets the end of an epoch (20,000 images/s at most)
     times = -(-int(args.seconds * 20_000 + WARM_BATCHES * args.batch_size) // len(split.files))
     split = Split(split.classes, split.files * times, split.labels * times)
+    labels, sizes = part.labels.repeat(times), part.sizes.repeat(times, 1)
+    part = replace(part, labels=labels, sizes=sizes, shards=part.shards * times)
     found: dict[str, list[float]] = {name: [] for name in WAYS if name != "reader" or args.device == "cpu"}
     names, device = [name for name in WAYS if name in found], torch.device(args.device)
     options = DataOptions(batch_size=args.batch_size, workers=args.threads).for_large_images()
     for turn in range(args.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            found[name].append(images_per_second(WAYS[name](split, options, device), device, args.seconds))
+            loader = WAYS[name](part if name == "packed" else split, options, device)
+            found[name].append(images_per_second(loader, device, args.seconds))
     return found
 
 
@@ -147,21 +167,22 @@ def main() -> None:
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        make_images(Path(root), args.images)
-        split = scan(root)
+        make_images(Path(root, "images"), args.images)
+        split = scan(str(Path(root, "images")))
         kilobytes = sum(os.path.getsize(file) for file in split.files) / len(split.files) / 1000
-        figures = {name: summary(values) for name, values in measure(split, args).items()}
-    ratios = {name: figures["dali"]["median"] / row["median"] for name, row in figures.items()}
+        part = packed(split, Path(root, "packed"), args.threads)
+        figures = {name: summary(values) for name, values in measure(split, part, args).items()}
+    ratios = {name: figures["packed"]["median"] / row["median"] for name, row in figures.items()}
     print(
         f"{args.images} made JPEGs, mean {kilobytes:.0f} KB; batch {args.batch_size}, 224 px, to {args.device}; "
         f"{args.threads} workers or threads, {len(os.sched_getaffinity(0))} CPUs"
     )
     rows = [[name, *(f"{row[key]:.0f}" for key in ("median", "p20", "p80", "n")), f"{ratios[name]:.2f}x"]
             for name, row in figures.items()]  # fmt: skip
-    show_table(["loader", "img/s median", "p20", "p80", "n", "dali is"], rows, numbers=5)
+    show_table(["loader", "img/s median", "p20", "p80", "n", "packed is"], rows, numbers=5)
     if args.json:
         about = {"environment": environment(), "options": vars(args), "kilobytes": kilobytes}
-        write_json(args.json, about | {"images_per_second": figures, "dali_is_faster_by": ratios})
+        write_json(args.json, about | {"images_per_second": figures, "packed_is_faster_by": ratios})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from .. import checkpoint
 from ..data import DataOptions, create_eval_loader
 from ..data.base import Loader, input_of
 from ..data.classes import Relabelled, class_note, class_order
-from ..data.layout import parts_of
+from ..data.layout import is_there, parts_of
 from ..data.options import NAMES, WITH_FILES
 from ..distributed import device_for, gather, rank, world_size
 from ..engine.backends import backends
@@ -114,7 +114,7 @@ def _noted_input(about: dict[str, Any], typed: dict[str, str], weights: Path) ->
     noted = {name: value for name, value in images.items() if name not in typed and name != "resident"}
     if not {"data", "data_dir"} & typed.keys() and "data" not in noted and about.get("data"):
         place = _trained_with(weights, "data")
-        noted |= {"data": place} if place and place not in NAMES and Path(place).is_dir() else {}
+        noted |= {"data": place} if place and place not in NAMES and is_there(place) else {}
     data = typed.get("data") or noted.get("data", "digits")
     if data == "digits":  # they have one size
         return {name: noted[name] for name in ("mean", "std") if name in noted}

@@ -9,6 +9,13 @@ draws.py         the generator of these numbers
 layout.py        which images of a folder are for training and which for evaluation
 scan.py          finds the images of a folder and checks them
 walk.py          the files below a folder: which are images, and why the others are skipped
+shards.py        tar shards and parquet files as splits; shard_names.py: which file is for what
+tar_index.py     the places and labels of the images in a tar shard; shard_labels.py: their classes
+parquet.py       images and labels in parquet files
+stored.py        reads an image by number, wherever its bytes are
+pack.py          `fastkd pack`; pack_source.py: what is packed; pack_shard.py: writes one shard
+pack_format.py   the files of packed images, and their checks
+packed.py        the loader of packed images; packed_set.py: small ones in memory
 classes.py       the class names of a weights file against those of the data
 decode.py        one picture file to pixels; names the file if it is damaged
 image_index.py   the sizes of the images of a folder, read once; index_file.py: keeps them
@@ -48,8 +55,10 @@ from .image_index import sizes_of
 from .layout import evaluation_split, training_splits
 from .options import NAMES, DataOptions, changes_augmentation
 from .order import Shard
+from .pack_format import PackedPart, packed_parts
 from .scan import Split
 from .train_size import sized_loader
+from .walk import shown
 
 if TYPE_CHECKING:
     from .options import Padding
@@ -86,6 +95,9 @@ def create_loaders(
     if options.data in NAMES:
         train, val = _named_loaders(options, device, shard, log, gather)
         return sized_loader(train, options, epochs, log), val
+    if (parts := packed_parts(options.data)) is not None:
+        train, val = _packed_loaders(parts, ("train", "val"), options, device, shard, log)
+        return sized_loader(train, options, epochs, log), val
     splits = training_splits(options, log)
     train, val = _folder_loaders(splits, options, device, shard, log, gather)
     train.unlabelled = splits["train"].labels.count(UNLABELLED)
@@ -116,6 +128,8 @@ def create_eval_loader(
     shard = Shard(0, rank, world_size, dtype)
     if options.data in NAMES:
         return _named_loaders(options, device, shard, log, gather, parts=("val",))[-1]
+    if (parts := packed_parts(options.data)) is not None:
+        return _packed_loaders(parts, ("val",), options, device, shard, log)[0]
     split = evaluation_split(options, log)
     return _folder_loaders({"val": split}, options, device, shard, log, gather, keep_small=keep_small)[0]
 
@@ -184,6 +198,30 @@ def _resident_loaders(
             )
         )
     return loaders
+
+
+def _packed_loaders(
+    parts: dict[str, PackedPart],
+    names: tuple[str, ...],
+    options: DataOptions,
+    device: torch.device,
+    shard: Shard,
+    log: Log,
+) -> list[EpochLoader]:
+    """A loader for each part of `names` of a packed folder. Small squares are kept in memory."""
+    from .packed import PackedLoader
+    from .packed_set import check_packed, read_small_pack
+
+    check_packed(options, parts, names)
+    found = {name: parts[name] for name in names}
+    about = ", ".join(f"{len(part.labels):,} images for {name}" for name, part in parts.items())
+    side = next(iter(found.values())).side
+    log(f"data: {shown(options.data)} holds packed images of {side} pixels: {about}")
+    if (small := read_small_pack(found, options)) is not None:
+        sets, known = small
+        usual, options = (known.pad_mode, known.flip), options.sized(side, known.mean, known.std)
+        return _resident_loaders(sets, options, usual, device, shard, log)
+    return [PackedLoader(part, options, device, shard, train=name == "train") for name, part in found.items()]
 
 
 def _folder_loaders(
@@ -271,6 +309,8 @@ def _start_dali(
     """(the loaders, ""), or (None, why DALI cannot be used in this process)."""
     if problem := import_problem():
         return None, f"NVIDIA DALI, which is faster, {problem}"
+    if any(split.places is not None for split in splits.values()):
+        return None, "the images lie in shards, and DALI reads files"
     from .dali import WAY_OUT, DaliLoader
     from .dali_files import undecodable
 

@@ -134,8 +134,10 @@ def position_of(state: dict, loader: str) -> tuple[int, int]:
     """(epoch, step) in a state that a `loader` wrote. Raises UserError if another kind of loader wrote it."""
     before = state.get("loader")
     if before != loader:
-        known = before in ("dali", "folder", "resident")  # "digits" is of older versions
+        known = before in ("dali", "folder", "packed", "resident")  # "digits" is of older versions
         remedy = f"resume with loader={before!r}, or begin" if known else "begin"
+        if "packed" in (before, loader):
+            remedy = "resume with the same --data, or begin"
         raise UserError(
             f"the checkpoint's data state was written by the {before!r} loader and this run uses {loader!r}, whose "
             f"batches differ: {remedy} a new run with another --out"

@@ -15,6 +15,7 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -56,20 +57,28 @@ def begin_worker(_: int) -> None:
     gc.freeze()
 
 
-def decode(file: str, exif: bool = False, side: int | None = None) -> Tensor:
+def read_file(file: str) -> bytes:
+    with open(file, "rb", buffering=0) as stream:
+        return stream.read()
+
+
+Read = Callable[[str], bytes]  # the content of a picture by its name: of a file, or of a part of one (see stored.py)
+
+
+def decode(file: str, exif: bool = False, side: int | None = None, read: Read = read_file) -> Tensor:
     """uint8 [3, H, W], RGB; with `exif`, turned as the EXIF orientation says.
 
     Raises UserError for a bad file, and for a picture that would fill the memory if its shorter side became `side`.
     """
     try:
-        pixels = _pixels(_read(file), exif)
+        pixels = _pixels(read(file), exif)
         check_resized((pixels.shape[2], pixels.shape[1]), side)
         return pixels
     except Exception as error:  # damaged files raise anything: struct.error, KeyError, RuntimeError, MemoryError ...
         raise UserError(f"{file!r} cannot be decoded ({_reason(error)}): repair or remove it") from None
 
 
-def inspect(file: str, side: int | None = None) -> tuple[str, str]:
+def inspect(file: str, side: int | None = None, read: Read = read_file) -> tuple[str, str]:
     """(Pillow's name of the format, ""), or ("", why the file is bad), at about a tenth of the cost of decoding.
 
     Finds what DALI would not notice, and pictures whose size would fill the memory; with `side`, also after resizing.
@@ -77,7 +86,7 @@ def inspect(file: str, side: int | None = None) -> tuple[str, str]:
     0.1 ms for a JPEG of 70 kB.
     """
     try:
-        data = _read(file)
+        data = read(file)
         with Image.open(io.BytesIO(data)) as image:
             kind = str(image.format)
             check_resized(image.size, side)
@@ -118,11 +127,6 @@ def check_resized(size: tuple[int, int], side: int | None) -> None:
             f"its {size[0]} x {size[1]} pixels become {pixels:,} when the shorter side is resized to {side}, more than "
             f"{limit:,}, cut it"
         )
-
-
-def _read(file: str) -> bytes:
-    with open(file, "rb", buffering=0) as stream:
-        return stream.read()
 
 
 def _pixels(data: bytes, exif: bool) -> Tensor:

@@ -9,12 +9,10 @@ workers and processes change no image, and the place in the epoch is the whole s
 torchvision's ImageFolder, unless the option `exif` is on.
 """
 
-import os
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -24,11 +22,12 @@ from torchvision.transforms.v2 import functional as F
 from ..errors import UserError
 from .augment import crops_and_flips, resized_boxes
 from .base import EpochLoader, resize_side
-from .decode import begin_worker, decode
+from .decode import begin_worker
 from .normalise import Normalise
 from .order import ONE_PROCESS, Shard
 from .prefetch import Prefetch
 from .scan import Split
+from .stored import Pictures
 
 if TYPE_CHECKING:
     from . import DataOptions
@@ -43,8 +42,7 @@ class Images(Dataset):
     """
 
     def __init__(self, split: Split, image_size: int, *, train: bool, seed: int, exif: bool = False, flip: bool = True):
-        # one array of bytes: with a list of str, reference counts would make every worker copy its memory pages
-        self.files = np.array([os.fsencode(file) for file in split.files])
+        self.files = Pictures(split.files, split.places)
         self.labels = torch.tensor(split.labels)
         self.seed, self.exif, self.flip, self.train = seed, exif, flip, train
         self.side = None if train else resize_side(image_size)
@@ -57,7 +55,7 @@ class Images(Dataset):
         """(uint8 [B, H, W, 3], int64 [B]), or an error message: an exception would show the worker's traceback."""
         numbers = torch.tensor([i for *_, i in keys])
         try:
-            images = [decode(os.fsdecode(self.files[i]), self.exif, self.side) for *_, i in keys]
+            images = [self.files.decode(i, self.exif, self.side) for *_, i in keys]
         except UserError as error:
             return str(error)
         images = (

@@ -1,4 +1,4 @@
-"""Which images of a folder are for training and which for evaluation.
+"""Which images of a folder, or of shards, are for training and which for evaluation.
 
 A folder holds train/<class>/* and val/<class>/*. With `val_fraction` it holds train/<class>/* alone, or <class>/*, and
 a part of each class is held out.
@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING
 from ..errors import UserError, nearest
 from ..kernels.logit_loss import UNLABELLED
 from .options import NAMES
+from .pack_format import read_manifest
 from .scan import Formats, Split, scan, scan_images
+from .shard_names import shards_of
+from .shards import stored_splits
+from .stored import Joined, OwnFiles
 from .walk import Found, identity, look, shown, some
 
 if TYPE_CHECKING:
@@ -25,23 +29,8 @@ ARRANGE = "arrange the images as train/<class>/* and val/<class>/*"
 
 def training_splits(options: "DataOptions", log: Log) -> dict[str, Split]:
     """{"train": ..., "val": ...}. Raises UserError if a file or the arrangement is unusable. `log` gets the notes."""
-    root, parts = options.data, parts_of(options.data)
-    if options.val_fraction:
-        refuse_second_val(root, parts)
-        tree = os.path.join(root, "train") if "train" in parts else root
-        whole = _scan(tree, log)
-        _refuse_one_class(tree, whole)
-        train, val = _hold_out(whole, tree, options, log)
-    elif options.unlabelled and parts == ["val"]:
-        val = _scan(os.path.join(root, "val"), log)
-        train = Split(val.classes, [], [])
-        log(f"data: {shown(root)} has no train/: all training images are unlabelled")
-    else:
-        _refuse_missing(root, parts)
-        train, val = (_scan(os.path.join(root, name), log) for name in ("train", "val"))
-        _refuse_one_class(os.path.join(root, "train"), train)
-        val = _with_labels_of(train, val, root, log)
-        _warn_if_shared(train, val, log)
+    stored = stored_splits(options.data, log)
+    train, val = _folder_pair(options, log) if stored is None else _stored_pair(stored, options, log)
     if options.unlabelled:
         more = _unlabelled(train, options, log)
         _warn_if_shared(more, val, log)
@@ -49,18 +38,74 @@ def training_splits(options: "DataOptions", log: Log) -> dict[str, Split]:
     return {"train": train, "val": val}
 
 
-def evaluation_split(options: "DataOptions", log: Log) -> Split:
-    """The images to evaluate: those of val/, or those that `val_fraction` holds out, or all of a class tree."""
+def _folder_pair(options: "DataOptions", log: Log) -> tuple[Split, Split]:
+    """(the images to train on, those to evaluate) of a folder."""
     root, parts = options.data, parts_of(options.data)
     if options.val_fraction:
         refuse_second_val(root, parts)
         tree = os.path.join(root, "train") if "train" in parts else root
+        whole = _scan(tree, log)
+        _refuse_one_class(tree, whole)
+        return _hold_out(whole, tree, options, log)
+    if options.unlabelled and parts == ["val"]:
+        val = _scan(os.path.join(root, "val"), log)
+        log(f"data: {shown(root)} has no train/: all training images are unlabelled")
+        return Split(val.classes, [], []), val
+    _refuse_missing(root, parts)
+    train, val = (_scan(os.path.join(root, name), log) for name in ("train", "val"))
+    _refuse_one_class(os.path.join(root, "train"), train)
+    val = _with_labels_of(train, val, root, log)
+    _warn_if_shared(train, val, log)
+    return train, val
+
+
+def _stored_pair(stored: dict[str, Split], options: "DataOptions", log: Log) -> tuple[Split, Split]:
+    """(the images to train on, those to evaluate) of shards."""
+    root, whole = options.data, stored.get("train", stored.get(""))
+    for name, split in stored.items():
+        if len(split.classes) < 2:
+            raise UserError(
+                f"data={root!r}: all images have one label ({split.classes[0]!r}), in the shards for {name}"
+            )
+    if options.val_fraction:
+        refuse_second_val(root, list(stored))
+        assert whole is not None  # there is a part, and it is not "val"
+        return _hold_out(whole, _common_folder(whole), options, log)
+    if options.unlabelled and list(stored) == ["val"]:
+        log(f"data: {shown(root)} has no shards for train: all training images are unlabelled")
+        return Split(stored["val"].classes, [], []), stored["val"]
+    if missing := [name for name in ("train", "val") if name not in stored]:
+        remedy = " or add --val-fraction 0.1" if missing[-1] == "val" else ""
+        raise UserError(
+            f"data={root!r} has no shards for {' and '.join(missing)}: let their names begin with train or val, as in "
+            f"'{{train,val}}-{{000..099}}.tar', or put them into folders of these names,{remedy}"
+        )
+    return stored["train"], stored["val"]
+
+
+def _common_folder(split: Split) -> str:
+    """What all names of a split begin with: names below it do not depend on the place of the shards."""
+    return os.path.commonpath([min(split.files), max(split.files)])
+
+
+def evaluation_split(options: "DataOptions", log: Log) -> Split:
+    """The images to evaluate: those of val/, or those that `val_fraction` holds out, or all of a class tree."""
+    root, stored = options.data, stored_splits(options.data, log)
+    parts = parts_of(root) if stored is None else list(stored)
+    if options.val_fraction and stored is not None:
+        return _stored_pair(stored, options, log)[1]
+    if options.val_fraction:
+        refuse_second_val(root, parts)
+        tree = os.path.join(root, "train") if "train" in parts else root
         return _hold_out(_scan(tree, log), tree, options, log)[1]
+    if stored is not None and parts != ["train"]:
+        return stored.get("val", stored.get("", stored[parts[0]]))
     if "val" in parts:
         return _scan(os.path.join(root, "val"), log)
     if "train" in parts:
+        inner = "the shards alone" if stored is not None else os.path.join(root, "train")
         raise UserError(
-            f"data={root!r} has no val/ inside: give --data {os.path.join(root, 'train')} to evaluate the training "
+            f"data={root!r} has no val/ inside: give --data {inner} to evaluate the training "
             "images, or --val-fraction and --split-seed as in training to evaluate what was held out"
         )
     log(f"data: {shown(root)} has no val/: its folders are taken as the classes")
@@ -69,9 +114,13 @@ def evaluation_split(options: "DataOptions", log: Log) -> Split:
 
 def parts_of(root: str) -> list[str]:
     """Which of train/ and val/ are in `root`. A folder of images beside other classes is itself a class."""
+    if (manifest := read_manifest(root)) is not None:
+        return list(manifest["parts"])
+    if (shards := shards_of(root)) is not None:
+        return list(shards)
     if not os.path.isdir(root):
         raise UserError(
-            f"data={root!r}: no such folder; give one with train/<class>/* and val/<class>/*, or one of "
+            f"data={root!r}: no such folder; give one with train/<class>/* and val/<class>/*, shards, or one of "
             f"{', '.join(NAMES)}{nearest(root, NAMES)}"
         )
     folders = _folders_in(root)
@@ -79,6 +128,14 @@ def parts_of(root: str) -> list[str]:
     others = len(folders) > len(parts)
     are_classes = others and all(_holds_images_alone(os.path.join(root, name)) for name in parts)
     return [] if are_classes else list(parts)
+
+
+def is_there(data: str) -> bool:
+    """True for a folder, and for shards that all exist."""
+    try:
+        return os.path.isdir(data) or shards_of(data) is not None
+    except UserError:
+        return False
 
 
 def refuse_second_val(root: str, parts: list[str]) -> None:
@@ -178,9 +235,7 @@ def _hold_out(whole: Split, tree: str, options: "DataOptions", log: Log) -> tupl
         f"data: {len(held):,} of the {len(whole.files):,} images of {shown(tree)} are held out for evaluation "
         f"(--val-fraction {options.val_fraction} --split-seed {options.split_seed})"
     )
-    train, val = (
-        replace(whole, files=[whole.files[i] for i in side], labels=[whole.labels[i] for i in side]) for side in sides
-    )
+    train, val = (whole.take(side) for side in sides)
     return replace(train, formats={}), val  # each file counts once
 
 
@@ -190,6 +245,8 @@ def _rank(seed: int, path: str) -> bytes:
 
 def _warn_if_shared(train: Split, val: Split, log: Log) -> None:
     """Log a warning if training images lie in a folder of evaluation images, for example through a link."""
+    if train.places is not None or val.places is not None:
+        return  # each shard is of one part
     trained = {identity(folder) for folder in {file.rpartition("/")[0] for file in train.files}}
     shared = [
         folder for folder in sorted({file.rpartition("/")[0] for file in val.files}) if identity(folder) in trained
@@ -216,7 +273,11 @@ def _joined(train: Split, more: Split) -> Split:
     for kind, (count, file) in more.formats.items():
         before, first = formats.get(kind, (0, file))
         formats[kind] = before + count, first
-    return Split(train.classes, train.files + more.files, train.labels + more.labels, formats)
+    places = None
+    if train.places is not None or more.places is not None:
+        parts = train.places or OwnFiles(train.files), more.places or OwnFiles(more.files)
+        places = Joined(parts, (len(train.files), len(more.files)))
+    return Split(train.classes, train.files + more.files, train.labels + more.labels, formats, (), places)
 
 
 def _folders_in(root: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -42,11 +43,12 @@ class Normalise:
             normalise(images_NHWC, images.permute(0, 3, 1, 2), *self.given)
             return images.permute(0, 3, 1, 2)
         rows = images_NHWC.reshape(count, height, width * 3)  # long rows: the inner loop would be 3 numbers otherwise
-        out = self._empty(rows.shape) if rows.device.type == "cpu" else torch.empty_like(rows, dtype=torch.float32)
+        out = self.empty(rows.shape) if rows.device.type == "cpu" else torch.empty_like(rows, dtype=torch.float32)
         out.copy_(rows).sub_(self.mean.repeat(width)).mul_(self.scale.repeat(width))
         return out.view(count, height, width, 3).permute(0, 3, 1, 2).to(self.dtype)
 
-    def _empty(self, shape: torch.Size) -> Tensor:
+    def empty(self, shape: Sequence[int]) -> Tensor:
+        """float32 on the CPU, in memory that no earlier tensor of it still uses."""
         size = math.prod(shape)
         for number, count in enumerate(_references(self.blocks)):
             if count == FREE and self.blocks[number].size >= size:

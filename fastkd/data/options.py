@@ -33,8 +33,9 @@ class DataOptions:
     """Which images, and how they are read."""
 
     data: str = "digits"
-    """A folder with train/<class>/* and val/<class>/*, or a data set by name: cifar10, cifar100, fashion-mnist, mnist
-    (with --data-dir), digits (embedded), synthetic (random, to measure)."""
+    """A folder with train/<class>/* and val/<class>/*, packed images (`fastkd pack`), tar shards of WebDataset such as
+    'x/{train,val}-{000..099}.tar', a folder of tar or parquet files, or a data set by name: cifar10, cifar100,
+    fashion-mnist, mnist (with --data-dir), digits (embedded), synthetic (random, to measure)."""
     data_dir: str = ""
     """The folder that holds the files of cifar10, cifar100, fashion-mnist or mnist."""
     download: bool = False

@@ -22,17 +22,20 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Prefetch:
-    """Calls `normalise` on the images of each batch on the device, and gives them with their target."""
+    """Calls `normalise` on the images of each batch on the device, and gives them with their target.
 
-    def __init__(self, normalise: Callable[[Tensor], Tensor], device: torch.device):
+    A batch of (images, boxes, flips, target) is `normalise(images, boxes, flips)` and target.
+    """
+
+    def __init__(self, normalise: Callable[..., Tensor], device: torch.device):
         self.normalise, self.device, self.stream = normalise, device, torch.cuda.Stream(device)
         self.held_s = 0.0  # seconds that the host has waited here for steps
 
-    def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def __call__(self, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[Batch]:
         """The same batches on the device. `batches` is read one batch ahead."""
         waiting = None  # a batch that was sent and not given yet
         steps: deque[torch.cuda.Event] = deque()  # ends of the steps that may still run, oldest first
-        for images, target in batches:
+        for *images, target in batches:
             while len(steps) > QUEUED:
                 start = time.perf_counter()
                 steps.popleft().synchronize()
@@ -45,10 +48,10 @@ class Prefetch:
         if waiting is not None:
             yield self._receive(*waiting)
 
-    def _send(self, images: Tensor, target: Tensor) -> tuple[Batch, torch.cuda.Event]:
+    def _send(self, inputs: list[Tensor], target: Tensor) -> tuple[Batch, torch.cuda.Event]:
         """(the batch on the device, an event after its last kernel)"""
         with torch.cuda.stream(self.stream):
-            images = self.normalise(images.to(self.device, non_blocking=True))
+            images = self.normalise(*(tensor.to(self.device, non_blocking=True) for tensor in inputs))
             return (images, target.to(self.device, non_blocking=True)), self.stream.record_event()
 
     def _receive(self, batch: Batch, ready: torch.cuda.Event) -> Batch:

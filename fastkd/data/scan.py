@@ -7,9 +7,10 @@ name. walk.py says which entries of the folder are read.
 import os
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import UserError
+from .stored import Places
 from .walk import EXTENSIONS, Found, files_below, identity, look, shown, some
 
 Formats = dict[str, tuple[int, str]]  # by the kind of image: the number of files, and one of them
@@ -20,6 +21,8 @@ class Split:
     """The images of train/ or val/. `labels[i]` is the position in `classes` of the class of `files[i]`.
 
     The label of an image without a class is UNLABELLED (-100). `notes` are lines to log: what was skipped.
+    `places` None: `files` are paths. Else the images lie in shards, and `files` are the shard's path with the image's
+    name in it, for messages.
     """
 
     classes: tuple[str, ...]
@@ -27,6 +30,13 @@ class Split:
     labels: list[int]
     formats: Formats = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    places: Places | None = None
+
+    def take(self, positions: list[int]) -> "Split":
+        """The images at these positions."""
+        files, labels = [self.files[i] for i in positions], [self.labels[i] for i in positions]
+        places = None if self.places is None else self.places.take(positions)
+        return replace(self, files=files, labels=labels, places=places)
 
 
 def scan(root: str) -> Split:

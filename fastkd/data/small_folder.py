@@ -4,21 +4,22 @@ All images must be squares of one size, of 64 pixels at most. Their decoded byte
 is free; loader="resident" drops this last condition. Any other folder is decoded anew in every epoch.
 """
 
+import io
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from .decode import begin_worker, decode
+from .decode import begin_worker
 from .options import OVER_RECIPE, needs_resident
 from .resident import ResidentSet
 from .scan import Split
+from .stored import Pictures
 from .walk import shown
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def read_small_folder(
     if options.loader in ("dali", "folder"):
         return None
     asked = needs_resident(options)
-    side, reason = _common_side([file for split in splits.values() for file in _some_files(split)], options)
+    side, reason = _common_side([split.take(_some(split)) for split in splits.values()], options)
     if not reason:  # all processes read the same headers, but one of them may have less memory
         size = sum(len(split.files) for split in splits.values()) * side * side * 3
         reason = _first(gather("" if options.loader == "resident" else _too_much(size, device)))
@@ -69,16 +70,17 @@ def _first(reasons: list[str]) -> str:
     return next(filter(None, reasons), "")
 
 
-def _some_files(split: Split) -> list[str]:
-    return split.files[:: max(1, len(split.files) // LOOKED_AT)]
+def _some(split: Split) -> list[int]:
+    return list(range(0, len(split.files), max(1, len(split.files) // LOOKED_AT)))
 
 
-def _common_side(files: list[str], options: "DataOptions") -> tuple[int, str]:
+def _common_side(splits: list[Split], options: "DataOptions") -> tuple[int, str]:
     """(the longer side of the first image, why the images are not kept in memory or ""). Reads the headers."""
     side = 0
-    for file in files:
+    images = [(file, split.places, i) for split in splits for i, file in enumerate(split.files)]
+    for file, places, i in images:
         try:
-            with Image.open(file) as image:
+            with Image.open(file if places is None else io.BytesIO(places.read(i))) as image:
                 width, height = image.size
         except Exception:  # of Pillow, for a damaged file, which is named when it is decoded
             continue
@@ -155,7 +157,7 @@ def _decoded(split: Split, options: "DataOptions", side: int) -> DataLoader:
 
 class _Files(Dataset):
     def __init__(self, split: Split, options: "DataOptions", side: int):
-        self.files = np.array([os.fsencode(file) for file in split.files])  # see folder.Images
+        self.files = Pictures(split.files, split.places)
         self.side, self.exif = side, options.exif
 
     def __len__(self) -> int:
@@ -165,9 +167,9 @@ class _Files(Dataset):
         """The images, which of them has another size, or the error of a damaged one: raising would show a traceback."""
         images = []
         for position in positions:
-            file = os.fsdecode(self.files[position])
+            file = self.files.name(position)
             try:
-                image = decode(file, self.exif)
+                image = self.files.decode(position, self.exif)
             except UserError as error:
                 return error
             if problem := _misfit(file, image.shape[2], image.shape[1], self.side):

@@ -37,6 +37,14 @@ def test_a_folder_of_jpegs_with_graphs(fastkd, few_digits, jpegs):
     check(fastkd("train", *data, *nets, *more, "--graph", "on", "--no-baseline"), "CUDA graph")
 
 
+def test_packed_images_with_graphs(fastkd, few_digits, jpegs, tmp_path):
+    check(fastkd("pack", jpegs, tmp_path / "packed", "--size", "80", "--workers", "0"), "24 images for train")
+    data = ("--data", tmp_path / "packed", "--workers", "2", "--batch-size", "6", "--image-size", "32")
+    nets = ("--student", "resnet8", "--teacher", "resnet8", "--method", "kd", "--epochs", "2", "--warmup-epochs", "1")
+    more = ("--teacher-epochs", "1", "--mixup", "0.2", "--graph", "on", "--no-baseline")
+    check(fastkd("train", *data, *nets, *more), "CUDA graph", "packed images of 80 pixels")
+
+
 @pytest.mark.every
 def test_digits_compiled(fastkd, few_digits):
     """Not in every run: it compiles for a minute."""

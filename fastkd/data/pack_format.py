@@ -1,0 +1,166 @@
+"""What a packed folder holds, and how it is checked.
+
+    manifest.json     what was packed and how: kind, size, quality, classes, and of each shard its images, bytes and
+                      BLAKE2b checksum
+    train.npz         of each image: label, size before it was packed (height, width), name
+    train-00000.npy   kind "pixels": uint8 [n, S, S, 3], the whole picture resized to a square, antialiased
+    train-00000.tar   kinds "jpeg" and "files": a tar shard of WebDataset; classes.json has the names of the classes
+    val...            the same
+
+A box is drawn for the picture's own size and scaled to the square, so the crop is the one that the picture itself would
+give: nothing is cut off and nothing is distorted. What is lost is resolution along the longer side.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .walk import shown, some
+
+FORMAT, VERSION = "fastkd-pack", 1
+MANIFEST = "manifest.json"
+CHUNK = 1 << 20  # bytes that are read at once for a checksum
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PackedPart:
+    """The images of train/ or val/ as pixels."""
+
+    folder: str
+    classes: tuple[str, ...]
+    side: int  # pixels
+    labels: Tensor  # int64 [N]
+    sizes: Tensor  # int64 [N, 2]: height and width of the pictures before they were packed
+    shards: tuple[str, ...]  # paths
+    per_shard: int  # images of every shard but the last
+    known: str = ""  # the name of the data set, if it has one
+
+
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """The manifest of a packed folder; None if the folder is no such. Raises UserError if it cannot be used."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read ({error}): pack the images again, or remove it") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return None  # of another program
+    if not isinstance(manifest.get("parts"), dict):
+        raise UserError(f"{str(path)!r} is damaged: pack the images again")
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"{str(path)!r} has the version {manifest.get('version')!r} of packed images and this fastkd reads "
+            f"{VERSION}: pack the images again"
+        )
+    return manifest
+
+
+def check_sizes(folder: str | Path, manifest: Manifest) -> None:
+    """Raise UserError, with the names, if a file of the pack is missing or has not the length that is noted."""
+    wrong = []
+    for name, noted in _files(manifest):
+        try:
+            size = os.path.getsize(Path(folder) / name)
+        except OSError:
+            wrong.append(f"{name} is missing")
+            continue
+        if size != noted["bytes"]:
+            wrong.append(f"{name} has {size:,} bytes instead of {noted['bytes']:,}")
+    _refuse(folder, wrong)
+
+
+def check_content(folder: str | Path, manifest: Manifest, tick: Any = lambda size: None) -> None:
+    """Raise UserError, with the names, if a file of the pack has another checksum. tick(bytes) after each file."""
+    check_sizes(folder, manifest)
+    wrong = []
+    for name, noted in _files(manifest):
+        if checksum(Path(folder) / name) != noted["blake2b"]:
+            wrong.append(f"{name} has another content")
+        tick(noted["bytes"])
+    _refuse(folder, wrong)
+
+
+def _files(manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
+    """(name, {bytes, blake2b}) of every file that the manifest notes. Raises UserError if it is damaged."""
+    try:
+        files = [(str(shard["file"]), shard) for part in manifest["parts"].values() for shard in part["shards"]]
+        files += [(str(part["index"]["file"]), part["index"]) for part in manifest["parts"].values()]
+        complete = all({"bytes", "blake2b"} <= noted.keys() for _, noted in files)
+    except (KeyError, TypeError, AttributeError):
+        complete, files = False, []
+    if not complete or any("/" in name or name.startswith(".") for name, _ in files):
+        raise UserError(f"{MANIFEST} of the packed images is damaged: pack them again")
+    return files
+
+
+def _refuse(folder: str | Path, wrong: list[str]) -> None:
+    if wrong:
+        raise UserError(
+            f"packed images in {shown(str(folder))}: {some(wrong, quote=False)}; remove {MANIFEST} and these files and "
+            "run the same `fastkd pack` again, or copy the folder again"
+        )
+
+
+def checksum(path: Path) -> str:
+    digest = blake2b(digest_size=32)
+    with open(path, "rb", buffering=0) as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def packed_parts(folder: str) -> dict[str, PackedPart] | None:
+    """{"train": ..., "val": ...} of a folder of packed pixels; None if it holds something else.
+
+    Raises UserError if a file is missing or has another length.
+    """
+    manifest = read_manifest(folder) if os.path.isdir(folder) else None
+    if manifest is None or manifest.get("kind") != "pixels":
+        return None
+    check_sizes(folder, manifest)
+    return {name: _part(folder, name, manifest) for name in manifest["parts"]}
+
+
+def _part(folder: str, name: str, manifest: Manifest) -> PackedPart:
+    part, side = manifest["parts"][name], int(manifest["size"])
+    labels, sizes, _ = read_index(os.path.join(folder, part["index"]["file"]))
+    counts = [int(shard["images"]) for shard in part["shards"]]
+    per_shard = counts[0] if counts else 1
+    shards = tuple(os.path.join(folder, shard["file"]) for shard in part["shards"])
+    lengths = {os.path.getsize(path) - count * side * side * 3 for path, count in zip(shards, counts, strict=True)}
+    fits = len(labels) == len(sizes) == sum(counts) and {*counts[:-1]} <= {per_shard} and lengths <= {HEADER}
+    if (
+        not fits
+        or (len(labels) and not 0 <= labels.min() <= labels.max() < len(manifest["classes"]))
+        or (sizes < 1).any()
+    ):
+        raise UserError(f"{shown(folder)}: {MANIFEST} and the shards for {name} do not fit: pack the images again")
+    return PackedPart(
+        folder, tuple(manifest["classes"]), side, labels, sizes, shards, per_shard, str(manifest["known"])
+    )
+
+
+HEADER = 128  # bytes before the pixels in a .npy file whose header is short
+
+
+def read_index(path: str) -> tuple[Tensor, Tensor, list[str]]:
+    """(labels int64 [N], sizes int64 [N, 2], names) of train.npz. Nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            labels, sizes = (torch.from_numpy(arrays[name].astype(np.int64)) for name in ("labels", "sizes"))
+            names = json.loads(arrays["names"].tobytes())
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path!r} cannot be read ({error}): pack the images again") from None
+    return labels, sizes.reshape(-1, 2), names

@@ -1,0 +1,120 @@
+"""Which files of `--data` are shards, and which of them are for training: from their names."""
+
+import os
+import re
+from glob import glob
+
+from ..errors import UserError
+from .walk import shown, some
+
+KINDS = (".tar", ".parquet")
+FOLDERS = ("train", "val", "valid", "validation", "test", "data")  # that may hold shards instead of images
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val"}
+BRACES = re.compile(r"\{([^{}]*)\}")
+MOST = 1_000_000  # names that a pattern may stand for
+
+
+def shards_of(data: str) -> dict[str, list[str]] | None:
+    """{"train": files, "val": files}, or {"": files} if no name tells; None if `data` is no shard and holds none.
+
+    `data` is a .tar or .parquet file, names with braces, such as x-{000..099}.tar or {train,val}.tar, or with *, or a
+    folder.
+    Raises UserError if a file that braces name is missing, or if a folder holds shards of both kinds.
+    """
+    files = _named(data) if data.endswith(KINDS) and not os.path.isdir(data) else _held(data)
+    if not files:
+        return None
+    kinds = {os.path.splitext(file)[1] for file in files}
+    if len(kinds) > 1:
+        raise UserError(f"data={data!r} holds {' and '.join(sorted(kinds))} files: give one kind, as in '{data}/*.tar'")
+    return by_part(files)
+
+
+def by_part(files: list[str]) -> dict[str, list[str]]:
+    """The files of each part. Files whose names name no part are left out where others do."""
+    parts: dict[str, list[str]] = {}
+    for file in files:
+        parts.setdefault(_part(file), []).append(file)
+    test = parts.pop("test", None)
+    if test and "val" not in parts:  # the labels of a test set are often missing: it counts if there is no other
+        parts["val"] = test
+    if parts.keys() & {"train", "val"}:
+        parts.pop("", None)
+    return parts
+
+
+def _part(file: str) -> str:
+    """ "train", "val", "test" or "", by the first word of the file's name, or by that of its folder."""
+    for name in (os.path.basename(file), os.path.basename(os.path.dirname(os.path.abspath(file)))):
+        word = re.split(r"[^a-z]", name.lower())[0]
+        if word in PARTS or word == "test":
+            return PARTS.get(word, word)
+    return ""
+
+
+def _named(pattern: str) -> list[str]:
+    """The files that a name with braces stands for. All must exist."""
+    files = []
+    for name in expand(pattern):
+        files += sorted(glob(name)) if "*" in name else [name]
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise UserError(
+            f"data={pattern!r}: {len(missing):,} of its {len(files):,} shards are missing ({some(missing)}); "
+            "check the path, and the numbers in braces"
+        )
+    if not files:
+        raise UserError(f"data={pattern!r} matches no file: check the path")
+    return files
+
+
+def expand(pattern: str) -> list[str]:
+    """All names that braces stand for: {000..099} counts with as many digits, {a,b} are words. Any number of braces."""
+    names = [""]
+    position = 0
+    for match in BRACES.finditer(pattern):
+        words = _words(match.group(1), pattern)
+        if len(names) * len(words) > MOST:
+            raise UserError(f"data={pattern!r} stands for more than {MOST:,} files: check the numbers in braces")
+        names = [name + pattern[position : match.start()] + word for name in names for word in words]
+        position = match.end()
+    return [name + pattern[position:] for name in names]
+
+
+def _words(inside: str, pattern: str) -> list[str]:
+    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+        first, last = map(int, bounds.groups())
+        if last < first or last - first >= MOST:
+            raise UserError(f"data={pattern!r}: {{{inside}}} counts from {first} to {last}: give first..last")
+        return [f"{number:0{len(bounds.group(1))}d}" for number in range(first, last + 1)]
+    if "," not in inside:
+        raise UserError(
+            f"data={pattern!r}: {{{inside}}} is neither first..last, as in {{000..099}}, nor a list {{a,b}}"
+        )
+    return inside.split(",")
+
+
+def _held(root: str) -> list[str]:
+    """The shards in a folder and in its train/, val/, test/ and data/. None if it holds folders of images."""
+    if not os.path.isdir(root):
+        return []
+    files, folders = _listed(root)
+    for name in folders:
+        if name not in FOLDERS:
+            return []
+        more, deeper = _listed(os.path.join(root, name))
+        if deeper and not more:
+            return []
+        files += more
+    return files
+
+
+def _listed(folder: str) -> tuple[list[str], list[str]]:
+    """(paths of the shards, names of the folders) in a folder, sorted; hidden ones are left out."""
+    try:
+        with os.scandir(folder) as entries:
+            seen = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
+    except OSError as error:
+        raise UserError(f"{shown(folder)} cannot be read ({error.strerror}): check its permissions") from None
+    files = [os.path.join(folder, name) for name, is_folder in seen if not is_folder and name.endswith(KINDS)]
+    return files, [name for name, is_folder in seen if is_folder]

@@ -1,0 +1,285 @@
+"""`fastkd pack`: what it writes, that it goes on after any interruption, and what it refuses."""
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from fastkd.commands.pack import run
+from fastkd.data import DataOptions
+from fastkd.data import pack as module
+from fastkd.data.decode import decode
+from fastkd.data.layout import training_splits
+from fastkd.data.pack import Packing, pack
+from fastkd.data.pack_format import check_content, packed_parts, read_index, read_manifest
+from fastkd.data.pack_source import read_source
+from fastkd.data.scan import scan
+from fastkd.data.stored import Pictures
+from fastkd.errors import UserError
+
+SMALL = Packing("pixels", 24)
+
+
+def quiet(line):
+    pass
+
+
+def go(source, folder, packing=SMALL, workers=0, tick=lambda new, old: None, **options):
+    pack(str(folder), packing, *read_source(DataOptions(data=str(source), **options), quiet), workers, tick)
+    return Path(folder)
+
+
+def content(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
+    }
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Shards of few images, so that there are many."""
+    monkeypatch.setattr(module, "PIXEL_BYTES", 4 * 24 * 24 * 3)
+    monkeypatch.setattr(module, "TAR_IMAGES", 4)
+
+
+def test_pixels_are_the_whole_picture_as_a_square(pictures, tmp_path):
+    folder = go(pictures, tmp_path / "p")
+    split = scan(str(pictures / "train"))
+    part = packed_parts(str(folder))["train"]
+    pixels = np.load(part.shards[0])
+    assert pixels.shape == (27, 24, 24, 3) and part.labels.tolist() == split.labels
+    for image, size, file in zip(pixels, part.sizes.tolist(), split.files, strict=True):
+        picture = decode(file)
+        assert size == list(picture.shape[1:])
+        assert torch.equal(torch.from_numpy(image).permute(2, 0, 1), F.resize(picture, [24, 24], antialias=True))
+    names = read_index(str(folder / "train.npz"))[2]
+    assert [str(pictures / name) for name in names] == split.files
+    assert sorted(os.listdir(folder)) == ["manifest.json", "train-00000.npy", "train.npz", "val-00000.npy", "val.npz"]
+
+
+def test_jpegs_are_made_smaller_and_never_larger(pictures, tmp_path):
+    folder = go(pictures, tmp_path / "p", Packing("jpeg", 70, 90))
+    sizes = read_index(str(folder / "val.npz"))[1]
+    split = training_splits(DataOptions(data=str(folder)), quiet)["val"]
+    reader = Pictures(split.files, split.places)
+    for i, (height, width) in enumerate(sizes.tolist()):
+        assert min(reader.decode(i).shape[1:]) == min(70, height, width)
+
+
+def test_exif_turns_before_packing(tmp_path):
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = 255  # left half white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "src" / part / name).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / "src" / part / name / "x.png", exif=exif)
+    for turned in (False, True):
+        folder = go(tmp_path / "src", tmp_path / f"p{turned}", Packing("pixels", 24, exif=turned), exif=turned)
+        image, part = np.load(folder / "train-00000.npy")[0], packed_parts(str(folder))["train"]
+        bright = image[:8].mean(), image[:, :8].mean()  # of the top, of the left
+        assert part.sizes[0].tolist() == ([40, 20] if turned else [20, 40])
+        assert (bright[0] > 200 and bright[1] < 150) if turned else (bright[1] > 200 and bright[0] < 150)
+
+
+@pytest.mark.parametrize("packing", [SMALL, Packing("jpeg", 24, 80), Packing("files", 0)])
+def test_processes_write_the_same_bytes(pictures, tmp_path, few, packing):
+    alone = go(pictures, tmp_path / "a", packing)
+    assert content(alone) == content(go(pictures, tmp_path / "b", packing, workers=2))
+    assert len(list(alone.glob("train-*"))) == 7
+    check_content(alone, read_manifest(alone))
+
+
+def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(pictures, tmp_path, few):
+    """20 times SIGKILL, each after another time; the last run ends by itself."""
+    start = time.monotonic()
+    wanted = content(go(pictures, tmp_path / "whole"))
+    whole, draw = time.monotonic() - start, random.Random(0)
+    source = read_source(DataOptions(data=str(pictures)), quiet)
+    folder, killed = tmp_path / "killed", 0
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            pack(str(folder), SMALL, *source, 0, lambda new, old: None)
+            os._exit(0)
+        time.sleep(draw.uniform(0, whole / 8))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    ticks = []
+    go(pictures, folder, tick=lambda new, old: ticks.append((new, old)))
+    assert content(folder) == wanted and killed >= 5
+    assert sum(new + old for new, old in ticks) in (0, 63)  # 0: it was complete
+
+
+@pytest.mark.parametrize("stop", ["train-00003.npy", "train-00003.npy.json", "train.npz", "manifest.json"])
+def test_stopped_at_each_kind_of_file(pictures, tmp_path, few, monkeypatch, stop):
+    wanted = content(go(pictures, tmp_path / "whole"))
+    replace = os.replace
+
+    def stopped(source, target):
+        if Path(target).name == stop:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            go(pictures, tmp_path / "p")
+    assert packed_parts(str(tmp_path / "p")) is None  # no manifest: it is not taken for complete
+    assert content(go(pictures, tmp_path / "p")) == wanted
+
+
+def test_a_full_disk_leaves_complete_shards_and_is_named(pictures, tmp_path, few):
+    """A limit on the length of files stands for the disk: the write fails in its middle."""
+    wanted = content(go(pictures, tmp_path / "whole"))
+    folder = tmp_path / "p"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))  # a shard has 7,040 bytes, one of 3 images 5,312
+        with pytest.raises(
+            UserError, match="train-00000.npy' cannot be written .*: make room, and run the same command"
+        ):
+            go(pictures, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert not list((folder / ".pack").glob("*.npy"))
+    assert content(go(pictures, folder)) == wanted
+
+
+def test_the_disk_is_looked_at_first(pictures, tmp_path, monkeypatch):
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=17 << 20))
+    go(pictures, tmp_path / "p")
+    need = (27 + 36) * 256 * 256 * 3 + 2 * 128
+    with pytest.raises(UserError, match=f"need {need / 1e9:.2f} GB and 0.02 GB are free"):
+        go(pictures, tmp_path / "large", Packing("pixels", 256))
+    assert os.listdir(tmp_path / "large") == [".pack"]
+
+
+def test_the_estimate_of_jpegs_is_near(pictures, tmp_path):
+    packing = Packing("jpeg", 100, 85)
+    folder = go(pictures, tmp_path / "p", packing)
+    _, parts = read_source(DataOptions(data=str(pictures)), quiet)
+    for name, part in parts.items():
+        real = sum(file.stat().st_size for file in folder.glob(f"{name}-*.tar"))
+        assert 0.8 * real < module._bytes(packing, part, range(len(part.labels))) < 1.6 * real
+
+
+def test_what_is_there_is_not_written_over(pictures, small, tmp_path):
+    folder = go(pictures, tmp_path / "p")
+    before = content(folder)
+    go(pictures, folder)
+    assert content(folder) == before
+    for packing, source in ((Packing("pixels", 32), pictures), (SMALL, small)):
+        with pytest.raises(UserError, match="holds another pack \\("):
+            go(source, folder, packing)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="is not empty and holds no packed images"):
+        go(pictures, tmp_path / "other")
+    with pytest.raises(UserError, match="is a file"):
+        go(pictures, tmp_path / "other" / "thesis.tex")
+
+
+def test_a_source_that_changed_is_refused_when_going_on(small, tmp_path, few, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            go(small, tmp_path / "p")
+    file = sorted((small / "train" / "ant").glob("*.jpg"))[0]
+    file.rename(file.with_name("renamed.jpg"))
+    with pytest.raises(UserError, match="holds another pack \\(parts"):
+        go(small, tmp_path / "p")
+
+
+def test_two_at_a_time_are_refused(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WAIT", 0)
+    refused = []
+
+    def tick(new, old):
+        with pytest.raises(UserError, match="another process packs into"):
+            go(pictures, tmp_path / "p")
+        refused.append(1)
+
+    go(pictures, tmp_path / "p", tick=tick)
+    assert refused
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named(truncated, tmp_path, few, workers):
+    root = truncated.parents[2]
+    with pytest.raises(UserError, match=f"{truncated.name}' cannot be decoded"):
+        go(root, tmp_path / "p", workers=workers)
+
+
+def test_damage_is_found_by_the_check(pictures, tmp_path, capsys):
+    folder = go(pictures, tmp_path / "p")
+    run([str(folder), "--check"])
+    assert "63 images, all checksums fit" in capsys.readouterr().out
+    data = bytearray((folder / "val-00000.npy").read_bytes())
+    data[1000] ^= 1
+    (folder / "val-00000.npy").write_bytes(data)
+    with pytest.raises(UserError, match="val-00000.npy has another content"):
+        run([str(folder), "--check"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.update(version=2), "has the version 2"),
+        (
+            lambda m: m["parts"]["train"]["shards"][0].update(file="../x"),
+            "manifest.json of the packed images is damaged",
+        ),
+        (lambda m: m["parts"]["train"]["shards"][0].update(images=26), "do not fit"),
+        (lambda m: m.update(size=25), "do not fit"),
+        (lambda m: m.update(classes=["one"]), "do not fit"),
+        (lambda m: m["parts"].update(train=3), "is damaged"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(pictures, tmp_path, change, message):
+    folder = go(pictures, tmp_path / "p")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=message):
+        packed_parts(str(folder))
+
+
+def test_the_command(pictures, tmp_path, capsys):
+    run([str(pictures), str(tmp_path / "p"), "--size", "16", "--workers", "0"])
+    out = capsys.readouterr().out
+    assert "27 images for train, 36 images for val, 3 classes, as squares of 16 pixels" in out
+    assert f"train with --data {tmp_path / 'p'}" in out
+    assert packed_parts(str(tmp_path / "p"))["val"].side == 16
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["x"], "pack needs SRC and DST"),
+        (["x", "y", "--size", "4"], "size=4: give 8 to 4096"),
+        (["x", "y", "--jpeg-quality", "101"], "jpeg_quality=101"),
+        (["x", "y", "--keep-files", "--size", "64"], "keep_files copies files as they are"),
+        (["digits", "y", "--jpeg-quality", "90"], "is no set of files"),
+        (["synthetic", "y"], "holds no images"),
+        (["x", "y", "--sise", "64"], "unknown option '--sise'"),
+        (["/nonexistent", "y"], "no such folder"),
+        (["--check"], "needs one folder"),
+    ],
+)
+def test_wrong_commands(words, message):
+    with pytest.raises(UserError, match=message):
+        run(words)
