@@ -23,6 +23,7 @@ folder.py        a folder of images, decoded in worker processes
 dali.py          a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one
 dali_source.py   what DALI gets for each batch
 dali_files.py    what DALI cannot do: tell a damaged file, decode every format
+dali_start.py    whether DALI reads the images of a run, decided by all processes together
 dali_package.py  which DALI package fits torch, and whether it can be imported
 small_sets.py    CIFAR-10, CIFAR-100, Fashion-MNIST and MNIST in memory, and what is usual for each
 cifar.py         the files of CIFAR
@@ -37,21 +38,18 @@ wait.py          how long the training loop waits for its loader
 synthetic.py     random images that are already on the device, to measure a run without loading data
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..errors import UserError
 from ..kernels.logit_loss import UNLABELLED
 from .base import IMAGENET_MEAN, IMAGENET_STD, EpochLoader, Loader
-from .dali_package import import_problem
+from .dali_start import dali_loaders, first_problem
 from .fingerprint import of_split
-from .image_index import sizes_of
 from .layout import evaluation_split, training_splits
 from .options import NAMES, DataOptions, changes_augmentation
 from .order import Shard
@@ -152,7 +150,7 @@ def _named_loaders(
     known, side = SMALL_SETS[options.data], side_of(options, options.data, log)
     if options.download:
         problem = download(options.data, options.data_dir, parts, log) if shard.rank == 0 else ""
-        if problem := _first_problem(gather(problem)):
+        if problem := first_problem(gather(problem)):
             raise UserError(problem)
     if "train" in parts and (line := unusual_normalisation(options, known)):
         log(line)
@@ -245,91 +243,9 @@ def _folder_loaders(
         usual: tuple[Padding, bool] = ("reflect", True)
         return _resident_loaders(sets, options.sized(side, IMAGENET_MEAN, IMAGENET_STD), usual, device, shard, log)
     options = options.for_large_images()
-    loaders = None if options.loader == "folder" else _dali(splits, options, device, shard, log, gather)
+    loaders = None if options.loader == "folder" else dali_loaders(splits, options, device, shard, log, gather)
     if loaders is not None:
         return loaders
     from .folder import FolderLoader
 
     return [FolderLoader(split, options, device, shard, train=name == "train") for name, split in splits.items()]
-
-
-def _dali(
-    splits: dict[str, Split],
-    options: DataOptions,
-    device: torch.device,
-    shard: Shard,
-    log: Log,
-    gather: Gather,
-) -> list[EpochLoader] | None:
-    """The loaders, or None if the DALI of any process cannot start and `loader` is "auto". Logs the choice made."""
-    sizes = _sizes_of_training_images(splits, options, shard, log, gather)
-    loaders, problem = _start_dali(splits, options, device, shard, sizes)
-    problem = _first_problem(gather(problem))
-    if problem and options.loader == "dali":
-        raise UserError(f"loader='dali': {problem}; loader='folder' does without it")
-    if problem:
-        log(f"data: decoding with torchvision ({problem})")
-        return None
-    if options.loader == "auto":
-        log("data: decoding with NVIDIA DALI (it is installed; loader='folder' takes torchvision)")
-    return loaders
-
-
-def _sizes_of_training_images(
-    splits: dict[str, Split], options: DataOptions, shard: Shard, log: Log, gather: Gather
-) -> Tensor | None:
-    """(height, width) int64 [N, 2], which DALI needs; None without DALI or training images.
-
-    One process of each machine reads the headers, and the others what it has kept. Raises UserError on every process if
-    one meets damaged files.
-    """
-    from .dali_files import undecodable
-
-    def read() -> tuple[Tensor | None, str]:
-        if "train" not in splits or import_problem() or undecodable(tuple(splits.values())):
-            return None, ""
-        try:
-            return sizes_of(splits["train"].files, options, log), ""
-        except UserError as error:
-            return None, str(error)
-
-    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    sizes, problem = read() if is_first else (None, "")
-    problem = _first_problem(gather(problem)) if shard.world_size > 1 else problem
-    if not problem and not is_first:
-        sizes, problem = read()
-    if problem:
-        raise UserError(problem)
-    return sizes
-
-
-def _start_dali(
-    splits: dict[str, Split], options: DataOptions, device: torch.device, shard: Shard, sizes: Tensor | None
-) -> tuple[list[EpochLoader] | None, str]:
-    """(the loaders, ""), or (None, why DALI cannot be used in this process)."""
-    if problem := import_problem():
-        return None, f"NVIDIA DALI, which is faster, {problem}"
-    if any(split.places is not None for split in splits.values()):
-        return None, "the images lie in shards, and DALI reads files"
-    from .dali import WAY_OUT, DaliLoader
-    from .dali_files import undecodable
-
-    if problem := undecodable(tuple(splits.values())):
-        return None, problem
-    loaders = []
-    for name, split in splits.items():
-        loaders.append(DaliLoader(split, options, device, shard, train=name == "train", sizes=sizes))
-    try:
-        if loaders[0].slices:  # a process may have no images to evaluate
-            loaders[0].start()
-    except UserError as error:
-        return None, str(error).removesuffix(WAY_OUT)
-    return [*loaders], ""
-
-
-def _first_problem(problems: list[str]) -> str:
-    """The first that is not empty, with its process if the processes differ; "" if there is none."""
-    for rank, problem in enumerate(problems):
-        if problem:
-            return problem if len(set(problems)) == 1 else f"process {rank} of {len(problems)}: {problem}"
-    return ""

@@ -6,6 +6,7 @@ files, spread evenly: that costs milliseconds for a million files, and shows ima
 
 import hashlib
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ def of_tensors(*tensors: Tensor) -> str:
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def of_file(path: str) -> str:
+    """Of the content of a file, such as the manifest of packed images, which has the checksums of all others."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 
 def of_split(split: Split) -> str:

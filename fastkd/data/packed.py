@@ -15,6 +15,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,9 +27,10 @@ from ..errors import UserError
 from ..kernels import augment
 from .augment import crops_and_flips, resized_boxes
 from .base import EpochLoader, resize_side
+from .fingerprint import of_file
 from .normalise import Normalise
 from .order import ONE_PROCESS, Shard
-from .pack_format import HEADER, PackedPart
+from .pack_format import HEADER, MANIFEST, PackedPart
 from .prefetch import Prefetch
 from .stored import OpenFiles
 
@@ -46,6 +48,7 @@ class PackedLoader(EpochLoader):
     """A Loader (see base.py) over one part of a packed folder."""
 
     name = "packed"
+    follows_train_size = True
 
     def __init__(
         self, part: PackedPart, options: "DataOptions", device: torch.device, shard: Shard = ONE_PROCESS, *, train: bool
@@ -54,19 +57,25 @@ class PackedLoader(EpochLoader):
         options = options.for_large_images()
         self.part, self.device = part, device
         self.image_size, self.mean, self.std = options.image_size, options.mean, options.std
-        self.threads, self.opened = max(1, options.workers), OpenFiles()
+        self.threads, self.opened, self.flip = max(1, options.workers), OpenFiles(), options.flip != "off"
+        self.fingerprint = partial(of_file, os.path.join(part.folder, MANIFEST))
         self.prefetch = Prefetch(self._augment, device) if device.type == "cuda" else None
         self.memory = Normalise(self.mean, self.std, torch.device("cpu"), torch.float32)  # reuses that of past batches
-        scale = 1 / (255 * torch.tensor(self.std)).repeat(self.image_size)  # of a line of pixels
-        self.scale, self.shift = scale, -255 * torch.tensor(self.mean).repeat(self.image_size) * scale
-        self.lines = max(1, SERIAL // (3 * self.image_size))
+        self._take_size(self.image_size)
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self._take_size(self.size_of(epoch))
         if self.prefetch is not None:
             yield from self.prefetch(self._made(epoch, first))
             return
         for images, target in self._made(epoch, first):
             yield images.permute(0, 3, 1, 2).to(self.device, self.shard.dtype), target.to(self.device)
+
+    def _take_size(self, side: int) -> None:
+        """From now on, images have this side."""
+        self.side, scale = side, 1 / (255 * torch.tensor(self.std)).repeat(side)  # of a line of pixels
+        self.scale, self.shift = scale, -255 * torch.tensor(self.mean).repeat(side) * scale
+        self.lines = max(1, SERIAL // (3 * side))
 
     def boxes(self, epoch: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """(top, left, height, width) int64 [N, 4] in pixels of the packed squares, and flips bool [N]."""
@@ -74,7 +83,7 @@ class PackedLoader(EpochLoader):
         if self.train:
             view = self.shard.view(epoch)
             boxes = resized_boxes(self.seed, view, numbers, sizes).double()
-            flips = crops_and_flips(self.seed, view, numbers, pad=0, flip=True)[1]
+            flips = crops_and_flips(self.seed, view, numbers, pad=0, flip=self.flip)[1]
         else:
             boxes = centred(sizes, self.image_size)
             flips = torch.zeros(len(numbers), dtype=torch.bool)
@@ -97,7 +106,7 @@ class PackedLoader(EpochLoader):
         boxes, flips = self.boxes(epoch, numbers)
         target, count = self.part.labels[numbers], len(numbers)
         if self.prefetch is None:
-            images = self.memory.empty((count, self.image_size, self.image_size, 3))
+            images = self.memory.empty((count, self.side, self.side, 3))
             batch: Batch = images, target
             make = self._crops
         else:
@@ -114,7 +123,7 @@ class PackedLoader(EpochLoader):
 
     def _crops(self, images: Tensor, numbers: Tensor, boxes: Tensor, flips: Tensor) -> None:
         """Read, crop, resize, flip and normalise into `images`, float32 [n, s, s, 3]."""
-        size = self.image_size
+        size = self.side
         rows = zip(images.view(len(images), size, -1), numbers.tolist(), boxes.tolist(), flips.tolist(), strict=True)
         memory = np.empty((self.part.side, self.part.side, 3), np.uint8)
         for out, number, (top, left, height, width), flip in rows:
@@ -143,7 +152,7 @@ class PackedLoader(EpochLoader):
 
     def _augment(self, squares: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
         """The batch on the GPU, in one launch."""
-        shape = len(squares), 3, self.image_size, self.image_size
+        shape = len(squares), 3, self.side, self.side
         out = torch.empty(shape, dtype=self.shard.dtype, device=squares.device, memory_format=torch.channels_last)
         augment(squares, boxes, flips, [out], [self.mean], [self.std])
         return out

@@ -12,11 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-import fastkd.data as data_module
 import fastkd.data.dali_files as dali_files
 import fastkd.data.scan as scan_module
 from fastkd.checkpoint import claim_folder
-from fastkd.data import DataOptions, create_loaders
+from fastkd.data import DataOptions, create_loaders, dali_start
 from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.dali_source import Source
 from fastkd.data.order import training_slices
@@ -393,9 +392,9 @@ def test_a_run_begun_with_dali_is_not_resumed_with_torchvision(pictures, request
 @pytest.mark.parametrize("local_rank", [0, 1])
 def test_one_process_of_a_machine_reads_the_headers_first(pictures, monkeypatch, local_rank):
     """The others find what it has kept."""
-    happened, sizes_of = [], data_module.sizes_of
+    happened, sizes_of = [], dali_start.sizes_of
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    monkeypatch.setattr(data_module, "sizes_of", lambda *how: happened.append("read") or sizes_of(*how))
+    monkeypatch.setattr(dali_start, "sizes_of", lambda *how: happened.append("read") or sizes_of(*how))
     _, _, train = chosen(pictures, "dali", rank=1, world_size=2, gather=lambda it: happened.append("met") or [it] * 2)
     assert happened == (["read", "met", "met"] if local_rank == 0 else ["met", "read", "met"])
     assert len(epoch(train)[1]) == 14

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-import fastkd.data.folder as folder_module
-from fastkd.data import DataOptions, create_loaders
+from fastkd.data import DataOptions, create_loaders, stored
 from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD
 from fastkd.data.scan import scan
 from fastkd.errors import UserError
@@ -138,8 +137,8 @@ def test_a_worker_leaves_the_garbage_of_its_parent_alone(pictures, monkeypatch, 
         def __del__(self):
             (tmp_path / str(os.getpid())).touch()
 
-    decode = folder_module.decode
-    monkeypatch.setattr(folder_module, "decode", lambda *how: (gc.collect(), decode(*how))[1])
+    decode = stored.decode
+    monkeypatch.setattr(stored, "decode", lambda *how: (gc.collect(), decode(*how))[1])
     train, _ = loaders(pictures, workers=1)
     gc.disable()
     try:

@@ -234,7 +234,7 @@ def test_a_compiled_teacher_is_compiled_for_each_size(monkeypatch):
 @pytest.mark.parametrize("text", ["", "32:64:16"])
 def test_a_folder_is_read_without_dali(pictures, monkeypatch, text):
     monkeypatch.setitem(sys.modules, "fastkd.data.dali", None)  # its import fails, as without DALI
-    monkeypatch.setattr("fastkd.data.import_problem", lambda: "is not installed")
+    monkeypatch.setattr("fastkd.data.dali_start.import_problem", lambda: "is not installed")
     options = DataOptions(data=str(pictures), workers=0, batch_size=8, image_size=64, train_size=text)
     train, _ = create_loaders(options, CPU, epochs=3, log=lambda line: None)
     assert train.name == "folder" and train.size_of(0) == (32 if text else 64)
