@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -135,6 +133,9 @@ class _Reader:
 
     def _bar(self, chunks: DataLoader, total: int) -> Iterator["_Chunk"]:
         """The chunks, with a progress bar after the first second."""
+        from rich.console import Console  # here, since without rich everything but the bar works
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         screen = Console()
         columns = TextColumn("reading image sizes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
