@@ -44,11 +44,12 @@ from fastkd.methods import METHODS
 
 STUDIES: dict[str, list[dict[str, Any]]] = {
     "iakd": [
-        *({"schedule": schedule, "p": (p,)} for schedule in ("linear", "review") for p in (0.5, 0.8, 0.9)),
-        *({"schedule": "uniform", "p": (p,), "finish_epochs": 2.0} for p in (0.5, 0.8)),
-        *({"schedule": name, "p": (0.8,), "teacher_bn": "batch"} for name in ("linear", "review")),
-        *({"schedule": name, "p": (0.8,), "kd_weight": 1.0} for name in ("linear", "review")),
-    ]
+        *({"schedule": name, "p": (p,)} for name, p in (("review", 0.8), ("linear", 0.5), ("linear", 0.9), ("review", 0.9))),
+        {"schedule": "uniform", "p": (0.8,), "finish_epochs": 2.0},
+        {"schedule": "review", "p": (0.8,), "teacher_bn": "batch"},
+        {"schedule": "review", "p": (0.8,), "kd_weight": 1.0},
+    ],
+    "dcm": [{"cross_stage": 0.0}, {"kl_weight": 0.3}],
 }
 """By method: options that are compared, with those of kd and of the student alone."""
 
