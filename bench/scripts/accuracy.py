@@ -44,7 +44,8 @@ from fastkd.methods import METHODS
 
 STUDIES: dict[str, list[dict[str, Any]]] = {
     "iakd": [
-        *({"schedule": name, "p": (p,)} for name, p in (("review", 0.8), ("linear", 0.5), ("linear", 0.9), ("review", 0.9))),
+        *({"schedule": "linear", "p": (p,)} for p in (0.5, 0.8, 0.9)),
+        *({"schedule": "review", "p": (p,)} for p in (0.8, 0.9)),
         {"schedule": "uniform", "p": (0.8,), "finish_epochs": 2.0},
         {"schedule": "review", "p": (0.8,), "teacher_bn": "batch"},
         {"schedule": "review", "p": (0.8,), "kd_weight": 1.0},
