@@ -97,6 +97,8 @@ def build(name: str, seed: int = 0, taught: bool = True) -> Method:
     prefixes = ("", *(f"{part}_" for part in parts_of(name)))
     cheap = {f"{prefix}{option}": value for prefix in prefixes for option, value in CHEAP.items()}
     options = {option: value for option, value in cheap.items() if option in names} | MORE.get(name, {})
+    if "iakd" in parts_of(name):  # so that blocks are swapped in within a few steps
+        options["iakd_p" if "iakd_p" in names else "p"] = (0.8,)
     method = kind(student, teacher, kind.Options(**options), peers)
     return method.to(memory_format=torch.channels_last).train()
 
