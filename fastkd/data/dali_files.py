@@ -47,6 +47,7 @@ def undecodable(splits: tuple[Split, ...]) -> str:
 class FirstPass:
     """Checks the files of the batches that go through it, each file once, `AHEAD` batches before they leave.
 
+    A file counts as checked when its batch leaves, so that the files of an epoch that was left are checked again.
     side: the shorter side of the pictures after resizing, if they are resized as a whole.
     """
 
@@ -57,17 +58,19 @@ class FirstPass:
     def ahead(self, batches: Iterator[Place]) -> Iterator[Place]:
         """The same batches. `batches` has no end. Raises UserError before it gives one with a bad file."""
         waiting: deque[tuple[Place, Future[str] | None]] = deque()
+        begun = torch.zeros_like(self.checked)  # files whose check was begun here
         for batch in batches:
-            waiting.append((batch, self._submit(batch)))
+            waiting.append((batch, self._submit(batch, begun)))
             if len(waiting) > AHEAD:
                 sound, check = waiting.popleft()
                 if check is not None and (problem := check.result()):
                     raise UserError(problem)
+                self.checked[sound.numbers] = True
                 yield sound
 
-    def _submit(self, batch: Place) -> "Future[str] | None":
-        fresh = batch.numbers[~self.checked[batch.numbers]]
-        self.checked[fresh] = True
+    def _submit(self, batch: Place, begun: Tensor) -> "Future[str] | None":
+        fresh = batch.numbers[~(self.checked[batch.numbers] | begun[batch.numbers])]
+        begun[fresh] = True
         where = f"epoch {batch.epoch}, batch {batch.step}, rank {self.rank}"
         return self.threads.submit(self._check, fresh.tolist(), where) if len(fresh) else None
 

@@ -1,5 +1,6 @@
 """The DALI loader, beside the torchvision one."""
 
+import contextlib
 import gc
 import io
 import os
@@ -16,7 +17,7 @@ import fastkd.data.dali_files as dali_files
 import fastkd.data.scan as scan_module
 from fastkd.checkpoint import claim_folder
 from fastkd.data import DataOptions, create_loaders, dali_start
-from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD
+from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD, first_batch
 from fastkd.data.dali_source import Source
 from fastkd.data.order import training_slices
 from fastkd.data.scan import scan
@@ -471,6 +472,25 @@ def test_a_damaged_file_is_named(kind, tmp_path):
     message = error_of(spoilt(tmp_path, {f"bad.{kind}.jpg": BAD[kind](damage.good_files()[kind])}), batch_size=4)
     assert f"bad.{kind}.jpg' cannot be decoded" in message and "\n" not in message
     assert ("epoch 0, batch" in message) != kind.startswith("webp")  # whose header has the length of the file
+
+
+@pytest.mark.parametrize("step", [0, 3, 5])
+def test_a_look_at_the_first_batch_forgets_no_damaged_file(step, tmp_path):
+    """Training looks at one batch before it begins. The check of the next ones has begun then, and is done again."""
+    root, good = tmp_path, damage.good_files()["jpeg"]
+    for i in range(64):
+        folder = root / ("train", "val")[i % 2] / ("one", "two")[i // 2 % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.jpg").write_bytes(good)
+    train, _ = loaders(root, batch_size=4, image_size=16)
+    bad = train.source.files[int(train.samples_of(0, step)[1])]
+    with open(bad, "wb") as stream:
+        stream.write(BAD["jpeg"](good))  # of the same size in pixels, and DALI decodes it
+    with contextlib.suppress(UserError):
+        first_batch(train)
+    with pytest.raises(UserError) as caught:
+        epoch(train)
+    assert f"{bad!r} cannot be decoded" in str(caught.value) and f"epoch 0, batch {step}, rank 0" in str(caught.value)
 
 
 def test_a_file_is_checked_before_dali_reads_it(tmp_path, monkeypatch):
