@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from .pack_format import FORMAT, HEADER, MANIFEST, VERSION, checksum, read_manifest
+from .pack_format import FORMAT, HEADER, MANIFEST, VERSION, check_sizes, checksum, read_manifest
 from .pack_shard import write_shard
 from .pack_source import Kind, Part, smaller_jpeg
 from .shard_labels import FILES
@@ -91,7 +91,10 @@ def _plan(packing: Packing, classes: tuple[str, ...], parts: dict[str, Part]) ->
 
 
 def _is_complete(folder: Path, plan: dict[str, Any]) -> bool:
-    """True if the folder holds this pack. Raises UserError if it holds anything that is no beginning of it."""
+    """True if the folder holds this pack. Raises UserError if it holds anything that is no beginning of it.
+
+    Raises UserError too if a file of the pack is missing or has another length.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{shown(str(folder))} is a file: name a folder for the packed images")
     if (manifest := read_manifest(folder)) is not None:
@@ -100,6 +103,7 @@ def _is_complete(folder: Path, plan: dict[str, Any]) -> bool:
             "parts": {n: {k: p[k] for k in ("images", "source")} for n, p in manifest["parts"].items()},
         }
         _refuse_other(folder, there, plan)
+        check_sizes(folder, manifest)
         shutil.rmtree(folder / WORK, ignore_errors=True)
         return True
     if folder.is_dir() and os.listdir(folder) and not (folder / WORK).is_dir():

@@ -57,14 +57,34 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         raise UserError(f"{str(path)!r} cannot be read ({error}): pack the images again, or remove it") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return None  # of another program
-    if not isinstance(manifest.get("parts"), dict):
-        raise UserError(f"{str(path)!r} is damaged: pack the images again")
     if manifest.get("version") != VERSION:
         raise UserError(
             f"{str(path)!r} has the version {manifest.get('version')!r} of packed images and this fastkd reads "
             f"{VERSION}: pack the images again"
         )
+    if not _is_sound(manifest):
+        raise UserError(f"{str(path)!r} is damaged: pack the images again")
     return manifest
+
+
+def _is_sound(manifest: Manifest) -> bool:
+    """True if all that is read from it is there and of its type. No name of a file leads out of the folder."""
+    try:
+        parts, classes = manifest["parts"].values(), manifest["classes"]
+        shards = [shard for part in parts for shard in part["shards"]]
+        files = [*shards, *(part["index"] for part in parts)]
+        names = [file["file"] for file in files]
+        numbers = [
+            manifest["size"],
+            *(each["images"] for each in (*parts, *shards)),
+            *(file["bytes"] for file in files),
+        ]
+        texts = [manifest["kind"], manifest["known"], *classes, *names, *(file["blake2b"] for file in files)]
+        texts += [part["source"] for part in parts]
+    except (KeyError, TypeError, AttributeError):
+        return False
+    are_right = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
+    return are_right and isinstance(classes, list) and not any("/" in name or name.startswith(".") for name in names)
 
 
 def check_sizes(folder: str | Path, manifest: Manifest) -> None:
@@ -93,23 +113,17 @@ def check_content(folder: str | Path, manifest: Manifest, tick: Any = lambda siz
 
 
 def _files(manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
-    """(name, {bytes, blake2b}) of every file that the manifest notes. Raises UserError if it is damaged."""
-    try:
-        files = [(str(shard["file"]), shard) for part in manifest["parts"].values() for shard in part["shards"]]
-        files += [(str(part["index"]["file"]), part["index"]) for part in manifest["parts"].values()]
-        complete = all({"bytes", "blake2b"} <= noted.keys() for _, noted in files)
-    except (KeyError, TypeError, AttributeError):
-        complete, files = False, []
-    if not complete or any("/" in name or name.startswith(".") for name, _ in files):
-        raise UserError(f"{MANIFEST} of the packed images is damaged: pack them again")
-    return files
+    """(name, {bytes, blake2b}) of every file that the manifest notes."""
+    parts = manifest["parts"].values()
+    noted = [*(shard for part in parts for shard in part["shards"]), *(part["index"] for part in parts)]
+    return [(file["file"], file) for file in noted]
 
 
 def _refuse(folder: str | Path, wrong: list[str]) -> None:
     if wrong:
         raise UserError(
-            f"packed images in {shown(str(folder))}: {some(wrong, quote=False)}; remove {MANIFEST} and these files and "
-            "run the same `fastkd pack` again, or copy the folder again"
+            f"packed images in {shown(str(folder))}: {some(wrong, quote=False)}; remove the folder and run "
+            "the same `fastkd pack` again, or copy it again"
         )
 
 
@@ -134,9 +148,9 @@ def packed_parts(folder: str) -> dict[str, PackedPart] | None:
 
 
 def _part(folder: str, name: str, manifest: Manifest) -> PackedPart:
-    part, side = manifest["parts"][name], int(manifest["size"])
+    part, side = manifest["parts"][name], manifest["size"]
     labels, sizes, _ = read_index(os.path.join(folder, part["index"]["file"]))
-    counts = [int(shard["images"]) for shard in part["shards"]]
+    counts = [shard["images"] for shard in part["shards"]]
     per_shard = counts[0] if counts else 1
     shards = tuple(os.path.join(folder, shard["file"]) for shard in part["shards"])
     lengths = {os.path.getsize(path) - count * side * side * 3 for path, count in zip(shards, counts, strict=True)}
@@ -147,9 +161,7 @@ def _part(folder: str, name: str, manifest: Manifest) -> PackedPart:
         or (sizes < 1).any()
     ):
         raise UserError(f"{shown(folder)}: {MANIFEST} and the shards for {name} do not fit: pack the images again")
-    return PackedPart(
-        folder, tuple(manifest["classes"]), side, labels, sizes, shards, per_shard, str(manifest["known"])
-    )
+    return PackedPart(folder, tuple(manifest["classes"]), side, labels, sizes, shards, per_shard, manifest["known"])
 
 
 HEADER = 128  # bytes before the pixels in a .npy file whose header is short
@@ -161,6 +173,6 @@ def read_index(path: str) -> tuple[Tensor, Tensor, list[str]]:
         with np.load(path, allow_pickle=False) as arrays:
             labels, sizes = (torch.from_numpy(arrays[name].astype(np.int64)) for name in ("labels", "sizes"))
             names = json.loads(arrays["names"].tobytes())
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of zipfile, zlib and numpy: anything
         raise UserError(f"{path!r} cannot be read ({error}): pack the images again") from None
     return labels, sizes.reshape(-1, 2), names

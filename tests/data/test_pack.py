@@ -1,9 +1,11 @@
 """`fastkd pack`: what it writes, that it goes on after any interruption, and what it refuses."""
 
+import contextlib
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -241,12 +243,18 @@ def test_damage_is_found_by_the_check(pictures, tmp_path, capsys):
         (lambda m: m.update(version=2), "has the version 2"),
         (
             lambda m: m["parts"]["train"]["shards"][0].update(file="../x"),
-            "manifest.json of the packed images is damaged",
+            "manifest.json' is damaged",
         ),
         (lambda m: m["parts"]["train"]["shards"][0].update(images=26), "do not fit"),
         (lambda m: m.update(size=25), "do not fit"),
         (lambda m: m.update(classes=["one"]), "do not fit"),
         (lambda m: m["parts"].update(train=3), "is damaged"),
+        (lambda m: m["parts"]["train"].pop("images"), "is damaged"),
+        (lambda m: m["parts"]["train"]["index"].update(bytes="9"), "is damaged"),
+        (lambda m: m["parts"]["train"]["shards"][0].update(images=None), "is damaged"),
+        (lambda m: m.pop("known"), "is damaged"),
+        (lambda m: m.update(size=None), "is damaged"),
+        (lambda m: m.update(classes=3), "is damaged"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(pictures, tmp_path, change, message):
@@ -256,6 +264,35 @@ def test_a_manifest_that_does_not_fit_is_refused(pictures, tmp_path, change, mes
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=message):
         packed_parts(str(folder))
+    if "damaged" in message:
+        for command in (lambda: go(pictures, folder), lambda: run([str(folder), "--check"])):
+            with pytest.raises(UserError, match=message):
+                command()
+
+
+def test_a_damaged_index_is_named(pictures, tmp_path):
+    folder = go(pictures, tmp_path / "p")
+    index = folder / "train.npz"
+    data = index.read_bytes()
+    for at in range(0, len(data), 11):
+        index.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+        with contextlib.suppress(UserError):
+            packed_parts(str(folder))
+    index.write_bytes(bytes(len(data)))
+    with pytest.raises(UserError, match="train.npz' cannot be read"):
+        packed_parts(str(folder))
+
+
+def test_a_pack_that_lacks_a_file_is_not_called_complete(pictures, tmp_path):
+    """The message says what to do, and that works."""
+    folder = go(pictures, tmp_path / "p")
+    wanted = content(folder)
+    os.truncate(folder / "val-00000.npy", 500)
+    (folder / "train-00000.npy").unlink()
+    with pytest.raises(UserError, match="train-00000.npy is missing, val-00000.npy has 500 bytes.*remove the folder"):
+        go(pictures, folder)
+    shutil.rmtree(folder)
+    assert content(go(pictures, folder)) == wanted
 
 
 def test_the_command(pictures, tmp_path, capsys):
