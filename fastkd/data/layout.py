@@ -75,10 +75,10 @@ def _stored_pair(stored: dict[str, Split], options: "DataOptions", log: Log) -> 
         log(f"data: {shown(root)} has no shards for train: all training images are unlabelled")
         return Split(stored["val"].classes, [], []), stored["val"]
     if missing := [name for name in ("train", "val") if name not in stored]:
-        remedy = " or add --val-fraction 0.1" if missing[-1] == "val" else ""
+        remedy = ", or add --val-fraction 0.1" if missing[-1] == "val" else ""
         raise UserError(
-            f"data={root!r} has no shards for {' and '.join(missing)}: let their names begin with train or val, as in "
-            f"'{{train,val}}-{{000..099}}.tar', or put them into folders of these names,{remedy}"
+            f"data={root!r} has no shards for {' and '.join(missing)}: let their names hold the word train or val, as "
+            f"in '{{train,val}}-{{000..099}}.tar', or put them into folders of these names{remedy}"
         )
     return stored["train"], stored["val"]
 

@@ -64,7 +64,7 @@ def read_source(options: DataOptions, log: Log) -> tuple[tuple[str, ...], dict[s
     if "" in splits:
         raise UserError(
             f"data={options.data!r} does not say which images are for training: add --val-fraction 0.1, or let the "
-            "names of the shards begin with train or val"
+            "names of the shards hold the word train or val"
         )
     return next(iter(splits.values())).classes, {name: part_of(split, options.data) for name, split in splits.items()}
 

@@ -44,12 +44,10 @@ def by_part(files: list[str]) -> dict[str, list[str]]:
 
 
 def _part(file: str) -> str:
-    """ "train", "val", "test" or "", by the first word of the file's name, or by that of its folder."""
-    for name in (os.path.basename(file), os.path.basename(os.path.dirname(os.path.abspath(file)))):
-        word = re.split(r"[^a-z]", name.lower())[0]
-        if word in PARTS or word == "test":
-            return PARTS.get(word, word)
-    return ""
+    """Such as "train" or "": by the first such word in the name of the file, or by the first word of its folder's."""
+    words = re.split(r"[^a-z]+", os.path.basename(file).lower())
+    words.append(re.split(r"[^a-z]", os.path.basename(os.path.dirname(os.path.abspath(file))).lower())[0])
+    return next((PARTS.get(word, word) for word in words if word in PARTS or word == "test"), "")
 
 
 def _named(pattern: str) -> list[str]:

@@ -71,10 +71,19 @@ def test_expanding_braces():
             expand(wrong)
 
 
-def test_the_part_is_the_first_word_of_the_name():
+def test_the_part_is_a_word_of_the_name():
     files = ["/x/training.tar", "train_0.tar", "d/validation-0.tar", "test-0.tar", "imagenet.tar"]
     assert by_part(files) == {"train": ["train_0.tar"], "val": ["d/validation-0.tar"]}
     assert by_part(["train.tar", "test.tar"]) == {"train": ["train.tar"], "val": ["test.tar"]}
+    for names in (
+        ("imagenet-train-0.tar", "imagenet-val-0.tar"),
+        ("imagenet1k-train-9.tar", "imagenet1k-validation-9.tar"),
+    ):
+        assert by_part([*names]) == {"train": [names[0]], "val": [names[1]]}
+    assert by_part(["/train/0.tar", "/val/latest-trained-0.tar"]) == {
+        "train": ["/train/0.tar"],
+        "val": ["/val/latest-trained-0.tar"],
+    }
     assert by_part(["/x/shard-0.tar", "/x/shard-1.tar"]) == {"": ["/x/shard-0.tar", "/x/shard-1.tar"]}
 
 
