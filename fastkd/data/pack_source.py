@@ -16,9 +16,11 @@ from ..errors import UserError
 from .decode import check_resized
 from .layout import training_splits
 from .options import NAMES, DataOptions
+from .pack_format import read_manifest
 from .scan import Split
 from .shards import stored_splits
 from .stored import OwnFiles, Pictures
+from .walk import shown
 
 Kind = Literal["pixels", "jpeg", "files"]
 Log = Callable[[str], None]
@@ -59,6 +61,8 @@ def read_source(options: DataOptions, log: Log) -> tuple[tuple[str, ...], dict[s
         raise UserError("data='synthetic' holds no images: nothing to pack")
     if options.data in NAMES:
         return _named(options, log)
+    if (manifest := read_manifest(options.data)) is not None and manifest["kind"] == "pixels":
+        raise UserError(f"{shown(options.data)} holds packed pixels already: pack the images that it was made from")
     splits = training_splits(options, log) if options.val_fraction else stored_splits(options.data, log)
     splits = splits or training_splits(options, log)
     if "" in splits:

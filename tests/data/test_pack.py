@@ -123,6 +123,20 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bytes(pictures, 
     assert sum(new + old for new, old in ticks) in (0, 63)  # 0: it was complete
 
 
+def test_killed_while_processes_write_it_goes_on_and_ends_with_the_same_bytes(pictures, tmp_path, few):
+    """The processes outlive the one that was killed, by up to 5 s, and hold the lock: the next run waits for them."""
+    wanted, folder = content(go(pictures, tmp_path / "whole")), tmp_path / "killed"
+    source = read_source(DataOptions(data=str(pictures)), quiet)
+    child = os.fork()
+    if child == 0:
+        pack(str(folder), SMALL, *source, 2, lambda new, old: os.kill(os.getpid(), signal.SIGKILL) if new else None)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL and (folder / ".pack").is_dir()
+    ticks = []
+    go(pictures, folder, workers=2, tick=lambda new, old: ticks.append((new, old)))
+    assert content(folder) == wanted and ticks[0][1] >= 4 and sum(map(sum, ticks)) == 63
+
+
 @pytest.mark.parametrize("stop", ["train-00003.npy", "train-00003.npy.json", "train.npz", "manifest.json"])
 def test_stopped_at_each_kind_of_file(pictures, tmp_path, few, monkeypatch, stop):
     wanted = content(go(pictures, tmp_path / "whole"))
@@ -193,6 +207,14 @@ def test_what_is_there_is_not_written_over(pictures, small, tmp_path):
         go(pictures, tmp_path / "other")
     with pytest.raises(UserError, match="is a file"):
         go(pictures, tmp_path / "other" / "thesis.tex")
+
+
+def test_packed_pixels_are_not_packed_again(pictures, tmp_path):
+    folder = go(pictures, tmp_path / "p")
+    with pytest.raises(UserError, match="p holds packed pixels already: pack the images that it was made from"):
+        go(folder, tmp_path / "again")
+    shards = go(pictures, tmp_path / "f", Packing("files", 0))
+    assert content(go(shards, tmp_path / "same", Packing("files", 0))).keys() == content(shards).keys()
 
 
 def test_a_source_that_changed_is_refused_when_going_on(small, tmp_path, few, monkeypatch):
