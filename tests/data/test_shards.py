@@ -3,12 +3,13 @@
 import json
 import os
 import tarfile
+import tracemalloc
 
 import pytest
 import torch
 from shard_files import add, tar_folder, write_tars
 
-from fastkd.data import DataOptions, create_eval_loader, create_loaders
+from fastkd.data import DataOptions, create_eval_loader, create_loaders, shards
 from fastkd.data.layout import training_splits
 from fastkd.data.scan import scan
 from fastkd.data.shard_names import by_part, expand, shards_of
@@ -61,6 +62,28 @@ def test_names_with_braces_stars_and_folders(tars, tmp_path):
     for file in tars.glob("*.tar"):
         file.rename(tars / file.name.split("-")[0] / file.name.split("-")[1])
     assert torch.equal(epoch(tars)[1], whole[1])  # train/000.tar, with classes.txt one folder above
+
+
+def test_the_indices_of_many_shards_are_not_all_in_memory(monkeypatch):
+    """1.28 million images take 0.3 GB: their names, labels and places. Their indices would take 0.6 GB."""
+
+    def index(shard):
+        rows = [[f"n{shard[-7:-4]}_{i:08}.jpg", 1 << 30 | i, 110_000 + i, "jpeg", 400 + i % 500] for i in range(1000)]
+        return {"images": rows, "skipped": {"txt": 2}}, True
+
+    monkeypatch.setattr(shards, "index_of", index)
+    lines, count = [], 64
+    tracemalloc.start()
+    try:
+        names, labels, places, formats = shards._tar_part([f"/x/train-{i:03}.tar" for i in range(count)], lines.append)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(names) == len(labels) == count * 1000 and formats == {"jpeg": (count * 1000, names[0])}
+    assert lines == ["data: indexed 64 of 64 tar files", "data: not read in the tar files: 128 .txt"]
+    assert names[2001] == "/x/train-002.tar/n002_00000001.jpg" and labels[2001] == 401
+    assert [int(each[2001]) for each in (places.shard, places.offset, places.length)] == [2, 1 << 30 | 1, 110_001]
+    assert peak < 320 * count * 1000
 
 
 def test_expanding_braces():
