@@ -117,8 +117,8 @@ def create_eval_loader(
     """The evaluation loader alone, as from `create_loaders`, of a folder that may have no train/.
 
     Its classes are those of the images that are evaluated. Without val/ these are the images that `val_fraction` holds
-    out, or all images of a folder of classes. `keep_small` False: small images of a folder are resized and cropped as
-    large ones are, for a network that was trained on such.
+    out, or all images of a folder of classes. `keep_small` False: small images, of a folder or packed, are resized and
+    cropped as large ones are, for a network that was trained on such.
     """
     for given in (f"unlabelled={options.unlabelled!r}" * bool(options.unlabelled), changes_augmentation(options)):
         if given:
@@ -127,7 +127,7 @@ def create_eval_loader(
     if options.data in NAMES:
         return _named_loaders(options, device, shard, log, gather, parts=("val",))[-1]
     if (parts := packed_parts(options.data)) is not None:
-        return _packed_loaders(parts, ("val",), options, device, shard, log)[0]
+        return _packed_loaders(parts, ("val",), options, device, shard, log, keep_small=keep_small)[0]
     split = evaluation_split(options, log)
     return _folder_loaders({"val": split}, options, device, shard, log, gather, keep_small=keep_small)[0]
 
@@ -205,6 +205,8 @@ def _packed_loaders(
     device: torch.device,
     shard: Shard,
     log: Log,
+    *,
+    keep_small: bool = True,
 ) -> list[EpochLoader]:
     """A loader for each part of `names` of a packed folder. Small squares are kept in memory."""
     from .packed import PackedLoader
@@ -215,7 +217,7 @@ def _packed_loaders(
     about = ", ".join(f"{len(part.labels):,} images for {name}" for name, part in parts.items())
     side = next(iter(found.values())).side
     log(f"data: {shown(options.data)} holds packed images of {side} pixels: {about}")
-    if (small := read_small_pack(found, options)) is not None:
+    if keep_small and (small := read_small_pack(found, options)) is not None:
         sets, known = small
         usual, options = (known.pad_mode, known.flip), options.sized(side, known.mean, known.std)
         return _resident_loaders(sets, options, usual, device, shard, log)

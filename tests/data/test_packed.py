@@ -1,10 +1,12 @@
 """Training from packed pixels: the crops, flips and order of the other loaders, in any number of processes."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from fastkd.data import DataOptions, create_eval_loader, create_loaders
@@ -148,6 +150,24 @@ def test_small_squares_are_resident_and_treated_as_their_set(tmp_path):
     assert (ours.name, ours.mean, ours.std) == (theirs.name, theirs.mean, theirs.std) and ours.classes == theirs.classes
     for (images, target), (wanted, labels) in zip(ours, theirs, strict=True):
         assert torch.equal(images, wanted) and torch.equal(target, labels)
+
+
+def test_small_squares_are_evaluated_as_large_images_are_if_the_network_was_trained_on_such(tmp_path):
+    pixels = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
+    for i in range(16):
+        file = tmp_path / "s" / ("train", "val")[i % 2] / "ab"[i // 2 % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels + 5 * i).convert("RGB").save(file)
+    options = DataOptions(workers=0, image_size=64, batch_size=8)
+    packed = packed_folder(tmp_path / "s", tmp_path / "p", Packing("pixels", 64))
+    for keep_small, name in ((True, "resident"), (False, "packed")):
+        batches = []
+        for data, kind in ((packed, name), (tmp_path / "s", name.replace("packed", "folder"))):
+            one = replace(options, data=str(data), loader="folder" if kind == "folder" else "auto")
+            loader = create_eval_loader(one, CPU, log=quiet, keep_small=keep_small)
+            assert loader.name == kind
+            batches.append(next(iter(loader))[0].clone())
+        assert float((batches[0] - batches[1]).abs().mean()) < 0.05
 
 
 @pytest.mark.parametrize(
