@@ -101,5 +101,5 @@ def _quantiles(alpha: float) -> tuple[np.ndarray, np.ndarray]:
     for n in range(1, 60 + int(8 * alpha)):
         series += term
         term = term * (2 * alpha + n - 1) / (alpha + n) * x
-    distribution = (x * (1 - x)) ** alpha * series
+    distribution = (4 * x * (1 - x)) ** alpha * series  # with the 4, no large alpha makes all of it 0
     return distribution / distribution[-1] / 2, power

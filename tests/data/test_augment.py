@@ -66,7 +66,7 @@ def test_boxes_that_never_fit_are_centred(size, want):
 SIZE = (40, 50)
 
 
-@pytest.mark.parametrize("alpha", [0.1, 0.2, 1.0, 5.0, 100.0])
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 1.0, 5.0, 100.0, 1000.0])
 def test_mixup_has_the_beta_distribution(alpha):
     drawn = mixtures(1, 2, torch.arange(6000), SIZE, mixup=alpha)
     want = torch.distributions.Beta(torch.tensor(alpha).double(), torch.tensor(alpha).double()).sample((6000,))
