@@ -34,6 +34,7 @@ WORK = ".pack"
 PIXEL_BYTES = 256 << 20  # of a shard of pixels
 TAR_IMAGES = 1000  # of a tar shard
 LOOKED_AT = 32  # images that are encoded to estimate the size of all
+INDEXED = 64  # bytes of an image in the index and in the note of its shard, beside its name
 SPARE = 16 << 20  # bytes that are left free
 WAIT = 10  # seconds for the processes of a run that was killed
 
@@ -74,7 +75,17 @@ def pack(
             if isinstance(result, str):
                 raise UserError(result)
             tick(result, 0)
-        _finish(folder, plan, parts, shards)
+        try:
+            _finish(folder, plan, parts, shards)
+        except OSError as error:
+            raise UserError(_unwritable(folder, error)) from None
+
+
+def _unwritable(path: Path, error: OSError) -> str:
+    """What went wrong when a file was written, and what to do."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "make room, and run the same command again: complete shards are kept" if is_full else "check the disk"
+    return f"{str(path)!r} cannot be written ({error.strerror}): {remedy}"
 
 
 def _plan(packing: Packing, classes: tuple[str, ...], parts: dict[str, Part]) -> dict[str, Any]:
@@ -186,8 +197,9 @@ def _shards(folder: Path, name: str, part: Part, packing: Packing) -> list[Shard
 
 
 def check_disk(folder: Path, packing: Packing, parts: dict[str, Part], shards: list[Shard]) -> None:
-    """Raise UserError unless the shards that are missing have room on the disk."""
+    """Raise UserError unless the shards that are missing, and the indices, have room on the disk."""
     need = sum(_bytes(packing, parts[shard.part], shard.rows) for shard in shards)
+    need += sum(len(name) + INDEXED for part in parts.values() for name in part.names)
     free = shutil.disk_usage(folder).free
     if need + SPARE > free:
         raise UserError(
@@ -239,9 +251,7 @@ class _Shards(Dataset):
             return str(error)
         except OSError as error:
             shard.unfinished.unlink(missing_ok=True)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            remedy = "make room, and run the same command again: complete shards are kept" if full else "check the disk"
-            return f"{str(shard.path)!r} cannot be written ({error.strerror}): {remedy}"
+            return _unwritable(shard.path, error)
         return len(shard.rows)
 
 

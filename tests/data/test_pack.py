@@ -1,6 +1,7 @@
 """`fastkd pack`: what it writes, that it goes on after any interruption, and what it refuses."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -172,6 +173,33 @@ def test_a_full_disk_leaves_complete_shards_and_is_named(pictures, tmp_path, few
         signal.signal(signal.SIGXFSZ, previous)
     assert not list((folder / ".pack").glob("*.npy"))
     assert content(go(pictures, folder)) == wanted
+
+
+def test_a_disk_that_is_full_at_the_end_is_named(pictures, tmp_path, few, monkeypatch):
+    wanted, write = content(go(pictures, tmp_path / "whole")), module.write_atomic
+
+    def full(path, data):
+        if path.name in ("val.npz", "manifest.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_atomic", full)
+        with pytest.raises(UserError, match="p' cannot be written \\(No space .* run the same command again"):
+            go(pictures, tmp_path / "p")
+    ticks = []
+    assert content(go(pictures, tmp_path / "p", tick=lambda new, old: ticks.append((new, old)))) == wanted
+    assert ticks == [(0, 63)]
+
+
+def test_the_disk_needs_room_for_the_indices(pictures, tmp_path, monkeypatch):
+    _, parts = read_source(DataOptions(data=str(pictures)), quiet)
+    folder, usage = go(pictures, tmp_path / "p"), shutil.disk_usage(tmp_path)
+    free = sum((folder / f"{name}.npz").stat().st_size for name in parts) - 1
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=free))
+    monkeypatch.setattr(module, "SPARE", 0)
+    with pytest.raises(UserError, match="the packed images need"):
+        module.check_disk(folder, SMALL, parts, [])
 
 
 def test_the_disk_is_looked_at_first(pictures, tmp_path, monkeypatch):
