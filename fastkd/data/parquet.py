@@ -103,8 +103,11 @@ def _one(file: str, what: str, columns: list[str], features: dict[str, Any], kin
 
 
 def _labels(file: str, parquet: Any, column: str) -> list[int | str]:
-    """Raises UserError for rows without a label, and for labels that are neither whole numbers nor texts."""
-    values = parquet.read([column], use_threads=False).column(0).to_pylist()
+    """Raises UserError for damage, for rows without a label, and for labels that are no whole numbers nor texts."""
+    try:
+        values = parquet.read([column], use_threads=False).column(0).to_pylist()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file!r} is damaged in its column {column!r} ({_line(error)}): get it again") from None
     for row, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise UserError(f"{file!r}: row {row} has the label {value!r:.60}: a label is a whole number or a text")

@@ -1,5 +1,6 @@
 """Parquet files of images as --data: the images, labels and order of the folder that they were made from."""
 
+import contextlib
 import os
 import sys
 
@@ -142,3 +143,19 @@ def test_damaged_pages_are_named(rows):
     file.write_bytes(data)
     with pytest.raises(UserError, match="train-00001-of-00002.parquet/row .*(cannot be decoded|damaged)"):
         epoch(rows)
+
+
+def test_damaged_labels_are_named(rows):
+    """Wrong bytes are named, or give other labels: a page has no checksum."""
+    file = rows / "data/train-00001-of-00002.parquet"
+    data = file.read_bytes()
+    place = (
+        pytest.importorskip("pyarrow.parquet").ParquetFile(file).metadata.row_group(0).column(2).data_page_offset
+    )  # after bytes and path
+    for at in range(place, place + 30):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+        with contextlib.suppress(UserError):
+            training_splits(DataOptions(data=str(rows)), quiet)
+    file.write_bytes(data[:place] + bytes(30) + data[place + 30 :])
+    with pytest.raises(UserError, match="train-00001-of-00002.parquet' is damaged in its column 'label'"):
+        training_splits(DataOptions(data=str(rows)), quiet)
