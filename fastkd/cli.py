@@ -16,6 +16,7 @@ usage: fastkd COMMAND [OPTIONS]
   cache-teacher   ask the teacher once: its logits on disk, for trainings that load no teacher
   eval      top-1, top-5, loss and images/s of trained weights
   pack      images once decoded, or made smaller, in shards that are read fast: fastkd pack SRC DST
+  check-data  which images cannot be read, are odd or are there twice: fastkd check-data DIR
   bench     how long losses and whole training steps take here, beside other ways: fastkd bench loss | step | data
   doctor    what this machine has, and which paths fastkd will take on it
   methods   the methods by name, with their papers and what they need
@@ -24,7 +25,7 @@ usage: fastkd COMMAND [OPTIONS]
 `fastkd COMMAND --help` explains the options. Several GPUs: torchrun --nproc-per-node N -m fastkd train ...
 """
 
-COMMANDS = ("train", "cache-teacher", "eval", "pack", "bench", "doctor", "methods", "recipes")
+COMMANDS = ("train", "cache-teacher", "eval", "pack", "check-data", "bench", "doctor", "methods", "recipes")
 """Each is a module of commands/ with `run(arguments)`. It is imported when it is asked for: torch takes seconds."""
 
 

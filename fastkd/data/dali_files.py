@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import UserError
 from .decode import inspect
 from .scan import Split
+from .walk import HOW
 
 KINDS = ("jpeg", "png", "webp", "bmp")  # that DALI decodes to the pixels of Pillow; TIFF: not turned, damage not seen
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB")  # the same in Pillow's words
@@ -79,7 +80,7 @@ class FirstPass:
         for file in (self.files[number] for number in numbers):
             kind, reason = inspect(file, self.side)
             if reason:
-                return f"{file!r} cannot be decoded ({reason}; {where}): repair or remove it"
+                return f"{file!r} cannot be decoded ({reason}; {where}): repair or remove it{HOW}"
             if kind not in FORMATS:
                 return f"{file!r} is a {kind}, which DALI cannot decode ({where}): {REMEDY}"
         return ""

@@ -9,7 +9,7 @@ seconds, so that a run that was killed goes on there.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import UserError
 from .decode import begin_worker, header
 from .index_file import HEADER, NO_ROWS, ROW, in_cache, key_of, load, merged, pruned, take, write
-from .walk import INDEX, SHOWN, shown
+from .progress import with_bar
+from .walk import HOW, INDEX, SHOWN, shown
 
 SLOW = 1.0  # seconds after which there is a progress bar, and the index is kept
 SAVE_EVERY = 5.0  # seconds
@@ -109,7 +110,13 @@ class _Reader:
         """(the known rows with those of `missing`, positions in the files; the damaged files)"""
         fresh, bad = [NO_ROWS], list[Bad]()
         wanted = rows["key"]
-        for positions, sizes, wrong in self._bar(self._headers(missing), len(missing)):
+        for positions, sizes, wrong in with_bar(
+            self._headers(missing),
+            len(missing),
+            "reading image sizes",
+            lambda chunk: len(chunk[0]) + len(chunk[2]),
+            self._is_slow,
+        ):
             part = rows[positions]
             for name in HEADER:
                 part[name] = sizes[name]
@@ -130,24 +137,6 @@ class _Reader:
             worker_init_fn=begin_worker,
             generator=torch.Generator(),  # else the training process's default generator is drawn from
         )
-
-    def _bar(self, chunks: DataLoader, total: int) -> Iterator["_Chunk"]:
-        """The chunks, with a progress bar after the first second."""
-        from rich.console import Console  # here, since without rich everything but the bar works
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        screen = Console()
-        columns = TextColumn("reading image sizes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        bar = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
-        task = bar.add_task("", total=total)
-        try:
-            for chunk in chunks:
-                if self._is_slow() and not bar.live.is_started:
-                    bar.start()
-                yield chunk
-                bar.advance(task, len(chunk[0]) + len(chunk[2]))
-        finally:
-            bar.stop()
 
     def _is_slow(self) -> bool:
         return time.monotonic() > self.started + SLOW
@@ -225,4 +214,4 @@ def _damaged(bad: list[Bad]) -> str:
     first = "; ".join(f"{file!r} cannot be decoded ({reason})" for file, reason in bad[:SHOWN])
     more = f"; and {len(bad) - SHOWN} more" if bad[SHOWN:] else ""
     total = f"{len(bad)} damaged images: " if len(bad) > 1 else ""
-    return f"{total}{first}{more}: repair or remove {'these files' if len(bad) > 1 else 'it'}"
+    return f"{total}{first}{more}: repair or remove {'these files' if len(bad) > 1 else 'it'}{HOW}"

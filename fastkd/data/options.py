@@ -48,6 +48,10 @@ class DataOptions:
     """What pad-crop adds: reflect (the image mirrored) or zeros (black); auto: reflect for colour, zeros for gray."""
     flip: Switch = "auto"
     """Mirror every second training image, by chance; auto: off for mnist and the digits. Also --flip and --no-flip."""
+    file_list: str = ""
+    """Use these images of the folder or the shards alone: a list that `fastkd check-data --file-list` has written."""
+    skip_bad: bool = False
+    """Check all images before the run, and leave out those that cannot be read. A list made once is faster."""
     val_fraction: float = 0.0
     """Hold out this fraction of each class for evaluation: for a folder without val/, or of class folders alone."""
     split_seed: int = 0
@@ -118,7 +122,7 @@ def _check_split(options: DataOptions) -> None:
         raise UserError(f"val_fraction={options.val_fraction}: give a fraction from 0 to below 1, such as 0.1")
     if options.split_seed and not options.val_fraction:
         raise UserError(f"split_seed={options.split_seed} needs val_fraction: it chooses the images that are held out")
-    for name in ("val_fraction", "unlabelled"):
+    for name in ("val_fraction", "unlabelled", "file_list", "skip_bad"):
         if options.data in NAMES and getattr(options, name):
             raise UserError(f"{name}={getattr(options, name)!r} is for a folder of images, and data={options.data!r}")
 

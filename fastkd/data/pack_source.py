@@ -18,7 +18,7 @@ from .layout import training_splits
 from .options import NAMES, DataOptions
 from .pack_format import read_manifest
 from .scan import Split
-from .shards import stored_splits
+from .shards import refuse_unknown, stored_splits
 from .stored import OwnFiles, Pictures
 from .walk import shown
 
@@ -63,7 +63,9 @@ def read_source(options: DataOptions, log: Log) -> tuple[tuple[str, ...], dict[s
         return _named(options, log)
     if (manifest := read_manifest(options.data)) is not None and manifest["kind"] == "pixels":
         raise UserError(f"{shown(options.data)} holds packed pixels already: pack the images that it was made from")
-    splits = training_splits(options, log) if options.val_fraction else stored_splits(options.data, log)
+    splits = None if options.val_fraction else stored_splits(options.data, log)
+    if splits is not None:
+        refuse_unknown(splits)
     splits = splits or training_splits(options, log)
     if "" in splits:
         raise UserError(

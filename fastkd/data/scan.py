@@ -39,8 +39,11 @@ class Split:
         return replace(self, files=files, labels=labels, places=places)
 
 
-def scan(root: str) -> Split:
-    """The images of one split; its folders are the classes. Raises UserError if a file is unusable or a class empty."""
+def scan(root: str, wanted: frozenset[str] | None = None, check: bool = True) -> Split:
+    """The images of one split; its folders are the classes. Raises UserError if a file is unusable or a class empty.
+
+    `wanted`: the images to take, all by default. Without `check`, unusable files are left in, for another check.
+    """
     found = Found()
     beside, classes = look(root, found)
     if beside:
@@ -53,10 +56,12 @@ def scan(root: str) -> Split:
     by_class, empty = [], []
     for name in classes:
         below = Found()
-        by_class.append(files_below(os.path.join(root, name), below, (identity(root),)))
+        files = files_below(os.path.join(root, name), below, (identity(root),))
+        by_class.append(files if wanted is None else [file for file in files if file in wanted])
         if not by_class[-1]:
             empty.append(f"{shown(name)}{_but(below, root)}")
         found.add(below)
+    found.wrong = [] if not check else [each for each in found.wrong if wanted is None or each[0] in wanted]
     found.refuse_wrong()
     if empty:
         raise UserError(
@@ -65,7 +70,8 @@ def scan(root: str) -> Split:
         )
     files = [file for group in by_class for file in group]
     labels = [label for label, group in enumerate(by_class) for _ in group]
-    return Split(tuple(classes), files, labels, check_headers(files), found.notes(root) + _look_alikes(root, classes))
+    formats = check_headers(files) if check else {}
+    return Split(tuple(classes), files, labels, formats, found.notes(root) + _look_alikes(root, classes))
 
 
 def scan_images(root: str) -> Split:
@@ -138,6 +144,8 @@ def _kinds(files: list[str]) -> tuple[Formats, list[tuple[str, str]]]:
             formats[kind] = count + 1, first
     return formats, wrong
 
+
+UNKNOWN = "unknown"  # the kind of an image in a shard that does not begin like one
 
 STARTS = {
     b"\xff\xd8\xff": "jpeg",

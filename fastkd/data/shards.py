@@ -9,12 +9,12 @@ import numpy as np
 
 from ..errors import UserError
 from .pack_format import check_sizes, read_manifest
-from .scan import Formats, Split
+from .scan import UNKNOWN, Formats, Split
 from .shard_labels import classes_of, names_beside, positions
 from .shard_names import shards_of
 from .stored import Members, Places
 from .tar_index import Index, index_of
-from .walk import shown, some
+from .walk import HOW, shown, some
 
 Log = Callable[[str], None]
 Part = tuple[list[str], list[int | str], Places, Formats]  # names of the images, their labels, places and kinds
@@ -49,6 +49,15 @@ def stored_splits(data: str, log: Log) -> dict[str, Split] | None:
     kind = os.path.splitext(first)[1]
     log(f"data: {shown(data)} holds shards ({kind}): {', '.join(counts)}; {len(classes):,} classes")
     return splits
+
+
+def refuse_unknown(splits: dict[str, Split]) -> None:
+    """Raise UserError if an image does not begin like one."""
+    for split in splits.values():
+        count, example = split.formats.get(UNKNOWN, (0, ""))
+        if count:
+            more = f", and {count - 1:,} more are none either" if count > 1 else ""
+            raise UserError(f"{shown(example)} is no picture, by its first bytes{more}: leave it out{HOW}")
 
 
 def _of(part: str) -> str:

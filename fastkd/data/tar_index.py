@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import UserError
-from .scan import image_kind
+from .scan import UNKNOWN, image_kind
 from .walk import EXTENSIONS, shown, some
 
 VERSION = 1  # of the index
@@ -118,7 +118,7 @@ def _is_wanted(ending: str) -> bool:
 
 
 def _images(shard: str, stream: BinaryIO, samples: dict[str, dict[str, tuple[int, int]]]) -> list[list[Any]]:
-    """The rows of the index. Raises UserError for keys with several images or none, and for files that are none."""
+    """The rows of the index. Raises UserError for keys with several images or none."""
     alone = [key for key, parts in samples.items() if not parts.keys() & {*ENDINGS}]
     if alone:
         raise UserError(
@@ -131,9 +131,7 @@ def _images(shard: str, stream: BinaryIO, samples: dict[str, dict[str, tuple[int
             raise UserError(f"{shard!r} has {len(endings)} images of the key {key!r} ({', '.join(endings)}): keep one")
         offset, length = parts[endings[0]]
         stream.seek(offset)
-        kind = image_kind(stream.read(min(16, length)))
-        if kind is None:
-            raise UserError(f"{shard!r}: {shown(f'{key}.{endings[0]}')} is no picture, by its first bytes: remove it")
+        kind = image_kind(stream.read(min(16, length))) or UNKNOWN
         label = _label(f"{shard!r}: {shown(key)}", stream, parts)
         images.append([f"{key}.{endings[0]}", offset, length, kind, label])
     return images

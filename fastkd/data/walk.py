@@ -17,6 +17,7 @@ SYSTEM = (
     *("system volume information", "@eadir", "lost+found"),
 )
 SHOWN = 5  # names per message
+HOW = "; `fastkd check-data` finds all such files, and --skip-bad leaves them out"
 INDEX = ".fastkd-index"  # how the files begin in which image_index.py keeps what it has read
 
 Identity = tuple[int, int]  # device and inode of a folder
@@ -71,7 +72,7 @@ class Found:
         if self.wrong:
             (path, problem), *rest = self.wrong
             more = f" and {len(rest)} more: {some([repr(name) for name, _ in rest], quote=False)};" if rest else ";"
-            raise UserError(f"{path!r} {problem}{more} repair or remove these files")
+            raise UserError(f"{path!r} {problem}{more} repair or remove these files{HOW}")
 
 
 def files_below(folder: str, found: Found, above: tuple[Identity, ...] = ()) -> list[str]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from fastkd.data import DataOptions, create_loaders
+from fastkd.data.check import check_images
 from fastkd.data.decode import decode
+from fastkd.data.stored import Pictures
 from fastkd.errors import UserError
 
 pytest.importorskip("nvidia.dali")
@@ -82,7 +84,10 @@ def is_bad(file: Path) -> bool:
 @pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.every)])
 def test_both_loaders_name_the_same_damaged_files(tmp_path, count, capsys):
     roots = {loader: make_folder(tmp_path / loader, count) for loader in ("dali", "folder")}
-    want = {file.name for file in (roots["dali"] / "train" / "one").iterdir() if is_bad(file)}
+    files = sorted((roots["dali"] / "train" / "one").iterdir())
+    want = {file.name for file in files if is_bad(file)}
+    findings, _ = check_images(Pictures([str(file) for file in files], None), workers=0)
+    assert {files[each.image].name for each in findings if each.is_bad} == want
     found = {loader: named_one_after_another(root, loader) for loader, root in roots.items()}
     assert set(found["folder"]) == want
     others = {name: found["dali"][name] for name in set(found["dali"]) - want}
