@@ -79,6 +79,18 @@ def test_other_views_give_another_student(tmp_path):
     assert not equal(two, train(KD, tmp_path / "three", 3, epochs=3)[0])
 
 
+def test_a_loader_that_has_given_epochs_before_goes_on_there(tmp_path):
+    """In Python: one loader for several runs. The rows are those of its own epochs, not of the run's."""
+    train(KD, tmp_path / "first", 3, cache_in(tmp_path / "new", 3), epochs=3)
+    used = loader(3)
+    used.load_state_dict({"loader": used.name, "epoch": 2, "step": 0})
+    options = TrainOptions(epochs=3, lr=0.05, mixup=0.4, cutmix=1.0, device="cpu", out=str(tmp_path / "used"))
+    cache = cache_in(tmp_path / "other", 3)
+    Trainer(KD(net(0), net(1)), used, loader(0, 32, train=False), options, None, cache).fit()
+    for name in (file.name for file in (tmp_path / "new").iterdir()):
+        assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
+
+
 @pytest.mark.parametrize("kind, topk", [(KD, 0), (KD, 2), (HardKD, 2)])
 def test_a_step_with_given_logits_compiles_without_a_break(kind, topk):
     method, taught = kind(net(0), AbsentTeacher()), cache_rows(topk).example(8)
@@ -248,6 +260,16 @@ def test_the_commands_fill_show_verify_and_train_from_a_cache(fastkd, photos, mo
 
 
 RUNS = ("fly-run", "cached")
+
+
+def test_growing_crops_are_those_of_the_student_when_the_teacher_is_trained_first(fastkd, photos):
+    """The teacher's training has other epochs, over which its crops grow."""
+    sizes = ["--views", "3", "--epochs", "3", "--train-size", "16:32:8", "--no-baseline", "--teacher-epochs", "2"]
+    run = ["train", *NETS, "--data", photos, "--loader", "folder", "--image-size", "32", "--workers", "0", *sizes]
+    for out in ("first", "again"):
+        status, _, err = fastkd(*run, "--teacher-cache", "cache", "--out", out)
+        assert status == 0, err
+    assert Manifest.read(Path("cache")).settings["augmentation"]["train_size"] == [16, 24, 32]
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(fastkd, photos):
