@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(fastkd, photos)
         "method dkd compares all classes": ["--method", "dkd", "--teacher-cache-topk", "1"],
         "method dist compares all classes": ["--method", "kd+dist", "--teacher-cache-topk", "1"],
         "--standardize needs the mean": ["--standardize", "--teacher-cache-topk", "1"],
-        "--topk 2: there are 2 classes": ["--teacher-cache-topk", "2"],
+        "--teacher-cache-topk 2: there are 2 classes": ["--teacher-cache-topk", "2"],
         "c is new: give --views V": ["--views", "0"],
         "--teacher-cache-topk must be -1 or more": ["--teacher-cache-topk", "-2"],
         "the method has no teacher (dml)": ["--method", "dml", "--teacher-weights", "none"],
@@ -297,6 +297,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(fastkd, photos)
     check_refused(fastkd("cache-teacher", "--info", "c"), "there is no teacher cache in c")
     check_refused(fastkd("cache-teacher", "--info", "c", "--views", "1"), "--info takes one folder")
     assert not Path("no").exists() and not Path("c").exists()
+
+
+def test_a_cache_that_was_made_in_python_is_shown(fastkd, tmp_path):
+    """It notes what the caller gave; the command knows more."""
+    settings = {"samples": SAMPLES, "classes": list(CLASSES), "views": 1, "seed": 7}
+    train(KD, tmp_path / "run", 1, TeacherCache.open(tmp_path / "c", settings, {}, 1), epochs=1)
+    status, out, err = fastkd("cache-teacher", "--info", tmp_path / "c")
+    assert status == 0, err
+    assert "1, of which 1 are complete" in out and re.search(r"seed\W+7", out) and "augmentation" not in out
 
 
 def test_the_help_has_a_table_of_sizes(fastkd):
