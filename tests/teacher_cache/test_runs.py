@@ -21,7 +21,7 @@ from fastkd.teacher_cache import Lessons, Manifest, Rows, TeacherCache
 from fastkd.train import Trainer
 
 CLASSES, SAMPLES, BATCH = ("a", "b", "c", "d"), 46, 16  # the last batch has 14 images
-CPU = torch.device("cpu")
+CPU, SUM = torch.device("cpu"), find_method("hardkd+kd")
 TIMES = rb'"(img_per_s|train_s|data_wait_ms|data_wait_percent)": [\d.]+'
 
 
@@ -162,6 +162,21 @@ def test_images_that_are_not_the_caches_are_refused(tmp_path):
     for words, images in cases.items():
         with pytest.raises(UserError, match=words):
             Trainer(KD(net(0), net(1)), images, loader(0, train=False), options, None, cache)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "kind, options, words",
+    [
+        (KD, KD.Options(temperature=2.0), "KD has temperature 2, and the teacher cache .* is for 4"),
+        (KD, KD.Options(standardize=True), "KD with standardize needs the mean"),
+        (SUM, SUM.Options(kd_temperature=1.0), "KD has temperature 1"),
+    ],
+)
+def test_options_that_the_largest_logits_do_not_fit_are_refused(kind, options, words, tmp_path):
+    """In Python, where the caller gives the cache's temperature."""
+    with pytest.raises(UserError, match=words):
+        train(kind, tmp_path / "run", 1, cache_in(tmp_path / "c", 1, topk=2, temperature=4.0), options=options)
     assert not list(tmp_path.iterdir())
 
 
