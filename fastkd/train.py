@@ -21,6 +21,7 @@ from .data.base import (
     describe,
     first_images,
     input_of,
+    place_of,
     rewound,
     samples_of,
 )
@@ -151,14 +152,15 @@ class Trainer:
         self.method.train()
         bar.start_epoch(self.epoch)
         first = done = self.epoch * len(self.train_loader)  # steps before this epoch, and before the next step
+        epoch, place = place_of(self.train_loader, self.epoch)
         lr, taught, lessons = 0.0, Taught(), self.lessons
         if lessons:
-            lessons.start(samples_of(self.train_loader, self.epoch, 0, 0, 0)[0])
+            lessons.start(samples_of(self.train_loader, epoch, 0, 0, 0)[0])
         for images, target in bar.wait.batches(self.train_loader):
             lr = self.schedule.write(done / len(self.train_loader), (done - 1) / len(self.train_loader))
             self.method.at_epoch(done / len(self.train_loader))
             target = self.labels(target) if self.labels else target
-            drawn = samples_of(self.train_loader, self.epoch, done - first, len(images), distributed.rank())
+            drawn = samples_of(self.train_loader, epoch, place + done - first, len(images), distributed.rank())
             images, target = self.mixup(images, target, *drawn)
             taught = lessons(images, drawn[1]) if lessons else ()
             if self.step.ema:

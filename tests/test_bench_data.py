@@ -161,6 +161,12 @@ def test_small_images_are_measured_at_their_own_size(fastkd, tmp_path):
     assert "labels alone were compared" in record["loaders"]["resident"]["note"]
 
 
+def test_a_wrong_network_is_an_error_before_a_loader_is_timed(fastkd, folder):
+    words = ["--seconds", "0.5", "--image-size", "32", "--workers", "1", "-b", "4", "--teacher", "resnet9"]
+    status, out, err = fastkd("bench", "data", str(folder), *words)
+    assert status == 2 and "unknown model 'resnet9'" in err and "round 1" not in out
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [

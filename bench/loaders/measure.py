@@ -54,6 +54,8 @@ def measure_data(
     record = about_run(device, load_average()) | {"data": options.data, "batch_size": options.batch_size}
     options = replace(options, image_size=build(options, device).image_size)  # small images keep their own
     found, alike = compare_loaders(options, device, log)
+    workload = replace(workload, image_size=alike["image_size"], classes=max(2, alike["classes"]))
+    step = measure_steps(workload.filled(device), device, 0.3 * seconds, log)  # first: a wrong network is an error
     names = [name for name, each in found.items() if each["status"] == "right"]
     pairs = list(itertools.product(names, workers))
     window = 0.7 * seconds / max(1, len(pairs) * ROUNDS)
@@ -64,9 +66,7 @@ def measure_data(
             taken[name, count].append(pace(build(named(options, name, count), device), window))
     for name in names:
         found[name]["workers"] = {str(count): _summaries(taken[name, count]) for count in workers}
-    record |= alike | {"loaders": found, "rounds": ROUNDS, "window_s": window}
-    workload = replace(workload, image_size=alike["image_size"], classes=max(2, alike["classes"]))
-    return record | {"step": measure_steps(workload.filled(device), device, 0.3 * seconds, log)}
+    return record | alike | {"loaders": found, "rounds": ROUNDS, "window_s": window, "step": step}
 
 
 def _summaries(windows: list[Taken]) -> Record:

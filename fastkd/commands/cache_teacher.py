@@ -40,7 +40,7 @@ GPUs of one machine: torchrun --nproc-per-node N -m fastkd cache-teacher ...
   --topk K                 keep the K largest logits and the sum of all others (for kd and hardkd); default 0: all
 
 All other options are those of `fastkd train` (see its --help). What decides which images there are must be as in the
-training: data, batch, seed, augmentation, mixup, CutMix, and with --topk the method's temperature.
+training: data, loader, seed, augmentation, mixup, CutMix, and with --topk the method's temperature.
 
 Sizes: images x V x (2 bytes for each class, or 4 K + 2 bytes), and one byte more for each image
 
@@ -149,7 +149,7 @@ def _batches(
 
 
 def show(folder: Path) -> None:
-    """A table of what a cache holds. Raises UserError if there is none."""
+    """A table of what a cache holds. Raises UserError if there is none. One made in Python may note less."""
     manifest = Manifest.read(folder)
     if manifest is None:
         raise UserError(f"there is no teacher cache in {folder}")
@@ -157,21 +157,24 @@ def show(folder: Path) -> None:
     size = sum(file.stat().st_blocks * 512 for file in folder.glob("view-*.npy"))
     shares = [cache.share(view) for view in range(manifest.views)]
     kept = f"the {settings['topk']} largest and the rest" if settings["topk"] else "all"
-    teachers = [f"{each['name']}, {each['sha256'][:16] or each['tag']}" for each in settings["teacher"]]
-    mixing = [f"{name} {settings[name]:g}" for name in ("mixup", "cutmix") if settings[name]]
+    noted = {name: value for name, value in settings.items() if value is not None}
+    teachers = [f"{each['name']}, {each['sha256'][:16] or each['tag']}" for each in noted.get("teacher", ())]
+    mixing = [f"{name} {noted[name]:g}" for name in ("mixup", "cutmix") if noted.get(name)]
+    read_by = f", read by {noted['loader']}" if "loader" in noted else ""
     rows = [
         ["teacher", "; ".join(teachers)],
         ["ran", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in manifest.how.items())],
-        ["images", f"{manifest.samples:,} in {len(settings['classes'])} classes, read by {settings['loader']}"],
+        ["images", f"{manifest.samples:,} in {len(settings['classes'])} classes{read_by}"],
         ["views", f"{manifest.views}, of which {len(manifest.complete)} are complete"],
         ["rows there", f"{100 * sum(shares) / len(shares):.1f} %"],
         ["logits", f"{kept}, {settings['precision']}"],
-        ["image size, seed", f"{settings['images']['image_size']}, {settings['seed']}"],
-        ["augmentation", ", ".join(f"{name} {value}" for name, value in settings["augmentation"].items())],
-        ["mixed", " and ".join(mixing) or "no"],
+        ["image size", str(noted.get("images", {}).get("image_size", ""))],
+        ["seed", str(noted.get("seed", ""))],
+        ["augmentation", ", ".join(f"{name} {value}" for name, value in noted.get("augmentation", {}).items())],
+        ["mixed", " and ".join(mixing) or ("no" if "mixup" in noted else "")],
         ["on the disk", f"{size / 1e6:,.1f} MB"],
     ]
-    show_table(["teacher cache", str(folder)], rows)
+    show_table(["teacher cache", str(folder)], [row for row in rows if row[1]])
 
 
 def check(folder: Path) -> None:

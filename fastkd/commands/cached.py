@@ -163,13 +163,10 @@ def _mean(config: Config) -> dict[str, Any]:
 
 
 def _temperature(config: Config) -> float | None:
-    """The temperature of the method; None if it has none, or if those of a sum differ and whole logits are kept."""
+    """The temperature of the method; None if it has none, or if those of a sum differ (never with top-k)."""
     options = vars(config.method).items()
-    found = {name: value for name, value in options if name == "temperature" or name.endswith("_temperature")}
-    if len(set(found.values())) > 1 and config.networks.teacher_cache_topk > 0:
-        shown = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in found.items())
-        raise UserError(f"{shown}: with top-k the rest's share holds for one temperature; give all methods the same")
-    return float(next(iter(found.values()))) if len(set(found.values())) == 1 else None
+    found = {float(value) for name, value in options if name == "temperature" or name.endswith("_temperature")}
+    return found.pop() if len(found) == 1 else None
 
 
 def _augmentation(loader: EpochLoader, options: DataOptions) -> dict[str, Any]:

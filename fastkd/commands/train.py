@@ -112,6 +112,8 @@ class Job:
         """The teacher cache, if the run has one. `weights`: of the teachers; None: they have yet to be trained."""
         if not self.names.teacher_cache:
             return None
+        if isinstance(self.train_loader, EpochLoader):
+            self.train_loader.stretch(self.config.train.epochs)  # the training of a teacher has other epochs
         return open_cache(self.config, self.train_loader, self.precision, weights)
 
     def _check_fit(self, kind: type[Method]) -> None:

@@ -150,6 +150,14 @@ def position_of(state: dict, loader: str) -> tuple[int, int]:
     return state["epoch"], state["step"]
 
 
+def place_of(loader: Loader, epoch: int) -> tuple[int, int]:
+    """(epoch, step) of the next batch, as the loader counts them: it may have given epochs before this run.
+
+    A loader of the caller is taken to be at the first step of the run's `epoch`.
+    """
+    return (loader.epoch, loader.first) if isinstance(loader, EpochLoader) else (epoch, 0)
+
+
 def samples_of(loader: Loader, epoch: int, step: int, count: int, rank: int) -> tuple[int, Tensor]:
     """(view, numbers of the images int64 [count]) of a batch. A loader of the caller is taken to have new images."""
     if isinstance(loader, EpochLoader):

@@ -1,5 +1,6 @@
 """TeacherCache: a folder with what a teacher says of each view of each image."""
 
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -13,7 +14,6 @@ from .. import distributed
 from ..errors import UserError
 from .files import SHARD, hash_of, make_view, marks_path, open_rows, shard_path, shard_sizes, view_bytes
 from .manifest import Manifest, differences
-from .rows import Rows
 
 FLUSH_SECONDS = 10.0  # what a process that is killed loses at most; each flush waits for the disk
 
@@ -26,10 +26,7 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
-        self.folder, self.manifest = folder, manifest
-        settings = manifest.settings
-        names = ("precision", "topk", "temperature")
-        self.rows = Rows(len(settings["classes"]), *(settings[name] for name in names))
+        self.folder, self.manifest, self.rows = folder, manifest, manifest.rows
         self._view, self._shards, self._marks = -1, list[np.memmap](), np.zeros(0, np.uint8)
         self._pending: list[np.ndarray] = []  # numbers of images whose rows are written, but not marked yet
         self._flushed = time.monotonic()
@@ -42,6 +39,7 @@ class TeacherCache:
         many views the run sees; if all of them are complete, it does not matter how its teacher would run. Raises
         UserError if the folder holds something else, a cache of other settings, or one whose files are damaged.
         """
+        settings = json.loads(json.dumps(settings))  # as the manifest gives it back: lists for tuples
         found = Manifest.read(folder)
         if found is None:
             given = {name: value for name, value in settings.items() if value is not None}
@@ -86,7 +84,8 @@ class TeacherCache:
         if needed > free:
             raise UserError(
                 f"the teacher cache {self.folder} needs {_megabytes(needed)} more, and {there} has "
-                f"{_megabytes(free)} free: give fewer --views, --precision fp16, --topk, or another folder"
+                f"{_megabytes(free)} free: give fewer --views, --teacher-cache-precision fp16, "
+                "--teacher-cache-topk, or another folder"
             )
 
     def begin(self, view: int) -> None:

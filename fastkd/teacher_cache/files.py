@@ -35,7 +35,12 @@ def view_bytes(samples: int, dtype: np.dtype) -> int:
 
 
 def make_view(folder: Path, view: int, samples: int, dtype: np.dtype) -> None:
-    """Make those files of a view that are not there. Raises UserError, also if the disk is full."""
+    """Make those files of a view that are not there. Raises UserError, also if the disk is full.
+
+    The marks come last: with them, a shard that is not there was lost, and a new one would have none of the rows.
+    """
+    if marks_path(folder, view).exists():
+        return
     for shard, rows in enumerate(shard_sizes(samples)):
         _make(shard_path(folder, view, shard), rows, dtype)
     _make(marks_path(folder, view), samples, np.dtype(np.uint8))

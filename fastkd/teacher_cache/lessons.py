@@ -88,6 +88,9 @@ def check_lessons(method: Method, loader: Loader, cache: TeacherCache, mixes: bo
             f"method {type(method).__name__} needs more of its teacher than the logits, which is what a teacher cache "
             "holds; use kd, hardkd, dkd or dist, or no cache"
         )
+    for part in method.modules():
+        if cache.rows.topk and isinstance(part, Method):
+            _check_topk(part, cache)
     if not isinstance(loader, EpochLoader):
         raise UserError(
             f"a teacher cache needs to know which images a batch has: train_loader ({type(loader).__name__}) is not "
@@ -101,6 +104,21 @@ def check_lessons(method: Method, loader: Loader, cache: TeacherCache, mixes: bo
         raise UserError(
             "mixup or cutmix with a teacher cache: train_loader does not keep the same partners in each epoch of a "
             "view; make it with paired=True"
+        )
+
+
+def _check_topk(method: Method, cache: TeacherCache) -> None:
+    """Raise UserError if a method, or one of a sum, has options for which the largest logits are not enough."""
+    name, temperature = type(method).__name__, getattr(method.options, "temperature", None)
+    if getattr(method.options, "standardize", False):
+        raise UserError(
+            f"{name} with standardize needs the mean and the deviation of all logits, and the teacher cache "
+            f"{cache.folder} holds the {cache.rows.topk} largest; use whole logits, topk 0"
+        )
+    if method.takes_topk and temperature not in (None, cache.rows.temperature):
+        raise UserError(
+            f"{name} has temperature {temperature:g}, and the teacher cache {cache.folder} is for "
+            f"{cache.rows.temperature:g}: the share of the other classes holds for one temperature; give both the same"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..checkpoint import write_atomic
 from ..errors import UserError
+from .rows import Rows
 
 NAME, FORMAT = "manifest.json", 1
 
@@ -31,6 +32,12 @@ class Manifest:
     def views(self) -> int:
         return int(self.settings["views"])
 
+    @property
+    def rows(self) -> Rows:
+        """What is kept of the logits of an image."""
+        settings = self.settings
+        return Rows(len(settings["classes"]), *(settings[name] for name in ("precision", "topk", "temperature")))
+
     def write(self, folder: Path) -> None:
         """Replace manifest.json, whole or not at all."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True)
@@ -38,7 +45,7 @@ class Manifest:
 
     def check(self) -> None:
         """Raise ValueError, KeyError, TypeError or AttributeError unless the values are of the right kind."""
-        if min(self.samples, self.views, len(self.settings["classes"])) < 1 or not isinstance(self.how, dict):
+        if not isinstance(self.how, dict) or min(self.samples, self.views, self.rows.dtype.itemsize) < 1:
             raise ValueError("a number below 1")
         for view, hashes in self.complete.items():
             if not 0 <= int(view) < self.views or not hashes.items():
@@ -60,7 +67,7 @@ class Manifest:
             version = values.pop("format")
             manifest = cls(**values)
             manifest.check()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
             raise UserError(
                 f"{path} is no manifest of a teacher cache ({type(error).__name__}: {error}); restore it, or make the "
                 "cache anew in another folder"

@@ -30,8 +30,8 @@ class Rows:
     def __post_init__(self) -> None:
         if not 0 <= self.topk < self.classes:
             raise UserError(
-                f"--topk {self.topk}: there are {self.classes} classes; give a number from 1 to {self.classes - 1}, or "
-                "0 for all logits"
+                f"--teacher-cache-topk {self.topk}: there are {self.classes} classes; give a number from 1 to "
+                f"{self.classes - 1}, or 0 for all logits"
             )
         if self.topk:
             check_number("temperature", self.temperature, above_zero=True)
@@ -59,7 +59,9 @@ class Rows:
         values, *classes = (each.cpu().numpy() for each in encoded)
         if not np.isfinite(values).all():
             hint = " beyond 65,504, the largest number of fp16" if self.precision == "fp16" else ""
-            raise UserError(f"the teacher's logits are NaN, infinite or{hint or ' too large'}; try --precision fp32")
+            raise UserError(
+                f"the teacher's logits are NaN, infinite or{hint or ' too large'}; try --teacher-cache-precision fp32"
+            )
         rows = np.empty(len(values), self.dtype)
         rows["values"] = values
         if self.topk:

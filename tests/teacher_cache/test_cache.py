@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastkd.errors import UserError
-from fastkd.teacher_cache import TeacherCache, cache, files, verify
+from fastkd.teacher_cache import Rows, TeacherCache, cache, files, verify
 
 SETTINGS = {"samples": 100, "classes": ["a", "b", "c"], "views": 2, "seed": 0, "precision": "fp32", "topk": 0}
 HOW = {"amp_dtype": "float32"}
@@ -156,6 +156,14 @@ def test_a_damaged_file_is_named(full):
         opened(full)
 
 
+def test_a_lost_file_of_a_view_that_was_begun_is_named(tmp_path):
+    """A new one in its place would give zeros for the rows that are marked as filled."""
+    fill(opened(tmp_path / "c"), 0, batches()[:-1])
+    (tmp_path / "c/view-0000-00002.npy").unlink()
+    with pytest.raises(UserError, match="view-0000-00002.npy.* damaged"):
+        opened(tmp_path / "c").begin(0)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -177,7 +185,10 @@ def test_a_wrong_manifest_is_named(full, text):
 
 def test_manifests_of_another_version_and_of_impossible_values_are_named(full):
     values = json.loads((full / "manifest.json").read_text())
-    for change in ({"format": 2}, {"complete": {"7": {"x": "y"}}}, {"settings": values["settings"] | {"samples": 0}}):
+    settings = values["settings"]
+    wrong = [settings | change for change in ({"samples": 0}, {"precision": "fp64"}, {"topk": 3}, {"topk": "a"})]
+    wrong += [{name: settings[name] for name in settings if name != left_out} for left_out in ("topk", "temperature")]
+    for change in ({"format": 2}, {"complete": {"7": {"x": "y"}}}, *({"settings": each} for each in wrong)):
         (full / "manifest.json").write_text(json.dumps(values | change))
         with pytest.raises(UserError, match=r"manifest.json is (of format 2|no manifest)"):
             opened(full)
@@ -210,6 +221,13 @@ def test_another_setting_is_refused_with_both_values(full, change, words):
     assert content(full) == before
 
 
+def test_a_cache_is_opened_again_with_the_same_tuple_of_classes(tmp_path):
+    """A loader's `classes` are a tuple; JSON gives a list back."""
+    settings = {"samples": 100, "classes": ("a", "b", "c"), "views": 1}
+    fill(TeacherCache.open(tmp_path / "c", settings, {}, 1), 0, batches())
+    assert TeacherCache.open(tmp_path / "c", settings, {}, 1).covers(1)
+
+
 def test_a_cache_is_completed_in_the_way_it_was_begun(tmp_path):
     fill(opened(tmp_path / "c"), 0, batches())
     with pytest.raises(UserError, match="amp dtype: the cache has 'float32', this run 'bfloat16'"):
@@ -219,9 +237,9 @@ def test_a_cache_is_completed_in_the_way_it_was_begun(tmp_path):
 
 def test_unset_values_fit_any_cache_and_a_new_one_has_fp16(tmp_path):
     unset = SETTINGS | {"precision": None, "topk": None}
-    assert opened(tmp_path / "new", unset).rows == cache.Rows(3, "fp16", 0, 0.0)
+    assert opened(tmp_path / "new", unset).rows == Rows(3, "fp16", 0, 0.0)
     fill(opened(tmp_path / "top", SETTINGS | {"topk": 2}), 0, batches())
-    assert opened(tmp_path / "top", unset).rows == cache.Rows(3, "fp32", 2, 1.0)
+    assert opened(tmp_path / "top", unset).rows == Rows(3, "fp32", 2, 1.0)
 
 
 def test_the_disk_that_is_needed_is_computed_first(tmp_path, monkeypatch):

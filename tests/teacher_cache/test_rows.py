@@ -52,5 +52,5 @@ def test_logits_that_the_format_cannot_hold_are_refused(bad):
 
 @pytest.mark.parametrize("k", [-1, 12, 13])
 def test_k_is_below_the_number_of_classes(k):
-    with pytest.raises(UserError, match=f"--topk {k}: there are 12 classes"):
+    with pytest.raises(UserError, match=f"--teacher-cache-topk {k}: there are 12 classes"):
         Rows(12, "fp16", k, 4.0)

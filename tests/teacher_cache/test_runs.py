@@ -21,7 +21,7 @@ from fastkd.teacher_cache import Lessons, Manifest, Rows, TeacherCache
 from fastkd.train import Trainer
 
 CLASSES, SAMPLES, BATCH = ("a", "b", "c", "d"), 46, 16  # the last batch has 14 images
-CPU = torch.device("cpu")
+CPU, SUM = torch.device("cpu"), find_method("hardkd+kd")
 TIMES = rb'"(img_per_s|train_s|data_wait_ms|data_wait_percent)": [\d.]+'
 
 
@@ -77,6 +77,18 @@ def test_whole_fp32_logits_give_the_same_student_bit_for_bit(kind, views, tmp_pa
 def test_other_views_give_another_student(tmp_path):
     two, _ = train(KD, tmp_path / "two", 2, epochs=3)
     assert not equal(two, train(KD, tmp_path / "three", 3, epochs=3)[0])
+
+
+def test_a_loader_that_has_given_epochs_before_goes_on_there(tmp_path):
+    """In Python: one loader for several runs. The rows are those of its own epochs, not of the run's."""
+    train(KD, tmp_path / "first", 3, cache_in(tmp_path / "new", 3), epochs=3)
+    used = loader(3)
+    used.load_state_dict({"loader": used.name, "epoch": 2, "step": 0})
+    options = TrainOptions(epochs=3, lr=0.05, mixup=0.4, cutmix=1.0, device="cpu", out=str(tmp_path / "used"))
+    cache = cache_in(tmp_path / "other", 3)
+    Trainer(KD(net(0), net(1)), used, loader(0, 32, train=False), options, None, cache).fit()
+    for name in (file.name for file in (tmp_path / "new").iterdir()):
+        assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("kind, topk", [(KD, 0), (KD, 2), (HardKD, 2)])
@@ -150,6 +162,21 @@ def test_images_that_are_not_the_caches_are_refused(tmp_path):
     for words, images in cases.items():
         with pytest.raises(UserError, match=words):
             Trainer(KD(net(0), net(1)), images, loader(0, train=False), options, None, cache)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "kind, options, words",
+    [
+        (KD, KD.Options(temperature=2.0), "KD has temperature 2, and the teacher cache .* is for 4"),
+        (KD, KD.Options(standardize=True), "KD with standardize needs the mean"),
+        (SUM, SUM.Options(kd_temperature=1.0), "KD has temperature 1"),
+    ],
+)
+def test_options_that_the_largest_logits_do_not_fit_are_refused(kind, options, words, tmp_path):
+    """In Python, where the caller gives the cache's temperature."""
+    with pytest.raises(UserError, match=words):
+        train(kind, tmp_path / "run", 1, cache_in(tmp_path / "c", 1, topk=2, temperature=4.0), options=options)
     assert not list(tmp_path.iterdir())
 
 
@@ -250,6 +277,16 @@ def test_the_commands_fill_show_verify_and_train_from_a_cache(fastkd, photos, mo
 RUNS = ("fly-run", "cached")
 
 
+def test_growing_crops_are_those_of_the_student_when_the_teacher_is_trained_first(fastkd, photos):
+    """The teacher's training has other epochs, over which its crops grow."""
+    sizes = ["--views", "3", "--epochs", "3", "--train-size", "16:32:8", "--no-baseline", "--teacher-epochs", "2"]
+    run = ["train", *NETS, "--data", photos, "--loader", "folder", "--image-size", "32", "--workers", "0", *sizes]
+    for out in ("first", "again"):
+        status, _, err = fastkd(*run, "--teacher-cache", "cache", "--out", out)
+        assert status == 0, err
+    assert Manifest.read(Path("cache")).settings["augmentation"]["train_size"] == [16, 24, 32]
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(fastkd, photos):
     weights = ["--teacher-weights", "none", "--teacher-epochs", "1"]
     run = ["train", *NETS, "--data", photos, *DATA, *weights, "--epochs", "1", "--views", "1", "--teacher-cache", "c"]
@@ -260,7 +297,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(fastkd, photos)
         "method dkd compares all classes": ["--method", "dkd", "--teacher-cache-topk", "1"],
         "method dist compares all classes": ["--method", "kd+dist", "--teacher-cache-topk", "1"],
         "--standardize needs the mean": ["--standardize", "--teacher-cache-topk", "1"],
-        "--topk 2: there are 2 classes": ["--teacher-cache-topk", "2"],
+        "--teacher-cache-topk 2: there are 2 classes": ["--teacher-cache-topk", "2"],
         "c is new: give --views V": ["--views", "0"],
         "--teacher-cache-topk must be -1 or more": ["--teacher-cache-topk", "-2"],
         "the method has no teacher (dml)": ["--method", "dml", "--teacher-weights", "none"],
@@ -275,6 +312,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(fastkd, photos)
     check_refused(fastkd("cache-teacher", "--info", "c"), "there is no teacher cache in c")
     check_refused(fastkd("cache-teacher", "--info", "c", "--views", "1"), "--info takes one folder")
     assert not Path("no").exists() and not Path("c").exists()
+
+
+def test_a_cache_that_was_made_in_python_is_shown(fastkd, tmp_path):
+    """It notes what the caller gave; the command knows more."""
+    settings = {"samples": SAMPLES, "classes": list(CLASSES), "views": 1, "seed": 7}
+    train(KD, tmp_path / "run", 1, TeacherCache.open(tmp_path / "c", settings, {}, 1), epochs=1)
+    status, out, err = fastkd("cache-teacher", "--info", tmp_path / "c")
+    assert status == 0, err
+    assert "1, of which 1 are complete" in out and re.search(r"seed\W+7", out) and "augmentation" not in out
 
 
 def test_the_help_has_a_table_of_sizes(fastkd):
