@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..data.options import NAMES, WITH_FILES, DataOptions, default_workers
 from ..data.pack import Packing, pack
-from ..data.pack_format import check_content, read_manifest
+from ..data.pack_format import check_content, read_manifest, refuse_unfinished
 from ..data.pack_source import Kind, read_source
 from ..errors import UserError
 from ..parser import run_parser
@@ -78,7 +78,10 @@ def run(arguments: list[str]) -> None:
         return
     if len(words) != 2:
         raise UserError(f"pack needs SRC and DST, and got {shlex.join(words) or 'neither'}; see `fastkd pack --help`")
-    _pack(words[0], words[1], options)
+    try:
+        _pack(words[0], words[1], options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with `{shlex.join(['fastkd', 'pack', *arguments])}`") from None
 
 
 def _leading(arguments: list[str]) -> list[str]:
@@ -156,6 +159,7 @@ def _check(words: list[str]) -> None:
     """`fastkd pack DST --check`."""
     if len(words) != 1:
         raise UserError("pack --check needs one folder: fastkd pack DST --check")
+    refuse_unfinished(words[0])
     manifest = read_manifest(words[0])
     if manifest is None:
         raise UserError(f"{words[0]!r} holds no complete pack: there is no manifest.json of fastkd in it")

@@ -16,6 +16,7 @@ from ..errors import UserError
 from .decode import check_resized
 from .layout import training_splits
 from .options import NAMES, DataOptions
+from .pack_format import read_manifest
 from .scan import Split
 from .shards import stored_splits
 from .stored import OwnFiles, Pictures
@@ -57,6 +58,8 @@ def read_source(options: DataOptions, log: Log) -> tuple[tuple[str, ...], dict[s
     """(the names of the classes, {"train": ..., "val": ...}). A source with one of the two gives that one."""
     if options.data == "synthetic":
         raise UserError("data='synthetic' holds no images: nothing to pack")
+    if (found := read_manifest(options.data)) is not None and found.get("kind") == "pixels":
+        raise UserError(f"data={options.data!r} holds packed pixels already: pack the images that they were made from")
     if options.data in NAMES:
         return _named(options, log)
     splits = training_splits(options, log) if options.val_fraction else stored_splits(options.data, log)

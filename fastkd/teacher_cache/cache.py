@@ -199,8 +199,8 @@ def verify(folder: Path) -> int:
             if (found := hash_of(folder / name)) != wanted:
                 raise UserError(
                     f"{folder / name} is damaged: its BLAKE2 hash is {found} and was {wanted} when view {view} was "
-                    "completed; take it from a copy, or remove it, and `fastkd cache-teacher` with the options of the cache "
-                    "asks the teacher again for this view"
+                    "completed; take it from a copy, or remove it, and `fastkd cache-teacher` with the options of the "
+                    "cache asks the teacher again for this view"
                 )
             checked += 1
     return checked

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from fastkd.commands.pack import run
-from fastkd.data import DataOptions
+from fastkd.data import DataOptions, create_eval_loader, create_loaders
 from fastkd.data import pack as module
 from fastkd.data.decode import decode
 from fastkd.data.layout import training_splits
@@ -135,7 +135,8 @@ def test_stopped_at_each_kind_of_file(pictures, tmp_path, few, monkeypatch, stop
         patch.setattr(os, "replace", stopped)
         with pytest.raises(KeyboardInterrupt):
             go(pictures, tmp_path / "p")
-    assert packed_parts(str(tmp_path / "p")) is None  # no manifest: it is not taken for complete
+    with pytest.raises(UserError, match="not complete"):
+        packed_parts(str(tmp_path / "p"))
     assert content(go(pictures, tmp_path / "p")) == wanted
 
 
@@ -163,7 +164,7 @@ def test_the_disk_is_looked_at_first(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=17 << 20))
     go(pictures, tmp_path / "p")
     need = (27 + 36) * 256 * 256 * 3 + 2 * 128
-    with pytest.raises(UserError, match=f"need {need / 1e9:.2f} GB and 0.02 GB are free"):
+    with pytest.raises(UserError, match=f"need {need / 1e6:.1f} MB and 17.8 MB are free, of which 16.8 MB"):
         go(pictures, tmp_path / "large", Packing("pixels", 256))
     assert os.listdir(tmp_path / "large") == [".pack"]
 
@@ -191,6 +192,48 @@ def test_what_is_there_is_not_written_over(pictures, small, tmp_path):
         go(pictures, tmp_path / "other")
     with pytest.raises(UserError, match="is a file"):
         go(pictures, tmp_path / "other" / "thesis.tex")
+
+
+@pytest.mark.parametrize("lost", ["train-00002.npy", "train.npz", "val.npz"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_that_are_gone_are_written_again(pictures, tmp_path, few, lost, workers):
+    folder = go(pictures, tmp_path / "p")
+    before, written = content(folder), []
+    (folder / lost).unlink()
+    with pytest.raises(UserError, match=f"{lost} is missing; remove these files and run the same `fastkd pack` again"):
+        check_content(folder, read_manifest(folder))
+    go(pictures, folder, workers=workers, tick=lambda new, old: written.append(new))
+    assert content(folder) == before and sum(written) == {"train-00002.npy": 4, "train.npz": 27, "val.npz": 36}[lost]
+    (folder / "val-00001.npy").write_bytes(b"cut off")
+    go(pictures, folder)
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("packing", [SMALL, Packing("files", 0)])
+def test_a_pack_that_is_not_complete_is_no_data(pictures, tmp_path, few, monkeypatch, packing):
+    """Complete shards of JPEGs would else be trained on as if they were all."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            go(pictures, tmp_path / "p", packing)
+    for use in (
+        lambda: run([str(tmp_path / "p"), "--check"]),
+        lambda: create_loaders(DataOptions(data=str(tmp_path / "p")), torch.device("cpu"), log=quiet),
+        lambda: create_eval_loader(DataOptions(data=str(tmp_path / "p")), torch.device("cpu"), log=quiet),
+    ):
+        with pytest.raises(UserError, match="holds a pack that is not complete: run the same `fastkd pack` again"):
+            use()
+
+
+def test_stopped_it_says_how_to_go_on(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt, match="go on with `fastkd pack .*pictures.* --size 16`"):
+        run([str(pictures), str(tmp_path / "p"), "--size", "16"])
+
+
+def test_pixels_are_no_source(pictures, tmp_path):
+    with pytest.raises(UserError, match="holds packed pixels already"):
+        run([str(go(pictures, tmp_path / "p")), str(tmp_path / "q")])
 
 
 def test_a_source_that_changed_is_refused_when_going_on(small, tmp_path, few, monkeypatch):
