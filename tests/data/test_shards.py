@@ -12,6 +12,7 @@ from fastkd.data import DataOptions, create_eval_loader, create_loaders
 from fastkd.data.layout import training_splits
 from fastkd.data.scan import scan
 from fastkd.data.shard_names import by_part, expand, shards_of
+from fastkd.data.shards import stored_splits
 from fastkd.data.tar_index import index_of, scan_shard
 from fastkd.errors import UserError
 
@@ -66,9 +67,43 @@ def test_names_with_braces_stars_and_folders(tars, tmp_path):
 def test_expanding_braces():
     assert expand("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
-    for wrong in ("{3..1}.tar", "{x}.tar", "{0..99999999}.tar", "{0..9999}{0..9999}.tar"):
+    assert expand("{a-{0..1},b}.{tar,x}") == ["a-0.tar", "a-0.x", "a-1.tar", "a-1.x", "b.tar", "b.x"]
+    assert expand("{a{x,y{0..1}},b}") == ["ax", "ay0", "ay1", "b"] and expand("a.tar") == ["a.tar"]
+    for wrong in (
+        "{3..1}.tar",
+        "{a,b.tar",
+        "a}.tar",
+        "{a,{0..1}.tar",
+        "{{0..1}}.tar",
+        "{x}.tar",
+        "{0..99999999}.tar",
+        "{0..9999}{0..9999}.tar",
+    ):
         with pytest.raises(UserError, match=r"data="):
             expand(wrong)
+
+
+def test_a_file_whose_name_has_a_brace(tars):
+    file = (tars / "train-000.tar").rename(tars / "train{0.tar")
+    assert shards_of(str(file)) == {"train": [str(file)]}
+
+
+def test_classes_that_only_the_shards_for_val_have(tmp_path):
+    """Texts without a list of names: the network would get a class that it never sees. With a list, a line says it."""
+    labels = {"train-0": ("ant", "bee"), "val-0": ("ant", "bea")}
+    (tmp_path / "x").mkdir()
+    for name, pair in labels.items():
+        members = [
+            (f"{i}.{end}", data) for i, word in enumerate(pair) for end, data in (("jpg", JPEG), ("cls", word.encode()))
+        ]
+        write(tmp_path / "x" / f"{name}.tar", *members)
+    with pytest.raises(UserError, match="only in val: bea; only in train: bee"):
+        stored_splits(str(tmp_path / "x"), print)
+    (tmp_path / "x" / "classes.txt").write_text("ant\nbea\nbee\n")
+    lines: list[str] = []
+    stored_splits(str(tmp_path / "x"), lines.append)
+    assert "data: no training image has the label of 1 of the 2 classes that are evaluated (bea)" in lines
+    assert "data: the shards for val have 2 of the 3 classes (they lack bee)" in lines
 
 
 def test_the_part_is_the_first_word_of_the_name():
