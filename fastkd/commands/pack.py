@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..data.options import NAMES, WITH_FILES, DataOptions, default_workers
 from ..data.pack import Packing, pack
 from ..data.pack_format import check_content, read_manifest, refuse_unfinished
-from ..data.pack_source import Kind, read_source
+from ..data.pack_source import Kind, check_place, read_source
 from ..errors import UserError
 from ..parser import run_parser
 from ..report import log_rank0
@@ -100,6 +100,7 @@ def _pack(source: str, destination: str, options: PackOptions) -> None:
         exif=options.exif,
     )
     classes, parts = read_source(data, log_rank0)
+    check_place(destination, source, parts)
     counts = ", ".join(f"{len(part.labels):,} images for {name}" for name, part in parts.items())
     log_rank0(f"pack: {counts}, {len(classes):,} classes, as {_described(packing)}")
     start = time.monotonic()

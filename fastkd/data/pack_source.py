@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -77,6 +78,16 @@ def part_of(split: Split, root: str) -> Part:
     places = OwnFiles(split.files) if split.places is None else split.places
     names = [file.removeprefix(root).lstrip("/") for file in split.files]
     return Part(Pictures(split.files, split.places), split.labels, names, places.lengths(), tuple(split.formats))
+
+
+def check_place(destination: str, source: str, parts: dict[str, Part]) -> None:
+    """Raise UserError if the packed images would lie among the folders of the classes, or among the shards."""
+    files = [Path(part.pictures.name(0)) for part in parts.values() if isinstance(part.pictures, Pictures)]
+    if any(file.absolute().parents[1] in Path(destination).absolute().parents for file in files):
+        raise UserError(
+            f"{destination!r} lies among the classes or shards of {source!r}, and would be one of them later: name a "
+            "folder elsewhere"
+        )
 
 
 def _named(options: DataOptions, log: Log) -> tuple[tuple[str, ...], dict[str, Part]]:

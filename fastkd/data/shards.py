@@ -36,7 +36,7 @@ def stored_splits(data: str, log: Log) -> dict[str, Split] | None:
     else:
         from .parquet import parquet_names, parquet_part
 
-        names, parts = parquet_names(first), {name: parquet_part(shards, log) for name, shards in files.items()}
+        names, parts = parquet_names(first), {name: parquet_part(shards) for name, shards in files.items()}
     classes = classes_of((label for part in parts.values() for label in part[1]), names, shown(data))
     if {"train", "val"} <= parts.keys():
         _compare_classes(

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -229,6 +230,21 @@ def test_stopped_it_says_how_to_go_on(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt, match="go on with `fastkd pack .*pictures.* --size 16`"):
         run([str(pictures), str(tmp_path / "p"), "--size", "16"])
+
+
+def test_a_pack_is_no_class_of_its_source(pictures, tmp_path):
+    files = go(pictures, tmp_path / "tars", Packing("files", 0))
+    pictures = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    for source, place, options in (
+        (pictures, pictures / "train" / "packed", []),
+        (pictures / "train", pictures / "train" / "packed", ["--val-fraction", "0.3"]),
+        (pictures / "train", pictures / "train" / "ant" / "packed", ["--val-fraction", "0.3"]),
+        (files, files / "packed", []),
+    ):
+        with pytest.raises(UserError, match="lies among the classes or shards of .*: name a folder elsewhere"):
+            run([str(source), str(place), "--workers", "0", "--size", "16", *options])
+        assert not place.exists()
+    run([str(pictures), str(pictures / "packed"), "--workers", "0", "--size", "16"])
 
 
 def test_pixels_are_no_source(pictures, tmp_path):
