@@ -39,9 +39,8 @@ def stored_splits(data: str, log: Log) -> dict[str, Split] | None:
         names, parts = parquet_names(first), {name: parquet_part(shards) for name, shards in files.items()}
     classes = classes_of((label for part in parts.values() for label in part[1]), names, shown(data))
     if {"train", "val"} <= parts.keys():
-        _compare_classes(
-            data, *({*positions(parts[name][1], classes)} for name in ("train", "val")), classes, names, log
-        )
+        train, val = ({*positions(parts[name][1], classes)} for name in ("train", "val"))
+        _compare_classes(data, train, val, classes, names, log)
     splits = {
         name: Split(classes, images, positions(labels, classes), formats, (), places)
         for name, (images, labels, places, formats) in parts.items()
