@@ -24,6 +24,7 @@ usage: fastkd pack SRC DST [OPTIONS]
 SRC is all that --data takes: a folder, tar shards, parquet files, a data set by name. DST is for --data then.
 """
 SIZE = 256  # pixels
+EVERY = 60.0  # seconds between the lines that stand for the bar where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _pack(source: str, destination: str, options: PackOptions) -> None:
     log_rank0(f"pack: {counts}, {len(classes):,} classes, as {_described(packing)}")
     start = time.monotonic()
     with _progress() as bar:
-        task = bar.add_task("pack", total=sum(len(part.labels) for part in parts.values()), rate="")
+        task = bar.add_task("pack", total=sum(len(part.labels) for part in parts.values()), rate="", logged=start)
         pack(destination, packing, classes, parts, options.workers, lambda new, old: _advance(bar, task, new, old))
     seconds = time.monotonic() - start
     size = sum(file.stat().st_size for file in Path(destination).iterdir())
@@ -154,6 +155,9 @@ def _advance(bar: Progress, task: Any, new: int, old: int) -> None:
     bar.advance(task, new)
     speed = bar.tasks[0].speed
     bar.update(task, rate=f"{speed:,.0f} images/s" if speed else "")
+    if bar.disable and time.monotonic() - bar.tasks[0].fields["logged"] > EVERY:
+        log_rank0(f"pack: {bar.tasks[0].completed:,.0f} of {bar.tasks[0].total:,.0f} images")
+        bar.update(task, logged=time.monotonic())
 
 
 def _check(words: list[str]) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from fastkd.commands import pack as command
 from fastkd.commands.pack import run
 from fastkd.data import DataOptions, create_eval_loader, create_loaders
 from fastkd.data import pack as module
@@ -230,6 +231,13 @@ def test_stopped_it_says_how_to_go_on(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt, match="go on with `fastkd pack .*pictures.* --size 16`"):
         run([str(pictures), str(tmp_path / "p"), "--size", "16"])
+
+
+def test_without_a_terminal_a_line_says_how_far_it_is(pictures, tmp_path, few, monkeypatch, capsys):
+    monkeypatch.setattr(command, "EVERY", 0.0)
+    run([str(pictures), str(tmp_path / "p"), "--workers", "0", "--keep-files"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if " of 63 images" in line]
+    assert lines[1:3] == ["pack: 4 of 63 images", "pack: 8 of 63 images"] and lines[-1] == "pack: 63 of 63 images"
 
 
 def test_a_pack_is_no_class_of_its_source(pictures, tmp_path):
