@@ -80,8 +80,8 @@ def _teacher_as_it_is(sources: Sources, typed: list[str], log: Callable[[str], N
         return []
     source, values = sources[epochs]
     log(
-        f"the teacher is used as its weights are: {values['teacher_epochs']} epochs of {source} are for one without; "
-        "--teacher-epochs N fine-tunes it"
+        f"the teacher has weights and is not trained: the {values['teacher_epochs']} epochs in {source} are for a "
+        "teacher without weights; --teacher-epochs N fine-tunes it"
     )
     return ["--teacher-epochs", "0"]
 

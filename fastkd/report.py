@@ -38,6 +38,7 @@ This folder holds one run of fastkd. FOLDER stands for its path.
     student.safetensors   The student after the last epoch.
                           Evaluate it: fastkd eval --weights FOLDER/student.safetensors
     teacher/, alone/      The runs that trained the teacher and the student alone, if this run needed them.
+                          Another run with this teacher: --teacher-weights FOLDER/teacher/student.safetensors
 
 Some methods save more networks:
 

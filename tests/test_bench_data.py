@@ -152,12 +152,13 @@ def test_small_images_are_measured_at_their_own_size(fastkd, tmp_path):
         place.mkdir(parents=True, exist_ok=True)
         noise = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(place / f"{number}.png")
-    words = ["--val-fraction", "0.3", "--seconds", "0.3", "--workers", "1", "-b", "4", "--student", "resnet8"]
+    words = ["--val-fraction", "0.3", "--seconds", "0.3", "--workers", "1", "2", "-b", "4", "--student", "resnet8"]
     words += ["--teacher", "resnet8", "--json", str(tmp_path / "r.json")]
     status, out, err = fastkd("bench", "data", str(tmp_path / "small"), *words)
     assert status == 0, err
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["image_size"] == 16 and record["loaders"]["resident"]["status"] == "right"
+    assert list(record["loaders"]["resident"]["workers"]) == ["1"]  # it has none
     assert "labels alone were compared" in record["loaders"]["resident"]["note"]
 
 

@@ -34,6 +34,7 @@ from fastkd.methods import METHODS
 
 Log = Callable[[str], None]
 ROUNDS = 3
+SINGLE = ("resident",)  # has no workers: other numbers of them would be the same measurement
 COMPARED = 2  # batches
 WARM = 0.3  # part of a window before anything is counted: workers start, queues fill
 LARGEST_DIFFERENCE = 8.0  # mean of a batch in steps of 1/255: decoders and resizers differ by about 1, crops by 40
@@ -58,6 +59,7 @@ def measure_data(
     step = measure_steps(workload.filled(device), device, 0.3 * seconds, log)  # first: a wrong network is an error
     names = [name for name, each in found.items() if each["status"] == "right"]
     pairs = list(itertools.product(names, workers))
+    pairs = [(name, count) for name, count in pairs if name not in SINGLE or count == min(workers)]
     window = 0.7 * seconds / max(1, len(pairs) * ROUNDS)
     taken: dict[tuple[str, int], list[Taken]] = {pair: [] for pair in pairs}
     for turn in range(ROUNDS):
@@ -65,7 +67,9 @@ def measure_data(
         for name, count in pairs[turn % len(pairs) :] + pairs[: turn % len(pairs)]:
             taken[name, count].append(pace(build(named(options, name, count), device), window))
     for name in names:
-        found[name]["workers"] = {str(count): _summaries(taken[name, count]) for count in workers}
+        found[name]["workers"] = {
+            str(count): _summaries(taken[name, count]) for count in workers if (name, count) in taken
+        }
     return record | alike | {"loaders": found, "rounds": ROUNDS, "window_s": window, "step": step}
 
 

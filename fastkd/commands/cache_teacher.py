@@ -22,6 +22,7 @@ from ..methods import find_method
 from ..parser import groups, name_of
 from ..report import log_rank0, progress_with, show_table
 from ..teacher_cache import Lessons, Manifest, TeacherCache, verify
+from ..teacher_cache.cache import lost_views, without
 from ..teacher_cache.lessons import same_bits
 from .train import Job
 
@@ -40,7 +41,7 @@ GPUs of one machine: torchrun --nproc-per-node N -m fastkd cache-teacher ...
   --topk K                 keep the K largest logits and the sum of all others (for kd and hardkd); default 0: all
 
 All other options are those of `fastkd train` (see its --help). What decides which images there are must be as in the
-training: data, loader, seed, augmentation, mixup, CutMix, and with --topk the method's temperature.
+training: data, --loader, seed, augmentation, mixup, CutMix, and with --topk the method's temperature.
 
 Sizes: images x V x (2 bytes for each class, or 4 K + 2 bytes), and one byte more for each image
 
@@ -93,6 +94,8 @@ def fill(arguments: list[str]) -> None:
         return
     try:
         with backends(job.device):
+            for number, teacher in enumerate(job.teachers):
+                job.prepare_teacher(number, teacher)  # a wrong teacher is worth a warning before all views are asked
             _fill(job, cache)
     except KeyboardInterrupt:
         cache.flush()
@@ -153,7 +156,9 @@ def show(folder: Path) -> None:
     manifest = Manifest.read(folder)
     if manifest is None:
         raise UserError(f"there is no teacher cache in {folder}")
-    cache, settings = TeacherCache(folder, manifest), manifest.settings
+    lost = lost_views(folder, manifest)
+    cache, settings = TeacherCache(folder, without(manifest, lost)), manifest.settings
+    gone = f"; files of view {', '.join(str(view + 1) for view in lost)} are missing" if lost else ""
     size = sum(file.stat().st_blocks * 512 for file in folder.glob("view-*.npy"))
     shares = [cache.share(view) for view in range(manifest.views)]
     kept = f"the {settings['topk']} largest and the rest" if settings["topk"] else "all"
@@ -165,7 +170,7 @@ def show(folder: Path) -> None:
         ["teacher", "; ".join(teachers)],
         ["ran", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in manifest.how.items())],
         ["images", f"{manifest.samples:,} in {len(settings['classes'])} classes{read_by}"],
-        ["views", f"{manifest.views}, of which {len(manifest.complete)} are complete"],
+        ["views", f"{manifest.views}, of which {len(cache.manifest.complete)} are complete{gone}"],
         ["rows there", f"{100 * sum(shares) / len(shares):.1f} %"],
         ["logits", f"{kept}, {settings['precision']}"],
         ["image size", str(noted.get("images", {}).get("image_size", ""))],

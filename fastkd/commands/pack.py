@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..data.options import NAMES, WITH_FILES, DataOptions, default_workers
 from ..data.pack import Packing, pack
-from ..data.pack_format import check_content, read_manifest
-from ..data.pack_source import Kind, read_source
+from ..data.pack_format import check_content, read_manifest, refuse_unfinished
+from ..data.pack_source import Kind, check_place, read_source
 from ..errors import UserError
 from ..parser import run_parser
 from ..report import log_rank0
@@ -24,6 +24,7 @@ usage: fastkd pack SRC DST [OPTIONS]
 SRC is all that --data takes: a folder, tar shards, parquet files, a data set by name. DST is for --data then.
 """
 SIZE = 256  # pixels
+EVERY = 60.0  # seconds between the lines that stand for the bar where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,10 @@ def run(arguments: list[str]) -> None:
         return
     if len(words) != 2:
         raise UserError(f"pack needs SRC and DST, and got {shlex.join(words) or 'neither'}; see `fastkd pack --help`")
-    _pack(words[0], words[1], options)
+    try:
+        _pack(words[0], words[1], options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on with `{shlex.join(['fastkd', 'pack', *arguments])}`") from None
 
 
 def _leading(arguments: list[str]) -> list[str]:
@@ -97,11 +101,12 @@ def _pack(source: str, destination: str, options: PackOptions) -> None:
         exif=options.exif,
     )
     classes, parts = read_source(data, log_rank0)
+    check_place(destination, source, parts)
     counts = ", ".join(f"{len(part.labels):,} images for {name}" for name, part in parts.items())
     log_rank0(f"pack: {counts}, {len(classes):,} classes, as {_described(packing)}")
     start = time.monotonic()
     with _progress() as bar:
-        task = bar.add_task("pack", total=sum(len(part.labels) for part in parts.values()), rate="")
+        task = bar.add_task("pack", total=sum(len(part.labels) for part in parts.values()), rate="", logged=start)
         pack(destination, packing, classes, parts, options.workers, lambda new, old: _advance(bar, task, new, old))
     seconds = time.monotonic() - start
     size = sum(file.stat().st_size for file in Path(destination).iterdir())
@@ -150,12 +155,16 @@ def _advance(bar: Progress, task: Any, new: int, old: int) -> None:
     bar.advance(task, new)
     speed = bar.tasks[0].speed
     bar.update(task, rate=f"{speed:,.0f} images/s" if speed else "")
+    if bar.disable and time.monotonic() - bar.tasks[0].fields["logged"] > EVERY:
+        log_rank0(f"pack: {bar.tasks[0].completed:,.0f} of {bar.tasks[0].total:,.0f} images")
+        bar.update(task, logged=time.monotonic())
 
 
 def _check(words: list[str]) -> None:
     """`fastkd pack DST --check`."""
     if len(words) != 1:
         raise UserError("pack --check needs one folder: fastkd pack DST --check")
+    refuse_unfinished(words[0])
     manifest = read_manifest(words[0])
     if manifest is None:
         raise UserError(f"{words[0]!r} holds no complete pack: there is no manifest.json of fastkd in it")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .. import checkpoint
 from ..errors import UserError
+from ..models import is_weights_file
 from ..models.own_input import InputSpec, library_input
 from ..network_options import NetworkOptions
 
@@ -41,8 +42,10 @@ def teacher_input(
 
 
 def _noted(name: str, weights: str) -> tuple[InputSpec | None, str]:
-    """What the weights themselves say, and where."""
+    """What the weights themselves say, and where. Raises UserError if they are a file that is not there."""
     path = Path(weights)
+    if weights and is_weights_file(weights) and not path.exists():
+        raise UserError(f"there is no weights file {path}")  # a tag is asked for below
     if weights and path.is_file():
         return InputSpec.of(checkpoint.read_about(path).get("input", {})), f"the note in {path}"
     return library_input(name, weights), name.partition("/")[0]

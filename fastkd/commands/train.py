@@ -114,7 +114,16 @@ class Job:
             return None
         if isinstance(self.train_loader, EpochLoader):
             self.train_loader.stretch(self.config.train.epochs)  # the training of a teacher has other epochs
-        return open_cache(self.config, self.train_loader, self.precision, weights)
+        cache = open_cache(self.config, self.train_loader, self.precision, weights)
+        if cache.lost and weights is not None:
+            views = ", ".join(str(view + 1) for view in cache.lost)
+            log_rank0(f"teacher cache {cache.folder}: files of view {views} are missing; the teacher is asked again")
+        if cache.manifest.complete and weights is None:
+            log_rank0(
+                f"teacher cache {cache.folder}: it fits if the teacher, which is trained first, gets the very weights "
+                "that the cache was made from; else give these by --teacher-weights"
+            )
+        return cache
 
     def _check_fit(self, kind: type[Method]) -> None:
         """Raise UserError if networks, options or schedule do not fit the method, before a teacher is trained."""

@@ -16,6 +16,7 @@ from .check import check_images
 from .file_list import read_list
 from .options import NAMES
 from .pack_format import read_manifest
+from .parquet import advise
 from .scan import Formats, Split, check_headers, scan, scan_images
 from .shard_names import shards_of
 from .shards import refuse_unknown, stored_splits
@@ -32,6 +33,7 @@ ARRANGE = "arrange the images as train/<class>/* and val/<class>/*"
 def training_splits(options: "DataOptions", log: Log) -> dict[str, Split]:
     """{"train": ..., "val": ...}. Raises UserError if a file or the arrangement is unusable. `log` gets the notes."""
     stored = _stored(options, log)
+    advise((split.places for split in (stored or {}).values()), log)
     train, val = _folder_pair(options, log) if stored is None else _stored_pair(stored, options, log)
     if options.unlabelled:
         more = _unlabelled(train, options, log)

@@ -24,13 +24,24 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from .pack_format import FORMAT, HEADER, MANIFEST, VERSION, check_sizes, checksum, read_manifest
+from .pack_format import (
+    FORMAT,
+    HEADER,
+    MANIFEST,
+    VERSION,
+    WORK,
+    Manifest,
+    checksum,
+    read_manifest,
+    whole_shards,
+    write_atomic,
+    wrong_sizes,
+)
 from .pack_shard import write_shard
 from .pack_source import Kind, Part, smaller_jpeg
 from .shard_labels import FILES
 from .walk import shown
 
-WORK = ".pack"
 PIXEL_BYTES = 256 << 20  # of a shard of pixels
 TAR_IMAGES = 1000  # of a tar shard
 LOOKED_AT = 32  # images that are encoded to estimate the size of all
@@ -114,12 +125,25 @@ def _is_complete(folder: Path, plan: dict[str, Any]) -> bool:
             "parts": {n: {k: p[k] for k in ("images", "source")} for n, p in manifest["parts"].items()},
         }
         _refuse_other(folder, there, plan)
-        check_sizes(folder, manifest)
+        if wrong_sizes(folder, manifest):
+            _begin_again(folder, plan, manifest)
+            return False
         shutil.rmtree(folder / WORK, ignore_errors=True)
         return True
     if folder.is_dir() and os.listdir(folder) and not (folder / WORK).is_dir():
         raise UserError(f"{shown(str(folder))} is not empty and holds no packed images: name a new folder")
     return False
+
+
+def _begin_again(folder: Path, plan: dict[str, Any], manifest: Manifest) -> None:
+    """Make a complete pack, of which files were lost, one that is to be gone on with: its other shards are kept."""
+    notes = whole_shards(folder, manifest)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    (folder / WORK).mkdir(exist_ok=True)
+    for file, note in notes.items():
+        write_atomic(folder / WORK / f"{file}.json", json.dumps(note).encode())
+    write_atomic(folder / WORK / "plan.json", json.dumps(plan).encode())
+    (folder / MANIFEST).unlink()
 
 
 def _refuse_other(folder: Path, there: dict[str, Any], plan: dict[str, Any]) -> None:
@@ -203,9 +227,13 @@ def check_disk(folder: Path, packing: Packing, parts: dict[str, Part], shards: l
     free = shutil.disk_usage(folder).free
     if need + SPARE > free:
         raise UserError(
-            f"{shown(str(folder))}: the packed images need {need / 1e9:,.2f} GB and {free / 1e9:,.2f} GB are free: "
-            "make room, or take a smaller --size or --jpeg-quality"
+            f"{shown(str(folder))}: the packed images need {_size(need)} and {_size(free)} are free, of which "
+            f"{_size(SPARE)} are to stay so: make room, or take a smaller --size or --jpeg-quality"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _bytes(packing: Packing, part: Part, rows: range) -> int:
@@ -279,13 +307,3 @@ def _index(part: Part, sizes: list[list[int]]) -> bytes:
     labels, pixels = np.array(part.labels, dtype=np.int64), np.array(sizes, dtype=np.int64).reshape(-1, 2)
     np.savez(buffer, labels=labels, sizes=pixels, names=names)
     return buffer.getvalue()
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """The file is there with all of `content`, or not at all."""
-    beside = path.with_name(f".{path.name}.unfinished")
-    with open(beside, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, path)

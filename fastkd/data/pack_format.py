@@ -27,6 +27,7 @@ from .walk import shown, some
 
 FORMAT, VERSION = "fastkd-pack", 1
 MANIFEST = "manifest.json"
+WORK = ".pack"  # the folder of a pack that is not complete
 CHUNK = 1 << 20  # bytes that are read at once for a checksum
 
 Manifest = dict[str, Any]
@@ -87,8 +88,39 @@ def _is_sound(manifest: Manifest) -> bool:
     return are_right and isinstance(classes, list) and not any("/" in name or name.startswith(".") for name in names)
 
 
+def refuse_unfinished(folder: str | Path) -> None:
+    """Raise UserError if a pack was begun in the folder and is not complete."""
+    if (Path(folder) / WORK / "plan.json").is_file() and not (Path(folder) / MANIFEST).is_file():
+        raise UserError(
+            f"{shown(str(folder))} holds a pack that is not complete: run the same `fastkd pack` again, which goes on "
+            "after its complete shards"
+        )
+
+
+def whole_shards(folder: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """What pack_shard.py notes of a shard, by its file, for all shards that have the length in the manifest."""
+    notes = {}
+    for part in manifest["parts"].values():
+        try:
+            sizes, first = read_index(str(folder / part["index"]["file"]))[1].tolist(), 0
+        except UserError:  # the sizes of the pictures are lost: all shards of the part are written again
+            continue
+        for shard in part["shards"]:
+            path, images = folder / shard["file"], shard["images"]
+            if path.is_file() and path.stat().st_size == shard["bytes"]:
+                notes[path.name] = {name: shard[name] for name in ("images", "bytes", "blake2b")}
+                notes[path.name]["sizes"] = sizes[first : first + images]
+            first += images
+    return notes
+
+
 def check_sizes(folder: str | Path, manifest: Manifest) -> None:
     """Raise UserError, with the names, if a file of the pack is missing or has not the length that is noted."""
+    _refuse(folder, wrong_sizes(folder, manifest))
+
+
+def wrong_sizes(folder: str | Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the files of the pack, as far as their lengths tell."""
     wrong = []
     for name, noted in _files(manifest):
         try:
@@ -98,7 +130,7 @@ def check_sizes(folder: str | Path, manifest: Manifest) -> None:
             continue
         if size != noted["bytes"]:
             wrong.append(f"{name} has {size:,} bytes instead of {noted['bytes']:,}")
-    _refuse(folder, wrong)
+    return wrong
 
 
 def check_content(folder: str | Path, manifest: Manifest, tick: Any = lambda size: None) -> None:
@@ -122,8 +154,8 @@ def _files(manifest: Manifest) -> list[tuple[str, dict[str, Any]]]:
 def _refuse(folder: str | Path, wrong: list[str]) -> None:
     if wrong:
         raise UserError(
-            f"packed images in {shown(str(folder))}: {some(wrong, quote=False)}; remove the folder and run "
-            "the same `fastkd pack` again, or copy it again"
+            f"packed images in {shown(str(folder))}: {some(wrong, quote=False)}; remove these files and run the "
+            "same `fastkd pack` again, which writes them anew, or copy the folder again"
         )
 
 
@@ -135,11 +167,22 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def write_atomic(path: Path, content: bytes) -> None:
+    """The file is there with all of `content`, or not at all."""
+    beside = path.with_name(f".{path.name}.unfinished")
+    with open(beside, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, path)
+
+
 def packed_parts(folder: str) -> dict[str, PackedPart] | None:
     """{"train": ..., "val": ...} of a folder of packed pixels; None if it holds something else.
 
     Raises UserError if a file is missing or has another length.
     """
+    refuse_unfinished(folder)
     manifest = read_manifest(folder) if os.path.isdir(folder) else None
     if manifest is None or manifest.get("kind") != "pixels":
         return None

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,6 @@ from .pack_format import read_manifest
 from .scan import Split
 from .shards import refuse_unknown, stored_splits
 from .stored import OwnFiles, Pictures
-from .walk import shown
 
 Kind = Literal["pixels", "jpeg", "files"]
 Log = Callable[[str], None]
@@ -59,10 +59,10 @@ def read_source(options: DataOptions, log: Log) -> tuple[tuple[str, ...], dict[s
     """(the names of the classes, {"train": ..., "val": ...}). A source with one of the two gives that one."""
     if options.data == "synthetic":
         raise UserError("data='synthetic' holds no images: nothing to pack")
+    if (found := read_manifest(options.data)) is not None and found.get("kind") == "pixels":
+        raise UserError(f"data={options.data!r} holds packed pixels already: pack the images that they were made from")
     if options.data in NAMES:
         return _named(options, log)
-    if (manifest := read_manifest(options.data)) is not None and manifest["kind"] == "pixels":
-        raise UserError(f"{shown(options.data)} holds packed pixels already: pack the images that it was made from")
     splits = None if options.val_fraction else stored_splits(options.data, log)
     if splits is not None:
         refuse_unknown(splits)
@@ -80,6 +80,16 @@ def part_of(split: Split, root: str) -> Part:
     places = OwnFiles(split.files) if split.places is None else split.places
     names = [file.removeprefix(root).lstrip("/") for file in split.files]
     return Part(Pictures(split.files, split.places), split.labels, names, places.lengths(), tuple(split.formats))
+
+
+def check_place(destination: str, source: str, parts: dict[str, Part]) -> None:
+    """Raise UserError if the packed images would lie among the folders of the classes, or among the shards."""
+    files = [Path(part.pictures.name(0)) for part in parts.values() if isinstance(part.pictures, Pictures)]
+    if any(file.absolute().parents[1] in Path(destination).absolute().parents for file in files):
+        raise UserError(
+            f"{destination!r} lies among the classes or shards of {source!r}, and would be one of them later: name a "
+            "folder elsewhere"
+        )
 
 
 def _named(options: DataOptions, log: Log) -> tuple[tuple[str, ...], dict[str, Part]]:

@@ -53,6 +53,8 @@ def read_small_pack(
     if not is_small or options.image_size not in (0, side):
         if asked := needs_resident(options):
             reason = f"image_size={options.image_size}, and they have {side}" if is_small else f"they have {side}"
+            if not is_small and side <= LARGEST:
+                reason = f"these were resized to {side} from other sizes when they were packed"
             raise UserError(
                 f"{asked} is for images in memory, squares of one size of at most {LARGEST} pixels; {reason}: drop it "
                 f"({OVER_RECIPE})"

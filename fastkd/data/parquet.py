@@ -6,7 +6,7 @@ so a line advises to pack the images first. Needs pyarrow: pip install 'fastkd[p
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,10 +48,10 @@ def parquet_names(file: str) -> tuple[str, ...]:
     return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
-def parquet_part(files: list[str], log: Log) -> tuple[list[str], list[int | str], Places, Formats]:
+def parquet_part(files: list[str]) -> tuple[list[str], list[int | str], Places, Formats]:
     """(names of the images, labels, places, {}): what a Split is made of. The images are not read."""
     labels, names = list[int | str](), list[str]()
-    groups, most = list[tuple[int, int, int]](), 0
+    groups = list[tuple[int, int, int]]()
     for number, file in enumerate(files):
         parquet = open_parquet(file)
         image, label = _columns(file, parquet)
@@ -62,15 +62,19 @@ def parquet_part(files: list[str], log: Log) -> tuple[list[str], list[int | str]
             if rows.total_byte_size > LARGEST:
                 raise UserError(f"{file!r}: a row group has {rows.total_byte_size / 1e9:.1f} GB: write smaller ones")
             groups.append((number, group, rows.num_rows))
-            most = max(most, rows.num_rows)
     if not labels:
         raise UserError(f"{shown(files[0])}: no rows in {len(files):,} parquet files")
+    return names, labels, Rows(files, groups), {}
+
+
+def advise(places: Iterable[Places | None], log: Log) -> None:
+    """Say once, before a training, what images in parquet files cost."""
+    most = max((each.most for each in places if isinstance(each, Rows)), default=0)
     if most > 1:
         log(
             f"data: each image in a parquet file is read with up to {most - 1:,} others of its row group: for several "
             "epochs, `fastkd pack SRC DST --keep-files` copies them into shards that are read one by one"
         )
-    return names, labels, Rows(files, groups), {}
 
 
 def _features(parquet: Any) -> dict[str, Any]:
@@ -120,6 +124,7 @@ class Rows:
     def __init__(self, files: Sequence[str], groups: Sequence[tuple[int, int, int]]):
         """groups: (number of the file, of its row group, its rows), in the order of the images."""
         self.files = tuple(files)
+        self.most = max(rows for _, _, rows in groups)
         counts = np.array([rows for _, _, rows in groups], dtype=np.int64)
         self.file, self.group = (np.repeat([group[at] for group in groups], counts) for at in (0, 1))
         self.row = np.concatenate([np.arange(count) for count in counts])
@@ -139,7 +144,7 @@ class Rows:
         return data
 
     def take(self, positions: Sequence[int]) -> "Rows":
-        taken, rows = Rows(self.files, [(0, 0, 0)]), np.asarray(positions, dtype=np.int64)
+        taken, rows = Rows(self.files, [(0, 0, self.most)]), np.asarray(positions, dtype=np.int64)
         taken.file, taken.group, taken.row = self.file[rows], self.group[rows], self.row[rows]
         return taken
 

@@ -10,7 +10,6 @@ from .walk import shown, some
 KINDS = (".tar", ".parquet")
 FOLDERS = ("train", "val", "valid", "validation", "test", "data")  # that may hold shards instead of images
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val"}
-BRACES = re.compile(r"\{([^{}]*)\}")
 MOST = 1_000_000  # names that a pattern may stand for
 
 
@@ -52,6 +51,8 @@ def _part(file: str) -> str:
 
 def _named(pattern: str) -> list[str]:
     """The files that a name with braces stands for. All must exist."""
+    if os.path.isfile(pattern):
+        return [pattern]
     files = []
     for name in expand(pattern):
         files += sorted(glob(name)) if "*" in name else [name]
@@ -67,19 +68,35 @@ def _named(pattern: str) -> list[str]:
 
 
 def expand(pattern: str) -> list[str]:
-    """All names that braces stand for: {000..099} counts with as many digits, {a,b} are words. Any number of braces."""
-    names = [""]
-    position = 0
-    for match in BRACES.finditer(pattern):
-        words = _words(match.group(1), pattern)
+    """All names that braces stand for: {000..099} counts with as many digits, {a,b} are words.
+
+    Any number of braces, also inside of others, as in {train-{000..099},val-{00..09}}.
+    """
+    names, rest = [""], pattern
+    while match := re.search(r"[{}]", rest):
+        inside, after = _between(rest[match.start() :], pattern)
+        words = _words(inside, pattern)
         if len(names) * len(words) > MOST:
             raise UserError(f"data={pattern!r} stands for more than {MOST:,} files: check the numbers in braces")
-        names = [name + pattern[position : match.start()] + word for name in names for word in words]
-        position = match.end()
-    return [name + pattern[position:] for name in names]
+        names = [name + rest[: match.start()] + word for name in names for word in words]
+        rest = after
+    return [name + rest for name in names]
+
+
+def _between(text: str, pattern: str) -> tuple[str, str]:
+    """(what is inside of the brace that `text` begins with, what comes after it)."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return text[1:place], text[place + 1 :]
+        if depth < 0:
+            break
+    raise UserError(f"data={pattern!r} has a brace without its partner: {{a,b}} and {{000..099}} stand for names")
 
 
 def _words(inside: str, pattern: str) -> list[str]:
+    """The names that a brace stands for; `inside` may hold braces."""
     if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
         first, last = map(int, bounds.groups())
         if last < first or last - first >= MOST:
@@ -89,7 +106,14 @@ def _words(inside: str, pattern: str) -> list[str]:
         raise UserError(
             f"data={pattern!r}: {{{inside}}} is neither first..last, as in {{000..099}}, nor a list {{a,b}}"
         )
-    return inside.split(",")
+    parts, depth = [""], 0
+    for letter in inside:
+        depth += (letter == "{") - (letter == "}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [name for part in parts for name in expand(part)]
 
 
 def _held(root: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Splits of images that lie in tar shards of WebDataset or in parquet files of Hugging Face's datasets."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
@@ -39,8 +39,11 @@ def stored_splits(data: str, log: Log) -> dict[str, Split] | None:
     else:
         from .parquet import parquet_names, parquet_part
 
-        names, parts = parquet_names(first), {name: parquet_part(shards, log) for name, shards in files.items()}
+        names, parts = parquet_names(first), {name: parquet_part(shards) for name, shards in files.items()}
     classes = classes_of((label for part in parts.values() for label in part[1]), names, shown(data))
+    if {"train", "val"} <= parts.keys():
+        train, val = ({*positions(parts[name][1], classes)} for name in ("train", "val"))
+        _compare_classes(data, train, val, classes, names, log)
     splits = {
         name: Split(classes, images, positions(labels, classes), formats, (), places)
         for name, (images, labels, places, formats) in parts.items()
@@ -58,6 +61,30 @@ def refuse_unknown(splits: dict[str, Split]) -> None:
         if count:
             more = f", and {count - 1:,} more are none either" if count > 1 else ""
             raise UserError(f"{shown(example)} is no picture, by its first bytes{more}: leave it out{HOW}")
+
+
+def _compare_classes(
+    data: str, train: set[int], val: set[int], classes: Sequence[str], names: Sequence[str], log: Log
+) -> None:
+    """Say which labels only one part has. Without a list of names, a label that only val has is an error.
+
+    Numbers have such a list in effect: a label of few images may lack in some of the shards.
+    """
+    only_train, only_val = ([classes[label] for label in sorted(each)] for each in (train - val, val - train))
+    if only_val and not names and not all(name.isdigit() for name in classes):
+        raise UserError(
+            f"the shards of {shown(data)} for train and val have different labels (only in val: {some(only_val)}; only "
+            f"in train: {some(only_train) or 'none'}): correct them, or list all classes in a classes.txt beside"
+        )
+    if only_val:
+        log(
+            f"data: no training image has the label of {len(only_val):,} of the {len(val):,} classes that are "
+            f"evaluated ({some(only_val)})"
+        )
+    if only_train:
+        log(
+            f"data: the shards for val have {len(val):,} of the {len(classes):,} classes (they lack {some(only_train)})"
+        )
 
 
 def _of(part: str) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "Staged",
     "classifiers_of",
     "create_model",
+    "is_weights_file",
     "layout_note_of",
     "load_weights",
     "model_names",
@@ -84,7 +85,7 @@ def create_model(
     """
     if not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(f"num_classes is {num_classes!r}: a net needs at least one class")
-    file = weights if weights is not None and _is_file(weights) else None
+    file = weights if weights is not None and is_weights_file(weights) else None
     tag = None if file is not None or weights is None else str(weights)
 
     def at_random(size: int) -> nn.Module:
@@ -128,7 +129,7 @@ def model_names() -> list[str]:
     return list(CIFAR_NETS)
 
 
-def _is_file(weights: str | os.PathLike) -> bool:
+def is_weights_file(weights: str | os.PathLike) -> bool:
     """True for a path object, a name with a separator or a known suffix, and a name of a file or a folder of weights.
 
     A folder without weights does not hide "pretrained", or a tag, of the same name.

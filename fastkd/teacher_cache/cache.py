@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import distributed
 from ..errors import UserError
-from .files import SHARD, hash_of, make_view, marks_path, open_rows, shard_path, shard_sizes, view_bytes
+from .files import SHARD, hash_of, is_lost, make_view, marks_path, open_rows, shard_path, shard_sizes, view_bytes
 from .manifest import Manifest, differences
 
 FLUSH_SECONDS = 10.0  # what a process that is killed loses at most; each flush waits for the disk
@@ -30,14 +30,16 @@ class TeacherCache:
         self._view, self._shards, self._marks = -1, list[np.memmap](), np.zeros(0, np.uint8)
         self._pending: list[np.ndarray] = []  # numbers of images whose rows are written, but not marked yet
         self._flushed = time.monotonic()
+        self.lost: list[int] = []  # views that were complete and miss a shard: they are filled again
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any], how: dict[str, str], views: int) -> "TeacherCache":
         """The cache in `folder`, or a new one if the folder is empty or not there; nothing is written yet.
 
         settings: what the run needs. A value of None fits any; a new cache then has fp16 and whole logits. views: how
-        many views the run sees; if all of them are complete, it does not matter how its teacher would run. Raises
-        UserError if the folder holds something else, a cache of other settings, or one whose files are damaged.
+        many views the run sees; if all of them are complete, it does not matter how its teacher would run. A view
+        that misses a shard is not complete. Every process must call it. Raises UserError if the folder holds something
+        else, a cache of other settings, or one whose files are damaged.
         """
         settings = json.loads(json.dumps(settings))  # as the manifest gives it back: lists for tuples
         found = Manifest.read(folder)
@@ -53,8 +55,10 @@ class TeacherCache:
                 f"the teacher cache {folder} does not fit: {'; '.join(changed)}. Give the cache's values, or another "
                 "folder to make a new cache in"
             )
-        cache = cls(folder, found)
-        for view in found.complete:
+        lost = distributed.from_rank_zero(lambda: lost_views(folder, found))
+        cache = cls(folder, without(found, lost))
+        cache.lost = lost
+        for view in cache.manifest.complete:
             cache.check_files(int(view))
         if not cache.covers(views) and (changed := differences(how, found.how)):
             raise UserError(
@@ -166,6 +170,17 @@ class TeacherCache:
         return float(open_rows(path, self.manifest.samples, np.dtype(np.uint8)).mean())
 
 
+def lost_views(folder: Path, manifest: Manifest) -> list[int]:
+    """The complete views that miss a shard."""
+    return [view for view in sorted(map(int, manifest.complete)) if is_lost(folder, view, manifest.samples)]
+
+
+def without(manifest: Manifest, views: list[int]) -> Manifest:
+    """The manifest with these views as not complete."""
+    left = {view: hashes for view, hashes in manifest.complete.items() if int(view) not in views}
+    return replace(manifest, complete=left)
+
+
 def _megabytes(size: int) -> str:
     """A number of bytes, for a message."""
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.3f} MB"
@@ -183,7 +198,8 @@ def verify(folder: Path) -> int:
             if (found := hash_of(folder / name)) != wanted:
                 raise UserError(
                     f"{folder / name} is damaged: its BLAKE2 hash is {found} and was {wanted} when view {view} was "
-                    "completed; make the cache anew, or take the file from a copy"
+                    "completed; take it from a copy, or remove it, and `fastkd cache-teacher` with the options of the "
+                    "cache asks the teacher again for this view"
                 )
             checked += 1
     return checked

@@ -37,13 +37,18 @@ def view_bytes(samples: int, dtype: np.dtype) -> int:
 def make_view(folder: Path, view: int, samples: int, dtype: np.dtype) -> None:
     """Make those files of a view that are not there. Raises UserError, also if the disk is full.
 
-    The marks come last: with them, a shard that is not there was lost, and a new one would have none of the rows.
+    If a shard is missing, no row of the view counts as filled: the marks would be those of the lost rows.
     """
-    if marks_path(folder, view).exists():
-        return
+    if is_lost(folder, view, samples):
+        marks_path(folder, view).unlink(missing_ok=True)
     for shard, rows in enumerate(shard_sizes(samples)):
         _make(shard_path(folder, view, shard), rows, dtype)
     _make(marks_path(folder, view), samples, np.dtype(np.uint8))
+
+
+def is_lost(folder: Path, view: int, samples: int) -> bool:
+    """True if a shard of the view is not there."""
+    return not all(shard_path(folder, view, shard).exists() for shard in range(len(shard_sizes(samples))))
 
 
 def _make(path: Path, rows: int, dtype: np.dtype) -> None:
@@ -68,9 +73,12 @@ def _make(path: Path, rows: int, dtype: np.dtype) -> None:
 
 def open_rows(path: Path, rows: int, dtype: np.dtype, mode: str = "r") -> np.memmap:
     """A file as a memory map [rows]. Raises UserError if it is missing, truncated or of another kind."""
-    hint = "it is damaged: remove the cache's folder, or take this view's files from a copy"
+    again = "`fastkd cache-teacher` with the options of the cache asks the teacher again for this view"
+    hint = f"it is damaged: take it from a copy, or remove it, and {again}"
     try:
         found = np.load(path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: take it from a copy, or {again}") from None
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: {error}; {hint}") from None
     if not isinstance(found, np.memmap) or found.shape != (rows,) or found.dtype != dtype:

@@ -86,7 +86,9 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     found = []
     for name in dict.fromkeys([*theirs, *ours]):
         mine, other = ours.get(name), theirs.get(name)
-        if mine is not None and mine != other:
+        if name == "data" and mine is not None and mine != other:
+            found.append("data: the images are other ones (their names, order, labels or sizes)")
+        elif mine is not None and mine != other:
             found.append(
                 f"{name.replace('_', ' ')}: the cache has {_short(other, mine)}, this run {_short(mine, other)}"
             )
@@ -96,7 +98,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 def _short(value: Any, other: Any) -> str:
     """The value in a message; of lists and dictionaries what differs from `other`."""
     if isinstance(value, dict) and isinstance(other, dict):
-        value = {name: each for name, each in value.items() if other.get(name) != each}
+        value = {name: value.get(name) for name in value | other if other.get(name) != value.get(name)}
     pairs = list(zip(value, other, strict=False)) if isinstance(value, list) and isinstance(other, list) else []
     if pairs and len(value) == len(other) and all(isinstance(each, dict) for pair in pairs for each in pair):
         value = [{name: each for name, each in one.items() if two.get(name) != each} for one, two in pairs]

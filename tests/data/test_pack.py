@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from fastkd.commands import pack as command
 from fastkd.commands.pack import run
-from fastkd.data import DataOptions
+from fastkd.data import DataOptions, create_eval_loader, create_loaders
 from fastkd.data import pack as module
 from fastkd.data.decode import decode
 from fastkd.data.layout import training_splits
@@ -152,7 +153,8 @@ def test_stopped_at_each_kind_of_file(pictures, tmp_path, few, monkeypatch, stop
         patch.setattr(os, "replace", stopped)
         with pytest.raises(KeyboardInterrupt):
             go(pictures, tmp_path / "p")
-    assert packed_parts(str(tmp_path / "p")) is None  # no manifest: it is not taken for complete
+    with pytest.raises(UserError, match="not complete"):
+        packed_parts(str(tmp_path / "p"))
     assert content(go(pictures, tmp_path / "p")) == wanted
 
 
@@ -207,7 +209,7 @@ def test_the_disk_is_looked_at_first(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=17 << 20))
     go(pictures, tmp_path / "p")
     need = (27 + 36) * 256 * 256 * 3 + 2 * 128
-    with pytest.raises(UserError, match=f"need {need / 1e9:.2f} GB and 0.02 GB are free"):
+    with pytest.raises(UserError, match=f"need {need / 1e6:.1f} MB and 17.8 MB are free, of which 16.8 MB"):
         go(pictures, tmp_path / "large", Packing("pixels", 256))
     assert os.listdir(tmp_path / "large") == [".pack"]
 
@@ -237,12 +239,73 @@ def test_what_is_there_is_not_written_over(pictures, small, tmp_path):
         go(pictures, tmp_path / "other" / "thesis.tex")
 
 
-def test_packed_pixels_are_not_packed_again(pictures, tmp_path):
-    folder = go(pictures, tmp_path / "p")
-    with pytest.raises(UserError, match="p holds packed pixels already: pack the images that it was made from"):
-        go(folder, tmp_path / "again")
+def test_packed_files_are_packed_again(pictures, tmp_path):
     shards = go(pictures, tmp_path / "f", Packing("files", 0))
     assert content(go(shards, tmp_path / "same", Packing("files", 0))).keys() == content(shards).keys()
+
+
+@pytest.mark.parametrize("lost", ["train-00002.npy", "train.npz", "val.npz"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_that_are_gone_are_written_again(pictures, tmp_path, few, lost, workers):
+    folder = go(pictures, tmp_path / "p")
+    before, written = content(folder), []
+    (folder / lost).unlink()
+    with pytest.raises(UserError, match=f"{lost} is missing; remove these files and run the same `fastkd pack` again"):
+        check_content(folder, read_manifest(folder))
+    go(pictures, folder, workers=workers, tick=lambda new, old: written.append(new))
+    assert content(folder) == before and sum(written) == {"train-00002.npy": 4, "train.npz": 27, "val.npz": 36}[lost]
+    (folder / "val-00001.npy").write_bytes(b"cut off")
+    go(pictures, folder)
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("packing", [SMALL, Packing("files", 0)])
+def test_a_pack_that_is_not_complete_is_no_data(pictures, tmp_path, few, monkeypatch, packing):
+    """Complete shards of JPEGs would else be trained on as if they were all."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            go(pictures, tmp_path / "p", packing)
+    for use in (
+        lambda: run([str(tmp_path / "p"), "--check"]),
+        lambda: create_loaders(DataOptions(data=str(tmp_path / "p")), torch.device("cpu"), log=quiet),
+        lambda: create_eval_loader(DataOptions(data=str(tmp_path / "p")), torch.device("cpu"), log=quiet),
+    ):
+        with pytest.raises(UserError, match="holds a pack that is not complete: run the same `fastkd pack` again"):
+            use()
+
+
+def test_stopped_it_says_how_to_go_on(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt, match="go on with `fastkd pack .*pictures.* --size 16`"):
+        run([str(pictures), str(tmp_path / "p"), "--size", "16"])
+
+
+def test_without_a_terminal_a_line_says_how_far_it_is(pictures, tmp_path, few, monkeypatch, capsys):
+    monkeypatch.setattr(command, "EVERY", 0.0)
+    run([str(pictures), str(tmp_path / "p"), "--workers", "0", "--keep-files"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if " of 63 images" in line]
+    assert lines[1:3] == ["pack: 4 of 63 images", "pack: 8 of 63 images"] and lines[-1] == "pack: 63 of 63 images"
+
+
+def test_a_pack_is_no_class_of_its_source(pictures, tmp_path):
+    files = go(pictures, tmp_path / "tars", Packing("files", 0))
+    pictures = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    for source, place, options in (
+        (pictures, pictures / "train" / "packed", []),
+        (pictures / "train", pictures / "train" / "packed", ["--val-fraction", "0.3"]),
+        (pictures / "train", pictures / "train" / "ant" / "packed", ["--val-fraction", "0.3"]),
+        (files, files / "packed", []),
+    ):
+        with pytest.raises(UserError, match="lies among the classes or shards of .*: name a folder elsewhere"):
+            run([str(source), str(place), "--workers", "0", "--size", "16", *options])
+        assert not place.exists()
+    run([str(pictures), str(pictures / "packed"), "--workers", "0", "--size", "16"])
+
+
+def test_pixels_are_no_source(pictures, tmp_path):
+    with pytest.raises(UserError, match="holds packed pixels already"):
+        run([str(go(pictures, tmp_path / "p")), str(tmp_path / "q")])
 
 
 def test_a_source_that_changed_is_refused_when_going_on(small, tmp_path, few, monkeypatch):
@@ -331,18 +394,6 @@ def test_a_damaged_index_is_named(pictures, tmp_path):
     index.write_bytes(bytes(len(data)))
     with pytest.raises(UserError, match="train.npz' cannot be read"):
         packed_parts(str(folder))
-
-
-def test_a_pack_that_lacks_a_file_is_not_called_complete(pictures, tmp_path):
-    """The message says what to do, and that works."""
-    folder = go(pictures, tmp_path / "p")
-    wanted = content(folder)
-    os.truncate(folder / "val-00000.npy", 500)
-    (folder / "train-00000.npy").unlink()
-    with pytest.raises(UserError, match="train-00000.npy is missing, val-00000.npy has 500 bytes.*remove the folder"):
-        go(pictures, folder)
-    shutil.rmtree(folder)
-    assert content(go(pictures, folder)) == wanted
 
 
 def test_the_command(pictures, tmp_path, capsys):

@@ -179,6 +179,12 @@ def test_options_that_packed_images_cannot_follow(squares, option, value):
         loaders(squares, **{option: value})
 
 
+def test_small_squares_that_were_resized_are_not_kept_in_memory(pictures, tmp_path):
+    folder = packed_folder(pictures, tmp_path / "p", Packing("pixels", 24))
+    with pytest.raises(UserError, match="these were resized to 24 from other sizes when they were packed"):
+        loaders(folder, loader="resident")
+
+
 def test_a_shard_that_is_damaged_is_named(pictures, tmp_path):
     folder = packed_folder(pictures, tmp_path / "p", Packing("pixels", 64))
     train, _ = loaders(folder)

@@ -52,7 +52,13 @@ def test_parquet_gives_the_batches_of_the_folder(rows, pictures, workers):
     lines = []
     assert all(map(torch.equal, epoch(rows, workers, lines.append), epoch(pictures)))
     assert any("27 images in 2 files for train, 36 images in 1 files for val; 3 classes" in line for line in lines)
-    assert sum("read with up to 4 others of its row group" in line for line in lines) == 2
+    assert sum("read with up to 4 others of its row group" in line for line in lines) == 1
+
+
+def test_packing_does_not_advise_to_pack(rows):
+    lines = []
+    read_source(DataOptions(data=str(rows)), lines.append)
+    assert len(lines) == 1 and "holds shards" in lines[0]
 
 
 def test_names_and_hold_out(rows, pictures):

@@ -170,6 +170,8 @@ def test_a_file_without_a_note_is_said_to_have_none(fastkd, few_digits, tmp_path
     assert status == 0 and out.count("w.pth does not say which images it takes; it gets the student's, 32 x 32") == 1, (
         err
     )
+    status, out, err = fastkd(*digits("--teacher", "resnet8", "--teacher-weights", "x.pth", "--out", "b"))
+    assert status == 2 and err.strip() == "fastkd: there is no weights file x.pth" and "does not say" not in out
 
 
 @pytest.mark.parametrize(

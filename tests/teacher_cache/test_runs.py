@@ -238,6 +238,7 @@ def test_the_commands_fill_show_verify_and_train_from_a_cache(fastkd, photos, mo
     weights = ["--teacher-weights", "fly-run/teacher/student.safetensors"]
     ahead = ["cache-teacher", *NETS, "--data", photos, *DATA, "--views", "2", *weights, "--out", "ahead"]
     status, out, err = fastkd(*ahead)
+    assert "WARNING: the teacher's top-1 is" in out
     assert status == 0 and re.search(r"view 2 of 2 is complete: [\d,]+ img/s", out), err
     for name in (file.name for file in Path("fly").iterdir()):
         assert Path("fly", name).read_bytes() == Path("ahead", name).read_bytes(), name
@@ -265,12 +266,13 @@ def test_the_commands_fill_show_verify_and_train_from_a_cache(fastkd, photos, mo
         'images: the cache has {"image_size": 32}, this run {"image_size": 48}': ["--image-size", "48"],
         "precision: the cache has 'fp16', this run 'fp32'": ["--teacher-cache-precision", "fp32"],
         "views: the cache has 2, this run 3": ["--views", "3"],
+        'the cache has {"train_size": null}, this run {"train_size": [32, 32]}': ["--train-size", "32"],
     }
     for words, options in changes.items():
         refused = fastkd(*run, *weights, "--teacher-cache", "ahead", "--out", "no", *options)
         check_refused(refused, words, "the teacher cache ahead does not fit")
     (photos / "train/cat/9.jpg").rename(photos / "train/cat/x.jpg")
-    check_refused(fastkd(*run, *weights, "--teacher-cache", "ahead", "--out", "no"), "data: the cache has")
+    check_refused(fastkd(*run, *weights, "--teacher-cache", "ahead", "--out", "no"), "data: the images are other ones")
     assert not Path("no").exists()
 
 
