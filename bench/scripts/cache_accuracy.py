@@ -9,25 +9,29 @@
 
 resnet20 teaches resnet8, with the options of accuracy.py (batch 64, SGD at 0.05, a tenth of it at 5/8, 6/8 and 7/8 of
 the run). There are ten classes, so that k is 2 and 5 where ImageNet would have 20 and 50. All students of a seed have
-one teacher, and start with the same weights. All test images are evaluated once, after the last epoch.
+one teacher, and start with the same weights. All test images are evaluated once, after the last epoch. With --json FILE
+the same line goes on with what is missing there.
 """
 
 import argparse
 import contextlib
 import io
+import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fastkd.bench import environment, script_parser, show_table, write_json
+from fastkd.bench import Record, environment, script_parser, show_table, write_json
 from fastkd.bench.fashion import FOLDER, create_fashion
 from fastkd.bench.scripts.accuracy_runs import STUDENT, TEACHER, Study
 from fastkd.data.order import Shard
 from fastkd.engine.precision import Precision
+from fastkd.errors import UserError
 from fastkd.evaluate import evaluate_networks
 from fastkd.methods import CE, KD
 from fastkd.methods.base import Method
@@ -44,6 +48,8 @@ ROWS = {
     "V = 4, k = 2": (4, 2),
 }
 """By name: views (0: a new one in each epoch, and no cache), k (0: all)."""
+NAMES = ("teacher", "student alone", *ROWS)
+Found = dict[str, dict[str, list[float]]]  # by name and seed: top-1 in per cent, seconds
 
 
 def trained(this: Study, method: Method, seed: int, views: int, topk: int, folder: Path) -> tuple[float, float]:
@@ -63,10 +69,9 @@ def trained(this: Study, method: Method, seed: int, views: int, topk: int, folde
     return scores["top1"], taken
 
 
-def run(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
-    """By row, (top-1, seconds) of each seed; the teacher's and the student's alone too."""
+def run(args: argparse.Namespace, found: Found, save: Callable[[], None]) -> None:
+    """Add what is missing to `found`, and save it after each training."""
     this = Study("fashion", args.epochs, torch.device(args.device), args.folder, (args.images, args.evaluate))
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ("teacher", "student alone", *ROWS)}
 
     def network(name: str, seed: int) -> torch.nn.Module:
         torch.manual_seed(seed)
@@ -74,14 +79,20 @@ def run(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
 
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
-            teacher = network(TEACHER, seed)
-            found["teacher"].append(trained(this, CE(teacher), seed, 0, 0, Path(folder)))
-            found["student alone"].append(trained(this, CE(network(STUDENT, seed)), seed, 0, 0, Path(folder)))
-            for name, (views, topk) in ROWS.items():
-                method = KD(network(STUDENT, seed), teacher)
-                found[name].append(trained(this, method, seed, views, topk, Path(folder)))
-                print(f"seed {seed}, {name}: {found[name][-1][0]:.2f} % in {found[name][-1][1]:.0f} s", flush=True)
-    return found
+            if all(str(seed) in found.get(name, {}) for name in NAMES):
+                continue
+            teacher = network(TEACHER, seed)  # the same weights again, where a run goes on
+            for name in NAMES:
+                views, topk = ROWS.get(name, (0, 0))
+                method: Method = CE(teacher) if name == "teacher" else CE(network(STUDENT, seed))
+                if name in ROWS:
+                    method = KD(network(STUDENT, seed), teacher)
+                if name != "teacher" and str(seed) in found.get(name, {}):
+                    continue
+                score, seconds = trained(this, method, seed, views, topk, Path(folder))
+                found.setdefault(name, {})[str(seed)] = [score, seconds]
+                save()
+                print(f"seed {seed}, {name}: {score:.2f} % in {seconds:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -94,17 +105,21 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
-    found = run(args)
+    options = {name: getattr(args, name) for name in ("epochs", "images", "evaluate", "device")}
+    record: Record = {"environment": environment(), "options": options, "runs": {}}
+    if args.json and Path(args.json).exists():
+        record = json.loads(Path(args.json).read_text())
+        if record["options"] != options:
+            raise UserError(f"{args.json} has the options {record['options']}, not {options}: name another file")
+    run(args, record["runs"], lambda: write_json(args.json, record) if args.json else None)
     rows = []
-    for name, results in found.items():
-        scores = [score for score, _ in results]
+    for name, results in record["runs"].items():
+        scores = [score for score, _ in results.values()]
         spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-        seconds = statistics.median(taken for _, taken in results)
-        rows.append([name, f"{statistics.mean(scores):.2f}{spread}", f"{seconds:.0f}"])
-    print(f"{TEACHER} to {STUDENT}, kd, {args.images} images, {args.epochs} epochs, {args.seeds} seeds")
-    show_table(["", "top-1 %", "s"], rows, numbers=2)
-    if args.json:
-        write_json(args.json, {"environment": environment(), "options": vars(args) | {"folder": ""}, "runs": found})
+        seconds = statistics.median(taken for _, taken in results.values())
+        rows.append([name, f"{statistics.mean(scores):.2f}{spread}", f"{seconds:.0f}", str(len(scores))])
+    print(f"{TEACHER} to {STUDENT}, kd, {args.images} images, {args.epochs} epochs")
+    show_table(["", "top-1 %", "s", "seeds"], rows, numbers=3)
 
 
 if __name__ == "__main__":
