@@ -5,7 +5,6 @@ import io
 import os
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from itertools import groupby
@@ -108,9 +107,10 @@ def _images(data: str, found: Found) -> Images:
     if splits is None:
         return _of_folder(data, found)
     parts = [name for name, split in splits.items() for _ in split.files]
-    places = Joined([split.places for split in splits.values() if split.places], [*Counter(parts).values()])
+    places = [split.places for split in splits.values() if split.places is not None]
+    joined = Joined(places, [len(split.files) for split in splits.values()])
     files = [file for split in splits.values() for file in split.files]
-    return Images(files, [label for split in splits.values() for label in split.labels], parts, places)
+    return Images(files, [label for split in splits.values() for label in split.labels], parts, joined)
 
 
 def _of_folder(root: str, found: Found) -> Images:

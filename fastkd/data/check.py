@@ -21,7 +21,7 @@ from .stored import Pictures
 from .walk import EXTENSIONS
 
 CHUNK = 64  # images per message of a process
-FEW = 200  # images that one process reads within the time that it takes to start others
+FEW = 200  # images for which no other process is started
 LARGE = 40e6  # pixels: such a picture takes as long as 200 of ImageNet's
 
 BAD = {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, nearest
 from ..kernels.logit_loss import UNLABELLED
+from .base import resize_side
 from .check import check_images
 from .file_list import read_list
 from .options import NAMES
@@ -193,7 +194,8 @@ def _refuse_lost(lost: set[str] | frozenset[str], path: str) -> None:
 
 def _without_bad(split: Split, where: str, options: "DataOptions", log: Log) -> Split:
     """The images that can be read. Raises UserError if a class loses all of its images."""
-    found, _ = check_images(Pictures(split.files, split.places), options.workers, side=options.image_size or None)
+    side = resize_side(options.image_size or 224)  # of the evaluation, which enlarges most
+    found, _ = check_images(Pictures(split.files, split.places), options.workers, side)
     bad = {each.image: f"{shown(split.files[each.image])}: {each.kind}" for each in found if each.is_bad}
     if not bad:
         return split

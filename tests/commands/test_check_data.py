@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastkd.commands import check_data
 from fastkd.data import DataOptions, create_loaders
+from fastkd.data.layout import training_splits
 from fastkd.errors import UserError
 
 
@@ -193,3 +194,14 @@ def test_wrong_use(folder, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             run(*arguments)
+
+
+def test_skip_bad_leaves_out_what_evaluation_would_enlarge_too_much(tmp_path):
+    """1 x 20,000 pixels become 256 x 5,120,000; the size of the images is that of a folder, as it is not given."""
+    for part in ("train", "val"):
+        for label, name in enumerate(("ant", "bee")):
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "0.jpg").write_bytes(picture(label))
+    (tmp_path / "val/ant/thin.png").write_bytes(picture(9, kind="PNG", size=(1, 20000)))
+    splits = training_splits(DataOptions(str(tmp_path), workers=0, skip_bad=True), print)
+    assert [len(splits[part].files) for part in ("train", "val")] == [2, 2]
