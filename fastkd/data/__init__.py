@@ -18,6 +18,7 @@ pack_format.py   the files of packed images, and their checks
 packed.py        the loader of packed images; packed_set.py: small ones in memory
 classes.py       the class names of a weights file against those of the data
 decode.py        one picture file to pixels; names the file if it is damaged
+check.py         what is bad or odd with each image; chosen.py: the images that a list or --skip-bad leaves
 image_index.py   the sizes of the images of a folder, read once; index_file.py: keeps them
 folder.py        a folder of images, decoded in worker processes
 dali.py          a folder of images, decoded by NVIDIA DALI: faster, and on the GPU if there is one

@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, nearest
 from ..kernels.logit_loss import UNLABELLED
-from .base import resize_side
-from .check import check_images
-from .file_list import read_list
+from .chosen import scan_chosen, stored_chosen
 from .options import NAMES
 from .pack_format import read_manifest
 from .parquet import advise
-from .scan import Formats, Split, check_headers, scan, scan_images
+from .scan import Formats, Split, scan_images
 from .shard_names import shards_of
-from .shards import refuse_unknown, stored_splits
-from .stored import Joined, OwnFiles, Pictures
+from .stored import Joined, OwnFiles
 from .walk import Found, identity, look, shown, some
 
 if TYPE_CHECKING:
@@ -33,7 +30,7 @@ ARRANGE = "arrange the images as train/<class>/* and val/<class>/*"
 
 def training_splits(options: "DataOptions", log: Log) -> dict[str, Split]:
     """{"train": ..., "val": ...}. Raises UserError if a file or the arrangement is unusable. `log` gets the notes."""
-    stored = _stored(options, log)
+    stored = stored_chosen(options, log)
     advise((split.places for split in (stored or {}).values()), log)
     train, val = _folder_pair(options, log) if stored is None else _stored_pair(stored, options, log)
     if options.unlabelled:
@@ -49,15 +46,15 @@ def _folder_pair(options: "DataOptions", log: Log) -> tuple[Split, Split]:
     if options.val_fraction:
         refuse_second_val(root, parts)
         tree = os.path.join(root, "train") if "train" in parts else root
-        whole = _scan(tree, options, log)
+        whole = scan_chosen(tree, options, log)
         _refuse_one_class(tree, whole)
         return _hold_out(whole, tree, options, log)
     if options.unlabelled and parts == ["val"]:
-        val = _scan(os.path.join(root, "val"), options, log)
+        val = scan_chosen(os.path.join(root, "val"), options, log)
         log(f"data: {shown(root)} has no train/: all training images are unlabelled")
         return Split(val.classes, [], []), val
     _refuse_missing(root, parts)
-    train, val = (_scan(os.path.join(root, name), options, log) for name in ("train", "val"))
+    train, val = (scan_chosen(os.path.join(root, name), options, log) for name in ("train", "val"))
     _refuse_one_class(os.path.join(root, "train"), train)
     val = _with_labels_of(train, val, root, log)
     _warn_if_shared(train, val, log)
@@ -95,18 +92,18 @@ def _common_folder(split: Split) -> str:
 
 def evaluation_split(options: "DataOptions", log: Log) -> Split:
     """The images to evaluate: those of val/, or those that `val_fraction` holds out, or all of a class tree."""
-    root, stored = options.data, _stored(options, log)
+    root, stored = options.data, stored_chosen(options, log)
     parts = parts_of(root) if stored is None else list(stored)
     if options.val_fraction and stored is not None:
         return _stored_pair(stored, options, log)[1]
     if options.val_fraction:
         refuse_second_val(root, parts)
         tree = os.path.join(root, "train") if "train" in parts else root
-        return _hold_out(_scan(tree, options, log), tree, options, log)[1]
+        return _hold_out(scan_chosen(tree, options, log), tree, options, log)[1]
     if stored is not None and parts != ["train"]:
         return stored.get("val", stored.get("", stored[parts[0]]))
     if "val" in parts:
-        return _scan(os.path.join(root, "val"), options, log)
+        return scan_chosen(os.path.join(root, "val"), options, log)
     if "train" in parts:
         inner = "the shards alone" if stored is not None else os.path.join(root, "train")
         raise UserError(
@@ -114,7 +111,7 @@ def evaluation_split(options: "DataOptions", log: Log) -> Split:
             "images, or --val-fraction and --split-seed as in training to evaluate what was held out"
         )
     log(f"data: {shown(root)} has no val/: its folders are taken as the classes")
-    return _scan(root, options, log)
+    return scan_chosen(root, options, log)
 
 
 def parts_of(root: str) -> list[str]:
@@ -147,66 +144,6 @@ def refuse_second_val(root: str, parts: list[str]) -> None:
     """Raise UserError if there is a val/, so that none has to be made."""
     if "val" in parts:
         raise UserError(f"--val-fraction: {root!r} has a val/ already; drop --val-fraction, or give another --data")
-
-
-def _scan(root: str, options: "DataOptions", log: Log) -> Split:
-    """The images of a folder of classes that the options take."""
-    wanted = read_list(options.file_list, options.data) if options.file_list else None
-    split = scan(root, wanted, check=not options.skip_bad)
-    for note in split.notes:
-        log(note)
-    if wanted is not None:
-        prefix = os.path.join(root, "")
-        lost = {file for file in wanted if file.startswith(prefix)} - {*split.files}
-        _refuse_lost(lost, options.file_list)
-    if options.skip_bad:
-        split = _without_bad(split, root, options, log)
-        split = replace(split, formats=check_headers(split.files))
-    return split
-
-
-def _stored(options: "DataOptions", log: Log) -> dict[str, Split] | None:
-    """The images of shards that the options take; None if the data are none."""
-    splits = stored_splits(options.data, log)
-    if splits is None:
-        return None
-    if not (options.file_list or options.skip_bad):
-        refuse_unknown(splits)
-    if options.file_list:
-        wanted = read_list(options.file_list, options.data)
-        _refuse_lost(wanted - {file for split in splits.values() for file in split.files}, options.file_list)
-        for name, split in splits.items():
-            splits[name] = split.take([i for i, file in enumerate(split.files) if file in wanted])
-    if options.skip_bad:
-        splits = {name: _without_bad(split, name or options.data, options, log) for name, split in splits.items()}
-    if empty := [name for name, split in splits.items() if not split.files]:
-        raise UserError(f"data={options.data!r}: no image is left for {empty[0] or 'training'}")
-    return splits
-
-
-def _refuse_lost(lost: set[str] | frozenset[str], path: str) -> None:
-    if lost:
-        raise UserError(
-            f"--file-list {path!r} names {len(lost):,} images that are not there ({some(sorted(lost))}): make it anew "
-            "with `fastkd check-data --file-list`"
-        )
-
-
-def _without_bad(split: Split, where: str, options: "DataOptions", log: Log) -> Split:
-    """The images that can be read. Raises UserError if a class loses all of its images."""
-    side = resize_side(options.image_size or 224)  # of the evaluation, which enlarges most
-    found, _ = check_images(Pictures(split.files, split.places), options.workers, side)
-    bad = {each.image: f"{shown(split.files[each.image])}: {each.kind}" for each in found if each.is_bad}
-    if not bad:
-        return split
-    log(
-        f"WARNING: --skip-bad leaves out {len(bad):,} of the {len(split.files):,} images of {shown(where)}: "
-        f"{some(bad.values(), quote=False)}; `fastkd check-data` lists them"
-    )
-    good = split.take([i for i in range(len(split.files)) if i not in bad])
-    if lost := [split.classes[label] for label in sorted({*split.labels} - {*good.labels})]:
-        raise UserError(f"--skip-bad: no image of {some(lost)} can be read: repair them, or remove the classes")
-    return good
 
 
 def _refuse_missing(root: str, parts: list[str]) -> None:
