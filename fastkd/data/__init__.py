@@ -2,10 +2,13 @@
 
 options.py       DataOptions: which images, and how they are read
 base.py          the Loader protocol
+adapter.py       a DataLoader of the user, or another iterable, as a Loader
+shares.py        which of its images each of several processes gets
 order.py         the order of an epoch, and how it is split into batches and over processes
 augment.py       what is drawn for each image: crops, flips, mixtures
 train_size.py    the size of the training crops in each epoch
 draws.py         the generator of these numbers
+random_augment.py  RandAugment and random erasing; loader_options.py: which loader follows which option
 layout.py        which images of a folder are for training and which for evaluation
 scan.py          finds the images of a folder and checks them
 walk.py          the files below a folder: which are images, and why the others are skipped
@@ -52,6 +55,7 @@ from .base import IMAGENET_MEAN, IMAGENET_STD, EpochLoader, Loader
 from .dali_start import dali_loaders, first_problem
 from .fingerprint import of_split
 from .layout import evaluation_split, training_splits
+from .loader_options import given, given_for_training
 from .options import NAMES, DataOptions, changes_augmentation
 from .order import Shard
 from .pack_format import PackedPart, packed_parts
@@ -90,7 +94,7 @@ def create_loaders(
     for what is skipped in the folder. `gather(x)` gives the x of every process, so that all of them choose the same
     decoder. Raises UserError if the data cannot be used.
     """
-    shard = Shard(seed, rank, world_size, dtype, options.views, paired)
+    shard = Shard(seed, rank, world_size, dtype, options.views, paired, options.aug_repeats)
     if options.data in NAMES:
         train, val = _named_loaders(options, device, shard, log, gather)
         return sized_loader(train, options, epochs, log), val
@@ -121,9 +125,10 @@ def create_eval_loader(
     out, or all images of a folder of classes. `keep_small` False: small images, of a folder or packed, are resized and
     cropped as large ones are, for a network that was trained on such.
     """
-    for given in (f"unlabelled={options.unlabelled!r}" * bool(options.unlabelled), changes_augmentation(options)):
-        if given:
-            raise UserError(f"{given} is for training: images to evaluate have labels and are not augmented; drop it")
+    unlabelled = f"unlabelled={options.unlabelled!r}" * bool(options.unlabelled)
+    for option in (unlabelled, changes_augmentation(options), given_for_training(options)):
+        if option:
+            raise UserError(f"{option} is for training: images to evaluate have labels and are not augmented; drop it")
     shard = Shard(0, rank, world_size, dtype)
     if options.data in NAMES:
         return _named_loaders(options, device, shard, log, gather, parts=("val",))[-1]
@@ -246,7 +251,11 @@ def _folder_loaders(
         usual: tuple[Padding, bool] = ("reflect", True)
         return _resident_loaders(sets, options.sized(side, IMAGENET_MEAN, IMAGENET_STD), usual, device, shard, log)
     options = options.for_large_images()
-    loaders = None if options.loader == "folder" else dali_loaders(splits, options, device, shard, log, gather)
+    loaders = None
+    if options.loader == "auto" and (option := given(options, "dali")):
+        log(f"data: decoding with torchvision ({option} is for loader='folder')")
+    elif options.loader != "folder":
+        loaders = dali_loaders(splits, options, device, shard, log, gather)
     if loaders is not None:
         return loaders
     from .folder import FolderLoader

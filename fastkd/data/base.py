@@ -1,16 +1,18 @@
 """What the trainer needs from a source of batches."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .order import Shard, evaluation_slices, training_slices
+from .order import IMAGE, Shard, evaluation_slices, training_slices
 
 if TYPE_CHECKING:
     from .prefetch import Prefetch
@@ -50,16 +52,10 @@ def check_loaders(
     """Raise UserError if a loader lacks what the trainer needs, or gives no batch.
 
     Gives the next training batch, so that it need not be read again; the training loader is rewound.
-
-    A torch DataLoader is enough for evaluation, but not for training: it cannot be continued at a given epoch.
     `gather(x)` gives the x of every process. A process may have no images to evaluate if another has some.
     """
-    names = ("__iter__", "__len__", "classes", "samples", "state_dict", "load_state_dict")
-    for role, loader, wanted in (("train_loader", train_loader, names), ("val_loader", val_loader, names[:1])):
-        missing = [name for name in wanted if not hasattr(loader, name)]
-        if missing:
-            kind = type(loader).__name__
-            raise UserError(f"{role} ({kind}) lacks {', '.join(missing)}; see Loader in fastkd/data/base.py")
+    if not hasattr(val_loader, "__iter__"):
+        raise UserError(f"val_loader ({type(val_loader).__name__}) lacks __iter__: give an iterable of batches")
     batch = first_batch(train_loader)
     if all(gather(isinstance(val_loader, Sized) and len(val_loader) == 0)):
         raise UserError("val_loader is empty: it gives no batch (its length is 0)")
@@ -76,6 +72,31 @@ def check_count(batches: int, loader: Loader, epoch: int) -> None:
             f"train_loader gave {batches or 'no'} batch{'' if batches == 1 else 'es'} in epoch {epoch}, but its length "
             f"is {len(loader)}; the schedule follows the length: let len(train_loader) be the number of batches"
         )
+
+
+def continued(loader: Loader, step: int, restore: Callable[[], None] = lambda: None) -> Iterable[tuple[Tensor, Tensor]]:
+    """The batches from `step` on of the epoch that the loader's state names.
+
+    Our loaders begin there. Others give the batches before it as well, which are dropped; then `restore` is called, so
+    that what they draw from there on follows the generators as they were.
+    """
+    return loader if isinstance(loader, EpochLoader) or not step else _rest(loader, step, restore)
+
+
+def _rest(loader: Loader, step: int, restore: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
+    batches = iter(loader)
+    for _ in islice(batches, step):
+        pass
+    restore()
+    yield from batches
+
+
+def state_at(loader: Loader, start: dict[str, Any], step: int) -> dict[str, Any]:
+    """The state to go on from after `step` batches of an epoch that is not finished; `start` is that of its beginning.
+
+    A loader of the caller may count an epoch when it begins.
+    """
+    return start | ({"step": step} if isinstance(loader, EpochLoader) else {})
 
 
 @contextmanager
@@ -97,10 +118,27 @@ def first_batch(train_loader: Loader) -> tuple[Tensor, Tensor]:
         batch: Any = next(iter(train_loader), None) if len(train_loader) else None
     if batch is None:
         raise UserError(f"train_loader is empty: it gives no batch (its length is {len(train_loader)})")
+    return checked_pair(batch, "train_loader")
+
+
+def checked_pair(batch: Any, role: str) -> tuple[Tensor, Tensor]:
+    """(images, target) of a batch that `role` gave. Raises UserError if it is something else. Values are not read."""
     is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
     if not is_pair or not all(isinstance(part, Tensor) for part in batch):
-        raise UserError(f"train_loader gives {type(batch).__name__}; a batch is the pair (images, target) of tensors")
+        raise UserError(
+            f"{role} gives {_described(batch)}; a batch is the pair (images, target) of tensors: let the data set or "
+            "collate_fn make it"
+        )
     return batch[0], batch[1]
+
+
+def _described(batch: Any) -> str:
+    """What a batch is made of, in a few words."""
+    if isinstance(batch, dict):
+        return f"a dict of {', '.join(map(str, batch))}"[:120]
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"[:120]
+    return f"a {type(batch).__name__}"
 
 
 def describe(loader: Loader) -> dict[str, Any]:
@@ -125,9 +163,9 @@ def input_of(loader: Loader, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if value}
 
 
-def resize_side(image_size: int) -> int:
-    """Length of the shorter side, in pixels, before the centre crop of evaluation."""
-    return round(image_size * 256 / 224)
+def resize_side(image_size: int, crop_pct: float = 0.0) -> int:
+    """Length of the shorter side, in pixels, before the centre crop of evaluation. Rounded down, as timm does."""
+    return math.floor(image_size / crop_pct) if crop_pct else round(image_size * 256 / 224)
 
 
 def position_of(state: dict, loader: str) -> tuple[int, int]:
@@ -150,12 +188,12 @@ def position_of(state: dict, loader: str) -> tuple[int, int]:
     return state["epoch"], state["step"]
 
 
-def place_of(loader: Loader, epoch: int) -> tuple[int, int]:
-    """(epoch, step) of the next batch, as the loader counts them: it may have given epochs before this run.
+def place_of(loader: Loader, epoch: int, done: int) -> tuple[int, int]:
+    """(epoch, first step) of the run's `epoch`, of which `done` steps are over, as the loader counts them.
 
-    A loader of the caller is taken to be at the first step of the run's `epoch`.
+    Our loader may have given epochs before this run. A loader of the caller is taken to count as the run does.
     """
-    return (loader.epoch, loader.first) if isinstance(loader, EpochLoader) else (epoch, 0)
+    return (loader.epoch, loader.first - done) if isinstance(loader, EpochLoader) else (epoch, 0)
 
 
 def samples_of(loader: Loader, epoch: int, step: int, count: int, rank: int) -> tuple[int, Tensor]:
@@ -163,6 +201,11 @@ def samples_of(loader: Loader, epoch: int, step: int, count: int, rank: int) -> 
     if isinstance(loader, EpochLoader):
         return loader.shard.view(epoch), loader.samples_of(epoch, step)
     return epoch, torch.arange(count) + (rank << 40) + (step << 20)
+
+
+def without_copies(samples: Tensor) -> Tensor:
+    """The numbers of the images in those of their copies (`Shard.repeats`), int64."""
+    return samples & IMAGE
 
 
 class EpochLoader:
@@ -184,6 +227,7 @@ class EpochLoader:
 
     def __init__(self, classes: tuple[str, ...], samples: int, batch_size: int, shard: Shard, *, train: bool):
         self.classes, self.samples, self.train, self.seed, self.shard = classes, samples, train, shard.seed, shard
+        self.batch_size = batch_size  # images of a process in a step
         place = shard.rank, shard.world_size
         if train:
             self.slices = training_slices(samples, batch_size, *place, shard.paired)
@@ -225,7 +269,7 @@ class EpochLoader:
         return self._known[1]
 
     def samples_of(self, epoch: int, step: int) -> Tensor:
-        """Numbers of the images of a batch, int64 on the CPU."""
+        """Numbers of the images of a batch, int64 on the CPU; of repeated ones see `Shard.repeats`."""
         start, stop = self.slices[step]
         return self.order(epoch)[start:stop]
 

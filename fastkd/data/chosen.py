@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .base import resize_side
 from .check import check_images
 from .file_list import read_list
 from .scan import Split, check_headers, scan
@@ -58,14 +57,14 @@ def stored_chosen(options: "DataOptions", log: Log) -> dict[str, Split] | None:
 def _refuse_lost(lost: set[str] | frozenset[str], path: str) -> None:
     if lost:
         raise UserError(
-            f"--file-list {path!r} names {len(lost):,} images that are not there ({some(sorted(lost))}): make it anew "
+            f"--file-list {path!r} names images that are not there ({len(lost):,}: {some(sorted(lost))}): make it anew "
             "with `fastkd check-data --file-list`"
         )
 
 
 def _without_bad(split: Split, where: str, options: "DataOptions", log: Log) -> Split:
     """The images that can be read. Raises UserError if a class loses all of its images."""
-    side = resize_side(options.image_size or 224)  # of the evaluation, which enlarges most
+    side = options.resize_side  # of the evaluation, which enlarges most
     found, _ = check_images(Pictures(split.files, split.places), options.workers, side)
     bad = {each.image: f"{shown(split.files[each.image])}: {each.kind}" for each in found if each.is_bad}
     if not bad:

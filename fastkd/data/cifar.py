@@ -17,11 +17,12 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from ..errors import UserError
+from ..foreign import read_bytes
 from .files import FoundSet, check_md5, check_target, holds, md5_of
 
 SETS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 PIXELS = 3 * 32 * 32  # one image: the red, the green and the blue channel, each in rows
-LARGEST = 1 << 30  # bytes of a file in an archive; the largest real one has 155 MB
+LARGEST = 1 << 28  # bytes of a file in an archive; the largest real one has 155 MB
 
 
 class Binary(NamedTuple):
@@ -138,8 +139,7 @@ def _read_binary(source: Source, name: str, train: bool) -> FoundSet:
     binary = BINARY[name]
     counts = binary.train if train else binary.test
     if source.inside:
-        with open(source.path, "rb") as stream:
-            check_md5(stream.read(), binary.md5, repr(source.path))
+        check_md5(read_bytes(source.path, 4 * LARGEST), binary.md5, repr(source.path))
     content = _contents(source, [*counts, binary.names], binary.md5)
     lines = content.pop(binary.names).decode("ascii", "replace").split("\n")
     classes = tuple(line.strip() for line in lines if line.strip())
@@ -172,14 +172,12 @@ def _contents(source: Source, names: list[str], md5: str) -> dict[str, bytes]:
     if not source.inside:
         content = {}
         for file in names:
-            with open(os.path.join(source.path, file), "rb") as stream:
-                content[file] = stream.read()
+            content[file] = read_bytes(os.path.join(source.path, file), LARGEST)
         return content
     try:
         return _members(source, names)
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        with open(source.path, "rb") as stream:
-            found = md5_of(stream.read())
+        found = md5_of(read_bytes(source.path, 4 * LARGEST))
         reason = str(error) or type(error).__name__
         raise UserError(
             f"the archive {source.path!r} is damaged ({reason}; its MD5 is {found}, expected {md5}): download it again"
@@ -191,10 +189,10 @@ def _members(source: Source, names: list[str]) -> dict[str, bytes]:
     content: dict[str, bytes] = {}
     with tarfile.open(source.path, "r:gz") as archive:
         for member in archive:
+            if member.size > LARGEST or member.offset > 4 * LARGEST:  # to pass over it, all of it is unpacked
+                raise UserError(f"the archive {source.path!r}: {member.name:.100} has {member.size:,} bytes")
             folder, _, file = member.name.removeprefix("./").rpartition("/")
             if folder == source.inside and file in names and member.isreg():
-                if member.size > LARGEST:
-                    raise UserError(f"the archive {source.path!r}: {member.name} has {member.size:,} bytes")
                 content[file] = archive.extractfile(member).read()  # type: ignore[union-attr]  # a regular file
             if len(content) == len(names):
                 break

@@ -31,7 +31,7 @@ from nvidia.dali.types import DALIDataType, DALIInterpType
 from torch import Tensor
 
 from ..errors import UserError
-from .base import EpochLoader, resize_side
+from .base import EpochLoader
 from .dali_files import REMEDY, FirstPass
 from .dali_source import Inputs, Source
 from .decode import decode, header
@@ -74,8 +74,8 @@ class DaliLoader(EpochLoader):
             sizes = sizes_of(split.files, options)
         self.largest = max((stop - start for start, stop in self.slices), default=0)  # images of a batch
         self.threads = ThreadPoolExecutor(options.workers)  # check the files, and resize if DALI does not
-        side = None if train else resize_side(options.image_size)
-        self.first_pass = FirstPass(split.files, side, shard.rank, self.threads)
+        side = None if train else options.resize_side
+        self.first_pass = FirstPass(split.files, side, shard.rank, self.threads, options.max_pixels)
         self.source = Source(
             split, self.slices, shard, sizes if train else None, self.first_pass, options.flip != "off"
         )
@@ -175,7 +175,7 @@ class DaliLoader(EpochLoader):
             return f"DALI stopped ({where}): {reason}; if a file is to blame, a new run with loader='folder' names it"
         file = self.source.files[number]
         try:
-            decode(file)
+            decode(file, max_pixels=self.options.max_pixels)
         except UserError as error:
             return f"{error} ({where})"
         if self.source.sizes is not None and (size := self._new_size(file)) != self.source.sizes[number].tolist():
@@ -185,7 +185,7 @@ class DaliLoader(EpochLoader):
 
     def _new_size(self, file: str) -> list[int]:
         """[height, width] as decoded."""
-        height, width, orientation, _ = header(file, self.options.exif)
+        height, width, orientation, _ = header(file, self.options.exif, self.options.max_pixels)
         return [width, height] if orientation >= 5 else [height, width]
 
     def _refused(self, epoch: int, step: int) -> int | None:
@@ -226,7 +226,7 @@ def _folder_pipeline(
         # as torchvision's Resize: the shorter side exactly, the longer one rounded down
         edges = shape[0], shape[1]
         shorter = fn.reductions.min(fn.stack(*edges))
-        sides = [edge * resize_side(options.image_size) // shorter for edge in edges]
+        sides = [edge * options.resize_side // shorter for edge in edges]
         images = resize(images, size=fn.cast(fn.stack(*sides), dtype=DALIDataType.FLOAT))
         start = fn.stack(*(_centred(side - options.image_size) for side in sides))
         images = fn.slice(images, start=fn.cast(start, dtype=DALIDataType.INT32), shape=size, axes=(0, 1))

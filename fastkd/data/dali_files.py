@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from .decode import inspect
+from ..errors import UserError, count_of
+from .decode import MAX_PIXELS, inspect
 from .scan import Split
 from .walk import HOW
 
@@ -41,8 +41,8 @@ def undecodable(splits: tuple[Split, ...]) -> str:
             if kind not in KINDS:
                 others[kind] = others.get(kind, 0) + count
                 example = example or file
-    counts = " and ".join(f"{count} {kind.upper()}" for kind, count in others.items())
-    return f"DALI cannot decode {counts} files, such as {example!r}" if others else ""
+    counts = " and ".join(count_of(count, f"{kind.upper()} file") for kind, count in others.items())
+    return f"DALI cannot decode {counts}, such as {example!r}" if others else ""
 
 
 class FirstPass:
@@ -52,8 +52,8 @@ class FirstPass:
     side: the shorter side of the pictures after resizing, if they are resized as a whole.
     """
 
-    def __init__(self, files: list[str], side: int | None, rank: int, threads: Executor):
-        self.files, self.side, self.rank, self.threads = files, side, rank, threads
+    def __init__(self, files: list[str], side: int | None, rank: int, threads: Executor, max_pixels: int = MAX_PIXELS):
+        self.files, self.side, self.rank, self.threads, self.max_pixels = files, side, rank, threads, max_pixels
         self.checked = torch.zeros(len(files), dtype=torch.bool)
 
     def ahead(self, batches: Iterator[Place]) -> Iterator[Place]:
@@ -78,7 +78,7 @@ class FirstPass:
     def _check(self, numbers: list[int], where: str) -> str:
         """What is wrong with the first bad file, or ""."""
         for file in (self.files[number] for number in numbers):
-            kind, reason = inspect(file, self.side)
+            kind, reason = inspect(file, self.side, max_pixels=self.max_pixels)
             if reason:
                 return f"{file!r} cannot be decoded ({reason}; {where}): repair or remove it{HOW}"
             if kind not in FORMATS:

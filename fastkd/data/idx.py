@@ -18,6 +18,7 @@ import numpy as np
 from torchvision.datasets import MNIST, FashionMNIST
 
 from ..errors import UserError
+from ..foreign import open_file
 from .files import FoundSet, check_md5, check_target, holds, md5_of
 
 SETS: dict[str, type[MNIST]] = {"fashion-mnist": FashionMNIST, "mnist": MNIST}
@@ -129,7 +130,7 @@ LARGEST = 1 << 28  # bytes; the largest real file has 47 MB
 
 
 def _content(path: str) -> bytes:
-    with open(path, "rb") as stream:
+    with open_file(path) as stream:
         data = stream.read(LARGEST + 1)
     if data[:2] == b"\x1f\x8b":  # gzip, whatever the name says
         try:

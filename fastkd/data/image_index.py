@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import UserError
-from .decode import begin_worker, header
+from ..errors import UserError, count_of
+from .decode import MAX_PIXELS, begin_worker, header, too_many
 from .index_file import HEADER, NO_ROWS, ROW, in_cache, key_of, load, merged, pruned, take, write
 from .progress import with_bar
 from .walk import HOW, INDEX, SHOWN, shown
@@ -49,18 +49,27 @@ class ImageIndex:
 
 
 def read_index(
-    files: Sequence[str], roots: Sequence[str] = (), *, exif: bool = False, workers: int = 0, log: Log = print
+    files: Sequence[str],
+    roots: Sequence[str] = (),
+    *,
+    exif: bool = False,
+    workers: int = 0,
+    log: Log = print,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageIndex:
     """The index of the files, in their order. `roots`: the folders that they lie in, of which each keeps an index.
 
     exif: read the orientation too, and give the sizes as turned by it. workers: processes that read headers. `log` gets
-    a line if the reading took long, or if a kept index is damaged. Raises UserError for files whose header is damaged.
+    a line if the reading took long, or if a kept index is damaged. Raises UserError for files whose header is damaged
+    or claims more than `max_pixels`.
     """
     parts = [NO_ROWS]
     for root, group in groupby(files, lambda file: _root_of(file, roots)):
         below = list(group)
-        parts.append(_Reader(below, root or os.path.commonpath(map(os.path.dirname, below)), exif, workers, log).read())
+        place = root or os.path.commonpath(map(os.path.dirname, below))
+        parts.append(_Reader(below, place, exif, workers, log, max_pixels).read())
     rows = np.concatenate(parts)
+    _check_pixels(files, rows, max_pixels)
     sizes = torch.from_numpy(np.stack([rows["height"], rows["width"]], 1).astype(np.int64))
     if exif:
         lying = torch.from_numpy(rows["orientation"] >= 5)
@@ -71,7 +80,16 @@ def read_index(
 def sizes_of(files: Sequence[str], options: "DataOptions", log: Log = print) -> Tensor:
     """(height, width) of the images as decoded, int64 [N, 2]. Raises UserError for damaged headers."""
     roots = (options.data, options.unlabelled)
-    return read_index(files, roots, exif=options.exif, workers=options.workers, log=log).sizes
+    exif, workers, most = options.exif, options.workers, options.max_pixels
+    return read_index(files, roots, exif=exif, workers=workers, log=log, max_pixels=most).sizes
+
+
+def _check_pixels(files: Sequence[str], rows: np.ndarray, max_pixels: int) -> None:
+    """Raise UserError for images of more pixels, of which an index was kept with another limit."""
+    heights, widths = (rows[name].astype(np.int64) for name in ("height", "width"))
+    places = np.flatnonzero(heights * widths > max_pixels).tolist()
+    if places:
+        raise UserError(_damaged([(files[i], too_many(int(widths[i]), int(heights[i]), max_pixels)) for i in places]))
 
 
 def _root_of(file: str, roots: Sequence[str]) -> str:
@@ -81,8 +99,8 @@ def _root_of(file: str, roots: Sequence[str]) -> str:
 class _Reader:
     """Reads the index of the files below one folder."""
 
-    def __init__(self, files: list[str], root: str, exif: bool, workers: int, log: Log):
-        self.files, self.root, self.exif, self.log = files, root, exif, log
+    def __init__(self, files: list[str], root: str, exif: bool, workers: int, log: Log, max_pixels: int):
+        self.files, self.root, self.exif, self.log, self.max_pixels = files, root, exif, log, max_pixels
         self.workers = workers
         self.paths = [os.path.join(root, f"{INDEX}.npz"), in_cache(root)]
         self.started = self.saved = time.monotonic()
@@ -130,7 +148,7 @@ class _Reader:
 
     def _headers(self, missing: np.ndarray) -> DataLoader:
         return DataLoader(
-            _Headers(self.files, missing, self.exif),
+            _Headers(self.files, missing, self.exif, self.max_pixels),
             batch_size=CHUNK,
             num_workers=self.workers if len(missing) > FEW else 0,
             collate_fn=nn.Identity(),  # `__getitems__` makes whole chunks already
@@ -146,7 +164,7 @@ class _Reader:
         path = self._save(known)
         where = f"kept in {shown(path)}" if path else "and cannot be kept, so that each run reads them"
         seconds = time.monotonic() - self.started
-        self.log(f"data: the sizes of {count:,} images were read in {seconds:,.0f} s, {where}")
+        self.log(f"data: the size of {count_of(count, 'image')} was read in {seconds:,.0f} s, {where}")
 
     def _save(self, rows: np.ndarray) -> str:
         """Write the index beside the data or in the cache folder. Gives the path; "" if neither can be written."""
@@ -163,8 +181,8 @@ _Chunk = tuple[np.ndarray, np.ndarray, list[Bad]]  # positions int64 [n], their 
 
 
 class _Headers(Dataset):
-    def __init__(self, files: list[str], missing: np.ndarray, exif: bool):
-        self.files, self.missing, self.exif = files, missing, exif
+    def __init__(self, files: list[str], missing: np.ndarray, exif: bool, max_pixels: int):
+        self.files, self.missing, self.exif, self.max_pixels = files, missing, exif, max_pixels
 
     def __len__(self) -> int:
         return len(self.missing)
@@ -173,7 +191,7 @@ class _Headers(Dataset):
         positions, sizes, bad = [], [], list[Bad]()
         for position in self.missing[places].tolist():
             try:
-                sizes.append(header(self.files[position], self.exif))
+                sizes.append(header(self.files[position], self.exif, self.max_pixels))
                 positions.append(position)
             except ValueError as error:
                 bad.append((self.files[position], str(error)))

@@ -11,6 +11,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from ..foreign import check_stored, open_file
 from .walk import shown
 
 ROW = np.dtype(
@@ -37,7 +38,7 @@ def take(rows: np.ndarray, known: np.ndarray, exif: bool) -> np.ndarray:
     same = np.zeros(len(rows), bool)
     if len(known):
         at = np.searchsorted(known["key"], rows["key"]).clip(max=len(known) - 1)
-        same = known["height"][at] > 0
+        same = (known["height"][at] > 0) & (known["width"][at] > 0) & (known["orientation"][at] <= 8)
         for name in ("key", "bytes", "mtime_ns"):
             same &= known[name][at] == rows[name]
         if exif:
@@ -64,8 +65,10 @@ def pruned(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def load(path: str, log: Callable[[str], None]) -> np.ndarray:
     """The rows of a file; none if it is not there, or damaged, which is logged."""
     try:
-        with np.load(path, allow_pickle=False) as content:
-            rows = content["rows"]
+        with open_file(path) as stream:
+            check_stored(stream)
+            with np.load(stream, allow_pickle=False) as content:
+                rows = content["rows"]
         if rows.dtype != ROW or rows.ndim != 1 or not (rows["key"][1:] > rows["key"][:-1]).all():
             raise ValueError("it is of another version of fastkd")
     except FileNotFoundError:

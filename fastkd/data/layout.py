@@ -10,7 +10,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from ..errors import UserError, nearest
+from ..errors import UserError, count_of, nearest
 from ..kernels.logit_loss import UNLABELLED
 from .chosen import scan_chosen, stored_chosen
 from .options import NAMES
@@ -256,7 +256,7 @@ def _unlabelled(train: Split, options: "DataOptions", log: Log) -> Split:
     for note in more.notes:
         log(note)
     log(
-        f"data: {len(more.files):,} images of {shown(options.unlabelled)} without labels, beside "
+        f"data: {count_of(len(more.files), 'image')} of {shown(options.unlabelled)} without labels, beside "
         f"{len(train.files):,} with labels"
     )
     return replace(more, classes=train.classes, labels=[UNLABELLED] * len(more.files))

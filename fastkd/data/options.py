@@ -5,8 +5,10 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from ..errors import UserError, nearest
-from .base import IMAGENET_MEAN, IMAGENET_STD
+from ..errors import UserError, check_side, nearest
+from .base import IMAGENET_MEAN, IMAGENET_STD, resize_side
+from .decode import MAX_PIXELS
+from .loader_options import check_loader_options
 from .train_size import TrainSizes
 
 LoaderName = Literal["auto", "dali", "folder", "resident"]
@@ -14,7 +16,9 @@ AugmentName = Literal["auto", "rrc", "pad-crop", "none"]
 PadMode = Literal["auto", "reflect", "zeros"]
 Padding = Literal["reflect", "zeros"]
 Switch = Literal["auto", "on", "off"]
+Interpolation = Literal["bilinear", "bicubic"]
 CHOICES: dict[str, Any] = {"loader": LoaderName, "augment": AugmentName, "pad_mode": PadMode, "flip": Switch}
+CHOICES["interpolation"] = Interpolation
 
 UNSET: dict[str, Any] = {"augment": "auto", "pad": -1, "pad_mode": "auto", "flip": "auto"}  # of the augmentation
 OVER_RECIPE = "over a recipe: " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in UNSET.items())
@@ -48,6 +52,17 @@ class DataOptions:
     """What pad-crop adds: reflect (the image mirrored) or zeros (black); auto: reflect for colour, zeros for gray."""
     flip: Switch = "auto"
     """Mirror every second training image, by chance; auto: off for mnist and the digits. Also --flip and --no-flip."""
+    aa: str = ""
+    """RandAugment of the training crops, in timm's words, such as rand-m7-mstd0.5-inc1; with loader "folder"."""
+    reprob: float = 0.0
+    """Probability that a rectangle of a training crop is erased, with the mean colour; with loader "folder"."""
+    aug_repeats: int = 0
+    """Repeated augmentation: so many crops of each image in an epoch, which has as many crops as before and fewer
+    images; 0: off, else 2 or more, timm's recipes have 3; with loader "folder"."""
+    interpolation: Interpolation = "bilinear"
+    """How images are resized, in training and in evaluation; bicubic with loader "folder" alone."""
+    crop_pct: float = 0.0
+    """Fraction of the shorter side that the centre crop of evaluation keeps; 0: 0.875. Not for images in memory."""
     file_list: str = ""
     """Use these images of the folder or the shards alone: a list that `fastkd check-data --file-list` has written."""
     skip_bad: bool = False
@@ -72,9 +87,13 @@ class DataOptions:
     ("24:32:4": of 4). Evaluation keeps image_size."""
     workers: int = field(default_factory=default_workers)
     """Decoding threads (DALI, at least 1) or processes (torchvision; 0: the training process itself), per process."""
+    worker_timeout: int = 600
+    """Seconds to wait for a batch of the worker processes, before the run ends with an error; 0: without end."""
     views: int = 0
     """Augmented forms of each training image, which come back in turn over the epochs, so that the teacher's answers
     can be kept (see --teacher-cache); 0: a new form in every epoch."""
+    max_pixels: int = MAX_PIXELS
+    """Images that claim more pixels than this are refused before they take memory."""
     exif: bool = False
     """Turn photos as their EXIF orientation says; off, as in torchvision's ImageFolder."""
     hw_decoder_load: float = 0.65
@@ -93,12 +112,25 @@ class DataOptions:
             value, names = getattr(self, name), get_args(kind)
             if value not in names:
                 raise UserError(f"{name}={value!r}: choose one of {', '.join(names)}{nearest(value, names)}")
-        least = {"batch_size": 2, "workers": 0, "pad": -1, "views": 0, "synthetic_classes": 2, "synthetic_samples": 2}
+        least = {
+            "batch_size": 2,
+            "workers": 0,
+            "pad": -1,
+            "views": 0,
+            "aug_repeats": 0,
+            "max_pixels": 1,
+            "worker_timeout": 0,
+            "synthetic_classes": 2,
+            "synthetic_samples": 2,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"{name}={getattr(self, name)}: give at least {low}")
+        if self.aug_repeats == 1:
+            raise UserError("aug_repeats=1: give 0 for no repeated augmentation, or at least 2")
         if self.image_size != 0 and self.image_size < 8:
             raise UserError(f"image_size={self.image_size}: give at least 8, or 0 for the data set's own")
+        check_side("image_size", self.image_size)
         if not 0 <= self.hw_decoder_load <= 1:
             raise UserError(f"hw_decoder_load={self.hw_decoder_load}: give a fraction from 0 to 1")
         _check_split(self)
@@ -106,11 +138,17 @@ class DataOptions:
         _check_numbers(self)
         TrainSizes.parse(self.train_size)
         _check_augmentation(self)
+        check_loader_options(self, self.data in NAMES)
 
     def sized(self, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> "DataOptions":
         """These options with the given values where they have none."""
         size = self.image_size or image_size
         return replace(self, image_size=size, mean=self.mean or mean, std=self.std or std)
+
+    @property
+    def resize_side(self) -> int:
+        """Length of the shorter side, in pixels, before the centre crop of evaluation."""
+        return resize_side(self.image_size or 224, self.crop_pct)
 
     def for_large_images(self) -> "DataOptions":
         """These options with 224 pixels and ImageNet's mean and standard deviation where they have none."""

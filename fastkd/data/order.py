@@ -25,12 +25,16 @@ class Shard:
     """Augmented forms of each image; 0: another one in every epoch."""
     paired: bool = False
     """The images of a batch are pairs, for mixup or CutMix."""
+    repeats: int = 0
+    """Crops of each image that an epoch has; 0: one. Copy c of image i then has the number i + (c << COPY)."""
 
     def view(self, epoch: int) -> int:
         return epoch % self.views if self.views else epoch
 
     def order(self, samples: int, epoch: int) -> Tensor:
         """The permutation of an epoch, [samples] int64 on the CPU, the same on every process."""
+        if self.repeats > 1:
+            return repeated(epoch_order(samples, self.seed, epoch), self.repeats, self.paired)
         if not self.paired:
             return epoch_order(samples, self.seed, epoch)
         partners = epoch_order(samples, self.seed, self.view(epoch), PARTNERS)
@@ -40,6 +44,32 @@ class Shard:
 
 ONE_PROCESS = Shard()
 PARTNERS = 1
+COPY = 40  # bits of an image's number, below those of its copy
+IMAGE = (1 << COPY) - 1
+
+
+def repeated(order: Tensor, repeats: int, paired: bool) -> Tensor:
+    """The first images of `order` int64 [N], each `repeats` times, int64 [N] (Hoffer et al., arXiv:1901.09335).
+
+    The copies of an image are near one another, and so mostly in one batch. timm's RepeatAugSampler takes the same
+    images, and gives the copies to different processes. `paired`: no image is its own partner, and each of its copies
+    has another one.
+    """
+    samples = len(order)
+    copies = torch.arange(repeats) << COPY
+    count = -(-samples // repeats)
+    if not paired:
+        return (order[:count, None] + copies).flatten()[:samples]
+    images = order[: min(count + count % 2, samples // 2 * 2)]
+    return torch.cat([_paired_copies(block, copies) for block in images.split(2 * repeats)])[:samples]
+
+
+def _paired_copies(images: Tensor, copies: Tensor) -> Tensor:
+    """Copy c of every second image, followed by that of the image 2c + 1 places later, for each c. [K] -> [R * K]"""
+    first = torch.arange(0, len(images), 2)
+    second = (first + 2 * torch.arange(len(copies))[:, None] + 1) % len(images)
+    pairs = torch.stack([images[first].expand(len(copies), -1), images[second]], 2)
+    return (pairs + copies[:, None, None]).flatten()
 
 
 def epoch_order(samples: int, seed: int, epoch: int, *more: int) -> Tensor:

@@ -7,7 +7,6 @@ folder DST/.pack holds the plan, the unfinished shards, and a note for each fini
 
 import errno
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -18,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
+from .decode import begin_worker
 from .pack_format import (
     FORMAT,
     HEADER,
@@ -37,7 +36,7 @@ from .pack_format import (
     write_atomic,
     wrong_sizes,
 )
-from .pack_shard import write_shard
+from .pack_shard import index_of, write_shard
 from .pack_source import Kind, Part, smaller_jpeg
 from .shard_labels import FILES
 from .walk import shown
@@ -117,7 +116,7 @@ def _is_complete(folder: Path, plan: dict[str, Any]) -> bool:
 
     Raises UserError too if a file of the pack is missing or has another length.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise UserError(f"{shown(str(folder))} is a file: name a folder for the packed images")
     if (manifest := read_manifest(folder)) is not None:
         there = {
@@ -130,7 +129,7 @@ def _is_complete(folder: Path, plan: dict[str, Any]) -> bool:
             return False
         shutil.rmtree(folder / WORK, ignore_errors=True)
         return True
-    if folder.is_dir() and os.listdir(folder) and not (folder / WORK).is_dir():
+    if os.path.isdir(folder) and os.listdir(folder) and not (folder / WORK).is_dir():
         raise UserError(f"{shown(str(folder))} is not empty and holds no packed images: name a new folder")
     return False
 
@@ -255,6 +254,7 @@ def _written(shards: list[Shard], parts: dict[str, Part], packing: Packing, work
         num_workers=min(workers, len(shards)) if workers > 1 else 0,
         prefetch_factor=1 if workers > 1 and shards else None,
         collate_fn=nn.Identity(),
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),  # else the process's default generator is drawn from
     )
 
@@ -291,19 +291,8 @@ def _finish(folder: Path, plan: dict[str, Any], parts: dict[str, Part], shards: 
     for name, part in parts.items():
         noted = [(shard, json.loads(shard.note.read_bytes())) for shard in shards if shard.part == name]
         index = folder / f"{name}.npz"
-        write_atomic(index, _index(part, [size for _, note in noted for size in note.pop("sizes")]))
-        manifest["parts"][name]["index"] = {
-            "file": index.name,
-            "bytes": index.stat().st_size,
-            "blake2b": checksum(index),
-        }
+        write_atomic(index, index_of(part, [size for _, note in noted for size in note.pop("sizes")]))
+        size = index.stat().st_size
+        manifest["parts"][name]["index"] = {"file": index.name, "bytes": size, "blake2b": checksum(index)}
         manifest["parts"][name]["shards"] = [{"file": shard.file, **note} for shard, note in noted]
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-
-
-def _index(part: Part, sizes: list[list[int]]) -> bytes:
-    buffer = io.BytesIO()
-    names = np.frombuffer(json.dumps(part.names).encode(), dtype=np.uint8)
-    labels, pixels = np.array(part.labels, dtype=np.int64), np.array(sizes, dtype=np.int64).reshape(-1, 2)
-    np.savez(buffer, labels=labels, sizes=pixels, names=names)
-    return buffer.getvalue()

@@ -11,10 +11,10 @@ A box is drawn for the picture's own size and scaled to the square, so the crop 
 give: nothing is cut off and nothing is distorted. What is lost is resolution along the longer side.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from hashlib import blake2b
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..foreign import check_stored, open_file, parse_json, read_bytes
 from .walk import shown, some
 
 FORMAT, VERSION = "fastkd-pack", 1
 MANIFEST = "manifest.json"
 WORK = ".pack"  # the folder of a pack that is not complete
+LONGEST = 256 << 20  # bytes of a manifest; that of 100,000 shards has 20 MB
 CHUNK = 1 << 20  # bytes that are read at once for a checksum
 
 Manifest = dict[str, Any]
@@ -50,10 +52,10 @@ class PackedPart:
 def read_manifest(folder: str | Path) -> Manifest | None:
     """The manifest of a packed folder; None if the folder is no such. Raises UserError if it cannot be used."""
     path = Path(folder) / MANIFEST
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name that is too long, where Path.is_file raises OSError
         return None
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(read_bytes(path, LONGEST))
     except (OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} cannot be read ({error}): pack the images again, or remove it") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -90,7 +92,7 @@ def _is_sound(manifest: Manifest) -> bool:
 
 def refuse_unfinished(folder: str | Path) -> None:
     """Raise UserError if a pack was begun in the folder and is not complete."""
-    if (Path(folder) / WORK / "plan.json").is_file() and not (Path(folder) / MANIFEST).is_file():
+    if isfile(Path(folder) / WORK / "plan.json") and not isfile(Path(folder) / MANIFEST):  # False for overlong names
         raise UserError(
             f"{shown(str(folder))} holds a pack that is not complete: run the same `fastkd pack` again, which goes on "
             "after its complete shards"
@@ -187,7 +189,10 @@ def packed_parts(folder: str) -> dict[str, PackedPart] | None:
     if manifest is None or manifest.get("kind") != "pixels":
         return None
     check_sizes(folder, manifest)
-    return {name: _part(folder, name, manifest) for name in manifest["parts"]}
+    try:
+        return {name: _part(folder, name, manifest) for name in manifest["parts"]}
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{MANIFEST} of {shown(folder)} is damaged ({error!r:.80}): pack the images again") from None
 
 
 def _part(folder: str, name: str, manifest: Manifest) -> PackedPart:
@@ -213,9 +218,11 @@ HEADER = 128  # bytes before the pixels in a .npy file whose header is short
 def read_index(path: str) -> tuple[Tensor, Tensor, list[str]]:
     """(labels int64 [N], sizes int64 [N, 2], names) of train.npz. Nothing is unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            labels, sizes = (torch.from_numpy(arrays[name].astype(np.int64)) for name in ("labels", "sizes"))
-            names = json.loads(arrays["names"].tobytes())
+        with open_file(path) as stream:
+            check_stored(stream)
+            with np.load(stream, allow_pickle=False) as arrays:
+                labels, sizes = (torch.from_numpy(arrays[name].astype(np.int64)) for name in ("labels", "sizes"))
+                names = parse_json(arrays["names"].tobytes())
     except Exception as error:  # of zipfile, zlib and numpy: anything
         raise UserError(f"{path!r} cannot be read ({error}): pack the images again") from None
     return labels, sizes.reshape(-1, 2), names

@@ -1,6 +1,7 @@
 """One shard of packed images, written image by image, with its checksum."""
 
 import io
+import json
 import os
 import tarfile
 from hashlib import blake2b
@@ -95,3 +96,12 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
+
+
+def index_of(part: Part, sizes: list[list[int]]) -> bytes:
+    """The index of a part, an npz file. `sizes`: (height, width) of each picture, in pixels."""
+    buffer = io.BytesIO()
+    names = np.frombuffer(json.dumps(part.names).encode(), dtype=np.uint8)
+    labels, pixels = np.array(part.labels, dtype=np.int64), np.array(sizes, dtype=np.int64).reshape(-1, 2)
+    np.savez(buffer, labels=labels, sizes=pixels, names=names)
+    return buffer.getvalue()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import UserError
-from .decode import check_resized
+from .decode import MAX_PIXELS, check_resized, open_image
 from .layout import training_splits
 from .options import NAMES, DataOptions
 from .pack_format import read_manifest
@@ -72,14 +72,18 @@ def read_source(options: DataOptions, log: Log) -> tuple[tuple[str, ...], dict[s
             f"data={options.data!r} does not say which images are for training: add --val-fraction 0.1, or let the "
             "names of the shards hold the word train or val"
         )
-    return next(iter(splits.values())).classes, {name: part_of(split, options.data) for name, split in splits.items()}
+    return next(iter(splits.values())).classes, {
+        name: part_of(split, options.data, options.max_pixels) for name, split in splits.items()
+    }
 
 
-def part_of(split: Split, root: str) -> Part:
+def part_of(split: Split, root: str, max_pixels: int = MAX_PIXELS) -> Part:
     """The images of a split. Their names are those of the files, below `root`."""
     places = OwnFiles(split.files) if split.places is None else split.places
     names = [file.removeprefix(root).lstrip("/") for file in split.files]
-    return Part(Pictures(split.files, split.places), split.labels, names, places.lengths(), tuple(split.formats))
+    return Part(
+        Pictures(split.files, split.places, max_pixels), split.labels, names, places.lengths(), tuple(split.formats)
+    )
 
 
 def check_place(destination: str, source: str, parts: dict[str, Part]) -> None:
@@ -124,5 +128,5 @@ def smaller_jpeg(pixels: Tensor, side: int, quality: int) -> bytes:
 
 def header_size(data: bytes) -> tuple[int, int]:
     """(height, width) in the header of an image. Raises ValueError or OSError for a damaged one."""
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(io.BytesIO(data)) as image:
         return image.size[1], image.size[0]

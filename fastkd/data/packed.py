@@ -26,7 +26,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels import augment
 from .augment import crops_and_flips, resized_boxes
-from .base import EpochLoader, resize_side
+from .base import EpochLoader
 from .fingerprint import of_file
 from .normalise import Normalise
 from .order import ONE_PROCESS, Shard
@@ -55,7 +55,7 @@ class PackedLoader(EpochLoader):
     ):
         super().__init__(part.classes, len(part.labels), options.batch_size, shard, train=train)
         options = options.for_large_images()
-        self.part, self.device = part, device
+        self.part, self.device, self.resize_side = part, device, options.resize_side
         self.image_size, self.mean, self.std = options.image_size, options.mean, options.std
         self.threads, self.opened, self.flip = max(1, options.workers), OpenFiles(), options.flip != "off"
         self.fingerprint = partial(of_file, os.path.join(part.folder, MANIFEST))
@@ -85,7 +85,7 @@ class PackedLoader(EpochLoader):
             boxes = resized_boxes(self.seed, view, numbers, sizes).double()
             flips = crops_and_flips(self.seed, view, numbers, pad=0, flip=self.flip)[1]
         else:
-            boxes = centred(sizes, self.image_size)
+            boxes = centred(sizes, self.image_size, self.resize_side)
             flips = torch.zeros(len(numbers), dtype=torch.bool)
         return scaled(boxes, sizes, side), flips
 
@@ -164,13 +164,13 @@ def _finished(batch: Batch, futures: list[Future]) -> Batch:
     return batch
 
 
-def centred(sizes: Tensor, image_size: int) -> Tensor:
+def centred(sizes: Tensor, image_size: int, side: int) -> Tensor:
     """The centre crops of evaluation as boxes, float64 [N, 4], in pixels of pictures of `sizes` int64 [N, 2].
 
-    As torchvision's Resize and CenterCrop round: the shorter side becomes resize_side(image_size), and the middle of
-    what results is cut out.
+    As torchvision's Resize and CenterCrop round: the shorter side becomes `side`, and the middle of what results is cut
+    out.
     """
-    side, sizes = resize_side(image_size), sizes.double()
+    sizes = sizes.double()
     resized = (side * sizes / sizes.min(1, keepdim=True).values).floor()
     begin = ((resized - image_size) / 2).round()
     return torch.cat([begin, torch.full_like(begin, image_size)], 1) * (sizes / resized).repeat(1, 2)

@@ -7,6 +7,7 @@ import torch
 
 from ..errors import UserError
 from .base import IMAGENET_MEAN, IMAGENET_STD
+from .loader_options import given, refuse
 from .options import OVER_RECIPE, needs_resident
 from .pack_format import PackedPart
 from .resident import ResidentSet
@@ -32,6 +33,7 @@ def check_packed(options: "DataOptions", parts: dict[str, PackedPart], names: tu
         raise UserError(
             f"loader={options.loader!r} decodes files, and {folder} holds packed pixels: leave it at 'auto'"
         )
+    refuse(options, "packed", f"{folder} holds packed pixels")
     for name, remedy in (
         ("val_fraction", "give it to `fastkd pack`"),
         ("unlabelled", "drop it, or train on the folder of images"),
@@ -50,9 +52,11 @@ def read_small_pack(
     """
     side = next(iter(parts.values())).side
     is_small = side <= LARGEST and all(bool((part.sizes == side).all()) for part in parts.values())
-    if not is_small or options.image_size not in (0, side):
+    other = given(options, "resident")
+    if not is_small or options.image_size not in (0, side) or other:
         if asked := needs_resident(options):
             reason = f"image_size={options.image_size}, and they have {side}" if is_small else f"they have {side}"
+            reason = f"{other} is not for those" if other else reason
             if not is_small and side <= LARGEST:
                 reason = f"these were resized to {side} from other sizes when they were packed"
             raise UserError(
@@ -67,6 +71,6 @@ def read_small_pack(
 def _read(part: PackedPart) -> ResidentSet:
     try:
         shards = [np.load(path, allow_pickle=False) for path in part.shards]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise UserError(f"packed images in {shown(part.folder)} cannot be read ({error}): pack them again") from None
     return ResidentSet(part.classes, torch.from_numpy(np.concatenate(shards)), part.labels)

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..foreign import open_file
 from .scan import Formats
 from .stored import Places
 from .walk import shown
 
 LARGEST = 8 << 30  # bytes of a row group, unpacked
+UNPACKED = 4  # times the size of the file: what a row group may unpack to; images are compressed already
 IMAGES, LABELS = ("image", "img", "jpg", "png"), ("label", "labels", "cls", "fine_label")
 
 Log = Callable[[str], None]
@@ -31,6 +33,8 @@ def open_parquet(file: str) -> Any:
             f"{file!r}: reading parquet files needs pyarrow: pip install 'fastkd[parquet]', or pip install pyarrow"
         ) from None
     try:
+        with open_file(file):  # refuses a pipe, for which pyarrow would wait
+            pass
         return pyarrow.parquet.ParquetFile(file, memory_map=True)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise UserError(f"{file!r} is no parquet file, or is damaged ({_line(error)}): get it again") from None
@@ -54,13 +58,12 @@ def parquet_part(files: list[str]) -> tuple[list[str], list[int | str], Places, 
     groups = list[tuple[int, int, int]]()
     for number, file in enumerate(files):
         parquet = open_parquet(file)
+        _check_claims(file, parquet.metadata)
         image, label = _columns(file, parquet)
         labels += _labels(file, parquet, label)
         names += [f"{file}/row {row}" for row in range(parquet.metadata.num_rows)]
         for group in range(parquet.metadata.num_row_groups):
             rows = parquet.metadata.row_group(group)
-            if rows.total_byte_size > LARGEST:
-                raise UserError(f"{file!r}: a row group has {rows.total_byte_size / 1e9:.1f} GB: write smaller ones")
             groups.append((number, group, rows.num_rows))
     if not labels:
         raise UserError(f"{shown(files[0])}: no rows in {len(files):,} parquet files")
@@ -77,13 +80,28 @@ def advise(places: Iterable[Places | None], log: Log) -> None:
         )
 
 
+def _check_claims(file: str, metadata: Any) -> None:
+    """Raise UserError if the file claims more than it can hold: a column of equal values has any length."""
+    size = os.path.getsize(file)
+    if metadata.num_rows > size:
+        raise UserError(f"{file!r} claims {metadata.num_rows:,} images in {size:,} bytes: get it again")
+    for group in range(metadata.num_row_groups):
+        unpacked = metadata.row_group(group).total_byte_size
+        if unpacked > LARGEST:
+            raise UserError(f"{file!r}: a row group has {unpacked / 1e9:.1f} GB: write smaller ones")
+        if unpacked > UNPACKED * size + (64 << 20):
+            raise UserError(
+                f"{file!r}: a row group of its {size:,} bytes claims to unpack to {unpacked:,}: get it again"
+            )
+
+
 def _features(parquet: Any) -> dict[str, Any]:
     """{column: feature} from the metadata of `datasets`; {} if there is none."""
     metadata = parquet.schema_arrow.metadata or {}
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from ..errors import UserError
+from ..foreign import open_file
 from .stored import Places
-from .walk import EXTENSIONS, Found, files_below, identity, look, shown, some
+from .walk import EXTENSIONS, Found, files_below, holders, identity, look, shown, some
 
 Formats = dict[str, tuple[int, str]]  # by the kind of image: the number of files, and one of them
 
@@ -53,10 +54,10 @@ def scan(root: str, wanted: frozenset[str] | None = None, check: bool = True) ->
             f"{root!r} holds no class folders{_but(found, root)}: put the images of each class into a folder of their "
             "own"
         )
-    by_class, empty = [], []
+    by_class, empty, above = [], [], (*holders(root), identity(root))
     for name in classes:
         below = Found()
-        files = files_below(os.path.join(root, name), below, (identity(root),))
+        files = files_below(os.path.join(root, name), below, above)
         by_class.append(files if wanted is None else [file for file in files if file in wanted])
         if not by_class[-1]:
             empty.append(f"{shown(name)}{_but(below, root)}")
@@ -129,7 +130,7 @@ def _kinds(files: list[str]) -> tuple[Formats, list[tuple[str, str]]]:
     formats, wrong = Formats(), []
     for file in files:
         try:
-            with open(file, "rb", buffering=0) as stream:
+            with open_file(file) as stream:
                 head = stream.read(16)
         except OSError as error:
             wrong.append((file, f"cannot be opened ({error.strerror})"))

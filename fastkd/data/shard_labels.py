@@ -1,12 +1,13 @@
 """Labels of images in shards: numbers or texts to positions in the list of the classes."""
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 
 from ..errors import UserError
+from ..foreign import parse_json, read_text
 from .walk import some
 
+LONGEST = 64 << 20  # bytes of the names of all classes
 MOST = 1_000_000  # classes
 
 
@@ -57,9 +58,8 @@ FILES = ("classes.json", "classes.txt")
 
 def _read_names(file: str) -> tuple[str, ...]:
     try:
-        with open(file, encoding="utf-8") as stream:
-            text = stream.read()
-        names = json.loads(text) if file.endswith(".json") else text.splitlines()
+        text = read_text(file, LONGEST)
+        names = parse_json(text) if file.endswith(".json") else text.splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{file!r} cannot be read as the names of the classes ({error})") from None
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):

@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, count_of
 from .pack_format import check_sizes, read_manifest
 from .scan import UNKNOWN, Formats, Split
 from .shard_labels import classes_of, names_beside, positions
@@ -48,7 +48,10 @@ def stored_splits(data: str, log: Log) -> dict[str, Split] | None:
         name: Split(classes, images, positions(labels, classes), formats, (), places)
         for name, (images, labels, places, formats) in parts.items()
     }
-    counts = [f"{len(splits[name].files):,} images in {len(files[name]):,} files{_of(name)}" for name in splits]
+    counts = [
+        f"{count_of(len(split.files), 'image')} in {count_of(len(files[name]), 'file')}{_of(name)}"
+        for name, split in splits.items()
+    ]
     kind = os.path.splitext(first)[1]
     log(f"data: {shown(data)} holds shards ({kind}): {', '.join(counts)}; {len(classes):,} classes")
     return splits
@@ -127,7 +130,7 @@ def _all_labels(names: list[str], labels: list[int | str | None]) -> list[int | 
     bare = [name for name, label in zip(names, labels, strict=True) if label is None]
     if bare:
         raise UserError(
-            f"{len(bare):,} images in tar files have no label, such as {shown(bare[0])}: a label is a member of the "
-            'same name ending in .cls (a number or a text) or .json (with "label")'
+            f"{count_of(len(bare), 'image')} in tar files without a label, such as {shown(bare[0])}: a label is "
+            'a member of the same name ending in .cls (a number or a text) or .json (with "label")'
         )
     return cast(list[int | str], labels)

@@ -10,15 +10,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from .decode import begin_worker
+from .decode import begin_worker, open_image, read_file
+from .loader_options import given
 from .options import OVER_RECIPE, needs_resident
 from .resident import ResidentSet
 from .scan import Split
+from .shared_memory import check_shared_memory
 from .stored import Pictures
 from .walk import shown
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 LARGEST = 64  # pixels
 LOOKED_AT = 8  # images of each split whose headers are read before anything is decoded
 FEW = 2000  # images that one process decodes within the time that it takes to start others
+AHEAD = 2  # chunks that a decoding process may be ahead
 CHUNK = 256  # images per message of a decoding process
 
 
@@ -80,7 +82,8 @@ def _common_side(splits: list[Split], options: "DataOptions") -> tuple[int, str]
     images = [(file, split.places, i) for split in splits for i, file in enumerate(split.files)]
     for file, places, i in images:
         try:
-            with Image.open(file if places is None else io.BytesIO(places.read(i))) as image:
+            data = read_file(file) if places is None else places.read(i)
+            with open_image(io.BytesIO(data), options.max_pixels) as image:
                 width, height = image.size
         except Exception:  # of Pillow, for a damaged file, which is named when it is decoded
             continue
@@ -91,6 +94,8 @@ def _common_side(splits: list[Split], options: "DataOptions") -> tuple[int, str]
         return LARGEST + 1, "their headers are damaged"
     if options.image_size not in (0, side):
         return side, f"image_size={options.image_size} and the images have {side}; those in memory keep their size"
+    if option := given(options, "resident"):
+        return side, f"{option} is not for images in memory"
     return side, ""
 
 
@@ -145,10 +150,14 @@ def _decode_all(
 
 def _decoded(split: Split, options: "DataOptions", side: int) -> DataLoader:
     """Chunks of images uint8 [B, side, side, 3] in the order of the files; or a message."""
+    workers = options.workers if len(split.files) > FEW else 0
+    check_shared_memory(workers, AHEAD, CHUNK * side**2 * 3, "lower --workers")
     return DataLoader(
         _Files(split, options, side),
         batch_size=CHUNK,
-        num_workers=options.workers if len(split.files) > FEW else 0,
+        num_workers=workers,
+        prefetch_factor=AHEAD if workers else None,
+        timeout=options.worker_timeout if workers else 0,
         collate_fn=nn.Identity(),  # `__getitems__` makes whole chunks already
         worker_init_fn=begin_worker,
         generator=torch.Generator(),  # else the training process's default generator is drawn from
@@ -157,7 +166,7 @@ def _decoded(split: Split, options: "DataOptions", side: int) -> DataLoader:
 
 class _Files(Dataset):
     def __init__(self, split: Split, options: "DataOptions", side: int):
-        self.files = Pictures(split.files, split.places)
+        self.files = Pictures(split.files, split.places, options.max_pixels)
         self.side, self.exif = side, options.exif
 
     def __len__(self) -> int:

@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from .decode import decode, read_file
+from ..foreign import open_file
+from .decode import LARGEST_FILE, MAX_PIXELS, check_length, decode, read_file
 
 OPEN = 128  # shards that a process keeps open; Linux allows 1,024 open files by default
 
@@ -38,8 +39,9 @@ class Pictures:
     Names are one array of bytes: with a list of str, reference counts would make every worker copy its memory pages.
     """
 
-    def __init__(self, files: list[str], places: Places | None):
+    def __init__(self, files: list[str], places: Places | None, max_pixels: int = MAX_PIXELS):
         self.names, self.places = np.array([os.fsencode(file) for file in files]), places
+        self.max_pixels = max_pixels  # of a picture
 
     def __len__(self) -> int:
         return len(self.names)
@@ -49,11 +51,12 @@ class Pictures:
 
     def read(self, i: int) -> bytes:
         """The encoded image. Raises OSError."""
-        return read_file(self.name(i)) if self.places is None else self.places.read(i)
+        longest = max(LARGEST_FILE, 4 * self.max_pixels)
+        return read_file(self.name(i), longest) if self.places is None else self.places.read(i)
 
     def decode(self, i: int, exif: bool = False, side: int | None = None) -> Tensor:
         """uint8 [3, H, W], as decode.decode. Raises UserError with the name of the image."""
-        return decode(self.name(i), exif, side, lambda _: self.read(i))
+        return decode(self.name(i), exif, side, lambda _: self.read(i), self.max_pixels)
 
 
 class OwnFiles:
@@ -82,6 +85,7 @@ class Members:
 
     def read(self, i: int) -> bytes:
         length = int(self.length[i])
+        check_length(length)
         data = os.pread(self.opened(self.shards[self.shard[i]]).descriptor, length, int(self.offset[i]))
         if len(data) < length:
             raise OSError(f"{length - len(data):,} of its {length:,} bytes are missing: the shard was cut off")
@@ -124,7 +128,8 @@ class OpenFile:
     _close = staticmethod(os.close)  # the module may be gone when the program ends
 
     def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with open_file(path) as file:  # refuses a pipe, for which it would wait
+            self.descriptor = os.dup(file.fileno())
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):  # else it could not be opened

@@ -7,6 +7,7 @@ changed. 25 us a member.
 """
 
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import UserError
+from ..foreign import open_file
 from .scan import UNKNOWN, image_kind
 from .walk import EXTENSIONS, shown, some
 
@@ -67,7 +69,7 @@ def scan_shard(shard: str) -> Index:
     """`images` and `skipped` of a shard. Raises UserError if it is damaged, or if its samples are."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     skipped: dict[str, int] = {}
-    with open(shard, "rb") as stream:
+    with opened(shard) as stream:
         for name, offset, length in _members(shard, stream):
             key, ending = _split_name(name)
             if _is_wanted(ending):
@@ -77,6 +79,23 @@ def scan_shard(shard: str) -> Index:
             else:
                 skipped[ending] = skipped.get(ending, 0) + 1
         return {"images": _images(shard, stream, samples), "skipped": skipped}
+
+
+class _Headers(io.BufferedReader):
+    """A tar file of which no more is read at once than a long name takes: a header may claim one of any length."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= LONGEST:
+            raise tarfile.ReadError(f"a header claims {size:,} bytes")
+        return super().read(size)
+
+
+def opened(shard: str) -> BinaryIO:
+    """The file, with a buffer. Raises UserError if it cannot be opened, or is no file."""
+    try:
+        return _Headers(open_file(shard))
+    except OSError as error:
+        raise UserError(f"{shard!r} cannot be read ({error.strerror})") from None
 
 
 def _members(shard: str, stream: BinaryIO) -> list[tuple[str, int, int]]:

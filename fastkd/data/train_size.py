@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..errors import UserError
+from ..errors import UserError, check_side, count_of
 
 if TYPE_CHECKING:
     from .base import EpochLoader
@@ -46,6 +46,7 @@ class TrainSizes:
                 f"train_size={text!r}: sizes begin at {SMALLEST} pixels and grow, in steps of 1 or more; give such as "
                 "160:224, or 160:224:16"
             )
+        check_side("train_size", last)
         if first < last and (first % step or last % step):
             near = ":".join(str(max(1, round(side / step)) * step) for side in (first, last))
             raise UserError(
@@ -92,7 +93,8 @@ def sized_loader(
             f"epochs, and kept answers of the teacher would be of the first one; give views={epochs}, or one size"
         )
     shown = ", ".join(map(str, sizes.all()))
-    log(f"data: training crops of {shown} pixels over {epochs} epochs (train_size); evaluation has {loader.image_size}")
+    length = count_of(epochs, "epoch")
+    log(f"data: training crops of {shown} pixels over {length} (train_size); evaluation has {loader.image_size}")
     return loader
 
 

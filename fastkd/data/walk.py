@@ -6,6 +6,7 @@ follows links.
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 
 from ..errors import UserError
 
@@ -18,6 +19,8 @@ SYSTEM = (
 )
 SHOWN = 5  # names per message
 HOW = "; `fastkd check-data` finds all such files, and --skip-bad leaves them out"
+DEEPEST = 100  # folders within one another
+REPEATED = 1000  # readings of folders that were read before, through links: each level of links may double them
 INDEX = ".fastkd-index"  # how the files begin in which image_index.py keeps what it has read
 
 Identity = tuple[int, int]  # device and inode of a folder
@@ -50,6 +53,11 @@ class Found:
         first = self.folders.setdefault(identity, path)
         if first != path:
             self.repeated.append((path, first))
+        if len(self.repeated) > REPEATED:
+            raise UserError(
+                f"{first!r:.300} and others are reached more than {REPEATED:,} times, through links that lead back and "
+                f"forth, such as {path!r:.300}: remove the links"
+            )
 
     def skipped_text(self, root: str) -> str:
         """Such as "2 ending in .txt (such as a/x.txt), 1 hidden (a/.x)"; "" if nothing was skipped."""
@@ -78,10 +86,11 @@ class Found:
 def files_below(folder: str, found: Found, above: tuple[Identity, ...] = ()) -> list[str]:
     """The paths of the images in `folder` and its folders, in the order of torchvision's ImageFolder.
 
-    `above` are the folders that hold this one. A link that leads back to one of them is skipped.
+    `above` are the folders that hold this one. A link that leads back to one of them, or to one that holds them, is
+    skipped.
     """
     by_folder: dict[str, list[str]] = {}
-    _collect(folder, found, above, by_folder)
+    _collect(folder, found, above or holders(folder), by_folder)
     return [file for name in sorted(by_folder) for file in by_folder[name]]
 
 
@@ -90,11 +99,23 @@ def _collect(folder: str, found: Found, above: tuple[Identity, ...], by_folder: 
     if here in above:
         found.skip("link to a folder above it", folder)
         return
+    if len(above) > DEEPEST:
+        raise UserError(f"{folder!r:.300}... lies below more than {DEEPEST} folders: move the images up")
     found.enter(here, folder)
     files, folders = look(folder, found)
     by_folder[folder] = files
     for name in folders:
         _collect(os.path.join(folder, name), found, (*above, here), by_folder)
+
+
+def holders(folder: str) -> tuple[Identity, ...]:
+    """The folders that hold this one, up to the root of the file system."""
+    place, above = os.path.realpath(folder), []
+    while (upper := os.path.dirname(place)) != place:
+        place = upper
+        with suppress(UserError):  # one that cannot be read is no place to come back to
+            above.append(identity(place))
+    return tuple(above)
 
 
 def look(folder: str, found: Found) -> tuple[list[str], list[str]]:

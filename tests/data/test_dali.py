@@ -15,13 +15,13 @@ from PIL import Image
 
 import fastkd.data.dali_files as dali_files
 import fastkd.data.scan as scan_module
-from fastkd.checkpoint import claim_folder
 from fastkd.data import DataOptions, create_loaders, dali_start
 from fastkd.data.base import IMAGENET_MEAN, IMAGENET_STD, first_batch
 from fastkd.data.dali_source import Source
 from fastkd.data.order import training_slices
 from fastkd.data.scan import scan
 from fastkd.errors import UserError
+from fastkd.run.folder import claim_folder
 
 Pipeline = pytest.importorskip("nvidia.dali").Pipeline
 DaliLoader = pytest.importorskip("fastkd.data.dali").DaliLoader
@@ -495,7 +495,7 @@ def test_a_look_at_the_first_batch_forgets_no_damaged_file(step, tmp_path):
 
 def test_a_file_is_checked_before_dali_reads_it(tmp_path, monkeypatch):
     root, checked, read = labelled(tmp_path, 23), [], []
-    monkeypatch.setattr(dali_files, "inspect", lambda file, side: checked.append(file) or ("PNG", ""))
+    monkeypatch.setattr(dali_files, "inspect", lambda file, side, **_: checked.append(file) or ("PNG", ""))
     inputs = Source.inputs
 
     def give(source, numbers, view):
@@ -587,7 +587,7 @@ def test_resume_with_another_loader(tmp_path):
     """The options may differ, since a run that stopped in its first epoch can go on; a state of DALI is refused."""
     claim_folder(tmp_path, {"loader": "auto", "epochs": 2}, resume=False)
     claim_folder(tmp_path, {"loader": "folder", "epochs": 2}, resume=True)
-    with pytest.raises(UserError, match="epochs was 2, now 3; give the old ones to go on, or begin a new run"):
+    with pytest.raises(UserError, match="epochs was 2, now 3; give the old ones to go on, add --extend"):
         claim_folder(tmp_path, {"loader": "dali", "epochs": 3}, resume=True)
     train, _ = loaders(labelled(tmp_path / "images", 4), "folder", image_size=8, workers=0)
     with pytest.raises(UserError, match="resume with loader='dali', or begin a new run"):
@@ -597,7 +597,7 @@ def test_resume_with_another_loader(tmp_path):
 def test_every_file_is_looked_at_once(pictures, monkeypatch):
     """In the first epoch and evaluation, and not in a resumed run."""
     seen = []
-    monkeypatch.setattr(dali_files, "inspect", lambda file, side: seen.append(file) or ("JPEG", ""))
+    monkeypatch.setattr(dali_files, "inspect", lambda file, side, **_: seen.append(file) or ("JPEG", ""))
     train, val = loaders(pictures)
     for loader, files in ((train, scan(str(pictures / "train")).files), (val, scan(str(pictures / "val")).files)):
         for _ in range(2):

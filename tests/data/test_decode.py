@@ -54,6 +54,15 @@ def refusal(folder, data: bytes) -> str:
     return message
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_large_pictures_are_converted_in_strips(tmp_path, monkeypatch, name):
+    data = ALL[name]
+    whole = decoded(tmp_path, data)
+    monkeypatch.setattr(decode_module, "LARGE", 130)  # 3 rows
+    monkeypatch.setattr(decode_module, "decode_jpeg", None)
+    assert (decoded(tmp_path, data) == whole).all()
+
+
 def test_both_decoders_give_the_pixels_of_pil(pictures, decoder):
     for file in scan(str(pictures / "val")).files:
         assert (decode(file).permute(1, 2, 0).numpy() == np.asarray(Image.open(file).convert("RGB"))).all(), file

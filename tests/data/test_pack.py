@@ -29,6 +29,7 @@ from fastkd.data.pack_source import read_source
 from fastkd.data.scan import scan
 from fastkd.data.stored import Pictures
 from fastkd.errors import UserError
+from fastkd.signals import Stopped
 
 SMALL = Packing("pixels", 24)
 
@@ -277,7 +278,7 @@ def test_a_pack_that_is_not_complete_is_no_data(pictures, tmp_path, few, monkeyp
 
 def test_stopped_it_says_how_to_go_on(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt, match="go on with `fastkd pack .*pictures.* --size 16`"):
+    with pytest.raises(Stopped, match="stopped by SIGINT; go on with `fastkd pack .*pictures.* --size 16`"):
         run([str(pictures), str(tmp_path / "p"), "--size", "16"])
 
 

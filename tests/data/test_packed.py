@@ -100,7 +100,7 @@ def test_boxes_stay_inside_and_keep_their_place():
         boxes = scaled(resized_boxes(1, view, torch.arange(5), sizes), sizes, 256)
         assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all() and (boxes[:, :2] + boxes[:, 2:] <= 256).all()
         assert torch.equal(boxes[4], resized_boxes(1, view, torch.tensor([4]), (256, 256))[0].long())
-    assert centred(torch.tensor([[256, 512]]), 224).tolist() == [[16.0, 144.0, 224.0, 224.0]]
+    assert centred(torch.tensor([[256, 512]]), 224, 256).tolist() == [[16.0, 144.0, 224.0, 224.0]]
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 5), (2, 8), (3, 4)])

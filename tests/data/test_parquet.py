@@ -51,7 +51,7 @@ def epoch(data, workers=0, log=quiet, **more):
 def test_parquet_gives_the_batches_of_the_folder(rows, pictures, workers):
     lines = []
     assert all(map(torch.equal, epoch(rows, workers, lines.append), epoch(pictures)))
-    assert any("27 images in 2 files for train, 36 images in 1 files for val; 3 classes" in line for line in lines)
+    assert any("27 images in 2 files for train, 36 images in 1 file for val; 3 classes" in line for line in lines)
     assert sum("read with up to 4 others of its row group" in line for line in lines) == 1
 
 

@@ -10,6 +10,7 @@ import fastkd.data.scan as scan_module
 from fastkd.data import DataOptions, create_loaders
 from fastkd.data.scan import image_kind, scan
 from fastkd.errors import UserError
+from fastkd.foreign import open_file
 
 
 def refused(root, *parts):
@@ -111,12 +112,12 @@ def test_link_to_nothing(small):
 
 
 def test_unreadable_file(small, monkeypatch):
-    def locked(file, *rest, **named):
+    def locked(file):
         if os.path.basename(file).startswith("0001"):
             raise PermissionError(13, "Permission denied", file)
-        return open(file, *rest, **named)
+        return open_file(file)
 
-    monkeypatch.setattr(scan_module, "open", locked, raising=False)
+    monkeypatch.setattr(scan_module, "open_file", locked)
     refused(small, "0001_RGB.jpg' cannot be opened (Permission denied)")
 
 

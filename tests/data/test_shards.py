@@ -43,7 +43,7 @@ def test_tars_give_the_batches_of_the_folder(tmp_path, pictures, label):
     tars = tar_folder(tmp_path / "tars", pictures, label)
     for ours, theirs in zip(epoch(tars, lines.append), epoch(pictures), strict=True):
         assert torch.equal(ours, theirs)
-    assert any("27 images in 2 files for train, 36 images in 1 files for val; 3 classes" in line for line in lines)
+    assert any("27 images in 2 files for train, 36 images in 1 file for val; 3 classes" in line for line in lines)
     assert any("not read in the tar files: 27 .pyd" in line for line in lines)
 
 
@@ -234,7 +234,7 @@ def test_samples_that_are_wrong_are_named(tmp_path, members, message):
 
 def test_images_without_labels_are_named(tmp_path, pictures):
     write_tars(tmp_path / "t", "train", scan(str(pictures / "train")), 1, label="")
-    with pytest.raises(UserError, match="27 images in tar files have no label, such as .*0000_RGB.jpg"):
+    with pytest.raises(UserError, match="27 images in tar files without a label, such as .*0000_RGB.jpg"):
         epoch(tmp_path / "t", val_fraction=0.1)
 
 

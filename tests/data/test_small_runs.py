@@ -14,12 +14,12 @@ import yaml
 from PIL import Image
 from refused import check_refused
 
-from fastkd.checkpoint import about_input, read_about
 from fastkd.data import DataOptions, create_eval_loader, create_loaders, digits, idx
 from fastkd.engine import TrainOptions
 from fastkd.methods.ce import CE
 from fastkd.models import create_model
 from fastkd.train import Trainer
+from fastkd.weights_file import about_input, read_about
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 TRAIN = ["train", "--method", "ce", "--student", "resnet8", "-b", "32", "--lr", "0.05", "--epochs", "1"]

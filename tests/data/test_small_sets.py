@@ -260,10 +260,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     """As root, whom no permission stops."""
     root = python_folder(tmp_path, "cifar100")
 
-    def denied(file, mode):
+    def denied(file, longest):
         raise PermissionError(13, "Permission denied", file)
 
-    monkeypatch.setattr(cifar, "open", denied, raising=False)
+    monkeypatch.setattr(cifar, "read_bytes", denied)
     refused(root, "cifar100", "cifar-100-python/train", "Permission denied")
 
 

@@ -169,8 +169,8 @@ def test_a_run_is_resumed_with_the_same_sizes(tmp_path, monkeypatch):
     whole = small_run(tmp_path / "whole", net()).fit()
     finish = Trainer._finish_epoch
 
-    def stop_after_two(trainer, row):
-        finish(trainer, row)
+    def stop_after_two(trainer):
+        finish(trainer)
         if trainer.epoch == 2:
             raise InterruptedError
 

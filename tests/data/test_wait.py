@@ -6,10 +6,11 @@ import time
 import pytest
 import torch
 
+from fastkd.curves import is_loss_term
 from fastkd.data.base import EpochLoader
 from fastkd.data.order import ONE_PROCESS
 from fastkd.data.wait import DataWait
-from fastkd.report import Bar, is_loss_term
+from fastkd.progress import Bar
 
 alone = lambda thing: [thing]  # noqa: E731
 
