@@ -60,7 +60,7 @@ class BatchedLayers:
             self.inside[layer] = self.inside.get(layer, True) and enabled
 
         def count(norm: Any, _: Any) -> None:
-            if norm.training:
+            if norm.training and norm.num_batches_tracked is not None:  # hidden while a block is recomputed
                 self.batches[kind][norm.num_batches_tracked] += 1
 
         layers = [layer for layer in self.net.modules() if type(layer) in CAST and layer._parameters.keys() <= NAMES]

@@ -5,6 +5,7 @@ ModelEmaV3, whose decay is a number on the host: a captured step would keep the 
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -64,3 +65,19 @@ def warm_decay(decay: float, step: int) -> float:
     The first update takes the weights as they are. 0.9 is reached after 31 steps, 0.999 after 31,600.
     """
     return min(decay, 1 - (1 + step) ** (-2 / 3))
+
+
+def decay_at(decay: float, steps: int, step: int) -> float:
+    """The decay after `step` of the `steps` of a run."""
+    return warm_decay(decay, step) if needs_warm_up(decay, steps) else decay
+
+
+def warms_up(decay: float, steps: int, log: Callable[[str], None]) -> bool:
+    """`needs_warm_up`, and a line if so. `decay` 0: there is no average."""
+    if not decay or not needs_warm_up(decay, steps):
+        return False
+    log(
+        f"--ema-decay {decay:g}: {steps:,} steps would leave {100 * decay**steps:.2g} % of the initial weights in the "
+        "average; so the decay rises from 0, as in timm's --model-ema-warmup"
+    )
+    return True

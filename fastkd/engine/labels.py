@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, count_of
 from ..kernels.logit_loss import UNLABELLED
 
 
@@ -33,7 +33,8 @@ class LabelCheck:
         if count := int(self.count.item()):
             when = "" if epoch is None else f" of epoch {epoch}"
             raise UserError(
-                f"{count} training labels{when} are none of the {self.classes} classes; {allowed_labels(self.classes)}"
+                f"{count_of(count, 'training label')}{when} outside of the {self.classes} classes; "
+                f"{allowed_labels(self.classes)}"
             )
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import distributed
 from ..errors import UserError
 from ..methods.base import Method
 from .graph import LARGEST, GraphedStep, GraphMemory
@@ -13,6 +14,7 @@ from .optim import APEX
 from .options import TrainOptions
 from .partial_graphs import PartialGraphStep, count_paths
 from .step import Step
+from .timm_optim import is_timms
 
 Log = Callable[[str], None]
 Runner = Step | GraphedStep | PartialGraphStep
@@ -67,8 +69,10 @@ def why_not(options: TrainOptions, device: torch.device) -> str:
     """Why steps cannot be captured, or the empty string."""
     if device.type != "cuda":
         return "there is no CUDA device"
-    if options.opt in APEX:
+    if options.opt in APEX or is_timms(options.opt):
         return f"--opt {options.opt} reads its learning rate on the host"
+    if options.sync_bn and distributed.world_size() > 1:
+        return "--sync-bn exchanges statistics within the forward pass"
     return ""
 
 
@@ -81,6 +85,8 @@ def compiles(method: Method, options: TrainOptions, device: torch.device, steps:
     """Whether a run of so many steps compiles its networks and losses."""
     if options.compile != "auto":
         return options.compile == "on"
+    if options.sync_bn and distributed.world_size() > 1:
+        return False
     if device.type != "cuda" or steps < COMPILE_PAYS or count_paths(method) > LARGEST:
         return False
     _allow_recompiling(method)

@@ -1,6 +1,6 @@
 """One training step: forward, backward, update. In none but the first the host waits for the device."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -14,63 +14,33 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from .. import distributed
 from ..errors import UserError
-from ..kernels.step_end import add_to_sums, check_gradients
 from ..methods.base import Method
 from ..methods.context import RunContext
 from ..methods.forwards import Taught
+from .bad_steps import BadSteps
 from .batched import BatchedLayers, join_buffers
 from .ema import Ema
 from .exchange import DdpExchange, FlatGradients
+from .finite import first_nonfinite, tensors_of, tensors_of_optimizer
+from .grad_checkpointing import blocks_to_checkpoint, checkpointed
+from .meter import Meter
 from .optim import can_skip, create_optimizer
 from .options import TrainOptions
 from .precision import Precision
+from .sync_batch_norm import synchronise
+from .timm_optim import groups_by_layer, is_timms
 
 Track = Callable[[Sequence, str], Iterable]
 """Shows a progress bar around a sequence, with a title."""
-
-
-class Meter:
-    """Weighted means of named scalars. A set of values is left out of the means if one of them is not finite."""
-
-    def __init__(self) -> None:
-        self.sums: dict[tuple[str, ...], Tensor] = {}  # by set of names: weighted sum of each, then the weight
-
-    def reset(self) -> None:
-        """Start again from 0, in place: a captured step goes on adding to the same tensors."""
-        for sums in self.sums.values():
-            sums.zero_()
-
-    def add(self, values: dict[str, Tensor], weight: int) -> None:
-        """Count these scalars, all of one step, with this weight, such as the number of images. One launch."""
-        names = tuple(values)
-        if names not in self.sums:
-            device = next(iter(values.values())).device
-            self.sums[names] = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
-        add_to_sums(self.sums[names], [value.detach() for value in values.values()], weight)
-
-    def read(self, everywhere: bool = True) -> dict[str, float]:
-        """The means over all processes, which must all call it, or over this one alone. One host sync."""
-        if not self.sums:
-            return {}
-        every = torch.cat(list(self.sums.values()))
-        numbers = iter((distributed.all_reduce_sum(every) if everywhere else every).tolist())
-        totals: dict[str, float] = defaultdict(float)  # by name: a name may be in several sets
-        weights: dict[str, float] = defaultdict(float)
-        for names in self.sums:
-            *of_set, weight = (next(numbers) for _ in range(len(names) + 1))
-            for name, value in zip(names, of_set, strict=True):
-                totals[name] += value
-                weights[name] += weight
-        return {name: totals[name] / weights[name] if weights[name] else float("nan") for name in totals}
 
 
 class Step:
     """`step(images, target, plan, taught)` updates the method's weights and adds its loss terms to `step.meter`.
 
     images: [N, 3, H, W] on the device; target: [N] int64 or [N, C] floating; taught: see `Method.forward`. A step whose
-    gradient is not finite is skipped on the device (apex's optimizers cannot): weights, momentum and BatchNorm
-    statistics stay as they were, and `step.nonfinite` counts it. It has three parts, of which graphs hold the first and
-    the last: `gradients`, `exchange` between processes, `update`.
+    loss or gradient is not finite is skipped on the device (with timm's optimizers by the host; apex's cannot skip):
+    weights, momentum and BatchNorm statistics stay as they were, and `step.bad` counts it. It has three parts, of which
+    graphs hold the first and the last: `gradients`, `exchange` between processes, `update`.
 
     With several processes, gradients are averaged by DDP, or with `flat` in one block: what graphs need.
     `compiled`: by torch.compile. If that fails and `options.compile` is not "on", `log` gets the reason and the steps
@@ -90,6 +60,8 @@ class Step:
         log: Callable[[str], None] = print,
     ):
         self.method, self.options, self.compiled, self.log = method, options, compiled, log
+        if options.sync_bn:
+            synchronise(method)
         self.buffers = join_buffers(method, device)
         self.saved_buffers = self.buffers.clone()
         if compiled:
@@ -97,21 +69,28 @@ class Step:
         if flat:
             distributed.broadcast(method)
         self.module = method if flat else distributed.parallel(method, device, method.find_unused_parameters)
-        self.optimizer = create_optimizer(method.param_groups(options.lr), options, device)
+        groups = method.param_groups(options.lr)
+        if options.layer_decay:
+            groups = groups_by_layer(groups, method.student, options.layer_decay)
+        self.optimizer = create_optimizer(groups, options, device, method.networks().values())
         self.parameters: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.processes: DdpExchange | None = None
         if distributed.world_size() > 1:
             self.processes = FlatGradients(self.parameters, device) if flat else DdpExchange(device)
         self.can_skip = can_skip(self.optimizer)
+        self.waits = is_timms(options.opt) and not self.can_skip  # the host then leaves out bad steps
         self.precision = Precision(options.amp_dtype, device)
         self.ema = Ema(nn.ModuleDict(method.networks()), options.ema_decay, ema_warms_up) if options.ema_decay else None
-        self.meter = Meter()
-        self.nonfinite = torch.zeros((), device=device)  # steps whose gradient was not finite
-        self.found_inf = torch.zeros((), device=device)
+        self.bad = BadSteps(len(self.parameters), options.max_bad_steps, device)
+        self.meter = Meter(self.bad)
         self.layers = BatchedLayers(method) if self.module is method else None  # DDP sends gradients as they come
         self.runs: Counter[Hashable] = Counter()  # steps by plan and shape of the images
         self.terms: list[tuple[dict[str, Tensor], int]] = []  # loss terms and images of each micro-batch of this step
         self.one = torch.ones((), device=device)
+        blocks = blocks_to_checkpoint(method, options.grad_checkpointing)
+        self.checkpointed: Callable[[], AbstractContextManager] = (
+            partial(checkpointed, blocks) if blocks else nullcontext
+        )
 
     def __call__(self, images: Tensor, target: Tensor, plan: Hashable = None, taught: Taught = ()) -> None:
         self.agree(len(images))
@@ -130,7 +109,7 @@ class Step:
         kind = (plan, images.shape)
         self.runs[kind] += 1
         try:
-            with self._around(kind):
+            with self._around(kind), self.checkpointed():
                 self._gradients(images, target, plan, taught)
         except Exception as error:  # the compiler raises any kind
             if not self.compiled or self.runs[kind] != self.first_steps:
@@ -170,7 +149,10 @@ class Step:
                 self.module.require_backward_grad_sync = number == count
             share = len(some_images) / divisor
             self._backward(some_images, some_target, plan, tuple(some_taught), share)
+        for number, (terms, some) in enumerate(self.terms):
+            self.meter.add(terms, some, some / len(images), number == 0)
         if self.processes:
+            self.processes.batch_fraction.add_(self.bad.state.mark)  # NaN of one process makes it NaN in all of them
             self.processes.flatten(self.parameters)
 
     def exchange(self) -> None:
@@ -183,8 +165,6 @@ class Step:
         if self.processes:
             self.processes.average(self.parameters)
         self._update()
-        for terms, images in self.terms:
-            self.meter.add(terms, images)
         self.terms.clear()
 
     @property
@@ -213,22 +193,13 @@ class Step:
         if self.ema:
             distributed.average_buffers(self.ema.net)
 
-    def check_finite(self, steps: int, epoch: int, log: Callable[[str], None]) -> None:
-        """Log a warning if some of the last `steps` steps were skipped. Waits for the device.
+    def first_nonfinite(self) -> str:
+        """The first tensor of the state that is not finite, such as "student.bn.running_var holds NaN", or "".
 
-        Raises UserError if so many were skipped that training diverges. `epoch` counts from 1, for the message.
+        Weights, buffers, their averages and the optimizer's state. One wait for each dtype.
         """
-        bad = int(self.nonfinite.item())
-        self.nonfinite.zero_()
-        message = f"the gradient was not finite in {bad} of {steps} steps of epoch {epoch}"
-        # fp16 finds its scale by overflow: some 20 such steps at the start are normal
-        if bad > max(steps / 2, 25 if self.precision.scaler.is_enabled() else 0):
-            raise UserError(
-                f"training diverged: {message}; lower --lr {self.options.lr:g}, or set --clip-grad or --warmup-epochs"
-                f"{_last_state(Path(self.options.out))}"
-            )
-        if bad:
-            log(f"warning: {message}")
+        tensors = [*tensors_of(self.method), *tensors_of_optimizer(self.optimizer, self.method)]
+        return first_nonfinite([*tensors, *(tensors_of(self.ema.net, "the average of ") if self.ema else ())])
 
     def run_context(self, steps_per_epoch: int, folder: Path, track: Track, log: Callable[[str], None]) -> RunContext:
         """What `Method.prepare` may know of the run."""
@@ -257,18 +228,24 @@ class Step:
     def _update(self) -> None:
         scaler = self.precision.scaler
         scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else self.found_inf.new_zeros(1)
-        norm = check_gradients(norms, self.buffers, self.saved_buffers, self.nonfinite, self.found_inf)
+        norm = self.bad.check(self.parameters, self.buffers, self.saved_buffers)
         if self.options.clip_grad:
             clip_grads_with_norm_(self.parameters, self.options.clip_grad, norm)
         if self.can_skip:
-            setattr(self.optimizer, "found_inf", self.found_inf)  # noqa: B010, not in torch's types
-        scaler.step(self.optimizer)
+            setattr(self.optimizer, "found_inf", self.bad.state.found_inf)  # noqa: B010, not in torch's types
+        if scaler.is_enabled():  # it would look at the gradients alone, and lower its scale by another verdict
+            found = scaler._found_inf_per_device(self.optimizer)
+            found.update(dict.fromkeys(found, self.bad.state.found_inf))
+        if self._may_update():
+            scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update()
+
+    def _may_update(self) -> bool:
+        """False for a bad step where the optimizer cannot skip it by itself, as timm's cannot: there the host waits."""
+        return not (self.waits and self.bad.state.found_inf.item())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on but the teacher."""
@@ -277,21 +254,42 @@ class Step:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "ema": self.ema.net.state_dict() if self.ema else {},
+            "bad_steps": self.bad.state_dict(),
+            "full_batch": self.processes.full_batch if self.processes else 0,
         }
+
+    def own_state(self) -> dict[str, Any]:
+        """What differs between the processes within an epoch: what each has counted, and its BatchNorm statistics."""
+        several = distributed.world_size() > 1
+        buffers = {name: buffer.cpu() for name, buffer in self._buffers()} if several else {}
+        meter = [(names, sums.cpu()) for names, sums in self.meter.sums.items()]
+        return {"meter": meter, "buffers": buffers}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `own_state` gave, after `load_state_dict`."""
+        self.meter.sums = {tuple(names): sums.to(self.precision.device) for names, sums in state["meter"]}
+        for name, buffer in self._buffers():
+            if name in state["buffers"]:
+                buffer.copy_(state["buffers"][name])
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        averages = self.ema.net.named_buffers("ema") if self.ema else ()
+        return [*self.method.named_buffers("method"), *averages]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` gave."""
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # torch leaves a group's own tensors where the file had them
+        pairs = zip(state["optimizer"]["param_groups"], self.optimizer.state_dict()["param_groups"], strict=True)
+        groups = [{**before, **now} for before, now in pairs]  # options are those of the run, not of the file
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        for group, before in zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=True):
             if isinstance(group["lr"], Tensor):
-                group["lr"] = group["lr"].to(self.precision.device)
+                group["lr"].fill_(before["lr"])
+            else:
+                group["lr"] = float(before["lr"])
         self.precision.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.net.load_state_dict(state["ema"])
-
-
-def _last_state(folder: Path) -> str:
-    """The end of a message: the state before the epoch that went wrong, if an epoch was finished before it."""
-    state = folder / "last.pt"
-    return f"; the last good state is {state}" if state.is_file() else ""
+        self.bad.load_state_dict(state["bad_steps"])
+        if self.processes:  # a run that goes on at a short last batch would divide by another number, and round so
+            self.processes.full_batch = state["full_batch"]

@@ -115,14 +115,15 @@ def teacher_form(
     """Within the block, the method's teachers run in the `wanted` form; gives the name of the form that is used.
 
     `first_images()` gives the batch [N, 3, H, W] on which forms are measured; it is called only if one is needed. On
-    the CPU, "auto" is "plain": its results have the same bits in every run. After the block the teachers have their
-    own weights again, and swapped-in blocks are the teacher's own. Raises UserError if the wanted form is not possible
-    or wrong. `asked`: the user's option, if `wanted` is what an earlier run or rank 0 has made of it.
+    the CPU and with --deterministic, "auto" is "plain": its results have the same bits in every run. After the block
+    the teachers have their own weights again, and swapped-in blocks are the teacher's own. Raises UserError if the
+    wanted form is not possible or wrong. `asked`: the user's option, if `wanted` is what an earlier run or rank 0 has
+    made of it.
     """
     if is_absent(method.teacher):
         yield wanted
         return
-    if wanted == "auto" and precision.device.type != "cuda":
+    if wanted == "auto" and (precision.device.type != "cuda" or torch.are_deterministic_algorithms_enabled()):
         wanted = "plain"
     if wanted == "plain" and precision.dtype == torch.float32:
         yield wanted

@@ -21,6 +21,8 @@ from ..methods.base import Method
 from ..methods.forwards import Taught
 from ..methods.frozen import FrozenTeacher, is_absent
 from ..models.own_input import plain_network
+from .finite import check_network
+from .grad_checkpointing import blocks_to_checkpoint, check_some_ran, checkpointed
 from .labels import allowed_labels, out_of_range
 from .mixup import Mixup
 from .options import TrainOptions
@@ -131,6 +133,9 @@ def _try(
     taught: Taught,
 ) -> None:
     precision, networks = Precision(options.amp_dtype, device), networks_of(method, titles)
+    blocks = blocks_to_checkpoint(method, options.grad_checkpointing)
+    for network in networks:
+        check_network(network.title, network.net)
     method.eval()
     for network in networks:
         with torch.no_grad(), precision.autocast():
@@ -141,7 +146,7 @@ def _try(
     taught = tuple(each[: len(images)].to(device) for each in taught)
     for plan in _plans(method):
         try:
-            with precision.autocast():
+            with precision.autocast(), checkpointed(blocks):
                 terms = method(images, target, plan, taught)
         except Exception as error:  # a network's code may raise anything
             for network in networks:  # a method's own error may come from what one network returns
@@ -149,6 +154,7 @@ def _try(
                     _check_logits(network, images, classes, "in training")
             raise _failed(f"a training step of {type(method).__name__} fails", error) from error
         _check_gradients(method, terms, precision)
+    check_some_ran(blocks)
 
 
 def networks_of(method: Method, titles: Mapping[str, str]) -> list[Network]:

@@ -1,10 +1,13 @@
 """One place sets cuDNN's search, for the library and the commands, and puts the user's settings back."""
 
+import os
+
 import pytest
 import torch
 
 from fastkd import Trainer, TrainOptions
 from fastkd.engine.backends import backends
+from fastkd.errors import UserError
 from fastkd.methods import CE
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -47,7 +50,32 @@ def test_the_library_trains_with_them(tiny_net, tiny_loaders, tmp_path, monkeypa
     seen = []
     options = TrainOptions(epochs=1, lr=0.1, out=str(tmp_path / "run"), device="cpu", warmup_epochs=0)
     trainer = Trainer(CE(tiny_net()), *tiny_loaders(), options)
-    monkeypatch.setattr("fastkd.train.backends", lambda device: seen.append(device) or backends(CUDA))
+    monkeypatch.setattr("fastkd.train.backends", lambda device, _: seen.append(device) or backends(CUDA))
     monkeypatch.setattr(trainer.method, "prepare", lambda *_: seen.append(torch.backends.cudnn.benchmark))
     trainer.fit()
     assert seen == [CPU, True] and not torch.backends.cudnn.benchmark
+
+
+def test_deterministic_algorithms_are_put_back(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    with backends(CUDA, deterministic=True):
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        with backends(CUDA):  # of a part that does not ask for them
+            assert not torch.backends.cudnn.benchmark and torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory == fills
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_an_operation_without_a_deterministic_form_is_named():
+    text = "kthvalue CUDA does not have a deterministic implementation, but you set it. You can turn it off."
+    with pytest.raises(UserError, match="--deterministic: kthvalue CUDA does not have"):
+        with backends(CPU, deterministic=True):
+            raise RuntimeError(text)
+    for deterministic, error in ((False, text), (True, "another")):
+        with pytest.raises(RuntimeError, match=error.split(",")[0]) as problem:
+            with backends(CPU, deterministic):
+                raise RuntimeError(error)
+        assert not isinstance(problem.value, UserError)

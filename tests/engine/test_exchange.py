@@ -22,6 +22,7 @@ def test_every_way_gives_the_bits_of_eager_ddp(tmp_path):
     states = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     compare_ways(states)
     compare_uneven_batches(states)
+    compare_bad_losses(states)
 
 
 def compare_ways(states):
@@ -37,6 +38,13 @@ def compare_uneven_batches(states):
     want = dict(uneven(flat=False))
     for way, got in states[0]["uneven"].items():
         torch.testing.assert_close(dict(got), want, rtol=1e-4, atol=1e-6, msg=lambda text, way=way: f"{way}: {text}")
+
+
+def compare_bad_losses(states):
+    """All processes skip the step in which one has an infinite loss, whose gradient is finite everywhere."""
+    for first, second in zip(*(states[rank]["bad loss"] for rank in (0, 1)), strict=True):
+        assert [counts[:3] for counts, _ in first] == [[1, 0, 0], [2, 1, 1], [3, 1, 0]]
+        assert same(first, second) and same(first[0][1], first[1][1]) and not same(first[1][1], first[2][1])
 
 
 def test_blocks_hold_gradients_in_the_layout_of_their_weights():

@@ -10,6 +10,7 @@ from replays import CPU, Graph, same, trained
 
 from fastkd.engine import GraphedStep, Schedule, Step, TrainOptions
 from fastkd.engine.graph import CannotCapture
+from fastkd.engine.optim import lr_factor
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,7 +100,7 @@ def test_faults_are_caught(fault, monkeypatch):
 
         def frozen(self, epoch, previous):
             for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
-                group["lr"] = base * self.at(epoch)
+                group["lr"] = base * lr_factor(self.options, epoch)
 
         eager, _ = trained("kd")
         monkeypatch.setattr(Schedule, "write", frozen)
@@ -144,7 +145,8 @@ def test_a_step_that_cannot_be_captured_goes_on_eagerly(monkeypatch):
     def how(step, new, warm_up):
         return GraphedStep(step, new, warm_up, stop=said.append)
 
-    monkeypatch.setattr(Step, "gradients", skipped_in(Refused, Step.gradients))
+    for part in ("gradients", "update"):
+        monkeypatch.setattr(Step, part, skipped_in(Refused, getattr(Step, part)))
     eager, _ = trained("kd")
     replayed, run = trained("kd", how, new=Refused)
     assert said == ["net.py:7 cannot be captured: not permitted"]

@@ -20,7 +20,7 @@ def test_good_labels_pass_as_they_are():
 
 @pytest.mark.parametrize("label", [-1, -100, 4, 255])
 def test_a_label_out_of_range_is_named(label):
-    with pytest.raises(UserError, match="2 training labels are none of the 4 classes; labels go from 0 to 3"):
+    with pytest.raises(UserError, match="2 training labels outside of the 4 classes; labels go from 0 to 3"):
         LabelCheck(4, torch.device("cpu"))(torch.tensor([0, label, label, 3]))
 
 
@@ -35,5 +35,5 @@ def test_a_late_label_stops_the_run_with_the_reason(tiny_net, tiny_loaders, tmp_
     train, val = tiny_loaders()
     train.target[torch.randperm(22, generator=torch.Generator().manual_seed(0))[-1]] = 7  # of the last batch
     settings = TrainOptions(epochs=1, lr=0.05, out=str(tmp_path / "r"), device="cpu", **options)
-    with pytest.raises(UserError, match="1 training labels are none of the 4 classes"):
+    with pytest.raises(UserError, match="1 training label outside of the 4 classes"):
         Trainer(make(tiny_net), train, val, settings).fit()

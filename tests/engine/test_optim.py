@@ -6,9 +6,10 @@ import types
 import pytest
 import torch
 
-from fastkd.engine import Schedule, TrainOptions
+from fastkd.engine import Schedule, Step, TrainOptions
 from fastkd.engine.optim import can_skip, create_optimizer
 from fastkd.errors import UserError
+from fastkd.methods import CE
 
 CPU = torch.device("cpu")
 
@@ -90,3 +91,22 @@ def test_norms_and_biases_can_be_spared_from_decay(opt, tiny_net):
     optimizer.step()
     moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"conv.weight", "fc.weight"}
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "levit_128s", "beit_base_patch16_224", "resnet10t"]
+)
+def test_what_is_spared_from_decay_is_what_timm_spares(name):
+    """Position embeddings and class tokens too, which the network names."""
+    timm = pytest.importorskip("timm")
+    from timm.optim import param_groups_weight_decay
+
+    net = timm.create_model(name, num_classes=3)
+    spared_by_timm = getattr(net, "no_weight_decay", set)()
+    wanted = set(param_groups_weight_decay(net, 0.5, no_weight_decay_list=spared_by_timm)[0]["params"])
+    assert name == "resnet10t" or any(p.dim() > 1 for p in wanted)
+    options = TrainOptions(lr=0.1, weight_decay=0.5, momentum=0.0, decay_norms=False)
+    groups = Step(CE(net), options, CPU).optimizer.param_groups
+    decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    assert {p for p, decay in decays.items() if decay == 0} == wanted
+    assert {decay for p, decay in decays.items() if p not in wanted} == {0.5}

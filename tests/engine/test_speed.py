@@ -7,13 +7,14 @@ import torch
 from every_method import Loader
 from replays import Graph, same
 
-from fastkd import Trainer, TrainOptions, checkpoint, create_model
+from fastkd import Trainer, TrainOptions, create_model
 from fastkd.engine import GraphedStep, Step, graphed
 from fastkd.engine.launch import _stop, compiles, why_not
 from fastkd.engine.partial_graphs import PartialGraphStep
 from fastkd.engine.precision import Precision, cast_frozen
 from fastkd.errors import UserError
 from fastkd.methods import CE, IAKD, KD, ForwardCache
+from fastkd.run import checkpoint
 
 
 def trainer(tiny_net, tiny_loaders, folder, **options) -> Trainer:
@@ -36,6 +37,9 @@ def test_the_form_is_kept_over_a_resume(tiny_net, tiny_loaders, tmp_path, form, 
     assert checkpoint.load(tmp_path / "half/last.pt")["teacher_form"] == form
     config = (tmp_path / "whole/config.yaml").read_text()
     (tmp_path / "half/config.yaml").write_text(config.replace(f"teacher_form: {form}", "teacher_form: auto"))
+    state = checkpoint.load(tmp_path / "half/last.pt")
+    state["identity"]["options"]["teacher_form"] = "auto"
+    checkpoint.save_run(tmp_path / "half", state)
     again = trainer(tiny_net, tiny_loaders, tmp_path / "half", teacher_form="auto", resume=True)
     again.fit()
     assert again.form == form and f"teacher form: {form}" in capsys.readouterr().out
@@ -152,8 +156,8 @@ def test_replayed_runs_resume_exactly(kind, tmp_path, monkeypatch, capsys):
     assert "replayed in 0 of" not in capsys.readouterr().out
     finish = Trainer._finish_epoch
 
-    def killed(self, row):
-        finish(self, row)
+    def killed(self):
+        finish(self)
         if self.epoch == 2:
             raise KeyboardInterrupt
 
