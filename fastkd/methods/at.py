@@ -19,7 +19,7 @@ from ..losses import AttentionTransferLoss
 from ..models import stage_shapes
 from ..models.own_input import plain_network
 from ..models.sizes import image_size_of
-from .base import Method, WeightOptions, cross_entropy
+from .base import Method, WeightOptions
 from .forwards import ForwardCache, pooled
 
 
@@ -40,6 +40,7 @@ class AT(Method):
     options: ATOptions
     paper = "arXiv:1612.03928"
     needs_stages = "both staged, equally many stages"
+    takes_bce = True
 
     def build(self) -> None:
         check_stage_counts(self.student, self.teacher.net)
@@ -47,7 +48,7 @@ class AT(Method):
         self.loss = AttentionTransferLoss(self.options.attention_weight)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        ce = cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index)
+        ce = self.hard_loss(out(self.student), target, self.options.ce_weight)
         stages = zip(out.features(self.student), out.features(self.teacher), strict=True)
         ours, theirs = zip(*(pooled(mine, other) for mine, other in stages), strict=True)
         return {"ce": ce, "at": self.loss(list(ours), list(theirs))}

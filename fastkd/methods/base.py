@@ -23,6 +23,7 @@ from .forwards import ForwardCache, StagedView, Taught
 from .frozen import FrozenTeacher
 from .hooks import OptionalHooks
 
+BCE_UNLABELLED = "--loss bce and --unlabelled: images without a label have no target; drop one of them"
 NO_LABEL = -(2**31)  # ignored in place of torch's -100, which would pass without a word
 
 
@@ -40,9 +41,11 @@ class Method(OptionalHooks):
     ce_option: str | None = "ce_weight"  # option that scales the term `ce` alone; "": there is none; None: no such term
     uses_logits_alone = False  # of the teacher; they may then be given with a batch, from a teacher cache
     takes_topk = False  # `losses` can do with the teacher's k largest logits, `out.topk`
+    takes_bce = False  # the term `ce` is `hard_loss`, and so may be a binary cross-entropy
     needs_labels = False  # a term other than the cross-entropy uses the label of every image
     find_unused_parameters = False  # a step may leave weights without a gradient; they are then not updated at all
 
+    bce_threshold: float | None = None  # --loss bce, with its threshold (below 0: none); None: cross-entropy
     ignore_index: int | None = None  # the label of images without one; None: every image has one
     teacher: FrozenTeacher  # None in a method without a teacher
 
@@ -98,15 +101,43 @@ class Method(OptionalHooks):
             raise UserError(
                 f"{self._get_name()} needs the label of every image: leave the unlabelled images out, or use kd"
             )
+        if self.bce_threshold is not None:
+            raise UserError(BCE_UNLABELLED)
         for module in self.modules():
             if isinstance(module, Method | KDLoss | MutualLoss | BridgeLoss):
                 module.ignore_index = UNLABELLED
+
+    def set_label_loss(self, loss: str, threshold: float = -1.0) -> None:
+        """From now on, the term `ce` is the cross-entropy ("ce") or the binary cross-entropy of all classes ("bce").
+
+        `threshold`: see `binary_cross_entropy`. Raises UserError for a method whose term is part of another loss.
+        """
+        if loss == "bce" and not self.takes_bce:
+            raise UserError(
+                f"--loss bce: the cross-entropy of {self._get_name()} is part of its own loss; use kd, dkd, dist, "
+                "hardkd, fitnet, at, ft, ofd, rkd, sp, ce or a sum of them, or --loss ce"
+            )
+        if loss == "bce" and self.ignore_index is not None:
+            raise UserError(BCE_UNLABELLED)
+        for module in self.modules():
+            if isinstance(module, Method):
+                module.bce_threshold = threshold if loss == "bce" else None
+
+    def hard_loss(self, logits_NC: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
+        """weight * the loss of the labels, a scalar; what `set_label_loss` says. See `cross_entropy` for the shapes."""
+        if self.bce_threshold is None:
+            return cross_entropy(logits_NC, target, weight, self.ignore_index)
+        return weight * binary_cross_entropy(logits_NC, target, self.bce_threshold)
 
     def check(self, run: RunContext) -> None:
         """Raise UserError if the options do not fit the run. Called before a teacher is trained for it."""
 
     def prepare(self, loader: Loader, run: RunContext = RunContext()) -> None:  # noqa: B008, frozen
         """Work before the first epoch, such as training an auto-encoder. Called again when a run is resumed."""
+
+    def spread_over(self, before: int, now: int) -> list[str]:
+        """For the log of a run that had `before` epochs and has `now`: what the method does at other epochs."""
+        return []
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer; a group may have its own `lr`."""
@@ -172,6 +203,21 @@ def cross_entropy(logits_NC: Tensor, target: Tensor, weight: float = 1.0, ignore
         return weight * F.cross_entropy(logits_NC, target, ignore_index=NO_LABEL)
     total = F.cross_entropy(logits_NC, target, ignore_index=ignore_index, reduction="sum")
     return weight * total / (target != ignore_index).sum().clamp(min=1)
+
+
+def binary_cross_entropy(logits_NC: Tensor, target: Tensor, threshold: float = -1.0) -> Tensor:
+    """The mean binary cross-entropy of all classes and images, a scalar in fp32, or in fp64 if the logits are.
+
+    Wightman et al. 2021 (arXiv:2110.00476) and timm's BinaryCrossEntropy: each class is a yes-or-no question. target:
+    class indices [N] int64, or probabilities [N, C] floating. With a `threshold` of 0 or more, targets above it become
+    1 and all others 0.
+    """
+    logits_NC = logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32))
+    if not target.is_floating_point():
+        target = torch.zeros_like(logits_NC).scatter_(1, target[:, None], 1.0)
+    if threshold >= 0:
+        target = target > threshold
+    return F.binary_cross_entropy_with_logits(logits_NC, target.to(logits_NC.dtype))
 
 
 def check_weights(**weights: float) -> None:

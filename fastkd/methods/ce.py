@@ -4,7 +4,7 @@ from collections.abc import Hashable
 
 from torch import Tensor
 
-from .base import Method, cross_entropy
+from .base import Method
 from .forwards import ForwardCache
 
 
@@ -12,6 +12,7 @@ class CE(Method):
     """Cross-entropy with the labels alone: no teacher."""
 
     needs_teacher = False
+    takes_bce = True
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        return {"ce": cross_entropy(out(self.student), target, ignore_index=self.ignore_index)}
+        return {"ce": self.hard_loss(out(self.student), target)}

@@ -95,6 +95,9 @@ class Combo(Method):
             method.prepare(loader, run)
             loader.load_state_dict(position)
 
+    def spread_over(self, before: int, now: int) -> list[str]:
+        return [line for method in self.methods.values() for line in method.spread_over(before, now)]
+
     def at_epoch(self, epoch: float) -> None:
         for method in self.methods.values():
             method.at_epoch(epoch)
@@ -149,6 +152,7 @@ def combine(kinds: dict[str, type[Method]], name: str) -> type[Combo]:
         "needs_peers": any(kind.needs_peers for kind in kinds.values()),
         "uses_logits_alone": all(kind.uses_logits_alone or not kind.needs_teacher for kind in kinds.values()),
         "takes_topk": all(kind.takes_topk or not kind.needs_teacher for kind in kinds.values()),
+        "takes_bce": all(kind.takes_bce for kind in kinds.values()),
         "needs_labels": any(kind.needs_labels for kind in kinds.values()),
     }
     return type(name, (Combo,), about)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..losses import DISTLoss
-from .base import Method, WeightOptions, cross_entropy
+from .base import Method, WeightOptions
 from .forwards import ForwardCache
 
 
@@ -38,6 +38,7 @@ class DIST(Method):
     options: DISTOptions
     paper = "arXiv:2205.10536"
     uses_logits_alone = True
+    takes_bce = True
 
     def build(self) -> None:
         self.loss = DISTLoss(self.options.beta, self.options.gamma, self.options.temperature)
@@ -45,6 +46,6 @@ class DIST(Method):
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, theirs = out(self.student), out(self.teacher)
         return {
-            "ce": cross_entropy(ours, target, self.options.ce_weight, self.ignore_index),
+            "ce": self.hard_loss(ours, target, self.options.ce_weight),
             "dist": self.loss(ours, theirs),
         }

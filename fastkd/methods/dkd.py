@@ -22,7 +22,7 @@ from torch import Tensor
 from ..data.base import Loader
 from ..errors import check_number
 from ..losses import DKDLoss
-from .base import Method, check_weights, cross_entropy
+from .base import Method, check_weights
 from .context import RunContext
 from .forwards import ForwardCache
 
@@ -60,6 +60,7 @@ class DKD(Method):
     needs_labels = True
 
     ramp: Tensor
+    takes_bce = True
 
     def build(self) -> None:
         o = self.options
@@ -76,6 +77,14 @@ class DKD(Method):
                 f"has its full weight from epoch {math.ceil(self.ramp_epochs)} on"
             )
 
+    def spread_over(self, before: int, now: int) -> list[str]:
+        old, new = (min(self.options.ramp_epochs, epochs / 2) for epochs in (before, now))
+        return (
+            [f"the DKD term has its full weight from epoch {math.ceil(new)} on, not {math.ceil(old)}"]
+            if old != new
+            else []
+        )
+
     def at_epoch(self, epoch: float) -> None:
         self.ramp.fill_(min(math.floor(epoch + 1) / self.ramp_epochs, 1.0) if self.ramp_epochs else 1.0)
 
@@ -83,6 +92,6 @@ class DKD(Method):
         ours, theirs = out(self.student), out(self.teacher)
         labels = target.argmax(1) if target.is_floating_point() else target
         return {
-            "ce": cross_entropy(ours, target, self.options.ce_weight, self.ignore_index),
+            "ce": self.hard_loss(ours, target, self.options.ce_weight),
             "dkd": self.ramp * self.loss(ours, theirs, labels),
         }

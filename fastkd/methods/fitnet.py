@@ -19,7 +19,7 @@ from ..losses import HintLoss
 from ..models import stage_shapes
 from ..models.nets.resnet import he_init
 from ..models.sizes import image_size_of
-from .base import Method, WeightOptions, cross_entropy
+from .base import Method, WeightOptions
 from .forwards import ForwardCache
 
 
@@ -47,6 +47,7 @@ class FitNet(Method):
     options: FitNetOptions
     paper = "arXiv:1412.6550"
     needs_stages = "both staged"
+    takes_bce = True
 
     def build(self) -> None:
         self.request_features(self.student, self.teacher)
@@ -63,7 +64,7 @@ class FitNet(Method):
         self.loss = HintLoss(self.options.hint_weight)
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
-        ce = cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index)
+        ce = self.hard_loss(out(self.student), target, self.options.ce_weight)
         ours, theirs = out.features(self.student)[self.stage], out.features(self.teacher)[self.stage]
         return {"ce": ce, "hint": self.loss(self.regressor(ours), theirs)}
 

@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..losses import FactorTransferLoss
 from ..models import stage_shapes
 from ..models.sizes import image_size_of
-from .base import Method, check_weights, cross_entropy
+from .base import Method, check_weights
 from .context import RunContext
 from .forwards import ForwardCache, pooled
 from .parts.autoencoder import Coder, TeacherEncoder, check_auto_encoder, factor_channels
@@ -69,6 +69,7 @@ class FT(Method):
     options: FTOptions
     paper = "arXiv:1802.04977"
     needs_stages = "both staged"
+    takes_bce = True
 
     def build(self) -> None:
         size = image_size_of(self.student, self.teacher.net)
@@ -88,6 +89,6 @@ class FT(Method):
         mine = self.translator(out.features(self.student)[-1])
         theirs = self.paraphraser(out.features(self.teacher)[-1])
         return {
-            "ce": cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index),
+            "ce": self.hard_loss(out(self.student), target, self.options.ce_weight),
             "ft": self.loss(*pooled(mine, theirs)),
         }

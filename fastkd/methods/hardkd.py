@@ -35,10 +35,11 @@ class HardKD(Method):
     paper = "arXiv:2012.12877"
     uses_logits_alone = True
     takes_topk = True
+    takes_bce = True
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, o = out(self.student), self.options
         top = out.topk(self.teacher)
         teacher_label = top[1][:, 0] if top else out(self.teacher).argmax(1)
-        ce = cross_entropy(ours, target, o.ce_weight, self.ignore_index)
+        ce = self.hard_loss(ours, target, o.ce_weight)
         return {"ce": ce, "hard": cross_entropy(ours, teacher_label, o.hard_weight)}

@@ -118,6 +118,13 @@ class IAKD(Method):
         self.check(run)
         self.run = run
 
+    def spread_over(self, before: int, now: int) -> list[str]:
+        o = self.options
+        if o.schedule == "uniform" and not o.finish_epochs:
+            return []
+        ends = [f"{epochs - o.finish_epochs:g}" for epochs in (now, before)]
+        return [f"--schedule {o.schedule} ends after epoch {ends[0]}, not {ends[1]}"]
+
     def plan(self, step: int) -> tuple[bool, ...]:
         """For every gate, True if the student's block runs in this step."""
         draw = random.Random(f"{self.run.seed} {step}")  # a generator per step: nothing to save, equal everywhere

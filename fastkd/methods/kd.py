@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import kd_loss, topk_kd_loss
 from ..losses import KDLoss
-from .base import Method, check_weights, cross_entropy
+from .base import Method, check_weights
 from .forwards import ForwardCache
 
 
@@ -43,14 +43,26 @@ class KD(Method):
     paper = "arXiv:1503.02531"
     uses_logits_alone = True
     takes_topk = True
+    takes_bce = True
 
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         o = self.options
         if top := out.topk(self.teacher):
-            ce = cross_entropy(out(self.student), target, o.ce_weight, self.ignore_index)
+            ce = self.hard_loss(out(self.student), target, o.ce_weight)
             values, classes = top
             kd = topk_kd_loss(out(self.student), values, classes, o.temperature, o.kd_weight)
             return {"ce": ce, "kd": kd}
+        if self.bce_threshold is not None:
+            kd = kd_loss(
+                out(self.student),
+                out(self.teacher),
+                None,
+                temperature=o.temperature,
+                ce_weight=0.0,
+                kd_weight=o.kd_weight,
+                standardize=o.standardize,
+            ).kd
+            return {"ce": self.hard_loss(out(self.student), target, o.ce_weight), "kd": kd}
         fused = kd_loss(
             out(self.student),
             out(self.teacher),

@@ -23,7 +23,7 @@ from ..models.nets.resnet import he_init
 from ..models.own_input import plain_network
 from ..models.sizes import image_size_of
 from ..models.stages.staged import map_shapes, staged
-from .base import Method, WeightOptions, cross_entropy
+from .base import Method, WeightOptions
 from .forwards import ForwardCache, pooled
 
 
@@ -44,6 +44,7 @@ class OFD(Method):
     options: OFDOptions
     paper = "arXiv:1904.01866"
     needs_stages = "both ResNet, WRN, VGG-BN or MobileNet, equally many stages"
+    takes_bce = True
 
     def build(self) -> None:
         ours, theirs = self._shapes()
@@ -71,7 +72,7 @@ class OFD(Method):
         pairs = [pooled(*maps) for maps in zip(mine, out.features(self.teacher), strict=True)]
         ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
         margins = [getattr(self, f"margin{number}") for number in range(len(ours))]
-        ce = cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index)
+        ce = self.hard_loss(out(self.student), target, self.options.ce_weight)
         return {"ce": ce, "ofd": self.loss(ours, theirs, margins)}
 
     def _shapes(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:

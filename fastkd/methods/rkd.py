@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..losses import RKDLoss
-from .base import Method, WeightOptions, cross_entropy
+from .base import Method, WeightOptions
 from .forwards import ForwardCache
 
 
@@ -36,6 +36,7 @@ class RKD(Method):
     Options = RKDOptions
     options: RKDOptions
     paper = "arXiv:1904.05068"
+    takes_bce = True
 
     def build(self) -> None:
         self.request_embeddings(self.student, self.teacher)
@@ -44,6 +45,6 @@ class RKD(Method):
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, theirs = (out.embedding(net) for net in (self.student, self.teacher))
         return {
-            "ce": cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index),
+            "ce": self.hard_loss(out(self.student), target, self.options.ce_weight),
             "rkd": self.loss(ours, theirs),
         }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..losses import SPLoss
-from .base import Method, WeightOptions, cross_entropy
+from .base import Method, WeightOptions
 from .forwards import ForwardCache
 
 
@@ -45,6 +45,7 @@ class SP(Method):
     options: SPOptions
     paper = "arXiv:1907.09682"
     needs_stages = "maps: both staged, any shapes"
+    takes_bce = True
 
     def build(self) -> None:
         if self.options.features == "maps":
@@ -56,7 +57,7 @@ class SP(Method):
     def losses(self, out: ForwardCache, target: Tensor, plan: Hashable) -> dict[str, Tensor]:
         ours, theirs = (self._features(out, net) for net in (self.student, self.teacher))
         return {
-            "ce": cross_entropy(out(self.student), target, self.options.ce_weight, self.ignore_index),
+            "ce": self.hard_loss(out(self.student), target, self.options.ce_weight),
             "sp": self.loss(ours, theirs),
         }
 

@@ -12,15 +12,16 @@ from ..errors import UserError, nearest
 from .checkpoint_files import FOLDER_FILES, SUFFIXES, read_state_dict
 from .classifier import classifiers_of, reorder_classes
 from .ensemble import Ensemble
+from .kwargs import Kwargs, KwargsOfFile
 from .nets.mobilenet import CifarMobileNet, CifarMobileNetV2
 from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet, CifarResNet50, WideResNet
 from .nets.shufflenet import CifarShuffleNetV1, CifarShuffleNetV2
 from .nets.vgg import CONVOLUTIONS, CifarVGG
-from .sizes import blaming_size, check_image_size
+from .sizes import blaming_size, check_image_size, note_name
 from .stages.preactivation import PreActivation
 from .stages.staged import Staged, name_stages, stage_shapes, staged, tapped
 from .weights import copy_weights, layout_note_of, load_weights, new_classifier_of
-from .zoo import drop_auxiliary, hf_model, timm_model, torchvision_model, without_auxiliary
+from .zoo import NO_KWARGS, drop_auxiliary, hf_model, timm_model, torchvision_model, without_auxiliary
 
 __all__ = [
     "Ensemble",
@@ -69,6 +70,7 @@ def create_model(
     *,
     image_size: int | None = None,
     new_classifier: bool = False,
+    kwargs: Kwargs = NO_KWARGS,
 ) -> nn.Module:
     """A network for images [N, 3, H, W] and `num_classes` classes, fp32, on the CPU, in train mode.
 
@@ -80,22 +82,30 @@ def create_model(
     GoogLeNet and Inception are dropped.
     With `new_classifier`, weights of another number of classes are taken too: the classifier keeps its initial values,
     and `new_classifier_of(net)` names its keys. Every other key must match exactly.
-    Raises UserError for unknown names and weights, for weights of another number of classes, for an image size that the
-    network cannot take, and when a download fails.
+    `kwargs`: arguments of the constructor of a network of timm or torchvision, such as {"drop_path_rate": 0.1}.
+    Raises UserError for unknown names, weights and arguments, for weights of another number of classes, for an image
+    size that the network cannot take, and when a download fails.
     """
     if not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(f"num_classes is {num_classes!r}: a net needs at least one class")
     file = weights if weights is not None and is_weights_file(weights) else None
     tag = None if file is not None or weights is None else str(weights)
+    state = None
+    if file is not None and kwargs:
+        state = read_state_dict(file)
+        kwargs = KwargsOfFile(kwargs, state, str(file))
 
     def at_random(size: int) -> nn.Module:
-        return _network(name.partition(".")[0] if name.startswith("timm/") else name, num_classes, None, size, None)
+        plain = name.partition(".")[0] if name.startswith("timm/") else name
+        return _network(plain, num_classes, None, size, None, kwargs=kwargs)
 
     with blaming_size(name, image_size, at_random):
-        model = _network(name, num_classes, tag, image_size, file, new_classifier)
+        model = _network(name, num_classes, tag, image_size, file, new_classifier, kwargs)
     if file is not None:
-        copy_weights(model, without_auxiliary(name, read_state_dict(file)), str(file), new_classifier)
+        state = read_state_dict(file) if state is None else state
+        copy_weights(model, without_auxiliary(name, state), str(file), new_classifier)
     drop_auxiliary(model)
+    note_name(model, name, kwargs)
     if image_size is not None:
         check_image_size(model, name, image_size, at_random)
     return model
@@ -108,17 +118,23 @@ def _network(
     size: int | None,
     file: str | os.PathLike | None,
     new_classifier: bool = False,
+    kwargs: Kwargs = NO_KWARGS,
 ) -> nn.Module:
     """The network as its library makes it, with the weights of `tag` but without those of `file`."""
     library, slash, rest = name.partition("/")
+    if kwargs and library not in ("timm", "torchvision"):
+        raise UserError(
+            f"{name} takes no arguments ({', '.join(kwargs)}): they are for networks of timm and torchvision; drop them"
+        )
     if not slash:
         if tag is not None:
             raise UserError(f"{tag!r} is not a file, and {name!r} has no pre-trained weights: pass a weights file")
         return _cifar_net(name, num_classes)
     if library == "timm":
-        return timm_model(rest if file is None else rest.partition(".")[0], num_classes, tag, size, new_classifier)
+        rest = rest if file is None else rest.partition(".")[0]
+        return timm_model(rest, num_classes, tag, size, new_classifier, kwargs)
     if library == "torchvision":
-        return torchvision_model(rest, num_classes, tag, size, new_classifier)
+        return torchvision_model(rest, num_classes, tag, size, new_classifier, kwargs)
     if library == "hf":
         return hf_model(rest, num_classes, tag, size, new_classifier)
     raise UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision', 'hf'])}")
@@ -137,7 +153,7 @@ def is_weights_file(weights: str | os.PathLike) -> bool:
     text = os.fspath(weights)
     if not isinstance(weights, str) or os.sep in text or text.endswith(SUFFIXES):
         return True
-    return Path(text).is_file() or any((Path(text) / name).is_file() for name in FOLDER_FILES)
+    return os.path.isfile(text) or any(os.path.isfile(Path(text) / name) for name in FOLDER_FILES)
 
 
 def _cifar_net(name: str, num_classes: int) -> nn.Module:

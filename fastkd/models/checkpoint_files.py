@@ -4,13 +4,13 @@ The content says what a file is, not its ending.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import UserError
+from ..foreign import open_file, parse_json, read_text
 from ..paths import utf8_path
+from ..torch_files import Damaged, load_torch
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # usual ones; a file may have any other
 # Keys under which trainers save the state dict, in the order in which they are tried. Averaged weights come last: they
@@ -32,7 +34,9 @@ FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-SHOWN = 5  # keys per error message
+SHOWN, CLIPPED = 5, 120  # keys per error message, and characters of each
+DEEPEST = 8  # wrapping dicts that are opened
+LONGEST_INDEX = 64 << 20  # bytes of the index of a folder of transformers; that of 100,000 tensors has 10 MB
 
 
 class Settings(dict):
@@ -88,17 +92,33 @@ def read_state_dict(path: str | os.PathLike) -> StateDict:
     than plain data (`PLAIN_DATA`) are refused. Raises UserError if there is no readable state dict.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # False for a name that is too long, where Path.is_dir raises OSError
         return _read_folder(path)
-    if not path.is_file():
-        raise UserError(f"there is no weights file {path}")
-    if path.stat().st_size == 0:
+    try:
+        with open_file(path) as file:  # so that no pipe is waited for
+            size = os.fstat(file.fileno()).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"there is no weights file {clipped(str(path), 300)}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the weights file {clipped(str(path), 300)} cannot be read: {reason}") from None
+    if size == 0:
         raise UserError(f"{path} is empty: it was not written completely")
     table = _unwrap(_read(path), path)
     renamed = {without_prefixes(key): tensor for key, tensor in table.items()}
     if len(renamed) < len(table):
         raise UserError(f"{path}: several entries have the same name after removing 'module.' and '_orig_mod.'")
-    return StateDict(renamed, {without_prefixes(key): about for key, about in table._metadata.items()}, table.opened)
+    return StateDict(renamed, _versions(table._metadata), table.opened)
+
+
+def _versions(metadata: object) -> dict[str, Any]:
+    """The versions of the modules, as torch notes them: {module: {"version": number}}; anything else is left out."""
+    pairs = metadata.items() if isinstance(metadata, Mapping) else ()
+    return {
+        without_prefixes(key): {"version": about["version"]}
+        for key, about in pairs
+        if isinstance(key, str) and isinstance(about, Mapping) and isinstance(about.get("version"), int)
+    }
 
 
 def without_prefixes(key: str) -> str:
@@ -108,7 +128,7 @@ def without_prefixes(key: str) -> str:
 
 def _read_folder(folder: Path) -> StateDict:
     """The weights of a folder of transformers."""
-    found = next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
+    found = next((folder / name for name in FOLDER_FILES if os.path.isfile(folder / name)), None)
     if found is None:
         raise UserError(
             f"{folder} is a directory without weights: name a file, or a folder of transformers with "
@@ -117,18 +137,18 @@ def _read_folder(folder: Path) -> StateDict:
     if found.suffix != ".json":
         return read_state_dict(found)
     try:
-        shards = sorted({str(shard) for shard in json.loads(found.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{found} is no index of weights: {type(error).__name__}: {error}") from None
+        shards = sorted({str(shard) for shard in parse_json(read_text(found, LONGEST_INDEX))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{found} is no index of weights: {type(error).__name__}: {error}"[:300]) from None
     for shard in shards:
-        if Path(shard).name != shard:
-            raise UserError(f"{found} names {shard!r}: an index may name files of its own folder alone")
+        if Path(shard).name != shard or shard == ".." or os.path.isdir(folder / shard):
+            raise UserError(f"{found} names {shard!r:.200}: an index may name files of its own folder alone")
     return StateDict({key: value for shard in shards for key, value in read_state_dict(folder / shard).items()}, {})
 
 
 def _kind(path: Path) -> str:
     """What a file is by its first bytes: "safetensors" or "torch"."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start, size = file.read(9), path.stat().st_size
     header = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and 2 <= header <= size - 8:
@@ -146,7 +166,9 @@ def _read(path: Path) -> object:
             warnings.simplefilter("ignore")  # about pickle protocols; errors are reported below
             if kind == "safetensors":
                 return _read_safetensors(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load_torch(path)
+    except Damaged as error:
+        raise UserError(f"{path} is not a torch file, or it is incomplete: {error}; it was refused unread") from None
     except UnpicklingError as error:
         marks = ("GLOBAL", "Unsupported", "Can only")  # of the line in torch's long message that names the object
         lines = [line.strip() for line in str(error).splitlines() if any(mark in line for mark in marks)]
@@ -170,25 +192,34 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _unwrap(content: object, path: Path) -> StateDict:
     opened: tuple[str, ...] = ()
-    while isinstance(content, Mapping):
+    while isinstance(content, Mapping) and len(opened) <= DEEPEST:
         named = {key: value for key, value in content.items() if isinstance(key, str)}
         tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
         wrapper = next((key for key in WRAPPERS if isinstance(named.get(key), Mapping)), None)
         inner = [key for key, value in named.items() if isinstance(value, Mapping) and _has_tensors(value)]
         if tensors and (len(tensors) == len(content) or wrapper is None and any("." in key for key in tensors)):
-            return StateDict(tensors, getattr(content, "_metadata", {}), opened)  # numbers beside them are left out
+            return StateDict(tensors, _versions(getattr(content, "_metadata", {})), opened)  # without the numbers
         if wrapper is None and len(inner) == 1:
             wrapper = inner[0]
         if wrapper is None:
             break
         opened, content = (*opened, wrapper), named[wrapper]
+    if len(opened) > DEEPEST:
+        raise UserError(f"{path} holds no state dict: more than {DEEPEST} dicts within one another, or one in itself")
     found = f"its content is a {type(content).__name__}"
     if isinstance(content, Mapping):
-        entries = [f"{k!r} ({type(v).__name__})" for k, v in content.items()]
+        entries = [f"{_key(k)} ({type(v).__name__})" for k, v in islice(content.items(), SHOWN)]
+        entries += [""] * (len(content) - len(entries))  # listed() counts them
         found = listed("entries", entries) or "it has no entries"
     raise UserError(
         f"{path} holds no state dict: {found}; looked for names and tensors, also under {', '.join(WRAPPERS)}"
     )
+
+
+def _key(key: object) -> str:
+    """A key of any type for an error message. Whole numbers of more than 4,300 digits cannot be printed."""
+    is_short = not isinstance(key, int) or abs(key) < 1 << 64
+    return clipped(repr(key)) if isinstance(key, (str, int, float)) and is_short else f"a {type(key).__name__}"
 
 
 def _has_tensors(table: Mapping) -> bool:
@@ -198,4 +229,10 @@ def _has_tensors(table: Mapping) -> bool:
 def listed(title: str, items: list[str]) -> str:
     """`"missing 7: a, b, c, d, e, +2 more"`, or the empty string."""
     more = [f"+{len(items) - SHOWN} more"] if len(items) > SHOWN else []
-    return f"{title} {len(items)}: {', '.join(items[:SHOWN] + more)}" if items else ""
+    shown = [clipped(item) for item in items[:SHOWN]]
+    return f"{title} {len(items)}: {', '.join(shown + more)}" if items else ""
+
+
+def clipped(text: str, most: int = CLIPPED) -> str:
+    """`text`, or its beginning and its end: names in files have any length."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]}...{text[-most // 3 :]}"

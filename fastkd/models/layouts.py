@@ -49,7 +49,7 @@ class Layout(NamedTuple):
             if re.search(pattern, key):
                 key = re.sub(pattern, new, key)
                 break
-        return re.sub(r"block@(\d+)", lambda found: f"block{int(found[1]) + 1}", key)
+        return re.sub(r"block@(\d{1,4})\b", lambda found: f"block{int(found[1]) + 1}", key)
 
 
 def _below(prefix: str, key: str) -> str:

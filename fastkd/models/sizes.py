@@ -1,6 +1,6 @@
-"""The image size of a network: it is noted when the network is made, and shapes are probed at it."""
+"""What is noted on a network when it is made: its name, and its image size, at which shapes are probed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,17 @@ SIZE = 64  # pixels; shapes are probed at this size if nothing says which size t
 def note_image_size(net: nn.Module, size: int) -> None:
     """Store the height and width, in pixels, of the images that `net` will get."""
     object.__setattr__(net, "_fastkd_image_size", size)
+
+
+def note_name(net: nn.Module, name: str, kwargs: Mapping[str, Any]) -> None:
+    """Store by which name and arguments `create_model` made `net`. Copies keep it."""
+    words = [f"{key}={value}" for key, value in kwargs.items()]
+    object.__setattr__(net, "_fastkd_name", (name, words))
+
+
+def name_of(net: nn.Module) -> tuple[str, list[str]]:
+    """(name, arguments as `--model-kwargs` takes them) of a network of `create_model`; ("", []) of another."""
+    return getattr(net, "_fastkd_name", ("", []))
 
 
 def image_size_of(*nets: nn.Module) -> int:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .checkpoint_files import StateDict, listed, read_state_dict, without_prefixes
+from .checkpoint_files import StateDict, clipped, listed, read_state_dict, without_prefixes
 from .classifier import classifier_keys
 from .layouts import candidates
 
+MOST_KEYS = 50_000  # of a file whose layout is looked for, which takes 50 us a key; networks have up to 5,000
 HINT = (
     "only the classifier differs: fine-tune it, by --student-weights, by --teacher-weights with --teacher-epochs N, "
     "or in Python by new_classifier=True"
@@ -55,7 +56,8 @@ def copy_weights(model: nn.Module, table: Mapping[str, Tensor], source: str, new
     wanted = {without_prefixes(key): (key, tensor) for key, tensor in state.items()}
     own = {name: tensor for name, (_, tensor) in wanted.items()}
     fits = [_fit(model, own, "", table)]
-    fits += [_fit(model, own, name, renamed) for name, renamed in candidates(table, own)] if fits[0].complaints else []
+    if fits[0].complaints and len(table) <= MOST_KEYS:
+        fits += [_fit(model, own, name, renamed) for name, renamed in candidates(table, own)]
     if all(fit.complaints and not fit.classifier for fit in fits) and (converted := _converted(model, table)):
         fits.append(_fit(model, own, "transformers' names of another version", converted))
     good = [fit for fit in fits if not fit.complaints]
@@ -65,7 +67,8 @@ def copy_weights(model: nn.Module, table: Mapping[str, Tensor], source: str, new
         raise UserError(f"{source} {_misfit(model, nearest, new_classifier)}")
     note = good[0].classifier if good[0].complaints else None
     fresh, chosen = note.keys if note else [], good[0].table
-    values = OrderedDict((wanted[name][0], new) for name, new in chosen.items() if name in wanted and name not in fresh)
+    used = [name for name in chosen if name in wanted and name not in fresh]
+    values = OrderedDict((wanted[name][0], _converted_to(own[name], chosen[name], name, source)) for name in used)
     # The versions of the modules, which safetensors does not hold; torchvision's MNASNet refuses weights without one.
     versions = getattr(state, "_metadata", {})
     if not good[0].layout and isinstance(table, StateDict) and table._metadata:
@@ -75,6 +78,15 @@ def copy_weights(model: nn.Module, table: Mapping[str, Tensor], source: str, new
     object.__setattr__(model, "_fastkd_new_classifier", note)  # for new_classifier_of
     object.__setattr__(model, "_fastkd_layout", _note(table, good))  # for layout_note_of
     return fresh
+
+
+def _converted_to(old: Tensor, new: Tensor, name: str, source: str) -> Tensor:
+    """`new` in the dtype of `old`. Raises UserError if torch cannot convert it, such as 4-bit numbers."""
+    try:
+        return new.detach().to(old.dtype)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{source}: {name} cannot be converted to {_form(old)} ({reason:.160})") from None
 
 
 def _fit(model: nn.Module, own: Mapping[str, Tensor], layout: str, table: Mapping[str, Tensor]) -> Fit:
@@ -94,7 +106,7 @@ def _misfit(model: nn.Module, fit: Fit, new_classifier: bool) -> str:
 
 def _note(table: Mapping[str, Tensor], good: Sequence[Fit]) -> str:
     """How the file was read, in a phrase; "" if it holds the network's own keys and nothing else."""
-    parts = [f"entry {'.'.join(table.opened)!r}"] if isinstance(table, StateDict) and table.opened else []
+    parts = [f"entry {clipped('.'.join(table.opened))!r}"] if isinstance(table, StateDict) and table.opened else []
     if good[0].layout:
         left = len(table) - len(good[0].table)
         parts.append(f"layout: {good[0].layout}" + (f"; {left} other keys are left out" if left else ""))
@@ -134,10 +146,10 @@ def _complaints(
     misfits = [
         f"{name} (file {_form(new)}, model {_form(old)})"
         for name, new, old in both
-        if new.shape != old.shape or new.is_floating_point() != old.is_floating_point()
+        if _kind(new) != _kind(old) or new.shape != old.shape
     ]
     ties = [(name, first[_place(tensor)], new) for name, new, tensor in both if first.get(_place(tensor), name) != name]
-    apart = [f"{name} and {other}" for name, other, new in ties if not torch.equal(new, table[other])]
+    apart = [f"{name} and {other}" for name, other, new in ties if not misfits and not torch.equal(new, table[other])]
     unexpected = [name for name in table if name not in own]
     words = [listed("missing", missing), listed("unexpected", unexpected), listed("different", misfits)]
     phrases = [*filter(None, [*words, listed("one tensor in the model, two in the file", apart)])]
@@ -163,5 +175,12 @@ def _other_classes(model: nn.Module, own: Mapping[str, Tensor], table: Mapping[s
     return NewClassifier(keys, rows.pop()[0]) if differ and len(rows) == 1 else None
 
 
+def _kind(tensor: Tensor) -> tuple:
+    """What must be equal for values to be copied: sparse, quantised, complex and empty (meta) tensors are others."""
+    kind = "quantised" if tensor.is_quantized else "complex" if tensor.is_complex() else tensor.is_floating_point()
+    return kind, tensor.layout, tensor.is_meta
+
+
 def _form(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    words = [str(word).removeprefix("torch.") for word in (tensor.layout, tensor.dtype) if word is not torch.strided]
+    return " ".join([*words, str(list(tensor.shape)), *(["without values (meta)"] if tensor.is_meta else [])])

@@ -16,19 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, nearest
+from .kwargs import Kwargs, built
 from .weights import HINT, copy_weights
 
 Made = TypeVar("Made")
+NO_KWARGS: Kwargs = {}
 AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}  # torchvision's heads beside the classifier
 
 
 def timm_model(
-    name: str, num_classes: int, tag: str | None, image_size: int | None = None, new_classifier: bool = False
+    name: str,
+    num_classes: int,
+    tag: str | None,
+    image_size: int | None = None,
+    new_classifier: bool = False,
+    kwargs: Kwargs = NO_KWARGS,
 ) -> nn.Module:
     """`resnet50`, or with weights `resnet50.a1_in1k`; `tag` is another way to name them ("pretrained": the default).
 
     Networks of a fixed image size (ViT, Swin, ...) are made for `image_size`; timm resamples the position embeddings of
     pre-trained weights. With `new_classifier`, weights of another class count are taken too, but for the classifier.
+    `kwargs`: of the network's constructor.
     """
     timm = _library("timm")
     architecture, _, name_tag = name.partition(".")
@@ -38,7 +46,7 @@ def timm_model(
         raise UserError(f"timm/{name} names the weights {name_tag!r}, and {tag!r} was asked for: leave one of them out")
     wanted = name_tag or tag
     if not wanted:
-        return _made_by_timm(architecture, num_classes, image_size)
+        return _made_by_timm(architecture, num_classes, image_size, kwargs)
     names = [listed.partition(".") for listed in timm.list_pretrained(f"{architecture}*")]
     tags = [tag for listed, _, tag in names if listed == architecture]
     default = timm.get_pretrained_cfg(architecture)
@@ -50,21 +58,31 @@ def timm_model(
     if timm.get_pretrained_cfg(full).num_classes != num_classes and new_classifier:
         # The weights' own class count: timm then checks every key, and so does copy_weights.
         count = timm.get_pretrained_cfg(full).num_classes
-        trained = _download(f"timm/{full}", lambda: _made_by_timm(full, count, image_size, True))
-        return _transfer(trained, _made_by_timm(full, num_classes, image_size), f"timm/{full}")
+        trained = _download(f"timm/{full}", lambda: _made_by_timm(full, count, image_size, kwargs, True))
+        return _transfer(trained, _made_by_timm(full, num_classes, image_size, kwargs), f"timm/{full}")
     _check_classes(f"timm/{full}", timm.get_pretrained_cfg(full).num_classes, num_classes)
-    return _download(f"timm/{full}", lambda: _made_by_timm(full, num_classes, image_size, True))
+    return _download(f"timm/{full}", lambda: _made_by_timm(full, num_classes, image_size, kwargs, True))
 
 
-def _made_by_timm(name: str, num_classes: int, image_size: int | None, pretrained: bool = False) -> nn.Module:
-    timm = _library("timm")
-    if image_size is not None:
-        try:
-            return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, img_size=image_size)
-        except TypeError as error:  # raised before anything is built; there is no list of the networks that take it
-            if "img_size" not in str(error):
-                raise
-    return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+def _made_by_timm(
+    name: str, num_classes: int, image_size: int | None, kwargs: Kwargs, pretrained: bool = False
+) -> nn.Module:
+    create = partial(_library("timm").create_model, name, num_classes=num_classes)
+
+    def build(more: Kwargs, weights: bool = False) -> nn.Module:
+        if image_size is not None:
+            try:
+                return create(pretrained=weights, img_size=image_size, **more)
+            except TypeError as error:  # raised before anything is built; no list tells which networks take it
+                if "img_size" not in str(error):
+                    raise
+        return create(pretrained=weights, **more)
+
+    if not pretrained:
+        return built(f"timm/{name}", kwargs, build)
+    if kwargs:  # what they cannot take is no matter of a download
+        built(f"timm/{name}", kwargs, build)
+    return build(kwargs, True)
 
 
 def torchvision_model(
@@ -73,6 +91,7 @@ def torchvision_model(
     tag: str | None,
     image_size: int | None = None,
     new_classifier: bool = False,
+    kwargs: Kwargs = NO_KWARGS,
 ) -> nn.Module:
     """`resnet18`; `tag` names its weights (`IMAGENET1K_V1`), "pretrained" the default ones; None: no weights.
 
@@ -93,7 +112,10 @@ def torchvision_model(
         elif name in AUXILIARY:
             # their own default without its warning, and the input of their pre-trained weights
             options = {"aux_logits": False, "init_weights": True, "transform_input": True}
-        return models.get_model(name, weights=None, num_classes=num_classes, **options)
+        plain = partial(models.get_model, name, weights=None, num_classes=num_classes, **options)
+        return built(f"torchvision/{name}", kwargs, lambda more: plain(**more))
+    if kwargs:
+        raise UserError(f"torchvision/{name} has weights ({tag}), which fix its arguments: drop {', '.join(kwargs)}")
     choices = models.get_model_weights(name).__members__
     member = "DEFAULT" if tag == "pretrained" else tag
     if member not in choices:
@@ -130,6 +152,9 @@ def without_auxiliary(name: str, table: Mapping[str, Tensor]) -> Mapping[str, Te
     return {key: tensor for key, tensor in table.items() if key.partition(".")[0] not in heads}
 
 
+OWN_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run a folder's code
+
+
 def hf_model(
     name: str, num_classes: int, tag: str | None, image_size: int | None = None, new_classifier: bool = False
 ) -> nn.Module:
@@ -144,11 +169,13 @@ def hf_model(
     auto, full = transformers.AutoModelForImageClassification, f"hf/{name}"
     if tag not in (None, "pretrained"):
         raise UserError(_no_weights(full, str(tag), ["pretrained"]))
-    config = _download(full, lambda: transformers.AutoConfig.from_pretrained(name), "the configuration")
+    config = _download(full, lambda: transformers.AutoConfig.from_pretrained(name, **OWN_CODE), "the configuration")
     if tag is not None:
         if not new_classifier:
             _check_classes(full, config.num_labels, num_classes)
-        trained = _logits_only(_download(full, lambda: auto.from_pretrained(name, dtype=torch.float32)).train())
+        trained = _logits_only(
+            _download(full, lambda: auto.from_pretrained(name, dtype=torch.float32, **OWN_CODE)).train()
+        )
         if config.num_labels == num_classes:
             return trained
         return _transfer(trained, hf_model(name, num_classes, None), full)
@@ -157,7 +184,7 @@ def hf_model(
     if image_size is not None and getattr(config, "image_size", None):
         config.image_size = image_size
     try:
-        return _logits_only(auto.from_config(config).train())
+        return _logits_only(auto.from_config(config, **OWN_CODE).train())
     except ValueError as error:
         raise UserError(f"{full} does not classify images: {' '.join(str(error).split())[:160]}") from error
 

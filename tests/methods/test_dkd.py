@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from fastkd import Trainer, TrainOptions, checkpoint
+from fastkd import Trainer, TrainOptions
 from fastkd.methods import DKD
 from fastkd.methods.dkd import DKDOptions
+from fastkd.run import checkpoint
 
 
 class Watched(DKD):
@@ -37,8 +38,8 @@ def test_the_trainer_writes_the_ramp_and_a_resumed_run_has_the_same(tiny_net, ti
     assert used == pytest.approx(factors)
     save = checkpoint.save_run
 
-    def killed_after_the_first(folder, state):
-        save(folder, state)
+    def killed_after_the_first(folder, state, keep):
+        save(folder, state, keep)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save_run", killed_after_the_first)

@@ -98,8 +98,8 @@ def test_peers_are_evaluated_saved_and_resumed_bit_for_bit(tiny_net, tiny_loader
     whole = run_of(tiny_net, tiny_loaders, tmp_path / "whole", 3, **options)
     finish, stopped = Trainer._finish_epoch, tmp_path / "stopped"
 
-    def stop_after_two(trainer, row):
-        finish(trainer, row)
+    def stop_after_two(trainer):
+        finish(trainer)
         if trainer.epoch == 2:
             raise InterruptedError
 

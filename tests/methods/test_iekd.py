@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fastkd import Trainer, TrainOptions, checkpoint, create_model
+from fastkd import Trainer, TrainOptions, create_model
 from fastkd.errors import UserError
 from fastkd.methods import CE, METHODS, RunContext
 from fastkd.methods.iekd import IEKD, IEKDOptions
 from fastkd.methods.parts import autoencoder
 from fastkd.methods.parts.autoencoder import Coder
 from fastkd.models import PreActivation, staged
+from fastkd.run import checkpoint
 
 VARIANTS = ("factor", "attention", "overhaul")
 SIZE = 16
@@ -289,8 +290,8 @@ def test_resumed_equals_uninterrupted(tiny_loaders, tmp_path, monkeypatch, train
     whole, _ = fit(tiny_loaders, tmp_path / "whole", **options)
     save = checkpoint.save_run
 
-    def killed_after_the_first(paths, saved):
-        save(paths, saved)
+    def killed_after_the_first(paths, saved, keep):
+        save(paths, saved, keep)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save_run", killed_after_the_first)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd.checkpoint import save_network
 from fastkd.errors import UserError
 from fastkd.models import classifiers_of, create_model, load_weights, new_classifier_of, reorder_classes
 from fastkd.models.zoo import hidden_kernels
+from fastkd.weights_file import save_network
 
 # Name -> the side of its images, and its classifiers. The last layers are linear layers, 1x1 convolutions, parts of
 # heads, and pairs of them.

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from fastkd import Trainer, TrainOptions, create_model
-from fastkd.checkpoint import read_about
 from fastkd.engine.precision import Precision
 from fastkd.engine.teacher_forms import FORMS, choose_form
 from fastkd.methods import IAKD, KD, OFD, SOKD
 from fastkd.models import load_weights, stage_shapes, staged
 from fastkd.models.own_input import AdaptInput, InputSpec, OwnInput, library_input, own_input, plain_network
+from fastkd.weights_file import read_about
 
 CPU = torch.device("cpu")
 GIVEN = InputSpec(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

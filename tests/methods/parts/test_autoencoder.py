@@ -57,7 +57,7 @@ def test_the_decoder_has_the_channels_reversed():
 def test_training_lowers_the_error(error):
     torch.manual_seed(0)
     net = AutoEncoder(6, 3)
-    errors = train(net, lambda: iter(maps().split(4)), 15, 0.1, error, RunContext())
+    errors = train(net, lambda step: iter(maps().split(4)), 15, 0.1, error, RunContext())
     assert len(errors) == 15 and all(isinstance(value, float) for value in errors) and errors[-1] < 0.8 * errors[0]
     assert net.training and all(p.grad is None for p in net.parameters())
 
@@ -75,7 +75,7 @@ def test_one_epoch_is_sgd_with_nesterov_momentum_and_weight_decay():
         loss.backward()
         optimizer.step()
         values.append(loss.item() * len(batch))
-    errors = train(net, lambda: maps().split(5), 1, 0.05, "l1", RunContext())
+    errors = train(net, lambda step: maps().split(5), 1, 0.05, "l1", RunContext())
     assert errors == pytest.approx([sum(values) / 8])
     for a, b in zip(net.state_dict().values(), twin.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)
@@ -95,9 +95,9 @@ def test_progress_autocast_and_no_epochs():
             yield
 
     net, run = AutoEncoder(6, 3), RunContext(track=track, autocast=autocast)
-    errors = train(net, lambda: [maps(4).bfloat16()], 2, 0.1, "l1", run)
+    errors = train(net, lambda step: [maps(4).bfloat16()], 2, 0.1, "l1", run)
     assert len(errors) == 2 and len(seen) == 1 and len(entered) == 1 + 2  # first to read its dtype
-    assert train(net, lambda: [], 0, 0.1, "l1", run) == []
+    assert train(net, lambda step: [], 0, 0.1, "l1", run) == []
 
 
 class Unread(torch.utils._python_dispatch.TorchDispatchMode):
@@ -112,7 +112,7 @@ class Unread(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_no_step_reads_the_device():
     with Unread() as mode:
-        train(AutoEncoder(6, 3), lambda: maps().split(1), 3, 0.1, "l1", RunContext())
+        train(AutoEncoder(6, 3), lambda step: maps().split(1), 3, 0.1, "l1", RunContext())
         assert mode.reads == 0  # the list at the end is one copy, `tolist`
         torch.ones(1).item()
     assert mode.reads == 1
@@ -120,7 +120,7 @@ def test_no_step_reads_the_device():
 
 def test_errors():
     with pytest.raises(UserError, match="error is 'l3'"):
-        train(AutoEncoder(6, 3), lambda: [], 1, 0.1, "l3", RunContext())
+        train(AutoEncoder(6, 3), lambda step: [], 1, 0.1, "l3", RunContext())
     once = iter([maps()])
     with pytest.raises(UserError, match="no maps"):
-        train(AutoEncoder(6, 3), lambda: once, 2, 0.1, "l1", RunContext())
+        train(AutoEncoder(6, 3), lambda step: once, 2, 0.1, "l1", RunContext())

@@ -24,7 +24,7 @@ for _ in range(2):
     maps = torch.randn(3, 4, 6, 4, 4)
     run = RunContext(folder=folder / "run", parallel=lambda net: DDP(net, broadcast_buffers=False), log=said.append)
     encoder = Coder(6, 3).requires_grad_(False)
-    fit_encoder(encoder, lambda: iter(maps), FTOptions(ae_epochs=1), {}, "encoder.safetensors", run)
+    fit_encoder(encoder, lambda step: iter(maps), FTOptions(ae_epochs=1), {}, "encoder.safetensors", run)
     results.append(encoder.state_dict())
     dist.barrier()
 torch.save({"results": results, "said": said}, folder / f"rank{rank}.pt")
