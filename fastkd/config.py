@@ -4,25 +4,26 @@ All three go through the same parser. A YAML file is a flat list of options: `ba
 The options of a method exist only if that method is chosen.
 """
 
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from .data import DataOptions
 from .engine import TrainOptions
 from .errors import UserError
+from .foreign import parse_yaml, read_text
 from .methods import METHODS, find_method
 from .network_options import NetworkOptions
-from .parser import name_of, option_types, run_parser, tokens_of, typed_options, typed_words
+from .parser import groups, name_of, option_types, run_parser, tokens_of, typed_options, typed_words
 from .recipes import read_recipe
 
 SWITCHES = ("graph", "compile", "flip")  # their values: auto, on, off
 AS_WRITTEN = ("train_size",)  # YAML 1.1 reads 24:32 as the number 24 * 60 + 32
-NOT_IN_FILES = ("config", "print_config", "resume")
+NOT_IN_FILES = ("config", "print_config", "resume", "extend", "quiet", "verbose")
 
 Sources = list[tuple[str, dict[str, Any]]]
 """Options of the recipe, of the file and of the command line. Each comes with the name of its source, for errors."""
@@ -40,6 +41,10 @@ class RunOptions:
     """A YAML file of options. The command line overrides it."""
     print_config: bool = False
     """Print the effective configuration as YAML and stop."""
+    quiet: bool = False
+    """Print the result alone; warnings go to stderr."""
+    verbose: bool = False
+    """Print more: the options of each training, each saved state."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,28 @@ def parse(arguments: list[str], log: Callable[[str], None] = print) -> Config:
 
     Raises UserError for unknown options and wrong values, whichever source they are from.
     """
+    arguments = _start_or_resume(arguments, log)
     sources = _sources(arguments, log)
     method = _from(sources, "method") or RunOptions.method
     _refuse_options_of_other_methods(method, sources)
     kind = config_type(method)
     tokens = [token for source, values in sources[:-1] for token in tokens_of(values, kind, source)]
     tokens += _teacher_as_it_is(sources, typed_words(arguments, "teacher_weights"), log)
-    config = run_parser(kind, arguments, "fastkd train", tokens)
+    try:
+        config = run_parser(kind, arguments, "fastkd train", tokens)
+    except UserError as error:
+        raise UserError(_origin(str(error), sources) + str(error)) from None
     _refuse_options_without_effect(config, sources[-1][1].keys())
     return config
+
+
+def _origin(message: str, sources: Sources) -> str:
+    """The recipe or file, as "NAME: ", that gives the first option which `message` names; "" for the command line."""
+    for name in re.findall(r"^\w+|--[a-z][\w-]*|\b[a-z]\w*(?==)", message):
+        for source, values in reversed(sources):
+            if name_of(name) in values:
+                return f"{source}: " if values is not sources[-1][1] else ""
+    return ""
 
 
 def _teacher_as_it_is(sources: Sources, typed: list[str], log: Callable[[str], None]) -> list[str]:
@@ -80,8 +98,8 @@ def _teacher_as_it_is(sources: Sources, typed: list[str], log: Callable[[str], N
         return []
     source, values = sources[epochs]
     log(
-        f"the teacher has weights and is not trained: the {values['teacher_epochs']} epochs in {source} are for a "
-        "teacher without weights; --teacher-epochs N fine-tunes it"
+        f"the teacher has weights and is not trained: --teacher-epochs {values['teacher_epochs']} of {source} is for "
+        "a teacher without weights; --teacher-epochs N fine-tunes it"
     )
     return ["--teacher-epochs", "0"]
 
@@ -106,6 +124,20 @@ def defaults(method: str) -> dict[str, Any]:
     return flat(kind(**sections))
 
 
+def _start_or_resume(arguments: list[str], log: Callable[[str], None]) -> list[str]:
+    """`arguments` with `--resume` for `--resume auto` if the run in --out has begun, else without it."""
+    if typed_words(arguments, "resume") != ["auto"]:
+        return arguments
+    typed = typed_options(arguments)
+    out = typed.get("out") or (typed.get("config") and _read_yaml(Path(typed["config"])).get("out"))
+    if not out:
+        raise UserError("--resume auto needs --out FOLDER, the folder of the run to start or to go on with")
+    kept = [(flag, words) for flag, words in groups(arguments) if name_of(flag) != "resume"]
+    begun = (Path(str(out)) / "config.yaml").is_file()
+    log(f"--resume auto: {'goes on with the run in' if begun else 'starts a new run in'} {out}")
+    return [word for flag, words in kept for word in ([flag] if flag else []) + words] + ["--resume"] * begun
+
+
 def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
     """The options of the recipe, of the file and of the command line."""
     typed = typed_options(arguments)
@@ -117,7 +149,7 @@ def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
         if not out:
             raise UserError("--resume needs --out FOLDER, the folder of the run to resume")
         started = Path(out) / "config.yaml"
-        if not started.is_file():
+        if not os.path.isfile(started):
             raise UserError(f"--resume: there is no run in {out} (no config.yaml); check the path, or drop --resume")
         if not (typed.get("recipe") or path):  # so that `--out DIR --resume` is enough
             path, sources = str(started), [(f"--config {started}", _read_yaml(started)), *sources]
@@ -131,13 +163,12 @@ def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text()
-        values, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        values, node = parse_yaml(read_text(path))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is not UTF-8, or an impossible date
+    except ValueError as error:  # also of text that is not UTF-8, and of an impossible date
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or node is None:
         raise UserError(f"--config {path} must consist of `name: value` lines")
     for name, times in Counter(name_of(str(key.value)) for key, _ in node.value).items():
         if times > 1:  # YAML would silently take the last one

@@ -1,13 +1,35 @@
-"""The one exception for bad input, its text on any terminal, and the check of a number that several options share."""
+"""The one exception for bad input, words for its text, and the check of a number that several options share."""
 
 import math
 import re
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(ValueError):
     """The input is wrong. The message says what, with the values, and what to do; the command prints it as one line."""
+
+
+def lost_worker(error: Exception) -> str:
+    """What to tell of torch's error for a DataLoader's worker process that has died or does not answer; else ""."""
+    text = str(error).splitlines()[0] if isinstance(error, RuntimeError) and str(error) else ""
+    if "DataLoader timed out" in text:
+        return (
+            f"no batch came from the worker processes: {text}; the disk may hang or the memory be full; what was saved "
+            "is intact; --worker-timeout waits longer, --workers 0 needs no process"
+        )
+    if "DataLoader worker" not in text:
+        return ""
+    killed = "signal: Killed" in text + str(error.__cause__)
+    reason = "; the memory of the machine, or of its container, was probably full" if killed else ""
+    return f"a worker process has ended: {text}{reason}; what was saved is intact; go on with fewer --workers"
+
+
+def count_of(number: int, noun: str) -> str:
+    """1 epoch, 1,000 epochs, 2 classes"""
+    ending = "" if number == 1 else "es" if noun.endswith(("ss", "tch")) else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def check_number(name: str, value: float, *, above_zero: bool = False, hint: str = "") -> None:
@@ -18,6 +40,17 @@ def check_number(name: str, value: float, *, above_zero: bool = False, hint: str
     if not (0 < value if above_zero else 0 <= value) or value == math.inf:
         wanted = "above 0" if above_zero else "from 0"
         raise UserError(f"--{name.replace('_', '-')} must be a number {wanted}, got {value}{hint}")
+
+
+LARGEST_SIDE = 4096  # pixels
+
+
+def check_side(name: str, side: int) -> None:
+    """Raise UserError if square images of this side would fill the memory. `name` is that of the option."""
+    if side > LARGEST_SIDE:
+        raise UserError(
+            f"{name}={side}: images may have {LARGEST_SIDE} x {LARGEST_SIDE} pixels at most; give a smaller one"
+        )
 
 
 def printable(text: str, encoding: str | None, keep: str = "") -> str:
@@ -51,3 +84,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 def _letters(word: str) -> str:
     return re.sub("[-_]", "", word.lower())
+
+
+def shown(value: object) -> str:
+    """A value of a file that may be anything, in a few words for a line of text."""
+    return reprlib.repr(value)[:60]

@@ -1,7 +1,7 @@
 """Accuracy of a network, with each image counted exactly once over all processes, and its speed."""
 
 import time
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 
 import torch
 import torch.nn.functional as F
@@ -16,43 +16,57 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, loader: Batches, precision: Precision) -> dict[str, float]:
+def evaluate(
+    net: nn.Module, loader: Batches, precision: Precision, stop: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
     """{"top1": %, "top5": %, "loss": mean cross-entropy, "images": count} in eval mode; one host sync at the end.
 
-    With fewer than five classes, top-5 counts all of them. Every process of the run must call it. Raises UserError if
-    no process has an image, if the loader gives fewer batches than its length, if a label is none of the classes, or
-    if the shapes of logits and labels do not fit.
+    `stop` is asked after each batch: if it is true in any process, the result is empty in all. "nonfinite" counts the
+    images with a logit that is NaN or infinite; they count as wrong. With fewer than five classes, top-5 counts all of
+    them. Every process of the run must call it. Raises UserError if no process has an image, if the loader gives fewer
+    batches than its length, if a label is none of the classes, or if the shapes of logits and labels do not fit.
     """
     training = net.training
     net.train()  # LeViT keeps attention biases computed in eval mode; those of an average have changed since
     net.eval()
-    counts = torch.zeros(5, dtype=torch.float64, device=precision.device)
-    batches = 0
+    counts = torch.zeros(6, dtype=torch.float64, device=precision.device)
+    batches, stopped = 0, False
     for images, target in loader:
         with precision.autocast():
             logits = net(images)
         _check_shapes(net, logits, target, getattr(loader, "classes", None))
         counts += _count(logits, target)
         batches += 1
+        if stopped := stop():
+            break
     net.train(training)
+    if any(distributed.gather(stopped)):
+        return {}
     expected = max(batches, len(loader) if isinstance(loader, Sized) else 0)
     counts = torch.cat([counts, counts.new_tensor([batches, expected])])
-    loss, top1, top5, images, labelled, given, promised = distributed.all_reduce_sum(counts).tolist()
+    sums = distributed.all_reduce_sum(counts).tolist()
+    loss, top1, top5, images, labelled, finite, given, promised = sums
     _check_counts(images, labelled, given, promised)
-    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+    scores = {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+    return scores | {"nonfinite": int(images - finite)}
 
 
 def _count(logits_NC: Tensor, target_N: Tensor) -> Tensor:
-    """[5] on the device: sum of the losses, hits of top-1 and of top-5, images, labels that are one of the classes.
+    """[6] on the device: sum of the losses, hits of top-1 and of top-5, images, labels that are one of the classes,
+    images whose logits are finite.
 
     Another label is replaced by class 0: on CUDA, torch's loss would end the process, and it skips -100 without a word.
     """
     classes = logits_NC.shape[1]
     is_class = (target_N >= 0) & (target_N < classes)
     target_N = target_N.masked_fill(~is_class, 0)
+    is_finite = logits_NC.isfinite().all(1)
     hits = logits_NC.topk(min(5, classes), dim=1).indices == target_N[:, None]
-    loss_sum = F.cross_entropy(logits_NC.float(), target_N, reduction="sum")
-    return torch.stack([loss_sum, hits[:, 0].sum(), hits.sum(), loss_sum.new_full((), len(target_N)), is_class.sum()])
+    hits &= is_finite[:, None]  # topk takes NaN for the largest
+    # one image at a time: the sum does not depend on the batches, and so not on the number of processes
+    loss_sum = F.cross_entropy(logits_NC.float(), target_N, reduction="none").double().sum()
+    images = loss_sum.new_full((), len(target_N))
+    return torch.stack([loss_sum, hits[:, 0].sum(), hits.sum(), images, is_class.sum(), is_finite.sum()])
 
 
 def _check_shapes(net: nn.Module, logits: Tensor, target: Tensor, classes: Iterable[str] | None) -> None:
@@ -92,11 +106,20 @@ def _check_counts(images: float, labelled: float, given: float, promised: float)
         )
 
 
-def evaluate_networks(networks: Mapping[str, nn.Module], loader: Batches, precision: Precision) -> dict[str, float]:
-    """top1, top5 (%) and val_loss of each network, for the history; "NAME_top1" for all but the student."""
+def evaluate_networks(
+    networks: Mapping[str, nn.Module],
+    loader: Batches,
+    precision: Precision,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """top1, top5 (%) and val_loss of each network, for the history; "NAME_top1" for all but the student.
+
+    `stop` is asked after each batch, see `evaluate`.
+    """
     row = {}
     for name, net in networks.items():
-        scores = evaluate(net, loader, precision)
+        if not (scores := evaluate(net, loader, precision, stop)):
+            return {}
         prefix = "" if name == "student" else f"{name}_"
         row[f"{prefix}top1"], row[f"{prefix}top5"] = scores["top1"], scores["top5"]
         row[f"{prefix}val_loss"] = scores["loss"]

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import UserError
+from .errors import UserError, check_side
 from .models.ensemble import Mean
+from .models.kwargs import parse_kwargs
 
 
 @dataclass(frozen=True)
@@ -14,13 +15,21 @@ class NetworkOptions:
 
     student: str = "timm/resnet18"
     """The student: a CIFAR net (resnet20, wrn_40_2, vgg8, ...), timm/NAME, torchvision/NAME or hf/NAME."""
+    model_kwargs: tuple[str, ...] = ()
+    """Arguments of the student's constructor, such as drop_path_rate=0.1; for timm/NAME and torchvision/NAME. Peers of
+    the same name get them too."""
     teacher: tuple[str, ...] = ("timm/resnet50",)
     """The teacher: a name as for the student. Several names: the student learns from the mean of their predictions."""
     teacher_weights: tuple[str, ...] = ()
     """The weights of each teacher: a file, a folder of transformers, `pretrained`, a tag of its library, or `none`."""
+    teacher_kwargs: tuple[str, ...] = ()
+    """The same as --model-kwargs for the teachers. Default: what their weights note."""
     teacher_epochs: int = 0
     """Train the teachers for this many epochs first, from their weights if they have some: fine-tuning, with a new
     classifier for another number of classes. Later runs with equal settings and equal weights reuse them."""
+    teacher_run: str = ""
+    """With --teacher-epochs: the folder of the finished run to take the trained teachers from, in the place of any that
+    is found. Its settings must be equal."""
     teacher_ratios: tuple[float, ...] = ()
     """With several teachers: the share of each in the mean, such as `2 1`. Default: equal shares."""
     ensemble: Mean = "probabilities"
@@ -56,12 +65,19 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         if self.teacher_epochs < 0:
             raise UserError(f"--teacher-epochs must not be negative, got {self.teacher_epochs}")
+        if self.teacher_run and not self.teacher_epochs:
+            raise UserError(
+                f"--teacher-run {self.teacher_run} takes teachers that --teacher-epochs N trained: give N too, or "
+                f"--teacher-weights {self.teacher_run}/student.safetensors for any weights"
+            )
         if self.teacher_cache_topk < -1:
             raise UserError(f"--teacher-cache-topk must be -1 or more, got {self.teacher_cache_topk}")
         if not self.teacher_cache and (self.teacher_cache_topk >= 0 or self.teacher_cache_precision != "auto"):
             raise UserError(
                 "--teacher-cache-topk and --teacher-cache-precision are for --teacher-cache DIR: give it too"
             )
+        parse_kwargs(self.model_kwargs)
+        parse_kwargs(self.teacher_kwargs, "--teacher-kwargs")
         if not all(self.teacher):
             raise UserError("--teacher needs a name")
         weights = tuple("" if each == "none" else each for each in self.teacher_weights)
@@ -79,6 +95,7 @@ class NetworkOptions:
             raise UserError("--student-sha256 is the hash of the file of --student-weights, and no file is given")
         if self.teacher_size and self.teacher_size < 8:
             raise UserError(f"--teacher-size must be 8 or more pixels, got {self.teacher_size}")
+        check_side("--teacher-size", self.teacher_size)
         for name, values in (("mean", self.teacher_mean), ("std", self.teacher_std)):
             if len(values) not in (0, 3) or not all(math.isfinite(value) for value in values):
                 words = " ".join(map(str, values))

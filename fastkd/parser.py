@@ -9,8 +9,8 @@ import io
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import MISSING, fields
-from functools import partial
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+from functools import cache, partial
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from .errors import UserError, nearest
 
@@ -27,7 +27,9 @@ NAMES_ELSEWHERE = {
     ("teacher",): "teacher_model teacher_arch teacher_name model_t teacher_model_name_or_path",
     ("teacher_weights",): "teacher_path teacher_ckpt teacher_checkpoint teacher_pretrained path_t",
     ("student_weights", "weights"): "student_path student_ckpt pretrained initial_checkpoint checkpoint ckpt",
-    ("method",): "distill distiller distill_method kd_method loss",
+    ("format",): "formats to export_format",
+    ("top",): "topk top_k k",
+    ("method",): "distill distiller distill_method kd_method",
     ("data",): "data_path dataset dataset_name root train_dir imagenet",
     ("batch_size",): "bs per_device_train_batch_size train_batch_size bsz",
     ("workers",): "j num_workers n_workers dataloader_num_workers",
@@ -55,7 +57,9 @@ NAMES_ELSEWHERE = {
     ("resume",): "resume_from_checkpoint auto_resume continue",
     ("temperature",): "temp tau kd_t kd_temperature distillation_temperature t",
     ("kd_weight",): "kd_alpha distill_weight distillation_weight",
-    ("tensorboard",): "tb log_tb",
+    ("log",): "tensorboard tb log_tb wandb log_wandb mlflow report_to logger loggers",
+    ("log_interval",): "print_freq log_every log_steps logging_steps log_every_n_steps",
+    ("quiet",): "silent q",
     ("val_fraction",): "val_split val_frac val_ratio train_val_split validation_split",
     ("split_seed",): "val_seed",
 }
@@ -95,6 +99,23 @@ def typed_words(arguments: list[str], name: str) -> list[str]:
     return {name_of(flag): words for flag, words in groups(arguments)}.get(name, [])
 
 
+def split_words(arguments: list[str], kind: type) -> tuple[list[str], list[str]]:
+    """The words that belong to no option, such as names of files; and the options with their values.
+
+    An option of one value takes one word, and a switch none. Others take all words up to the next option.
+    """
+    types, words, options = option_types(kind), list[str](), list[str]()
+    for flag, values in groups(arguments):
+        kept = len(values)
+        if not flag or types.get(name_of(flag).removeprefix("no_")) is bool:
+            kept = 0
+        elif get_origin(types.get(name_of(flag))) is not tuple and name_of(flag) in types:
+            kept = 1
+        options += [flag, *values[:kept]] if flag else []
+        words += values[kept:]
+    return words, options
+
+
 def nearest_option(name: str, known: Collection[str], dashes: bool = False) -> str:
     """`" (did you mean 'x'?)"` for an unknown option, by its meaning elsewhere or its letters, or an empty string.
 
@@ -112,13 +133,26 @@ def tokens_of(values: dict[str, Any], kind: type, source: str) -> list[str]:
     for name, value in values.items():
         if name not in types:
             raise UserError(f"{source}: unknown option {name!r}{nearest_option(name, types)}")
-        words = [str(item) for item in (value if isinstance(value, list) else [value])]
-        has_value = not isinstance(value, dict) and value is not None
+        items = value if isinstance(value, list) else [value]
+        words = [str(item) for item in items]
+        has_value = not any(item is None or isinstance(item, (list, dict)) for item in items)
         if not has_value or isinstance(value, bool) != (types[name] is bool) or not _fits(types[name], words):
             raise _wrong(f"{source}: {name}", types[name], words, repr(value))
+        _refuse_flags(f"{source}: {name}", words)
         flag = name.replace("_", "-")
         tokens += ([f"--{flag}"] if value else [f"--no-{flag}"]) if types[name] is bool else [f"--{flag}", *words]
     return tokens
+
+
+def _refuse_flags(option: str, words: list[str]) -> None:
+    """Raise UserError for values of a file that the command line would take for options, or cannot hold."""
+    for word in words:
+        if word.startswith("-") and not re.match(r"-\.?\d", word):
+            raise UserError(
+                f"{option} has the value {word!r:.80}, which begins like an option; write ./{word:.40} for a file"
+            )
+        if "\0" in word:
+            raise UserError(f"{option} has the value {word!r:.80}, with a zero byte, which no name may hold")
 
 
 def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Sequence[str] = ()) -> T:
@@ -131,6 +165,7 @@ def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Seque
     arguments = ["--batch-size" if argument == "-b" else argument for argument in _with_values(arguments, kind)]
     parse = partial(tyro.cli, kind, prog=command, args=[*earlier, *arguments], config=(tyro.conf.OmitArgPrefixes,))
     if "--help" in arguments or "-h" in arguments:
+        _join_lines_of_help(cast(Any, kind))
         return parse()
     _check(arguments, kind, command)
     _check_required([*earlier, *arguments], kind, command)
@@ -140,6 +175,19 @@ def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Seque
             return parse()
     except SystemExit as stop:  # tyro has printed the error in a box
         raise UserError(_refusal(stop) or _unboxed(text.getvalue())) from None
+
+
+@cache
+def _join_lines_of_help(kind: type) -> None:
+    """Give tyro the text of each option in one line. It keeps line breaks of the source before indented lines."""
+    import docstring_parser
+    import tyro
+
+    for section in {cast(type, option.type) for option in fields(kind)}:
+        texts = {each.arg_name: each.description for each in docstring_parser.parse_from_object(section).params}
+        for name, hint in get_type_hints(section, include_extras=True).items():
+            text = " ".join((texts.get(name) or "").split())
+            section.__annotations__[name] = Annotated[hint, tyro.conf.arg(help=text)] if text else hint
 
 
 def _with_values(arguments: list[str], kind: type) -> list[str]:
@@ -222,6 +270,10 @@ def _wrong(option: str, kind: type, words: list[str], got: str) -> UserError:
     if get_origin(kind) is Literal:
         wanted = f"one of {', '.join(choices)}"
         hint = nearest(words[0], choices) if words else ""
+    elif get_origin(kind) is tuple and get_origin(choices[0]) is Literal:
+        names = get_args(choices[0])
+        wanted = f"some of {', '.join(names)}"
+        hint = next((nearest(word, names) for word in words if word not in names), "")
     elif get_origin(kind) is tuple:
         wanted = "numbers" if ... in choices else f"{len(choices)} numbers"
     else:

@@ -1,87 +1,116 @@
-"""The output of a run: the progress bar, a line per epoch, and the files of the run folder."""
+"""The output of a run: messages, a line per epoch, and the files of the run folder.
+
+Messages go through Python's logging, to the logger "fastkd". They are printed on stdout if it has no other handler.
+"""
 
 import csv
 import io
 import json
+import logging
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from . import checkpoint, distributed
-from .data.wait import DataWait
+from . import distributed, weights_file
+from .callbacks import Callbacks, EpochEnd
+from .curves import plot, terms_of
 from .engine import TrainOptions
-from .engine.step import Meter
-from .environment import environment
+from .engine.precision import Precision
+from .environment import continued, environment
 from .errors import UserError, printable
+from .evaluate import Batches
+from .files import write_atomic
+from .html_report.compare import compare
+from .html_report.page import Page
+from .loggers import check_loggers, open_loggers
+from .methods.frozen import is_absent
 from .models.own_input import OwnInput, plain_network
+from .run import lock
+from .run.folder import claim_folder, write_settings
+from .run.readme import readme_of
 
-FILES = """\
-This folder holds one run of fastkd. FOLDER stands for its path.
-
-    config.yaml           All options of the run. Repeat it: fastkd train --config FOLDER/config.yaml --out NEW_FOLDER
-    environment.json      The command, the versions and the devices.
-    history.csv, .jsonl   One row per epoch: learning rate, loss terms, accuracy in %, images/s,
-                          data_wait_ms: what a step waited for its images.
-    curves.png            The history as a picture. It is drawn at the end of the run.
-    last.pt               The state after the last finished epoch. Continue: fastkd train --out FOLDER --resume
-    best.pt               The state after the epoch with the best accuracy.
-                          Evaluate it: fastkd eval --weights FOLDER/best.pt
-    student.safetensors   The student after the last epoch.
-                          Evaluate it: fastkd eval --weights FOLDER/student.safetensors
-    teacher/, alone/      The runs that trained the teacher and the student alone, if this run needed them.
-                          Another run with this teacher: --teacher-weights FOLDER/teacher/student.safetensors
-
-Some methods save more networks:
-
-    peer1.safetensors             dml, dcm, iedml: a network that was trained together with the student
-    improved_teacher.safetensors  sokd: the teacher with the trained bridge
-    autoencoder.safetensors       iekd: the encoder of the teacher's feature maps
-    paraphraser.safetensors       ft: the encoder of the teacher's feature maps
-"""
-
-
-NOT_TERMS = ("epoch", "lr", "img_per_s", "train_s", "data_wait_ms", "data_wait_percent")
-SCORES = ("top1", "top5", "val_loss", "share")  # the name of a network or a gate may stand before them
+LOGGER = logging.getLogger("fastkd")
+OF_A_START = ("resume", "extend")  # options of one start, not of the run
 
 
 class Report:
-    """Prints the epochs of a run and writes its folder. Only rank 0 prints and writes.
+    """Prints the epochs of a run and writes its folder: `with report:` around it. Only rank 0 prints and writes.
 
     config: the options of the training. about: further options for config.yaml. data: a description of the data set.
     image: of the images that the networks take: size, mean, std, and whether they are resident (see `input_of`).
+    callbacks: of the caller; those of `config.log` come before them.
     """
 
     def __init__(
-        self, config: TrainOptions, about: dict[str, Any], data: dict[str, Any], image: dict[str, Any]
+        self,
+        config: TrainOptions,
+        about: dict[str, Any],
+        data: dict[str, Any],
+        image: dict[str, Any],
+        callbacks: Sequence[object] = (),
     ) -> None:
         self.config, self.out = config, Path(config.out)
         # `fastkd eval` reads these from the weights file.
-        self.about = {"data": data, "input": checkpoint.about_input(about) | image}
+        self.about = {"data": data, "input": weights_file.about_input(about) | image}
         self.models = {"student": about.get("student", "")}
         self.models["improved_teacher"] = next(iter(about.get("teacher", ())), "")  # sokd's, of its one teacher
         self.models |= {f"peer{number}": name for number, name in enumerate(about.get("peers", ()), 1)}
-        self.main = distributed.rank() == 0
-        board = board_class() if config.tensorboard and self.main else None
+        alike = [name for name, model in self.models.items() if model == self.models["student"]]
+        self.kwargs = dict.fromkeys(alike, about.get("model_kwargs", ()))
+        self.kwargs["improved_teacher"] = about.get("teacher_kwargs", ())
+        self.main, self.owns_lock = distributed.rank() == 0, False
+        self.callbacks = Callbacks(callbacks)
+        self.history: list[dict[str, Any]] = []
+        self.page: Page | None = None
         if self.main:
-            options = asdict(config) | about
-            options |= {name: list(value) for name, value in options.items() if isinstance(value, tuple)}  # for YAML
-            checkpoint.claim_folder(self.out, options, config.resume)
-            checkpoint.write_atomic(self.out / "environment.json", json.dumps(environment(), indent=2) + "\n")
-            checkpoint.write_atomic(self.out / "README.txt", FILES)
-        self.board = board(self.out / "tensorboard") if board else None
+            check_loggers(config.log)
+        options = {name: value for name, value in (asdict(config) | about).items() if name not in OF_A_START}
+        options |= {name: list(value) for name, value in options.items() if isinstance(value, tuple)}  # for YAML
+        self.options = options
+        if self.main:
+            self.environment = environment(distributed.world_size())
+            self.owns_lock = claim_folder(self.out, options, config.resume, log_rank0, config.extend)
+            LOGGER.debug(f"options: {options}")
+            if config.report:
+                self.page = Page(self.out, options, data, image, self.environment, log_rank0)
+
+    def __enter__(self) -> "Report":
+        """Start what `config.log` names, on rank 0."""
+        if self.main:
+            loggers = open_loggers(self.config.log, self.out, self.options)
+            self.callbacks = Callbacks([*loggers, *self.callbacks.callbacks])
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Tell the callbacks that the run ended, by `error` or well, and give the folder back."""
+        try:
+            self.callbacks.on_end(self.history, self.out, error, log_rank0)
+        finally:
+            self.release()
+
+    def accept(self) -> None:
+        """Write what the run was started with: config.yaml, environment.json, README.txt.
+
+        A resumed run does so when its state is known to fit: a resume that is refused changes no file.
+        """
+        if self.main:
+            write_settings(self.out, self.options)
+            path, now = self.out / "environment.json", self.environment
+            write_atomic(path, json.dumps(continued(path, now) if self.config.resume else now, indent=2) + "\n")
+            write_atomic(self.out / "README.txt", readme_of(self.options))
 
     def epoch(self, history: list[dict[str, Any]]) -> None:
-        """Report the last row of the history: print its line, write the history files and TensorBoard's events."""
-        row = history[-1]
+        """Report the last row of the history: print its line, write the history files, call the callbacks."""
+        self.history, row = history, history[-1]
         rates = " ".join(f"{value:.2f}" for name, value in row.items() if name.endswith("share"))  # of IAKD's blocks
         share = f"  student's share {rates}" if rates else ""
         log_rank0(
@@ -91,9 +120,9 @@ class Report:
             f"{row['data_wait_percent']:.0f} %"
         )
         self._write_history(history)
-        if self.board:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, row["epoch"])
+        if self.page:
+            self.page.epoch(history)
+        self.callbacks.on_epoch(EpochEnd(row["epoch"], self.config.epochs, dict(row)))
 
     def _write_history(self, history: list[dict[str, Any]]) -> None:
         table = io.StringIO()
@@ -101,22 +130,50 @@ class Report:
         writer = csv.DictWriter(table, fieldnames=list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        checkpoint.write_atomic(self.out / "history.csv", table.getvalue())
-        checkpoint.write_atomic(self.out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+        write_atomic(self.out / "history.csv", table.getvalue())
+        write_atomic(self.out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
     def finish(self, history: list[dict[str, Any]], networks: dict[str, nn.Module]) -> None:
         """Write the history and the weights of the networks, and draw curves.png last."""
+        self.history = history
         if not self.main:
             return
         self._write_history(history)  # again, because a killed run may have a checkpoint that is newer than this file
         for name, net in networks.items():
             about = self.about | {"model": self.models.get(name, "")}
+            about |= {"kwargs": list(kwargs)} if (kwargs := self.kwargs.get(name)) else {}
+            about |= weights_file.about_accuracy(history, self.config.epochs, name)
             if isinstance(net, OwnInput):
                 about["input"] = self.about["input"] | net.wanted.as_dict()
-            checkpoint.save_network(self.out / f"{name}.safetensors", plain_network(net), about)
+            weights_file.save_network(self.out / f"{name}.safetensors", plain_network(net), about)
         self._draw(history)
-        if self.board:
-            self.board.close()
+
+    def examine(
+        self,
+        networks: dict[str, nn.Module],
+        teacher: nn.Module | None,
+        loader: Batches,
+        precision: Precision,
+        stop: Callable[[], bool],
+    ) -> None:
+        """Compare the student with its teacher, or else with a peer, on the validation images; then write report.html.
+
+        It comes after `finish`. Every process must call it. `stop` is asked after each batch: a signal costs the
+        comparison.
+        """
+        if not self.config.report:
+            return
+        others = {} if teacher is None or is_absent(teacher) else {"teacher": teacher}
+        nets: dict[str, nn.Module] = {"student": networks["student"]} | others | networks
+        started = time.perf_counter()
+        found = compare(dict(islice(nets.items(), 2)), loader, precision, stop)
+        if self.page:
+            self.page.finish(self.history, found, time.perf_counter() - started)
+
+    def release(self) -> None:
+        """Let other processes use the folder, unless a caller of the trainer locked it."""
+        if self.owns_lock:
+            lock.release(self.out)
 
     def _draw(self, history: list[dict[str, Any]]) -> None:
         """Write curves.png. The weights are on the disk by now, so that a broken matplotlib costs the picture alone."""
@@ -125,122 +182,76 @@ class Report:
         except Exception as error:  # of an installation without fonts, of a cache folder that cannot be written, ...
             log_rank0(f"curves.png is not drawn: {type(error).__name__}: {error}".splitlines()[0])
             return
-        checkpoint.write_atomic(self.out / "curves.png", picture)
+        write_atomic(self.out / "curves.png", picture)
 
 
-def board_class() -> type[Any]:
-    """The class of TensorBoard's writer. Raises UserError if TensorBoard is not installed."""
+def titles(about: Mapping[str, Any]) -> dict[str, str]:
+    """By role, what errors call a network, such as {"student": "the student resnet8"}."""
+    peers = {f"peer{number}": f"the peer {name}" for number, name in enumerate(about.get("peers", ()), 1)}
+    named = {role: about[role] for role in ("student", "teacher") if about.get(role)}
+    lists = {role: [name] if isinstance(name, str) else name for role, name in named.items()}
+    return {role: f"the {role} {' '.join(names)}" for role, names in lists.items()} | peers
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the command say it: rich would end the program without a word."""
+        raise BrokenPipeError
+
+
+def console(stderr: bool = False) -> Console:
+    """The terminal of rank 0. The consoles of other processes print nothing. In a notebook it prints plain text."""
+    is_terminal = False if in_notebook() else None  # a kernel's stdout says that it is one
+    return _Console(quiet=distributed.rank() != 0, stderr=stderr, force_jupyter=False, force_terminal=is_terminal)
+
+
+def in_notebook() -> bool:
+    """True in a Jupyter kernel."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(f"--tensorboard: {error}; pip install 'fastkd[tensorboard]'") from None
-    return SummaryWriter
+        return get_ipython().__class__.__name__ == "ZMQInteractiveShell"  # type: ignore[name-defined]
+    except NameError:
+        return False
 
 
-class Bar:
-    """The progress bar of a run: images/s and wait of this epoch, loss terms, remaining time."""
+class Printer(logging.Handler):
+    """Prints messages as they are. `to_stderr`: stdout is for the result alone."""
 
-    def __init__(self, epochs: int, epoch: int, steps: int) -> None:
-        """`epochs` of the whole run, of which `epoch` are done; `steps` per epoch."""
-        self.progress = progress_with(TextColumn("{task.fields[shown]}", markup=False))
-        self.task = self.progress.add_task("", total=epochs * steps, completed=epoch * steps, shown="")
-        self.epochs, self.wait, self.warned = epochs, DataWait(), False
+    to_stderr = False
 
-    def start_epoch(self, epoch: int) -> None:
-        self.progress.update(self.task, description=f"epoch {epoch + 1}/{self.epochs}")
-        self.images, self.started, self.shown_at = 0, time.perf_counter(), time.perf_counter()
-
-    def advance(self, images: int, meter: Meter) -> None:
-        """Count a step. Once a second, read the meter for the display: this is the only host sync within an epoch."""
-        self.images += images * distributed.world_size()
-        self.progress.advance(self.task)
-        if self.progress.disable or time.perf_counter() < self.shown_at + 1:
-            return
-        self.shown_at = time.perf_counter()
-        seconds = self.shown_at - self.started
-        rates = f"{self.images / seconds:,.0f} img/s  data wait {100 * self.wait.seconds / seconds:.0f} %"
-        self.progress.update(self.task, shown=f"{rates}  {terms_of(meter.read(everywhere=False))}")
-
-    def rates(self) -> dict[str, float]:
-        """Of the epoch that ends here: images/s of all processes, seconds, and the wait for the data (data/wait.py).
-
-        Logs once in a run that the wait is large. Every process must call it.
-        """
-        seconds = time.perf_counter() - self.started
-        rates = {"img_per_s": round(self.images / seconds, 1), "train_s": round(seconds, 2)}
-        waits = self.wait.rates(seconds, distributed.gather)
-        if any(distributed.gather(self.wait.is_large(seconds))) and not self.warned:
-            self.warned = True
-            log_rank0(
-                f"the steps waited for their images for {waits['data_wait_percent']:.0f} % of the epoch: the loader "
-                "limits this run; `fastkd bench data` compares loaders and numbers of workers"
-            )
-        return rates | waits
+    def emit(self, record: logging.LogRecord) -> None:
+        screen = console(self.to_stderr)
+        screen.print(_text(record.getMessage(), screen.file), soft_wrap=True)
 
 
-def progress_with(column: ProgressColumn) -> Progress:
-    """A bar on the terminal of rank 0: description, bar, `column`, remaining time."""
-    screen = console()
-    title = TextColumn("{task.description}", markup=False)  # else rich would drop "[dali]"
-    columns = (title, BarColumn(), column, TimeRemainingColumn(), TextColumn("left"))
-    return Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+PRINTER = Printer()
+if not LOGGER.handlers:  # the caller has not chosen where the messages go
+    LOGGER.addHandler(PRINTER)
+    LOGGER.propagate = False
+if LOGGER.level == logging.NOTSET:
+    LOGGER.setLevel(logging.INFO)
 
 
-def track(steps: Sequence, title: str) -> Iterable:
-    """Iterate over `steps` with a progress bar, for the work of a method before the first epoch."""
-    log_rank0(title)
-    with progress_with(MofNCompleteColumn()) as progress:
-        yield from progress.track(steps, description=_text(title).plain)
+def set_output(quiet: bool = False, verbose: bool = False, result_alone: bool = False) -> None:
+    """What a command prints. quiet: the result, and warnings on stderr; verbose: debug messages as well.
 
-
-def is_loss_term(name: str) -> bool:
-    """True if a column of the history is a weighted loss term."""
-    return not (name in NOT_TERMS or name.endswith(SCORES))
-
-
-def terms_of(row: dict[str, float]) -> str:
-    """The loss terms of a row of the history, as text."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in row.items() if is_loss_term(name))
-
-
-def plot(history: list[dict[str, float]]) -> bytes:
-    """Draw a history, one row per epoch, and return the picture as PNG bytes.
-
-    IAKD's selection rates have a panel of their own.
+    result_alone: messages are on stderr, so that stdout can be read by a program. Raises UserError for both of
+    quiet and verbose.
     """
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(name for row in history for name in row))
-    panels = {
-        "loss terms, weighted": [name for name in names if is_loss_term(name) or name.endswith("val_loss")],
-        "validation accuracy, %": [name for name in names if name.endswith(("top1", "top5"))],
-        "learning rate": ["lr"],
-        "share of steps": [name for name in names if name.endswith("share")],
-    }
-    panels = {title: lines for title, lines in panels.items() if lines}
-    figure = Figure(figsize=(4.4 * len(panels), 3.8), layout="constrained")
-    epochs = [row["epoch"] for row in history]
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for name in lines:
-            values = [row.get(name, float("nan")) for row in history]
-            axes.plot(epochs, values, label=name, marker="." if len(history) < 30 else None)
-        axes.set(title=title, xlabel="epoch")
-        axes.grid(alpha=0.3)
-        if len(lines) > 1:
-            axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    if quiet and verbose:
+        raise UserError("--quiet and --verbose exclude each other: drop one")
+    LOGGER.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    PRINTER.to_stderr = quiet or result_alone
 
 
-def console() -> Console:
-    """The terminal of rank 0. The consoles of other processes print nothing."""
-    return Console(quiet=distributed.rank() != 0)
+def is_quiet() -> bool:
+    return not LOGGER.isEnabledFor(logging.INFO)
 
 
 def log_rank0(message: str) -> None:
-    """Print a line, on rank 0 only."""
-    console().print(_text(message), soft_wrap=True)
+    """Log a line, on rank 0 only. One that begins with WARNING is a warning."""
+    if distributed.rank() == 0:
+        text = printable(message, "utf-8", keep="\n\t")  # a handler that writes a file could not write other bytes
+        LOGGER.log(logging.WARNING if message.startswith("WARNING") else logging.INFO, text)
 
 
 def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0, whole: int = 0) -> None:
@@ -254,9 +265,11 @@ def show_table(columns: list[str], rows: list[list[str]], numbers: int = 0, whol
     console().print(table)
 
 
-def _text(text: str) -> Text:
-    """The text letter by letter, with escapes for what stdout cannot show.
+def printable_here(text: str, stream: Any = None) -> str:
+    """The text with escapes for what the stream, or stdout, cannot show."""
+    return printable(text, getattr(stream or sys.stdout, "encoding", None), keep="\n\t")
 
-    In a str, rich would drop "[dali]" and would replace ":x:" by a picture.
-    """
-    return Text(printable(text, getattr(sys.stdout, "encoding", None), keep="\n\t"))
+
+def _text(text: str, stream: Any = None) -> Text:
+    """The text letter by letter. In a str, rich would drop "[dali]" and would replace ":x:" by a picture."""
+    return Text(printable_here(text, stream))

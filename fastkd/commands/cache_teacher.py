@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.progress import TextColumn
 from torch import Tensor
 
 from .. import distributed
@@ -17,14 +16,17 @@ from ..data.base import EpochLoader, first_images
 from ..engine.backends import backends
 from ..engine.mixup import Mixup
 from ..engine.teacher_forms import teacher_form
-from ..errors import UserError
+from ..errors import UserError, count_of
 from ..methods import find_method
 from ..parser import groups, name_of
-from ..report import log_rank0, progress_with, show_table
+from ..progress import Display
+from ..report import log_rank0, set_output, show_table
+from ..signals import Stopped, names_the_command
 from ..teacher_cache import Lessons, Manifest, TeacherCache, verify
 from ..teacher_cache.cache import lost_views, without
 from ..teacher_cache.lessons import same_bits
-from .train import Job
+from .job import Job
+from .train import Trainings
 
 USAGE = """\
 usage: fastkd cache-teacher --teacher NAME --teacher-weights FILE --data DIR --views V --out DIR [OPTIONS]
@@ -76,6 +78,7 @@ def fill(arguments: list[str]) -> None:
     words = [word for flag, values in groups(arguments) for word in ([_as_in_train(flag)] if flag else []) + values]
     notes: list[str] = []
     config = parse(words, notes.append)
+    set_output(config.run.quiet, config.run.verbose)
     if config.networks.teacher_epochs:
         raise UserError(
             f"--teacher-epochs {config.networks.teacher_epochs}: the teacher has yet to be trained; give "
@@ -90,17 +93,20 @@ def fill(arguments: list[str]) -> None:
     cache = job.cache
     assert cache is not None
     if cache.covers(cache.manifest.views):
-        log_rank0(f"{cache.folder} is complete: {cache.manifest.views} views of {cache.manifest.samples:,} images")
+        views, images = count_of(cache.manifest.views, "view"), count_of(cache.manifest.samples, "image")
+        log_rank0(f"{cache.folder} is complete: {views} of {images}")
         return
+    again = distributed.command("cache-teacher", *arguments)
     try:
-        with backends(job.device):
+        with names_the_command(again), backends(job.device, config.train.deterministic):
+            trainings = Trainings(job)
             for number, teacher in enumerate(job.teachers):
-                job.prepare_teacher(number, teacher)  # a wrong teacher is worth a warning before all views are asked
+                # a wrong teacher is worth a warning before all views are asked
+                trainings.prepare_teacher(number, teacher)
             _fill(job, cache)
-    except KeyboardInterrupt:
+    except Stopped:
         cache.flush()
-        again = shlex.join(["fastkd", "cache-teacher", *arguments])
-        raise KeyboardInterrupt(f"go on with `{again}`") from None
+        raise
     log_rank0(f"{cache.folder} is complete; train with --teacher-cache {shlex.quote(str(cache.folder))}")
 
 
@@ -124,16 +130,19 @@ def _fill(job: Job, cache: TeacherCache) -> None:
         lessons = Lessons(cache, method, job.precision.autocast)
         views = [view for view in range(cache.manifest.views) if not cache.is_complete(view)]
         mixup = Mixup(config.train.mixup, config.train.cutmix, 0.0, len(loader.classes), config.train.seed)
-        with progress_with(TextColumn("{task.fields[shown]}", markup=False)) as bar:
-            task = bar.add_task("teacher", total=len(views) * len(loader), shown="")
+        with Display(len(views) * len(loader), config.train.log_interval) as display:
             for number, view in enumerate(views):
                 done, started = 0, time.perf_counter()
                 lessons.start(view)
                 for step, batch, samples in _batches(loader, view, cache):
                     lessons(mixup(*batch, view, samples)[0], samples)
                     done += len(samples) * distributed.world_size()
-                    rate = done / (time.perf_counter() - started)
-                    bar.update(task, completed=number * len(loader) + step + 1, shown=f"{rate:,.0f} img/s")
+                    if display.is_due():
+                        rate = done / (time.perf_counter() - started)
+                        place = number * len(loader) + step + 1
+                        display.show(
+                            "teacher", f"view {view + 1}, batch {step + 1}/{len(loader)}  {rate:,.0f} img/s", place
+                        )
                 lessons.finish()
                 rate = done / (time.perf_counter() - started)
                 log_rank0(f"view {view + 1} of {cache.manifest.views} is complete: {rate:,.0f} img/s")
@@ -156,6 +165,15 @@ def show(folder: Path) -> None:
     manifest = Manifest.read(folder)
     if manifest is None:
         raise UserError(f"there is no teacher cache in {folder}")
+    try:
+        rows = _rows(folder, manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the manifest of {folder} is damaged ({type(error).__name__}: {error})"[:300]) from None
+    show_table(["teacher cache", str(folder)], rows)
+
+
+def _rows(folder: Path, manifest: Manifest) -> list[list[str]]:
+    """The rows of the table."""
     lost = lost_views(folder, manifest)
     cache, settings = TeacherCache(folder, without(manifest, lost)), manifest.settings
     gone = f"; files of view {', '.join(str(view + 1) for view in lost)} are missing" if lost else ""
@@ -179,9 +197,9 @@ def show(folder: Path) -> None:
         ["mixed", " and ".join(mixing) or ("no" if "mixup" in noted else "")],
         ["on the disk", f"{size / 1e6:,.1f} MB"],
     ]
-    show_table(["teacher cache", str(folder)], [row for row in rows if row[1]])
+    return [row for row in rows if row[1]]
 
 
 def check(folder: Path) -> None:
     """Compare each file of a cache with its hash. Raises UserError if one is damaged."""
-    print(f"{folder}: {verify(folder)} files are as they were written")
+    print(f"{folder}: {count_of(verify(folder), 'file')} checked, all as they were written")

@@ -6,17 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint, distributed
+from .. import distributed
 from ..config import Config
 from ..data import DataOptions
 from ..data.base import EpochLoader, Loader, input_of
+from ..data.loader_options import UNSET
 from ..engine.precision import Precision
 from ..errors import UserError
+from ..files import sha256_of
 from ..methods import METHODS
 from ..methods.base import Method
 from ..models.own_input import InputSpec
 from ..network_options import NetworkOptions
 from ..teacher_cache import Manifest, TeacherCache
+from .networks import kwargs_of
 from .teacher_input import teacher_input
 
 Log = Callable[[str], None]
@@ -145,9 +148,11 @@ def _teachers(names: NetworkOptions, weights: tuple[str, ...], loader: Loader) -
     assert images is not None
     found = []
     for name, each in zip(names.teacher, weights, strict=True):
-        content = distributed.from_rank_zero(checkpoint.sha256_of, Path(each))
+        content = distributed.from_rank_zero(sha256_of, Path(each))
         wanted = teacher_input(names, name, each, images, _quiet, is_trained=names.teacher_epochs > 0)
         found.append({"name": name, "tag": "" if content else each, "sha256": content} | wanted.as_dict())
+        if kwargs := kwargs_of(names, each, _quiet):
+            found[-1]["kwargs"] = list(kwargs)
     return found
 
 
@@ -173,7 +178,8 @@ def _augmentation(loader: EpochLoader, options: DataOptions) -> dict[str, Any]:
     """What the loader does to images; those that decode a folder all do the same."""
     given = getattr(loader, "augmentation", None)
     about = {"kind": "rrc", "flip": options.flip != "off"} if given is None else dict(vars(given))
-    return about | {"exif": options.exif}
+    more = {name: getattr(options, name) for name in ("aa", "reprob", "interpolation")}
+    return about | {"exif": options.exif} | {name: value for name, value in more.items() if value != UNSET[name]}
 
 
 def _sizes(loader: EpochLoader, views: int) -> dict[str, Any]:

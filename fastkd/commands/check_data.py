@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, make_dataclass
 from itertools import groupby
 from pathlib import Path
 
-from ..checkpoint import write_atomic
 from ..data.check import BAD, NOTES, Finding, check_images, duplicates
 from ..data.file_list import list_of
 from ..data.options import NAMES, default_workers
@@ -18,7 +17,8 @@ from ..data.pack_format import read_manifest
 from ..data.shards import stored_splits
 from ..data.stored import Joined, OwnFiles, Pictures, Places
 from ..data.walk import EXTENSIONS, Found, files_below, shown
-from ..errors import UserError
+from ..errors import UserError, count_of
+from ..files import write_atomic
 from ..parser import run_parser
 from ..report import log_rank0, show_table
 
@@ -143,7 +143,7 @@ def _show(every: list[tuple[str, Finding]], count: int, data: str) -> None:
         log_rank0(f"{shown(path)}: {each.kind}{f', {each.detail}' if each.detail else ''}")
     if bad[SHOWN:]:
         log_rank0(f"... and {len(bad) - SHOWN:,} more bad images; --csv FILE lists all")
-    log_rank0(f"check-data: {count:,} images were read, {len(bad):,} are bad")
+    log_rank0(f"check-data: {count_of(count, 'image')} read, {len(bad):,} of them bad")
 
 
 def _order(each: tuple[str, Finding]) -> tuple[str, str]:
@@ -165,4 +165,4 @@ def _write_list(options: CheckOptions, data: str, images: Images, findings: list
     good = [file for i, file in enumerate(images.files) if i not in left_out]
     write_atomic(Path(options.file_list), list_of(good, data))
     command = f"fastkd train --data {shlex.quote(data)} --file-list {shlex.quote(options.file_list)}"
-    log_rank0(f"check-data: {len(good):,} images are in {options.file_list}; train on them by `{command}`")
+    log_rank0(f"check-data: {options.file_list} names {count_of(len(good), 'image')}; train on them by `{command}`")

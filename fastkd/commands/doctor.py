@@ -68,7 +68,7 @@ def _machine() -> list[list[str]]:
         ["triton", version("triton") or "missing", "compiles the kernels on CUDA devices"],
         dali_row,
         ["apex", apex, "only for --opt fusedsgd, fusedlamb, fusedadam"],
-        ["tensorboard", version("tensorboard") or "not installed", "only for --tensorboard"],
+        ["tensorboard", version("tensorboard") or "not installed", "only for --log tensorboard"],
         ["--device auto", "cuda" if cuda else "cpu", ""],
         ["--amp-dtype auto", "bfloat16" if cuda else "float32", "no gradient scaler"],
         ["--loader auto", "dali" if dali else "folder (torchvision)", decode],

@@ -1,13 +1,15 @@
 """`fastkd eval`: top-1, top-5, loss and speed of trained weights."""
 
+import json
+import os
 from dataclasses import dataclass, make_dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 
-from .. import checkpoint
+from .. import weights_file
 from ..data import DataOptions, create_eval_loader
 from ..data.base import Loader, input_of
 from ..data.classes import Relabelled, class_note, class_order
@@ -18,10 +20,14 @@ from ..engine.backends import backends
 from ..engine.precision import Precision
 from ..errors import UserError
 from ..evaluate import evaluate, speed
+from ..foreign import read_mapping
 from ..models import create_model, layout_note_of
+from ..models.kwargs import parse_kwargs
 from ..models.own_input import library_input
 from ..parser import run_parser, tokens_of, typed_options
-from ..report import log_rank0, show_table
+from ..progress import Counter
+from ..report import log_rank0, set_output, show_table
+from ..trained import network_of
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,20 @@ class EvalOptions:
     """A .safetensors or .pth file, or `pretrained` or a tag of the network's library."""
     model: str = ""
     """The network's name; a student.safetensors of fastkd knows its own."""
+    model_kwargs: tuple[str, ...] = ()
+    """Arguments of the network's constructor, such as depth=12; a student.safetensors of fastkd knows its own."""
     amp_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of the forward passes: auto is bfloat16 on CUDA, float32 on the CPU."""
     channels_last: bool = True
     """Memory layout of the network and the images."""
     device: str = "auto"
     """cuda, cpu, or auto: CUDA when there is one."""
+    json: bool = False
+    """Print one JSON object on stdout instead of the table; messages go to stderr."""
+    quiet: bool = False
+    """Print the result alone; warnings go to stderr."""
+    verbose: bool = False
+    """Print debug messages too."""
 
 
 def run(arguments: list[str]) -> None:
@@ -46,43 +60,74 @@ def run(arguments: list[str]) -> None:
     typed = typed_options(arguments)
     weights = Path(typed.get("weights", ""))
     about = _about(weights, typed.get("model", ""))
-    noted = _noted_input(about, typed, weights)
+    noted = noted_input(about, typed, weights)
     tokens = tokens_of(noted, kind, f"--weights {weights}")
     config: Any = run_parser(kind, arguments, "fastkd eval", tokens)
-    options, device = config.eval, device_for(config.eval.device)
+    options = config.eval
+    set_output(options.quiet, options.verbose, options.json)
+    device = device_for(options.device)
     if tokens:  # the image size and normalisation
         hint = "; --val-fraction 0 evaluates all images" if "--val-fraction" in tokens else ""
         log_rank0(f"as in training: {' '.join(tokens)}{hint}")
-    model = options.model or _network_of(weights)
+    model = options.model or network_of(weights)
+    if "data" not in {*typed, *noted}:
+        raise UserError(f"--weights {weights} does not say on which images to evaluate it: give --data")
     precision = Precision(options.amp_dtype, device)
-    loader: Any = create_eval_loader(
-        config.data,
+    loader, size = evaluation_loader(config.data, about, weights, precision)
+    log_rank0(f"evaluated on {loader.samples:,} images of {config.data.data}")
+    if about.get("data") and not {"mean", "std"} <= {*about.get("input", {}), *typed}:
+        log_rank0(f"--weights {weights} does not say the mean and std of its images: those of the data are taken")
+    noted_kwargs = parse_kwargs(about.get("kwargs", ()), f"--weights {weights} notes the argument")
+    kwargs = parse_kwargs(options.model_kwargs) or noted_kwargs
+    net = create_model(model, len(loader.classes), options.weights, image_size=size, kwargs=kwargs)
+    if note := layout_note_of(net):
+        log_rank0(f"--weights {options.weights}: {note}")
+    net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+    with backends(device):
+        with Counter(f"{model}: evaluation", loader) as count:
+            scores = evaluate(net, loader, precision, count)
+        rate = speed(net, loader, precision)
+    if options.json:
+        known = {"model": model, "weights": str(options.weights), "data": config.data.data}
+        _print_json({**known, **scores, "img_per_s": rate})
+        return
+    row = [model, f"{scores['images']:,}", f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}"]
+    columns = ["network", "images", "top-1 %", "top-5 %", "loss", "inference img/s"]
+    show_table(columns, [[*row, f"{rate:,.0f}"]], numbers=5)
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    """One object on rank 0's stdout. JSON has no NaN and no infinity: they are null."""
+    known = {
+        name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values.items()
+    }
+    if rank() == 0:
+        print(json.dumps(known))
+
+
+def evaluation_loader(
+    options: DataOptions, about: dict[str, Any], weights: Path, precision: Precision
+) -> tuple[Any, int | None]:
+    """The images to evaluate, with the classes that the weights note, and their side in pixels if it is known."""
+    device, images = precision.device, about.get("input", {})
+    loader = create_eval_loader(
+        options,
         device,
         rank=rank(),
         world_size=world_size(),
         dtype=precision.dtype,
         log=log_rank0,
         gather=gather,
-        keep_small=config.data.loader == "resident" or _may_be_resident(about.get("input", {})),
+        keep_small=options.loader == "resident" or may_be_resident(images),
     )
-    size = input_of(loader, vars(config.data)).get("image_size")
-    if config.data.data != "synthetic":
-        classes = about.get("data", {}).get("classes", [])
-        is_known = "data" in typed or "data" in noted
-        source = f"--weights {weights}" + ("" if is_known else " (evaluated on the digits: there is no --data)")
-        loader = _with_classes_of(classes, source, loader, config.data.ignore_class_names, device)
-    net = create_model(model, len(loader.classes), options.weights, image_size=size)
-    if note := layout_note_of(net):
-        log_rank0(f"--weights {options.weights}: {note}")
-    net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
-    with backends(device):
-        scores, rate = evaluate(net, loader, precision), speed(net, loader, precision)
-    row = [model, f"{scores['images']:,}", f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}"]
-    columns = ["network", "images", "top-1 %", "top-5 %", "loss", "inference img/s"]
-    show_table(columns, [[*row, f"{rate:,.0f}"]], numbers=5)
+    size = input_of(loader, vars(options)).get("image_size")
+    if options.data == "synthetic":
+        return loader, size
+    classes = about.get("data", {}).get("classes", [])
+    return with_classes_of(classes, f"--weights {weights}", loader, options.ignore_class_names, device), size
 
 
-def _with_classes_of(noted: list[str], source: str, loader: Loader, ignore: bool, device: torch.device) -> Any:
+def with_classes_of(noted: list[str], source: str, loader: Loader, ignore: bool, device: torch.device) -> Any:
     """The loader with the classes that the weights note, if they note any. Logs a difference that is allowed."""
     if not noted:
         return loader
@@ -92,18 +137,18 @@ def _with_classes_of(noted: list[str], source: str, loader: Loader, ignore: bool
     return Relabelled(loader, noted, order, device) if order else loader
 
 
-def _may_be_resident(noted: dict[str, Any]) -> bool:
+def may_be_resident(noted: dict[str, Any]) -> bool:
     """False if the network was trained on images that were resized and cropped, so that small ones have to be too."""
     return noted.get("resident", "image_size" not in noted)
 
 
 def _about(weights: Path, model: str) -> dict[str, Any]:
     """What the weights file notes; of pre-trained weights, the images that the library says they take."""
-    found = None if weights.is_file() else library_input(model, str(weights))
-    return checkpoint.read_about(weights) if found is None else {"input": found.as_dict()}
+    found = None if os.path.isfile(weights) else library_input(model, str(weights))
+    return weights_file.read_about(weights) if found is None else {"input": found.as_dict()}
 
 
-def _noted_input(about: dict[str, Any], typed: dict[str, str], weights: Path) -> dict[str, Any]:
+def noted_input(about: dict[str, Any], typed: dict[str, str], weights: Path) -> dict[str, Any]:
     """The options of the images that a weights file notes, where the command line has none.
 
     Without --data, a run's weights are evaluated on the run's folder of images, if it is there. The files of a data set
@@ -111,13 +156,19 @@ def _noted_input(about: dict[str, Any], typed: dict[str, str], weights: Path) ->
     What was held out of another folder does not matter for one with a val/, or if --val-fraction is given.
     """
     images = about.get("input", {})
+    if images.get("data", "digits") not in (*WITH_FILES, "digits"):
+        raise UserError(
+            f"--weights {weights}: its note names the data set {images['data']!r}, which is none: give --data"
+        )
     noted = {name: value for name, value in images.items() if name not in typed and name != "resident"}
     if not {"data", "data_dir"} & typed.keys() and "data" not in noted and about.get("data"):
         place = _trained_with(weights, "data")
-        noted |= {"data": place} if place and place not in NAMES and is_there(place) else {}
+        noted |= {"data": place} if place == "digits" or place and place not in NAMES and is_there(place) else {}
     data = typed.get("data") or noted.get("data", "digits")
     if data == "digits":  # they have one size
-        return {name: noted[name] for name in ("mean", "std") if name in noted}
+        return {name: noted[name] for name in ("data", "mean", "std") if name in noted}
+    if data in NAMES:  # their images are not resized
+        noted = {name: value for name, value in noted.items() if name not in ("crop_pct", "interpolation")}
     same = data in WITH_FILES and data == images.get("data")
     if same and "data_dir" not in typed and (place := _trained_with(weights, "data_dir")):
         noted["data_dir"] = place
@@ -130,19 +181,6 @@ def _noted_input(about: dict[str, Any], typed: dict[str, str], weights: Path) ->
 def _trained_with(weights: Path, option: str) -> str:
     """The value of an option in the config.yaml beside a weights file; empty if there is none."""
     try:
-        options = yaml.safe_load((weights.parent / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        return str(read_mapping(weights.parent / "config.yaml").get(option) or "")
+    except ValueError:
         return ""
-    return str(options.get(option) or "") if isinstance(options, dict) else ""
-
-
-def _network_of(weights: Path) -> str:
-    """The network's name in a weights file of fastkd. Raises UserError if there is none."""
-    if weights.is_dir():
-        raise UserError(f"--weights {weights} is a folder; name a file, such as {weights / 'student.safetensors'}")
-    if not weights.is_file():
-        raise UserError(f"--weights {weights}: there is no such file (a tag of a library's weights needs --model NAME)")
-    model = checkpoint.read_about(weights).get("model")
-    if not model:
-        raise UserError(f"--weights {weights} does not say which network it is for: give --model NAME")
-    return model

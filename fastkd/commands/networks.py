@@ -1,18 +1,21 @@
 """The networks of a run, made from its options: the student, the teachers and the peers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .. import checkpoint, distributed
+from .. import distributed, weights_file
 from ..config import Config
 from ..data.classes import class_note, class_order
 from ..errors import UserError
+from ..files import sha256_of
 from ..methods.base import Method
 from ..models import create_model, layout_note_of, name_stages, new_classifier_of, reorder_classes
 from ..models.ensemble import Ensemble
+from ..models.kwargs import parse_kwargs
 from ..models.own_input import InputSpec, own_input
 from ..network_options import NetworkOptions
 from ..report import log_rank0
@@ -36,7 +39,8 @@ class NetworkMaker:
         """The student, with its initial weights."""
         options = self.options
         check_hash(options.student_weights, options.student_sha256)
-        return self.make("student", options.student, options.student_weights)
+        kwargs = options.model_kwargs
+        return self.make("student", options.student, options.student_weights, kwargs=kwargs)
 
     def teachers(self) -> list[nn.Module]:
         """The teachers in the order of --teacher. Teachers that are trained first have other initial weights each."""
@@ -47,22 +51,40 @@ class NetworkMaker:
         """A teacher, with its own input if it takes other images than the student."""
         trained = self.options.teacher_epochs > 0
         wanted = teacher_input(self.options, name, weights, self.images, log_rank0, is_trained=trained)
-        net = self.make("teacher", name, weights, number, trained=trained, image_size=wanted.image_size)
+        kwargs = kwargs_of(self.options, weights, log_rank0)
+        net = self.make("teacher", name, weights, number, trained=trained, image_size=wanted.image_size, kwargs=kwargs)
         return own_input(net, self.images, wanted)
 
     def peers(self) -> list[nn.Module]:
         """The peers. They start with other weights each: equal networks have nothing to teach each other."""
-        return [self.make("peer", name, "", number) for number, name in enumerate(self.options.peers, 1)]
+        alike = {self.options.student: self.options.model_kwargs}
+        named = enumerate(self.options.peers, 1)
+        return [self.make("peer", name, "", number, kwargs=alike.get(name, ())) for number, name in named]
 
     def make(
-        self, role: str, name: str, weights: str, number: int = 0, *, trained: bool = True, image_size: int = 0
+        self,
+        role: str,
+        name: str,
+        weights: str,
+        number: int = 0,
+        *,
+        trained: bool = True,
+        image_size: int = 0,
+        kwargs: tuple[str, ...] = (),
     ) -> nn.Module:
         """A network by its name. `number` is added to the seed of the initial weights. `image_size` 0: the run's."""
         torch.manual_seed(self.seed + number)  # so that it does not depend on the networks before it
         if distributed.rank() > 0:
             distributed.barrier()  # rank 0 goes first, so that pre-trained weights are downloaded once
         size = image_size or self.images.image_size
-        net = create_model(name, len(self.classes), weights or None, image_size=size, new_classifier=trained)
+        net = create_model(
+            name,
+            len(self.classes),
+            weights or None,
+            image_size=size,
+            new_classifier=trained,
+            kwargs=parse_kwargs(kwargs),
+        )
         if distributed.rank() == 0:
             distributed.barrier()
         ends = {"student": self.options.student_stages, "teacher": self.options.teacher_stages}.get(role, ())
@@ -85,7 +107,7 @@ class NetworkMaker:
 
         Raises UserError if a network that will not be trained has classes of other names.
         """
-        noted = checkpoint.read_about(Path(weights)).get("data", {}).get("classes", self.classes)
+        noted = weights_file.read_about(Path(weights)).get("data", {}).get("classes", self.classes)
         source = f"--{role}-weights {weights}"
         if trained and sorted(noted) != sorted(self.classes):
             if not self.ignore_class_names:
@@ -99,9 +121,18 @@ class NetworkMaker:
             log_rank0(note)
 
 
+def kwargs_of(names: NetworkOptions, weights: str, log: Callable[[str], None]) -> tuple[str, ...]:
+    """The arguments of a teacher's constructor: --teacher-kwargs, or else what its file of `weights` notes."""
+    noted = () if names.teacher_kwargs else tuple(weights_file.read_about(Path(weights)).get("kwargs", ()))
+    parse_kwargs(noted, f"--teacher-weights {weights} notes the argument")
+    if noted:
+        log(f"--teacher-kwargs {' '.join(noted)}, as the weights {weights} note")
+    return names.teacher_kwargs or noted
+
+
 def check_hash(weights: str, sha256: str) -> None:
     """Raise UserError if the file `weights` has another content than the noted one; an empty hash fits any file."""
-    if sha256 and (found := checkpoint.sha256_of(Path(weights))) != sha256:
+    if sha256 and (found := sha256_of(Path(weights))) != sha256:
         raise UserError(
             f"--student-weights {weights} has the SHA-256 {found or 'of no file'}, and --student-sha256 is {sha256}: "
             "give the file of the run that is repeated, or drop --student-sha256"

@@ -9,13 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..data.decode import MAX_PIXELS
 from ..data.options import NAMES, WITH_FILES, DataOptions, default_workers
 from ..data.pack import Packing, pack
 from ..data.pack_format import check_content, read_manifest, refuse_unfinished
 from ..data.pack_source import Kind, check_place, read_source
-from ..errors import UserError
+from ..errors import UserError, count_of
 from ..parser import run_parser
 from ..report import log_rank0
+from ..signals import names_the_command
 
 USAGE = """\
 usage: fastkd pack SRC DST [OPTIONS]
@@ -44,6 +46,8 @@ class PackOptions:
     """Copy the image files as they are into tar shards: for many small files, and for parquet files."""
     exif: bool = False
     """Turn photos as their EXIF orientation says."""
+    max_pixels: int = MAX_PIXELS
+    """Images that claim more pixels than this are refused before they take memory."""
     val_fraction: float = 0.0
     """Hold out this fraction of each class for evaluation, if SRC has no val/."""
     split_seed: int = 0
@@ -79,10 +83,8 @@ def run(arguments: list[str]) -> None:
         return
     if len(words) != 2:
         raise UserError(f"pack needs SRC and DST, and got {shlex.join(words) or 'neither'}; see `fastkd pack --help`")
-    try:
+    with names_the_command(shlex.join(["fastkd", "pack", *arguments])):
         _pack(words[0], words[1], options)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on with `{shlex.join(['fastkd', 'pack', *arguments])}`") from None
 
 
 def _leading(arguments: list[str]) -> list[str]:
@@ -99,10 +101,11 @@ def _pack(source: str, destination: str, options: PackOptions) -> None:
         val_fraction=options.val_fraction,
         split_seed=options.split_seed,
         exif=options.exif,
+        max_pixels=options.max_pixels,
     )
     classes, parts = read_source(data, log_rank0)
     check_place(destination, source, parts)
-    counts = ", ".join(f"{len(part.labels):,} images for {name}" for name, part in parts.items())
+    counts = ", ".join(f"{count_of(len(part.labels), 'image')} for {name}" for name, part in parts.items())
     log_rank0(f"pack: {counts}, {len(classes):,} classes, as {_described(packing)}")
     start = time.monotonic()
     with _progress() as bar:
@@ -150,7 +153,7 @@ def _progress() -> Progress:
 def _advance(bar: Progress, task: Any, new: int, old: int) -> None:
     """Show `new` images packed now; `old` ones were packed by an earlier command and count for no rate."""
     if old:
-        log_rank0(f"pack: {old:,} images were packed before; going on after them")
+        log_rank0(f"pack: {count_of(old, 'image')} packed before; going on from there")
         bar.update(task, total=(bar.tasks[0].total or 0) - old)
     bar.advance(task, new)
     speed = bar.tasks[0].speed
@@ -170,4 +173,4 @@ def _check(words: list[str]) -> None:
         raise UserError(f"{words[0]!r} holds no complete pack: there is no manifest.json of fastkd in it")
     check_content(words[0], manifest)
     images = sum(part["images"] for part in manifest["parts"].values())
-    log_rank0(f"pack: {words[0]} is sound: {images:,} images, all checksums fit")
+    log_rank0(f"pack: {words[0]} is sound: {count_of(images, 'image')}, all checksums fit")

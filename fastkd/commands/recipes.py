@@ -47,6 +47,7 @@ def run(arguments: list[str]) -> None:
     for name in papers:
         if figures := _published(name):
             log_rank0(f"{name}, published: {figures}")
+    log_rank0(f"Not run here: {', '.join(name for name in papers if '# Not run here' in recipe_text(name))}")
     log_rank0(ABOVE_PAIRS)
     show_table(["PAIR", *FIGURES.values()], [_figures(name) for name in PAIRS], numbers=len(FIGURES), whole=1)
     log_rank0(NOTE)

@@ -1,10 +1,11 @@
 """Which images a teacher takes: by option, by the note in its file, by its library, or else those of the student."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from .. import checkpoint
+from .. import weights_file
 from ..errors import UserError
 from ..models import is_weights_file
 from ..models.own_input import InputSpec, library_input
@@ -44,10 +45,10 @@ def teacher_input(
 def _noted(name: str, weights: str) -> tuple[InputSpec | None, str]:
     """What the weights themselves say, and where. Raises UserError if they are a file that is not there."""
     path = Path(weights)
-    if weights and is_weights_file(weights) and not path.exists():
+    if weights and is_weights_file(weights) and not os.path.exists(path):  # which knows overlong names
         raise UserError(f"there is no weights file {path}")  # a tag is asked for below
-    if weights and path.is_file():
-        return InputSpec.of(checkpoint.read_about(path).get("input", {})), f"the note in {path}"
+    if weights and os.path.isfile(path):
+        return InputSpec.of(weights_file.read_about(path).get("input", {})), f"the note in {path}"
     return library_input(name, weights), name.partition("/")[0]
 
 

@@ -1,6 +1,7 @@
 """TeacherCache: a folder with what a teacher says of each view of each image."""
 
 import json
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -83,7 +84,7 @@ class TeacherCache:
         """Raise UserError if the disk lacks the space for the first `views` views."""
         missing = [view for view in range(views) if not marks_path(self.folder, view).exists()]
         needed = len(missing) * view_bytes(self.manifest.samples, self.rows.dtype)
-        there = next(each for each in (self.folder.absolute(), *self.folder.absolute().parents) if each.exists())
+        there = next(each for each in (self.folder.absolute(), *self.folder.absolute().parents) if os.path.exists(each))
         free = shutil.disk_usage(there).free
         if needed > free:
             raise UserError(

@@ -48,7 +48,7 @@ def make_view(folder: Path, view: int, samples: int, dtype: np.dtype) -> None:
 
 def is_lost(folder: Path, view: int, samples: int) -> bool:
     """True if a shard of the view is not there."""
-    return not all(shard_path(folder, view, shard).exists() for shard in range(len(shard_sizes(samples))))
+    return not all(shard_path(folder, view, shard).exists() for shard in range(-(-samples // SHARD)))
 
 
 def _make(path: Path, rows: int, dtype: np.dtype) -> None:

@@ -47,6 +47,12 @@ class Lessons:
             return tuple(each.pin_memory().to(images.device, non_blocking=True) for each in taught)
         return taught
 
+    def flush(self) -> None:
+        """Bring what was asked so far to the disk: a state of the run that is saved now counts on it."""
+        if not self.reads:
+            self._write(0)
+            self.cache.flush()
+
     def finish(self) -> None:
         """End the epoch: all of its rows are on the disk. Every process must call it."""
         if not self.reads:

@@ -1,15 +1,30 @@
 """manifest.json: what a cache was made from, and which views are complete."""
 
 import json
+import math
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_atomic
 from ..errors import UserError
+from ..files import write_atomic
+from ..foreign import parse_json, read_text
 from .rows import Rows
 
 NAME, FORMAT = "manifest.json", 1
+VIEWS = 1_000_000
+SAMPLES = 10**10  # images; the largest public sets have half of it
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "classes": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+    "topk": lambda value: type(value) is int and value >= 0,
+    "precision": lambda value: value in ("fp16", "fp32"),
+    "temperature": lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+    "form": lambda value: value in ("auto", "plain", "folded", "fused", "compiled"),
+}
+"""Of settings, and of the form in which the teacher ran: what options would allow too."""
+LONGEST = 64 << 20  # bytes; that of 100,000 classes has 3 MB
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,14 @@ class Manifest:
         """Raise ValueError, KeyError, TypeError or AttributeError unless the values are of the right kind."""
         if not isinstance(self.how, dict) or min(self.samples, self.views, self.rows.dtype.itemsize) < 1:
             raise ValueError("a number below 1")
+        if self.views > VIEWS:
+            raise ValueError(f"{self.views} views")
+        if self.samples > SAMPLES:
+            raise ValueError(f"{self.samples:.3g} images")
+        given = self.settings | {"form": self.how.get("teacher_form")}
+        for name, is_right in CHECKS.items():
+            if given.get(name) is not None and not is_right(given[name]):
+                raise ValueError(f"{name} {given[name]!r:.80}")
         for view, hashes in self.complete.items():
             if not 0 <= int(view) < self.views or not hashes.items():
                 raise ValueError(f"complete view {view} of {self.views}")
@@ -58,12 +81,12 @@ class Manifest:
         Raises UserError for a folder of other files, and for a manifest that is damaged or of another version.
         """
         path = folder / NAME
-        if not path.is_file():
-            if folder.exists() and (not folder.is_dir() or _holds_something(folder)):
+        if not os.path.isfile(path):  # False for a name that is too long, where Path.is_file raises OSError
+            if os.path.exists(folder) and (not folder.is_dir() or _holds_something(folder)):
                 raise UserError(f"{folder} is no teacher cache (it has no {NAME}) and not empty; choose another folder")
             return None
         try:
-            values = json.loads(path.read_text())
+            values = parse_json(read_text(path, LONGEST))
             version = values.pop("format")
             manifest = cls(**values)
             manifest.check()
