@@ -6,6 +6,7 @@ kernels. A replay (`graph`) is queued behind the writing and shows the time of t
 """
 
 import ctypes
+import gc
 import os
 import statistics
 import tempfile
@@ -33,7 +34,12 @@ class Work(NamedTuple):
 
 
 def works(function: Callable[..., Tensor], tensors: list[Tensor], learners: int) -> dict[str, Work]:
-    """By mode: forward, and with `learners` (how many of the tensors get a gradient) also backward and both."""
+    """By mode: forward, and with `learners` (how many of the tensors get a gradient) also backward and both.
+
+    The works have leaves of their own. A leaf's node lives as long as a loss of it, and belongs to one stream: with
+    shared leaves, one function's captured loss would draw the next one's backward pass to the stream of the capture.
+    """
+    tensors = [x.detach().requires_grad_(x.requires_grad) for x in tensors]
 
     def forward(_: object = None) -> Tensor:
         return function(*tensors)
@@ -84,6 +90,7 @@ def graphed(work: Work) -> Work:
         for _ in range(3):
             work.run(work.prepare())
     torch.cuda.current_stream().wait_stream(side)
+    gc.collect()  # losses of the side stream that a cycle holds
     before, graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(before):
         # without the zeros the graph may be empty, of which torch warns

@@ -12,6 +12,10 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1)  # the networks here are too small for more
 
+# A process's first backward pass starts a thread for each device; a fork of it can then run none. torch.export pretends
+# that there are devices. So the first backward pass comes before every test: without devices there are no threads.
+torch.zeros((), requires_grad=True).backward()
+
 TESTS = Path(__file__).parent
 
 
@@ -97,7 +101,7 @@ def tiny_net():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_loaders():
     """(training, validation)"""
     return lambda **sizes: (TinyLoader(**sizes), TinyLoader(samples=17, seed=1, shuffle=False))

@@ -1,6 +1,7 @@
 """Tiny networks of many families: a student and a deeper teacher of each, for the table method x family."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import NamedTuple
 
@@ -43,8 +44,10 @@ def _named(student: str, teacher: str, size: int) -> Family:
 
 
 def _class(make: Callable[..., nn.Module], size: int, student: dict, teacher: dict, **both) -> Family:
-    make = partial(make, num_classes=CLASSES, **both)
-    return Family(partial(make, **student), partial(make, **teacher), size)
+    def build(given: dict) -> nn.Module:
+        return make(num_classes=CLASSES, **deepcopy(both | given))  # timm changes the blocks that it is given
+
+    return Family(partial(build, student), partial(build, teacher), size)
 
 
 def _repvgg(depth: int) -> nn.Module:

@@ -8,9 +8,10 @@ import torch
 from every_method import batch, build, freeze_statistics, prepare
 from replays import CPU, Graph
 
-from fastkd import TrainOptions, distributed
+from fastkd import TrainOptions, create_model, distributed
 from fastkd.engine import GraphedStep, Schedule, Step
 from fastkd.engine.partial_graphs import PartialGraphStep
+from fastkd.methods import CE
 
 STEPS, FULL = 20, 8
 CASES = {
@@ -70,6 +71,29 @@ def uneven(flat: bool) -> dict:
     return copy.deepcopy(method.state_dict())
 
 
+class InfiniteConstant(CE):
+    """A loss that is infinite where the first number of the images is 99; its gradient is finite."""
+
+    def losses(self, out, target, plan):
+        constant = torch.where(out.images[0, 0, 0, 0] == 99, torch.inf, 0.0)
+        return super().losses(out, target, plan) | {"constant": constant}
+
+
+def bad_loss_of_one_process(flat: bool) -> list[tuple[list[int], dict]]:
+    """Counters and weights after each of three steps; in the second, the loss of rank 1 alone is infinite."""
+    torch.manual_seed(distributed.rank())
+    method = InfiniteConstant(create_model("resnet8", 10))
+    step, states = Step(method, TrainOptions(lr=0.1, max_bad_steps=2), CPU, flat=flat), []
+    for number in range(3):
+        images, target = batch(2 * number + distributed.rank(), FULL)
+        if number == 1 and distributed.rank() == 1:
+            images[0, 0, 0, 0] = 99
+        step(images, target)
+        weights = {name: p.detach().clone() for name, p in method.named_parameters()}
+        states.append((step.bad.counts.tolist(), weights))
+    return states
+
+
 def main(folder: Path) -> None:
     distributed.device_for("cpu")
     torch.set_num_threads(1)
@@ -78,6 +102,7 @@ def main(folder: Path) -> None:
         for way in WAYS if name == "iakd" else WAYS[:-1]:
             states[name, way] = trained(name, way, **options)
     states["uneven"] = {"ddp": uneven(flat=False), "flat": uneven(flat=True)}
+    states["bad loss"] = [bad_loss_of_one_process(flat) for flat in (False, True)]
     torch.save(states, folder / f"rank{distributed.rank()}.pt")
     torch.distributed.destroy_process_group()
 

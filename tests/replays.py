@@ -44,7 +44,7 @@ def trained(
         for plan in method.plans(number):
             images, target = batch(number % 3, 8)
             run(images.to(device, dtype), target.to(device), plan)
-    state = step.state_dict() | {"terms": step.meter.read(), "bad": step.nonfinite.clone()}
+    state = step.state_dict() | {"terms": step.meter.read(), "bad": step.bad.skipped.clone()}
     return state, run
 
 

@@ -24,6 +24,8 @@ from fastkd import create_model
 from fastkd.commands.bench import DataBenchOptions, LossOptions, StepOptions
 from fastkd.commands.doctor import DoctorOptions
 from fastkd.commands.eval import EvalOptions
+from fastkd.commands.export import ExportOptions
+from fastkd.commands.predict import PredictOptions
 from fastkd.config import RunOptions, config_type
 from fastkd.data import DataOptions
 from fastkd.methods import METHODS
@@ -80,7 +82,7 @@ def test_resume_before_the_first_checkpoint_starts_from_the_beginning(fastkd):
     Path("run").mkdir()
     Path("run/config.yaml").write_text(fastkd("train", *options, "--out", "run", "--print-config")[1])
     status, out, _ = fastkd("train", "--out", "run", "--resume")
-    assert status == 0 and "run has no checkpoint of the student yet" in out and "from the beginning" in out
+    assert status == 0 and "--resume: the training of the student has not begun in run" in out
 
 
 def test_a_folder_of_something_else_is_not_offered_for_resuming(fastkd):
@@ -95,13 +97,14 @@ def test_an_interrupt_says_how_to_go_on(fastkd, monkeypatch):
     def interrupted(*job):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastkd.commands.train.Job._fit", interrupted)
+    monkeypatch.setattr("fastkd.commands.train.Trainings._fit", interrupted)
     options = ALONE
     status, _, err = fastkd("train", *options, "--out", "my run")
-    assert (status, err) == (130, "fastkd: stopped; go on with `fastkd train --out 'my run' --resume`\n")
+    assert (status, err) == (75, "fastkd: stopped by SIGINT; go on with `fastkd train --out 'my run' --resume`\n")
     assert "--out runs/digits-ce-resnet8 --resume" in fastkd("train", *options)[2]
-    monkeypatch.setattr("fastkd.commands.train.Job.claim", interrupted)
-    assert fastkd("train", *options)[::2] == (130, "fastkd: stopped\n")
+    monkeypatch.setattr("fastkd.commands.job.Job.claim", interrupted)
+    status, _, err = fastkd("train", *options)
+    assert status == 75 and "stopped by SIGINT before the training began; go on with `fastkd train" in err
 
 
 def test_a_short_run_needs_one_option(fastkd):
@@ -167,6 +170,13 @@ def test_help_shows_every_option_and_its_default(fastkd):
     assert "method options" in out and "options options" not in out
 
 
+def test_the_text_of_an_option_fills_its_lines(fastkd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    first, second = (fastkd("train", "--help")[1] for _ in range(2))
+    assert first == second and max(map(len, first.splitlines())) == 80
+    assert "torchvision/NAME. Peers of the same name get them" in first  # its source has a line break after "of"
+
+
 HELP = [["doctor", "--help"], ["methods", "-h"]]
 
 
@@ -210,6 +220,8 @@ def test_help_shows_the_whole_text_of_every_option(fastkd, method):
     "command, kind",
     [
         ("eval", EvalOptions),
+        ("export", ExportOptions),
+        ("predict", PredictOptions),
         ("doctor", DoctorOptions),
         ("bench loss", LossOptions),
         ("bench step", StepOptions),
@@ -287,7 +299,9 @@ def test_doctor_survives_a_broken_dali(fastkd, monkeypatch):
     assert "folder (torchvision)" in out
 
 
-@pytest.mark.parametrize("command", [["train"], ["eval", "--weights", "net.pth", "--model", "resnet20"]])
+@pytest.mark.parametrize(
+    "command", [["train"], ["eval", "--weights", "w.pth", "--model", "resnet20", "--data", "digits"]]
+)
 def test_the_processes_choose_a_decoder_together(fastkd, monkeypatch, command):
     from fastkd import distributed
     from fastkd.errors import UserError
@@ -296,7 +310,8 @@ def test_the_processes_choose_a_decoder_together(fastkd, monkeypatch, command):
         raise UserError(f"together: {gather is distributed.gather}")
 
     name = "create_loaders" if command[0] == "train" else "create_eval_loader"
-    monkeypatch.setattr(f"fastkd.commands.{command[0]}.{name}", create_loaders)
+    module = "job" if command[0] == "train" else command[0]
+    monkeypatch.setattr(f"fastkd.commands.{module}.{name}", create_loaders)
     check_refused(fastkd(*command), "together: True")
 
 
@@ -311,7 +326,7 @@ def test_the_processes_choose_a_decoder_together(fastkd, monkeypatch, command):
         (["train", "--recipe", "digit"], ["'digit'", "'digits'"]),
         (["train", "--student", "resnet21"], ["resnet21", "resnet2"]),
         (["train", "--teacher", "timm/resnet5O"], ["resnet5O", "resnet50"]),
-        (["train", "--opt", "adan"], ["adan", "--opt", "adamw"]),
+        (["train", "--opt", "adamx"], ["adamx", "--opt", "adamw"]),
         (["--verison"], ["'--verison'", "'--version'"]),
         (["doctor", "--foo"], ["'--foo'", "fastkd doctor --help"]),
         (["methods", "foo"], ["'foo'", "fastkd methods --help"]),
@@ -364,8 +379,10 @@ def test_bad_options(fastkd, tmp_path, arguments, words):
         ("lr:", ["mine.yaml: lr must be a number, got None"]),
         ("baseline: maybe", ["mine.yaml: baseline must be true or false, got 'maybe'"]),
         ("seed: yes\nlr: true", ["mine.yaml: seed must be a whole number, got True"]),
-        ("mean: [0.1, 0.2]", ["mean=(0.1, 0.2): give three finite numbers"]),
-        ("opt: adan", ["mine.yaml: opt must be one of sgd", "got 'adan' (did you mean 'adamw'?)"]),
+        ("mean: [0.1, 0.2]", ["--config mine.yaml: mean=(0.1, 0.2): give three finite numbers"]),
+        ("momentum: 2", ["--config mine.yaml: --momentum"]),
+        ("method: kd\ntemperature: -1", ["--config mine.yaml: temperature"]),
+        ("opt: adamx", ["--config mine.yaml: --opt must be one of sgd", "lamb", "got 'adamx' (did you mean"]),
         ("batch-size: 8\nbatch_size: 9", ["mine.yaml: batch_size is given 2 times"]),
         ("epochs: 8\nepochs: 8", ["mine.yaml: epochs is given 2 times"]),
         ("method: ce\ntemperature: 3", ["mine.yaml: method ce has no option temperature", "have it: kd"]),
@@ -378,6 +395,12 @@ def test_bad_options(fastkd, tmp_path, arguments, words):
 def test_bad_files_of_options(fastkd, text, words):
     Path("mine.yaml").write_text(text)
     check_refused(fastkd("train", "--config", "mine.yaml"), *words)
+
+
+def test_a_bad_value_of_the_command_line_is_not_the_file_s(fastkd):
+    Path("mine.yaml").write_text("opt: adamw\nlr: 0.1\n")
+    _, _, err = fastkd("train", "--config", "mine.yaml", "--opt", "adamx")
+    assert err.startswith("fastkd: --opt must be one of sgd")
 
 
 def spoil_empty(images):
@@ -430,7 +453,7 @@ def test_bad_weights(fastkd, tmp_path):
         "evil2.pth": ["evil2.pth"],
     }.items():
         check_refused(fastkd("train", *FROZEN, "--teacher-weights", name), *words)
-        check_refused(fastkd("eval", "--model", "resnet20", "--weights", name), *words)
+        check_refused(fastkd("eval", "--model", "resnet20", "--weights", name, "--data", "digits"), *words)
     assert not Path("touched").exists() and not Path("runs").exists()
 
 
@@ -439,6 +462,23 @@ def test_a_teacher_that_knows_nothing_is_a_loud_warning(fastkd):
     torch.save(create_model("resnet20", 10).state_dict(), "fresh.pth")
     status, out, _ = fastkd("train", *FROZEN, "--no-baseline", "--teacher-weights", "fresh.pth")
     assert status == 0 and "WARNING: the teacher's top-1 is" in out and "chance is 10.00 %" in out
+
+
+def test_a_teacher_that_is_worse_than_the_student_alone_gets_a_hint():
+    from fastkd.commands.train import hint_of_teacher
+
+    rows = [["teacher", "a", "50.00"], ["student alone", "b", "60.00"], ["student, kd", "b", "55.00"]]
+    assert "(top-1 50.00 %) is worse" in hint_of_teacher(rows) and "--teacher-epochs" in hint_of_teacher(rows)
+    assert hint_of_teacher([["teacher 2", "a", "60.00"], *rows]) == ""  # the best counts
+    assert hint_of_teacher(rows[::2]) == "" and hint_of_teacher(rows[1:]) == ""
+
+
+def test_the_best_epoch_is_named_if_it_is_not_the_last():
+    from fastkd.commands.train import hint_of_best
+
+    rows = [{"epoch": epoch, "top1": top1} for epoch, top1 in ((1, 25.35), (2, 22.54))]
+    assert "best.pt has epoch 1, top-1 25.35 %" in hint_of_best(rows)
+    assert hint_of_best(rows[::-1]) == hint_of_best(rows[:1]) == ""
 
 
 def test_given_teacher_weights_are_used(fastkd):
@@ -480,7 +520,7 @@ def test_a_disk_that_takes_no_more(tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
     )
     result = (done.returncode, done.stdout, done.stderr)
-    check_refused(result, "cannot write run/teacher/best.pt", "File too large", "--resume")
+    check_refused(result, "cannot write run/teacher/last.pt", "File too large", "--resume")
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.pt"))
 
 
@@ -532,7 +572,7 @@ def test_a_teacher_serves_for_other_forms_and_epochs(fastkd, few_digits, tmp_pat
     short = ["--teacher-epochs", "1", "--no-baseline", "--method", "kd"]
     fastkd("train", "--out", "a", "--epochs", "1", *short)
     status, out, _ = fastkd("train", "--out", "b", "--epochs", "2", "--teacher-form", "fused", *short)
-    assert status == 0 and "trained before with these settings" in out
+    assert status == 0 and "trained before, taken from" in out
 
 
 def test_a_full_disk_behind_stdout():

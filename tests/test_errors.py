@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastkd.errors import nearest, printable
+from fastkd.errors import count_of, nearest, printable
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,12 @@ from fastkd.errors import nearest, printable
 )
 def test_what_a_terminal_cannot_show_becomes_escapes(text, encoding, shown):
     assert printable(text, encoding) == shown
+
+
+def test_a_noun_has_the_form_of_its_number():
+    words = [count_of(1, "epoch"), count_of(0, "epoch"), count_of(1000, "image"), count_of(2, "class")]
+    assert words == ["1 epoch", "0 epochs", "1,000 images", "2 classes"]
+    assert count_of(2, "batch") == "2 batches"
 
 
 def test_control_characters_can_be_kept():

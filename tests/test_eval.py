@@ -59,7 +59,7 @@ def test_the_held_out_images_are_evaluated(fastkd, trained, weights):
 
 
 @pytest.mark.parametrize(
-    ("weights", "elsewhere"), [("student.safetensors", "evaluated on the digits"), ("best.pt", "give --model NAME")]
+    ("weights", "elsewhere"), [("student.safetensors", "give --data"), ("best.pt", "give --model NAME")]
 )
 def test_the_folder_of_the_run_is_evaluated_without_data(fastkd, trained, tmp_path, monkeypatch, weights, elsewhere):
     monkeypatch.chdir(trained)
@@ -72,16 +72,16 @@ def test_the_folder_of_the_run_is_evaluated_without_data(fastkd, trained, tmp_pa
 
 def test_the_same_names_in_another_order_go_together(fastkd, trained, monkeypatch):
     """Folders are always sorted, so that only the note can have another order."""
-    from fastkd import checkpoint
+    from fastkd import weights_file
 
-    read = checkpoint.read_about
+    read = weights_file.read_about
 
     def turned(path):
         about = read(path)
         about["data"]["classes"] = ["dog", "cat", "bee", "ant"]
         return about
 
-    monkeypatch.setattr(checkpoint, "read_about", turned)
+    monkeypatch.setattr(weights_file, "read_about", turned)
     top1, _, out = score(fastkd, trained, "--data", trained / "tree")
     assert top1 < 20 and "in another order" in out
 
@@ -101,8 +101,7 @@ def test_other_names_are_refused_or_go_by_position(fastkd, trained, tmp_path):
     assert top1 < 50 and "go by position" in out
     check_refused(
         fastkd("eval", "--weights", command[2]),
-        "(evaluated on the digits: there is no --data) has other",
-        "only in the data: 0",
+        "does not say on which images to evaluate it: give --data",
     )
     write(tmp_path / "five" / "val", [*COLOURS, "elk"], 1)
     check_refused(fastkd(*command[:4], tmp_path / "five", "--ignore-class-names"), "4 classes and the data 5")
@@ -141,7 +140,7 @@ def test_images_without_labels(fastkd, trained, tmp_path):
     assert not Path("run").exists()
     status, out, err = fastkd(*command, "--out", "run")
     assert status == 0 and "5 images of" in out and "all training images are unlabelled" in out, err
-    from fastkd.checkpoint import read_about
+    from fastkd.weights_file import read_about
 
     assert read_about(Path("run/student.safetensors"))["data"] == {
         "images": 5,

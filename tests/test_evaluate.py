@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastkd import distributed
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluate, speed
@@ -56,6 +57,19 @@ def test_top5_counts_the_five_best(tiny_net, tiny_loaders):
     assert evaluate(net, loader, CPU32)["top5"] == pytest.approx(100 * want)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_images_without_finite_logits_are_counted_and_are_wrong(tiny_net, tiny_loaders, value):
+    """Whatever their label: torch's topk takes NaN for the largest logit."""
+    net, loader = tiny_net(), tiny_loaders()[1]
+    good = net.eval()(loader.images).argmax(1) == loader.target
+    bad = loader.target == 2
+    loader.images[bad, 1, 3, 3] = value
+    scores = evaluate(net, loader, CPU32)
+    assert scores["nonfinite"] == bad.sum().item() > 0
+    assert scores["top1"] == pytest.approx(100 * (good & ~bad).double().mean().item())
+    assert scores["top5"] == pytest.approx(100 * (~bad).double().mean().item())
+
+
 def test_speed_is_images_per_second(tiny_net, tiny_loaders):
     assert speed(tiny_net(), tiny_loaders()[1], CPU32, seconds=0.05) > 100
 
@@ -103,3 +117,14 @@ def test_a_network_that_returns_no_logits_is_named(output):
 def test_labels_of_another_number_of_images_are_an_error(tiny_net):
     with pytest.raises(UserError, match="3 labels for 4 images"):
         evaluate(tiny_net(), [(torch.zeros(4, 3, 8, 8), torch.zeros(3).long())], CPU32)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_an_evaluation_that_is_stopped_in_any_process_ends_in_all(tiny_net, tiny_loaders, monkeypatch, elsewhere):
+    """`elsewhere`: it is another process that is stopped."""
+    if elsewhere:
+        monkeypatch.setattr(distributed, "gather", lambda stopped: [stopped, True])
+    asked = []
+    stop = lambda: bool(asked.append(1)) or not elsewhere  # noqa: E731
+    assert evaluate(tiny_net(), tiny_loaders()[1], Precision("float32", torch.device("cpu")), stop) == {}
+    assert len(asked) == (3 if elsewhere else 1)

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy
+import pytest
 import torch
 
 
@@ -29,3 +30,58 @@ def test_timm_loop():
     batches = [(torch.randn(8, 3, 32, 32) + labels[:, None, None, None], labels)] * 4
     history = example("timm_loop").train(batches, classes=3, student="resnet10t", teacher="resnet10t", epochs=10)
     assert history[-1] < 0.8 * history[0]
+
+
+def test_torchvision_loop():
+    torch.manual_seed(0)
+    history = example("torchvision_loop").main(samples=192)
+    assert len(history) == 3 and history[-1] < 0.9 * history[0]
+
+
+def test_own_loader(tmp_path):
+    torch.manual_seed(0)
+    result = example("own_loader").main(str(tmp_path), samples=128)
+    assert [row["epoch"] for row in result.history] == [1, 2, 3]
+    assert result.history[-1]["kd"] < result.history[0]["kd"]
+    assert (tmp_path / "teacher/student.safetensors").exists() and result.student.exists()
+
+
+@pytest.mark.libraries
+def test_lightning_module(tmp_path):
+    pytest.importorskip("lightning")
+    torch.manual_seed(0)
+    lightning_module = example("lightning_module")
+    module = lightning_module.main(str(tmp_path), samples=128)
+    assert module.teacher.net.training is False and module.student.training
+    (file,) = tmp_path.rglob("*.ckpt")
+    saved = torch.load(file, weights_only=True)["state_dict"]
+    assert saved and all(name.startswith("student.") for name in saved)
+    assert torch.equal(saved["student.fc.weight"], module.student.state_dict()["fc.weight"])
+
+
+@pytest.mark.libraries
+def test_hf_trainer(tmp_path):
+    pytest.importorskip("accelerate")
+    history = example("hf_trainer").main(str(tmp_path), samples=256)
+    assert len(history) == 3 and history[-1] < history[0]
+
+
+@pytest.mark.libraries
+def test_accelerate_loop():
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    accelerate_loop = example("accelerate_loop")
+    accelerate_loop.EPOCHS = 4
+    history = accelerate_loop.main(samples=192)
+    assert len(history) == 4 and history[-1] < history[0]
+
+
+@pytest.mark.libraries
+def test_wandb_loop(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    torch.manual_seed(0)
+    history = example("wandb_loop").main(str(tmp_path), samples=128)
+    wandb.teardown()  # its service has then written everything
+    assert history[0].keys() == {"train/ce", "train/kd"} and history[-1]["train/kd"] < history[0]["train/kd"]
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"train/kd" in log.read_bytes()

@@ -27,6 +27,7 @@ RUNS = {
     "every-method-eager": [f"tests/null_device/{job}.py" for job in ("steps", "rules", "losses")],
     "launches-within-budget": ["tests/null_device/launches.py"],
     "options-and-teacher-forms": ["tests/null_device/options.py"],
+    "recomputed-blocks": ["tests/null_device/recomputed.py"],
     "faults-stay-fixed": ["tests/null_device/faults.py"],
     "fastkd-train": ["tests/null_device/training.py"],
     "compiled-step": ["tests/null_device/compiling.py"],

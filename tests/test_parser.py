@@ -45,15 +45,10 @@ TYPED = {
     "--gradient-accumulation-steps": "--grad-accum",
     "--warmup": "--warmup-epochs",
     "--momentun": "--momentum",
-    "--wandb": "",
+    "--wandb": "--log",
     "--wandb-project": "",
-    "--log-interval": "",
-    "--aa": "",
     "--jsd": "",
-    "--sync-bn": "",
     "--num-classes": "",
-    "--reprob": "",
-    "--verbose": "",
     "--foo": "",
 }
 

@@ -54,9 +54,31 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_train_lines_parse(fastkd, line):
     arguments = line.partition("#")[0].replace("\\\n", " ").split()[1:]
-    if "--resume" in arguments:  # the folder of that run does not exist here
-        arguments.remove("--resume")
+    for option in ("--resume", "--extend"):  # the folder of that run does not exist here
+        arguments = [each for each in arguments if each != option]
     assert fastkd(*arguments, "--print-config")[0] == 0
+
+
+def other_commands() -> list[tuple[str, ...]]:
+    """(command, options ...) of the lines in blocks of code that call another command than train."""
+    found = set()
+    for page in PAGES:
+        blocks = re.findall(r"```bash\n(.*?)```|((?:^ {4}[^\n]*\n)+)", text(page), re.S | re.M)
+        for line in "\n".join("".join(pair) for pair in blocks).replace("\\\n", " ").splitlines():
+            words = line.partition("#")[0].split()
+            if words[:1] == ["fastkd"] and words[1] != "train":
+                chosen = words[2:3] if words[1] == "bench" else []
+                found.add((words[1], *chosen, *(word for word in words if word.startswith("--"))))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("words", other_commands(), ids=" ".join)
+def test_other_lines_name_options_that_exist(fastkd, words):
+    status, text, _ = fastkd(*(word for word in words if not word.startswith("--")), "--help")
+    assert status == 0
+    if "options are those of `fastkd train`" in text:
+        text += fastkd("train", "--help")[1]
+    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", text))
 
 
 @pytest.mark.parametrize("page", LINKED)

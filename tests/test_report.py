@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from fastkd.report import Bar, console, log_rank0, show_table, track
+from fastkd.progress import Bar, track
+from fastkd.report import console, log_rank0, show_table
 
 TRICKY = ["pip install 'fastkd[dali]'", "[bold]x[/bold]", ":cat: lr:100: 2", "[/]", "{0} %s {x}", "a\\[b]", "[link=x]y"]
 
@@ -49,9 +50,8 @@ def test_titles_of_a_bar_on_a_terminal(terminal, monkeypatch):
         pass
     assert rb"fastkd[dali] caf\udce9" in read().split(b"\n", 1)[1]  # after the line: in the bar itself
     bar = Bar(2, 0, 3)
-    with bar.progress:
-        bar.start_epoch(0)
-        bar.progress.update(bar.task, shown="term[x] 1.0")
+    with bar:
+        bar.show("epoch[1]", "term[x] 1.0", 0)
     assert b"term[x] 1.0" in read()
 
 

@@ -14,10 +14,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fastkd import Trainer, TrainOptions, checkpoint, create_model
+from fastkd import Trainer, TrainOptions, create_model
 from fastkd.errors import UserError
+from fastkd.files import write_atomic
 from fastkd.methods import CE, IAKD, KD
 from fastkd.models import load_weights
+from fastkd.run import checkpoint
+from fastkd.run.folder import new_folder
 
 
 def fit(tiny_net, tiny_loaders, out, epochs=3, net_seed=0, **options):
@@ -41,7 +44,7 @@ def test_run_folder_explains_itself(tiny_net, tiny_loaders, tmp_path):
     out = result.out
     names = {path.name for path in out.iterdir()}
     files = {"config.yaml", "environment.json", "README.txt", "history.csv", "history.jsonl", "curves.png"}
-    assert names == files | {"last.pt", "best.pt", "student.safetensors"}
+    assert names == files | {".lock", "report.html", "last.pt", "last-1.pt", "best.pt", "student.safetensors"}
     assert yaml.safe_load((out / "config.yaml").read_text())["lr"] == 0.05
     assert json.loads((out / "environment.json").read_text())["packages"]["torch"]
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
@@ -64,16 +67,26 @@ def test_checkpoints_hold_no_teacher(tiny_net, tiny_loaders, tmp_path):
 RESET = {"reset_momentum": True, "sched": "multistep", "decay_milestones": (1.0, 2.0), "opt": "nesterov"}
 
 
+def kill_after(monkeypatch, saves):
+    """The run ends after so many states were written; the next one raises."""
+    save, count = checkpoint.save_run, []
+
+    def killed(folder, state, keep):
+        if len(count) == saves:
+            raise KeyboardInterrupt
+        count.append(state)
+        save(folder, state, keep)
+
+    monkeypatch.setattr(checkpoint, "save_run", killed)
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3, 5])
 @pytest.mark.parametrize("options", [{}, EVERYTHING, RESET], ids=["plain", "everything", "reset"])
-def test_resumed_equals_uninterrupted(tiny_net, tiny_loaders, tmp_path, options, monkeypatch):
+def test_resumed_equals_uninterrupted(tiny_net, tiny_loaders, tmp_path, options, saves, monkeypatch):
+    """After a state within an epoch, before an evaluation and after one."""
     whole, _ = fit(tiny_net, tiny_loaders, tmp_path / "whole", **options)
-    save = checkpoint.save_run
-
-    def killed_after_the_first(folder, state):
-        save(folder, state)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save_run", killed_after_the_first)
+    kill_after(monkeypatch, saves)
+    options = options | {"checkpoint_every": "2"}
     with pytest.raises(KeyboardInterrupt):
         fit(tiny_net, tiny_loaders, tmp_path / "cut", **options)
     monkeypatch.undo()
@@ -120,16 +133,6 @@ def test_a_kill_while_the_first_file_is_written_does_not_block_the_folder(tiny_n
 def test_equal_runs_leave_equal_bytes(tiny_net, tiny_loaders, tmp_path):
     one, two = (fit(tiny_net, tiny_loaders, tmp_path / name, epochs=1)[0] for name in ("one", "two"))
     assert one.student.read_bytes() == two.student.read_bytes()
-
-
-def test_a_loader_that_is_none_is_an_error_that_names_what_it_lacks(tiny_net, tiny_loaders, tmp_path):
-    train, val = tiny_loaders()
-    plain = torch.utils.data.DataLoader(list(zip(train.images, train.target, strict=True)), batch_size=8)
-    options = TrainOptions(epochs=1, out=str(tmp_path / "run"))
-    with pytest.raises(UserError, match=r"train_loader \(DataLoader\) lacks classes, samples, state_dict, load_state"):
-        Trainer(CE(tiny_net()), plain, val, options)
-    assert not (tmp_path / "run").exists()
-    assert Trainer(CE(tiny_net()), train, plain, options).fit().history  # to evaluate, batches are enough
 
 
 class Batches:
@@ -186,7 +189,7 @@ def test_best_checkpoint_is_a_weights_file_too(tiny_net, tiny_loaders, tmp_path)
 
 
 def test_new_folders_are_never_shared(tmp_path):
-    names = [checkpoint.new_folder(str(tmp_path / "runs/a")).name for _ in range(3)]
+    names = [new_folder(str(tmp_path / "runs/a")).name for _ in range(3)]
     assert names == ["a", "a-2", "a-3"]
 
 
@@ -201,7 +204,7 @@ def test_another_run_is_not_overwritten(tiny_net, tiny_loaders, tmp_path):
     before = (tmp_path / "run/student.safetensors").read_bytes()
     with pytest.raises(UserError, match="not empty.*--resume"):
         fit(tiny_net, tiny_loaders, tmp_path / "run", epochs=1)
-    with pytest.raises(UserError, match="other options: epochs was 1, now 2; give the old ones to go on, or"):
+    with pytest.raises(UserError, match="other options: epochs was 1, now 2; give the old ones to go on, add --extend"):
         fit(tiny_net, tiny_loaders, tmp_path / "run", epochs=2, resume=True)
     assert (tmp_path / "run/student.safetensors").read_bytes() == before
 
@@ -254,39 +257,24 @@ def test_weights_are_kept_where_the_picture_cannot_be_drawn(tiny_net, tiny_loade
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    checkpoint.write_atomic(tmp_path / "last.pt", b"old")
+    write_atomic(tmp_path / "last.pt", b"old")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*last.pt \(3 bytes\): No space left on device.*--resume"):
-        checkpoint.write_atomic(tmp_path / "last.pt", b"new")
+        write_atomic(tmp_path / "last.pt", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
     assert (tmp_path / "last.pt").read_bytes() == b"old"
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-    checkpoint.save_run(tmp_path, {"history": [{"top1": 1.0}]})
+    checkpoint.save_run(tmp_path, {"history": [{"top1": 1.0}], "step": 0})
     whole = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="last.pt is not a readable checkpoint"):
         checkpoint.load(tmp_path / "last.pt")
-
-
-def test_tensorboard_gets_every_epoch(tiny_net, tiny_loaders, tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    result, _ = fit(tiny_net, tiny_loaders, tmp_path / "run", tensorboard=True)
-    events = accumulator.EventAccumulator(str(result.out / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("top1")] == [1, 2, 3]
-
-
-def test_tensorboard_missing_is_said_before_anything_is_written(tiny_net, tiny_loaders, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"fastkd\[tensorboard\]"):
-        fit(tiny_net, tiny_loaders, tmp_path / "run", tensorboard=True)
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

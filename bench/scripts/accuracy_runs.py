@@ -39,7 +39,7 @@ RECIPES = {
     "--sched multistep --decay-milestones 5 6 7 --decay-rate 0.1",
 }
 SEEDS = {"digits": 5, "fashion": 3}
-NOT_SETTINGS = ("seed", "out", "resume", "device", "tensorboard")
+NOT_SETTINGS = ("seed", "out", "resume", "device", "log", "log_interval", "extend", "report")
 
 
 class Unit(NamedTuple):

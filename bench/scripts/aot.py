@@ -183,9 +183,10 @@ def maps() -> Iterator[tuple[str, tuple, Call]]:
     gpu = importlib.import_module("fastkd.kernels.gpu.pad_crop")
     yield "pad and crop", tuple(out.shape), partial(gpu.launch, *given, 4, True)
     gpu, number = importlib.import_module("fastkd.kernels.gpu.step_end"), partial(meta, dtype=torch.float32)
-    yield "sums of 4 terms", (5,), partial(gpu.launch_sums, meta(5, dtype=torch.float64), [number()] * 4, 256)
+    state, wide = gpu.StepState(meta(5, dtype=torch.int64), number(), number()), partial(meta, dtype=torch.float64)
+    yield "sums of 4 terms", (5,), partial(gpu.launch_sums, wide(5), [number()] * 4, 256, 1.0, True, state, wide(33, 5))
     norms, buffers = number(161), number(53248)
-    yield "check of gradients", (161,), partial(gpu.launch_check, norms, buffers, buffers, number(), number())
+    yield "check of gradients", (161,), partial(gpu.launch_check, norms, buffers, buffers, state, number(33, 161), 25)
     launch = importlib.import_module("fastkd.kernels.gpu.conv_epilogue").launch
     for shape in ((256, 64, 56, 56), (128, 10, 32, 32)):
         y, z = (meta(*shape).contiguous(memory_format=torch.channels_last) for _ in range(2))

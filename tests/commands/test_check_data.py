@@ -106,7 +106,7 @@ def test_each_kind_is_found(folder, tmp_path, capsys, workers, monkeypatch):
     bad = {os.path.basename(row["image"]) for row in rows if row["bad"] == "1"}
     assert bad == BAD | {"dangling.jpg"}
     shown = capsys.readouterr().out
-    assert "6 are bad" in shown and "html.jpg: no picture" in shown and "pipe.jpg" in shown
+    assert "6 of them bad" in shown and "html.jpg: no picture" in shown and "pipe.jpg" in shown
 
 
 def test_training_takes_the_list_or_skips(folder, tmp_path):

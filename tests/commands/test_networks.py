@@ -8,12 +8,12 @@ import torch
 import yaml
 
 from fastkd import create_model
-from fastkd.checkpoint import save_network
 from fastkd.commands.networks import NetworkMaker, teacher_of
 from fastkd.config import Config, defaults, parse
 from fastkd.errors import UserError
 from fastkd.models.own_input import InputSpec
 from fastkd.network_options import NetworkOptions
+from fastkd.weights_file import save_network
 
 SHORT = ["--epochs", "1", "--warmup-epochs", "0", "-b", "256", "--no-baseline"]
 QUICK = [*SHORT, "--teacher-epochs", "1"]
@@ -111,7 +111,7 @@ def test_a_fine_tuned_teacher_is_reused_by_the_content_of_its_file(fastkd, few_d
     hint = refused(fastkd("train", *given, seven, "--teacher-epochs", "0"))
     assert "[7, 64]" in hint and "--teacher-epochs N" in hint and not Path("runs").exists()
     out = ok(fastkd("train", *given, seven, "--teacher-epochs", "1", "--out", "a"))
-    assert "a new classifier" in out and f"fine-tuning it from {seven}, 1 epochs" in out
+    assert "a new classifier" in out and f"fine-tuning it from {seven}, 1 epoch" in out
     shutil.copy(seven, "copy.pth")
     assert "trained before from copy.pth" in ok(
         fastkd("train", *given, "copy.pth", "--teacher-epochs", "1", "--out", "b")

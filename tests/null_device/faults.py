@@ -16,6 +16,8 @@ from fastkd.engine import Step, TrainOptions, choose_form, graphed
 from fastkd.engine.partial_graphs import PartialGraphStep
 from fastkd.errors import UserError
 from fastkd.methods import METHODS
+from fastkd.run.checkpoint import Writer
+from fastkd.run.diverged import Watch
 
 MEGABYTE = 2**20
 
@@ -217,3 +219,18 @@ def test_an_update_that_cannot_be_captured_goes_on_eagerly(flat, monkeypatch):
     assert len(said) == 1 and "out of memory" in said[0] and runner.eager == 5
     assert not flat or len(sent) == 5
     runner.close()
+
+
+def test_the_counters_of_bad_steps_are_read_without_a_wait(tmp_path):
+    """The copy of step 16 is read after step 32, when the limit was reached in between: the run stops there."""
+    step = step_of("ce", out=str(tmp_path), max_bad_steps=3)
+    watch = Watch(step, Writer(tmp_path), print)
+    counts = torch.tensor([16, 3, 3, 16, 32])
+    with no_host_sync():
+        for number in range(31):
+            if number == 15:
+                step.bad.counts.copy_(counts, non_blocking=True)
+            watch(0, number, torch.tensor([number]))
+    with pytest.raises(UserError, match="training diverged.*--max-bad-steps 3"):
+        watch(0, 31, torch.tensor([31]))
+    assert (tmp_path / "diverged.json").exists()

@@ -245,7 +245,7 @@ def test_the_commands_fill_show_verify_and_train_from_a_cache(fastkd, photos, mo
     assert "is complete: 2 views of 20 images" in fastkd(*ahead)[1]
     status, out, err = fastkd("cache-teacher", "--info", "ahead")
     assert status == 0 and "2, of which 2 are complete" in out and "mixup 0.4 and cutmix 1" in out, err
-    assert "ahead: 2 files are as they were written" in fastkd("cache-teacher", "--verify", "ahead")[1]
+    assert "ahead: 2 files checked, all as they were written" in fastkd("cache-teacher", "--verify", "ahead")[1]
 
     built = []
     create = create_model
