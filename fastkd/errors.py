@@ -8,7 +8,22 @@ from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """The input is wrong. The message says what, with the values, and what to do; the command prints it as one line."""
+    """The input is wrong. The message says what, with the values, and what to do; the command prints it as one line.
+
+    It names options as the command line does. A traceback also says what they are called in Python.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        flags = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][a-z-]*\b", re.sub("`[^`]*`", "", message)))
+        if flags:
+            self.__notes__ = [f"In Python, options are arguments: {', '.join(map(_argument, flags))}"]
+
+
+def _argument(flag: str) -> str:
+    """--grad-accum is grad_accum=, --no-augment is augment=False"""
+    name = flag[2:].replace("-", "_")
+    return f"{name[3:]}=False" if name.startswith("no_") else f"{name}="
 
 
 def lost_worker(error: Exception) -> str:

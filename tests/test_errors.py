@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastkd.errors import count_of, nearest, printable
+from fastkd.errors import UserError, count_of, nearest, printable
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,22 @@ from fastkd.errors import count_of, nearest, printable
 )
 def test_what_a_terminal_cannot_show_becomes_escapes(text, encoding, shown):
     assert printable(text, encoding) == shown
+
+
+@pytest.mark.parametrize(
+    "message, arguments",
+    [
+        ("--opt nesterov needs --momentum above 0; --no-sync-bn, not --opt", "opt=, momentum=, sync_bn=False"),
+        ("--file-list: make one with `fastkd check-data --out`", "file_list="),
+    ],
+)
+def test_a_traceback_names_the_arguments_of_options(message, arguments):
+    error = UserError(message)
+    assert str(error) == message and error.__notes__ == [f"In Python, options are arguments: {arguments}"]
+
+
+def test_an_error_without_options_has_no_note():
+    assert not hasattr(UserError("data='synthetic': a -- b, seed-5"), "__notes__")
 
 
 def test_a_noun_has_the_form_of_its_number():
