@@ -80,6 +80,8 @@ def parse(arguments: list[str], log: Callable[[str], None] = print) -> Config:
 
 def _origin(message: str, sources: Sources) -> str:
     """The recipe or file, as "NAME: ", that gives the first option which `message` names; "" for the command line."""
+    if message.startswith("unexpected "):
+        return ""
     for name in re.findall(r"^\w+|--[a-z][\w-]*|\b[a-z]\w*(?==)", message):
         for source, values in reversed(sources):
             if name_of(name) in values:
@@ -164,8 +166,12 @@ def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values, node = parse_yaml(read_text(path))
+    except FileNotFoundError:
+        raise UserError(
+            f"--config {path}: there is no such file; check the path, or make one by `fastkd train --print-config`"
+        ) from None
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
+        raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # also of text that is not UTF-8, and of an impossible date
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or node is None:

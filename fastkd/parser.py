@@ -6,6 +6,7 @@ In this file `kind` is always a dataclass whose fields are sections, and a secti
 
 import contextlib
 import io
+import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import MISSING, fields
@@ -179,15 +180,21 @@ def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Seque
 
 @cache
 def _join_lines_of_help(kind: type) -> None:
-    """Give tyro the text of each option in one line. It keeps line breaks of the source before indented lines."""
+    """Give tyro the text of each option in one line, and a word for an empty default.
+
+    tyro keeps line breaks of the source before indented lines.
+    """
     import docstring_parser
     import tyro
 
     for section in {cast(type, option.type) for option in fields(kind)}:
         texts = {each.arg_name: each.description for each in docstring_parser.parse_from_object(section).params}
+        empty = {each.name for each in fields(section) if each.default in ("", ())}
         for name, hint in get_type_hints(section, include_extras=True).items():
             text = " ".join((texts.get(name) or "").split())
-            section.__annotations__[name] = Annotated[hint, tyro.conf.arg(help=text)] if text else hint
+            default = ("" if "Default: " in text else "(default: none)") if name in empty else None
+            about = tyro.conf.arg(help=text, help_behavior_hint=default)
+            section.__annotations__[name] = Annotated[hint, about] if text else hint
 
 
 def _with_values(arguments: list[str], kind: type) -> list[str]:
@@ -237,8 +244,7 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
         positive = name_of(flag).removeprefix("no_")
         name = positive if types.get(positive) is bool else name_of(flag)
         if not flag:
-            hint = f" (did you mean --weights {words[0]}?)" if "weights" in types else ""
-            raise UserError(f"unexpected {words[0]!r}{hint}; `{command} --help` lists the options")
+            raise UserError(f"unexpected {words[0]!r}{_meant(words[0], types)}; `{command} --help` lists the options")
         elif name not in types:
             hint = nearest_option(name_of(flag), types, dashes=True)
             raise UserError(f"unknown option {flag!r}{hint}; `{command} --help` lists them")
@@ -246,6 +252,13 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
             raise UserError(f"{flag} takes no value, got {' '.join(words)!r}: write --{name} or --no-{name}")
         elif types[name] is not bool and not _fits(types[name], words):
             raise _wrong(flag, types[name], words, repr(" ".join(words)) if words else "nothing")
+
+
+def _meant(word: str, known: Collection[str]) -> str:
+    """The option that a word without one is probably for, as a hint, or the empty string."""
+    flag = "weights" if "weights" in known else "config" if word.endswith((".yaml", ".yml")) else "data"
+    is_meant = flag in known and (flag != "data" or os.path.exists(word))
+    return f" (did you mean --{flag} {word}?)" if is_meant else ""
 
 
 def _fits(kind: type, words: list[str]) -> bool:

@@ -116,7 +116,8 @@ def check_file(weights: Path, option: str) -> None:
     if os.path.isdir(weights):
         raise UserError(f"{given} is a folder; name a file, such as {weights / 'student.safetensors'}")
     if not os.path.isfile(weights):
-        raise UserError(f"{given}: there is no such file (a tag of a library's weights needs --model NAME)")
+        what = "file (a tag of a library's weights needs --model NAME)" if option else "file or run folder"
+        raise UserError(f"{given}: there is no such {what}; check the path")
 
 
 def network_of(weights: Path, option: str = "--weights ") -> str:

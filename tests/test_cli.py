@@ -65,6 +65,7 @@ def test_resume_takes_the_runs_own_options(fastkd, tmp_path):
     assert fastkd("train", *QUICK, "--no-baseline", "--temperature", "3", "--out", "run")[0] == 0
     status, out, _ = fastkd("train", "--out", "run", "--resume")
     assert status == 0 and "resuming run after epoch 1 of 1" in out
+    assert "run has all of its 1 epoch, nothing is left to train; --resume --extend --epochs N goes on" in out
     check_refused(fastkd("train", "--out", "run", "--resume", "--lr", "0.3"), "lr was 0.05, now 0.3")
     check_refused(fastkd("train", *QUICK, "--out", "run"), "--out run is not empty", "--resume")
 
@@ -166,7 +167,7 @@ def test_help_shows_every_option_and_its_default(fastkd):
     names += " amp-dtype channels-last workers seed out resume data loader student teacher teacher-weights temperature"
     for name in names.split():
         assert f"--{name}" in out
-    assert "also -b." in out and "default: 4.0" in out
+    assert "also -b." in out and "default: 4.0" in out and "default: none" in out and "default: )" not in out
     assert "method options" in out and "options options" not in out
 
 
@@ -247,7 +248,11 @@ def test_help_shows_markup_as_it_is(fastkd, monkeypatch):
         (["eval"], "--weights is missing; `fastkd eval --help` explains it"),
         (["train", "--teacher-epochs", "-1"], "--teacher-epochs must not be negative, got -1"),
         (["caf\udce9\n"], r"unknown command 'caf\udce9\n'; see `fastkd --help`"),
-        (["train", "--config", "caf\udce9\n.yaml"], r"--config caf\udce9\n.yaml: No such file or directory"),
+        (
+            ["train", "--config", "caf\udce9\n.yaml"],
+            r"--config caf\udce9\n.yaml: there is no such file; check the path, or make one by "
+            "`fastkd train --print-config`",
+        ),
     ],
 )
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
@@ -330,7 +335,9 @@ def test_the_processes_choose_a_decoder_together(fastkd, monkeypatch, command):
         (["--verison"], ["'--verison'", "'--version'"]),
         (["doctor", "--foo"], ["'--foo'", "fastkd doctor --help"]),
         (["methods", "foo"], ["'foo'", "fastkd methods --help"]),
-        (["train", "foo"], ["unexpected 'foo'"]),
+        (["train", "foo"], ["fastkd: unexpected 'foo';"]),
+        (["train", "/"], ["fastkd: unexpected '/' (did you mean --data /?)"]),
+        (["train", "x.yaml"], ["(did you mean --config x.yaml?)"]),
         (["train", "--epochs", "many"], ["--epochs must be a whole number, got 'many'"]),
         (["train", "--epochs", "1", "2"], ["--epochs must be a whole number, got '1 2'"]),
         (["train", "--mean", "0.5"], ["mean=(0.5,): give three finite numbers"]),
@@ -351,7 +358,7 @@ def test_the_processes_choose_a_decoder_together(fastkd, monkeypatch, command):
         (["train", "--device", "meta"], ["meta"]),
         (["train", "--device", "cuda:7"], ["cuda:7"]),
         (["train", "--data", "nowhere"], ["nowhere"]),
-        (["train", "--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+        (["train", "--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
         (["train", "--teacher-weights", "nowhere.pth"], ["nowhere.pth"]),
         (["train", "--teacher-epochs", "0"], ["resnet20", "--teacher-weights", "--teacher-epochs"]),
         (["eval"], ["--weights"]),

@@ -157,6 +157,6 @@ def _show(trained: Trained, files: Sequence[Exported], scores: Sequence[dict[str
     if scores[0]:
         columns += ["top-1 %", "top-5 %"]
         rows = [[*row, f"{each['top1']:.2f}", f"{each['top5']:.2f}"] for row, each in zip(rows, scores, strict=True)]
-    show_table(columns, rows, numbers=len(columns) - 2, whole=1)
+    show_table(columns, rows, numbers=len(columns) - 2, whole=2)
     log_rank0("logits differ by: the largest difference on random images, as a fraction of the largest logit")
     log_rank0(f"everything is in {files[0].path.parent}")

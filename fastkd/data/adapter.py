@@ -123,7 +123,7 @@ def adapt(
     """Both loaders as the trainer takes them; a Loader is given as it is.
 
     `classes`: names, for a training loader whose data set has none. Raises UserError if a loader cannot be used. `log`
-    gets a line that says what a resume does.
+    gets a line if a resume with it is not exact.
     """
     for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
         kind = type(loader)
@@ -164,11 +164,11 @@ def _adapted(
             "for each label, in the order of the labels"
         )
     check_train_share(loader, log)
-    more = "; its workers stay alive, and draw other numbers then" if getattr(loader, "persistent_workers", 0) else ""
-    log(
-        f"train_loader is a {kind}: a resume within an epoch reads its batches from the beginning and drops those that "
-        f"are done; they are the same if torch, Python or numpy draws its random numbers{more}"
-    )
+    if getattr(loader, "persistent_workers", False):
+        log(
+            f"train_loader is a {kind} with persistent_workers: after a resume within an epoch its workers draw other "
+            "random numbers; persistent_workers=False keeps a resume exact"
+        )
     return AdaptedLoader(loader, names, device, memory_format)
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, count_of
 from .checkpoint_files import StateDict, clipped, listed, read_state_dict, without_prefixes
-from .classifier import classifier_keys
+from .classifier import classifier_keys, classifiers_of, count_classes
 from .layouts import candidates
 
 MOST_KEYS = 50_000  # of a file whose layout is looked for, which takes 50 us a key; networks have up to 5,000
@@ -99,9 +99,13 @@ def _fit(model: nn.Module, own: Mapping[str, Tensor], layout: str, table: Mappin
 def _misfit(model: nn.Module, fit: Fit, new_classifier: bool) -> str:
     """Why the nearest layout does not fit."""
     nearest = f" (nearest layout: {fit.layout})" if fit.layout else ""
-    hint = f"; {HINT}" if fit.classifier and not new_classifier else ""
+    name = type(model).__name__
+    if fit.classifier and not new_classifier:
+        of = f"is for {count_of(fit.classifier.classes, 'class')}" if fit.classifier.classes else "has no classifier"
+        classes = count_of(count_classes(next(iter(classifiers_of(model).values()))), "class")
+        return f"{of}, and this {name} for {classes}{nearest}: {'; '.join(fit.complaints)}; {HINT}"
     words = fit.rest if new_classifier and fit.rest else fit.complaints
-    return f"does not fit this {type(model).__name__}{nearest}: {'; '.join(words)}{hint}"
+    return f"does not fit this {name}{nearest}: {'; '.join(words)}"
 
 
 def _note(table: Mapping[str, Tensor], good: Sequence[Fit]) -> str:

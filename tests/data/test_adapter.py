@@ -113,9 +113,12 @@ def test_names_of_classes_are_found_or_given():
     assert adapted(plain, classes="abcd").samples == 22
 
 
-def test_what_a_resume_does_is_said_once(tiny_net, tmp_path, capsys):
-    fit(tiny_net, LOADERS["shuffled"](), tmp_path / "run")
-    assert capsys.readouterr().out.count("train_loader is a DataLoader: a resume within an epoch reads") == 1
+def test_a_loader_whose_resume_is_not_exact_is_said():
+    said: list[str] = []
+    for persistent in (False, True):
+        loader = DataLoader(Images(), batch_size=8, num_workers=1, persistent_workers=persistent)
+        adapt(loader, LOADERS["shuffled"](), None, CPU, LAST, said.append)
+    assert len(said) == 1 and "persistent_workers=False keeps a resume exact" in said[0]
 
 
 def test_batches_are_on_the_device_in_the_memory_format_and_nothing_is_cast():
