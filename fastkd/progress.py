@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence, Sized
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from . import distributed
 from .callbacks import Callbacks, StepEnd
@@ -29,7 +31,7 @@ class Display:
         self.started = self.shown_at = time.perf_counter()
         is_shown = distributed.rank() == 0 and not is_quiet()
         self.notebook = Notebook() if is_shown and in_notebook() else None
-        self.bar = progress_with(TextColumn("{task.fields[shown]}", markup=False))
+        self.bar = progress_with(Shortened("{task.fields[shown]}", markup=False, table_column=Column()))
         self.task = self.bar.add_task(printable_here(title), total=total, completed=done, shown="")
         is_live = bool(self.notebook) or not self.bar.disable
         self.every = float("inf") if not is_shown else LIVE_S if is_live else interval
@@ -123,6 +125,7 @@ class Bar(Display):
         """`title` stands before the number of the batch. After the steps: `with bar.start_evaluation(...):`."""
         self.evaluated, self.batches = 0, len(loader) * networks if isinstance(loader, Sized) else 0
         self.title = title
+        self.bar.update(self.task, description=printable_here(title), shown="evaluation")
         return self
 
     def advance_evaluation(self) -> None:
@@ -149,11 +152,20 @@ class Bar(Display):
         return rates | waits
 
 
+class Shortened(TextColumn):
+    """Text that is cut where a terminal is narrow; the other columns keep their width."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 def progress_with(column: ProgressColumn) -> Progress:
     """A bar on the terminal of rank 0: description, bar, `column`, remaining time."""
     screen = console()
     title = TextColumn("{task.description}", markup=False)  # else rich would drop "[dali]"
-    columns = (title, BarColumn(), column, TimeRemainingColumn(), TextColumn("left"))
+    columns = (title, BarColumn(20), column, TimeRemainingColumn(), TextColumn("left"))
     return Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal or is_quiet())
 
 

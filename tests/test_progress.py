@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastkd import Trainer, TrainOptions
 from fastkd.engine.precision import Precision
 from fastkd.evaluate import evaluate
 from fastkd.methods import CE
-from fastkd.progress import Bar, Counter, Notebook, track
+from fastkd.progress import Bar, Counter, Display, Notebook, track
 from fastkd.report import LOGGER, PRINTER, log_rank0, set_output
 
 
@@ -103,6 +104,17 @@ def test_messages_go_through_logging(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_narrow_terminal_shows_the_time_that_is_left(monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr("fastkd.progress.console", lambda: screen)
+    with Display(100, title="epoch 2/2") as display:
+        display.show("epoch 2/2", "step 19/23  441 img/s  data wait 2 %  ce 0.2244  kd 0.0014", 5)
+        screen.file.truncate(0)
+        display.bar.refresh()
+    line = screen.file.getvalue().split("left")[0]
+    assert "step 19/23  441 img/s" in line and "…" in line and line.endswith(("-:--:-- ", "0:00:00 "))
+
+
 def test_a_notebook_has_one_bar_that_is_drawn_in_place(monkeypatch):
     shown, updates = [], []
 
@@ -130,6 +142,7 @@ def test_in_a_real_kernel(tmp_path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     code = f"""
 import torch
+from rich.console import Console
 from fastkd import Trainer, TrainOptions, create_model
 from fastkd.methods import CE
 batches = [(torch.randn(4, 3, 32, 32), torch.arange(4))] * 3
