@@ -77,6 +77,8 @@ class NetworkMaker:
         if distributed.rank() > 0:
             distributed.barrier()  # rank 0 goes first, so that pre-trained weights are downloaded once
         size = image_size or self.images.image_size
+        if weights and (noted := weights_file.read_about(Path(weights)).get("model", name)) != name:
+            log_rank0(f"{role} {name}: the weights {weights} are of {noted}, says their note")
         net = create_model(
             name,
             len(self.classes),

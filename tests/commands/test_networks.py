@@ -128,6 +128,14 @@ def maker(classes: str, ignore: bool = False, **options) -> NetworkMaker:
     return NetworkMaker(names, tuple(classes), images, 0, ignore)
 
 
+def test_weights_of_another_network_are_named_before_they_do_not_fit(tmp_path, capsys):
+    file = tmp_path / "t.safetensors"
+    save_network(file, create_model("resnet20", 4), {"model": "resnet20"})
+    with pytest.raises(UserError, match="does not fit this CifarResNet: unexpected 60"):
+        maker("abcd", teacher_weights=(str(file),)).teachers()
+    assert f"teacher resnet8: the weights {file} are of resnet20, says their note" in capsys.readouterr().out
+
+
 def test_a_teachers_classes_are_put_into_the_order_of_the_data(tmp_path, capsys):
     net, file = create_model("resnet8", 4), tmp_path / "t.safetensors"
     save_network(file, net, {"data": {"classes": list("dbca")}})
