@@ -131,7 +131,7 @@ def maker(classes: str, ignore: bool = False, **options) -> NetworkMaker:
 def test_weights_of_another_network_are_named_before_they_do_not_fit(tmp_path, capsys):
     file = tmp_path / "t.safetensors"
     save_network(file, create_model("resnet20", 4), {"model": "resnet20"})
-    with pytest.raises(UserError, match="does not fit this CifarResNet: unexpected 60"):
+    with pytest.raises(UserError, match="does not fit this CifarResNet: unexpected 72"):
         maker("abcd", teacher_weights=(str(file),)).teachers()
     assert f"teacher resnet8: the weights {file} are of resnet20, says their note" in capsys.readouterr().out
 
