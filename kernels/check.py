@@ -87,6 +87,8 @@ def check_target(target: Tensor, logits: Tensor) -> None:
 def _unlike(shapes: list[list[int]]) -> str:
     """Which rule logits of these shapes break, and what to do."""
     sizes = {len(shape) for shape in shapes}
+    if sorted(sizes) == [1, 2] and min(shapes, key=len)[0] in [shape[0] for shape in shapes if len(shape) == 2]:
+        return f"logits must be [N, C], got {shapes}; labels come last: loss(student logits, teacher logits, target)"
     if min(sizes) < 2:
         return f"logits must be [N, C], got {shapes}; one sample is a batch of one: logits[None]"
     if max(sizes) > 2:

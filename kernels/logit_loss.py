@@ -262,5 +262,5 @@ _logit_loss = FusedOp(
     values=2,
     writes_grads=lambda inputs, on_gpu: inputs.reduction != "none",
     check=lambda inputs: check_labels(inputs.target, inputs.heads[0].shape[1], inputs.ignore_index),
-    reference="logit_loss_reference (for KD: kd_loss_reference)",
+    reference="logit_loss_reference(...).loss (for KD: kd_loss_reference(...).loss)",
 )

@@ -1,6 +1,7 @@
 """The examples run, and the student learns."""
 
 import importlib.util
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +31,25 @@ def test_timm_loop():
     batches = [(torch.randn(8, 3, 32, 32) + labels[:, None, None, None], labels)] * 4
     history = example("timm_loop").train(batches, classes=3, student="resnet10t", teacher="resnet10t", epochs=10)
     assert history[-1] < 0.8 * history[0]
+
+
+def test_timm_task():
+    """The value and the gradients are those of timm's own task."""
+    timm = pytest.importorskip("timm", minversion="1.0.27")
+    torch.manual_seed(0)
+    fused, own = example("timm_task").FusedDistillationTask, import_module("timm.task").LogitDistillationTask
+    nets = [timm.create_model("resnet10t", num_classes=3) for _ in range(2)]
+    nets[1].pretrained_cfg = {**nets[1].pretrained_cfg, "mean": (0.5, 0.5, 0.5)}
+    targets = torch.tensor([0, 2, 1, 1]), torch.rand(4, 3).softmax(1)
+    images, found = torch.randn(4, 3, 32, 32), []
+    for kind in (fused, own):
+        for target in targets:
+            given = kind(*nets, torch.nn.CrossEntropyLoss(), temperature=2.0, task_loss_weight=0.3).train()
+            loss = given(images, target)["loss"]
+            found.append([loss, *torch.autograd.grad(loss, [*nets[0].parameters()])])
+    torch.testing.assert_close(found[:2], found[2:], rtol=1e-3, atol=1e-5)
+    history = example("timm_task").main()
+    assert history[-1] < 0.9 * history[0]
 
 
 def test_torchvision_loop():
