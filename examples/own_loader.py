@@ -40,7 +40,10 @@ class ShuffledLoader:
 
 
 def main(folder: str = "runs/own", samples: int = 512) -> Result:
-    """Train a teacher and then the student on the first `samples` digits; the runs go into `folder`."""
+    """Train a teacher and then the student on the first `samples` digits; the runs go into `folder`.
+
+    A run that is there already goes on where it was, or is finished.
+    """
     images, labels = read_digits()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, labels = images[:, None].repeat(1, 3, 1, 1).to(device), labels.to(device)
@@ -48,7 +51,8 @@ def main(folder: str = "runs/own", samples: int = 512) -> Result:
 
     def fit(method: Method, name: str) -> Result:
         train_loader = ShuffledLoader(images[:samples], labels[:samples], tuple("0123456789"))
-        return Trainer(method, train_loader, val_loader, TrainOptions(EPOCHS, LR, out=f"{folder}/{name}")).fit()
+        options = TrainOptions(EPOCHS, LR, out=f"{folder}/{name}", resume=True)
+        return Trainer(method, train_loader, val_loader, options).fit()
 
     teacher, student = create_model("resnet14", 10), create_model("resnet8", 10)
     fit(CE(teacher), "teacher")

@@ -12,6 +12,7 @@ intact: `on_epoch` comes after the state of its epoch, and a resume goes on from
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +77,10 @@ class Callbacks:
     """Calls those of `callbacks` that have the method, in their order, on rank 0. Raises UserError for other things."""
 
     def __init__(self, callbacks: Sequence[object] = ()):
+        if not isinstance(callbacks, (list, tuple)):
+            raise UserError(f"callbacks must be a list of objects, got a {type(callbacks).__name__}: [callback]")
         for each in callbacks:
+            _refuse_misspelt(each)
             if isinstance(each, type) or not any(callable(getattr(each, name, None)) for name in HOOKS):
                 what = f"the class {each.__name__}" if isinstance(each, type) else f"a {type(each).__name__}"
                 raise UserError(f"callbacks holds {what}: give objects with one of {', '.join(HOOKS)}")
@@ -109,3 +113,14 @@ class Callbacks:
         for each in self.callbacks:
             if hasattr(each, name):
                 getattr(each, name)(data)
+
+
+def _refuse_misspelt(callback: object) -> None:
+    """Raise UserError if the object lacks a method and has one with nearly its name, which would never be called."""
+    lacking = [name for name in HOOKS if not hasattr(callback, name)]
+    for name in dir(callback):
+        near = get_close_matches(name, lacking, 1, 0.8)
+        if near and name not in HOOKS:
+            raise UserError(
+                f"callbacks: {type(callback).__name__}.{name} would never be called: did you mean {near[0]}?"
+            )

@@ -5,6 +5,7 @@ import re
 import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Real
 
 
 class UserError(ValueError):
@@ -52,6 +53,8 @@ def check_number(name: str, value: float, *, above_zero: bool = False, hint: str
 
     `hint` ends the message, such as "; leave the method out".
     """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UserError(f"--{name.replace('_', '-')} must be a number, got {value!r}{hint}")
     if not (0 < value if above_zero else 0 <= value) or value == math.inf:
         wanted = "above 0" if above_zero else "from 0"
         raise UserError(f"--{name.replace('_', '-')} must be a number {wanted}, got {value}{hint}")

@@ -40,6 +40,7 @@ class Stopped(Exception):
         where = f" {place}" if place else ""
         super().__init__(f"stopped by {name}{where}" + (f"; go on with `{again}`" if again else ""))
         self.name, self.place, self.again, self.agreed = name, place, again, agreed
+        self.__notes__ = ["In Python, the same Trainer with TrainOptions(out=..., resume=True) goes on"]
 
 
 class Ended(KeyboardInterrupt):

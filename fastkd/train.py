@@ -30,9 +30,9 @@ from .engine import Schedule, Step, TrainOptions, graphed
 from .engine.backends import backends
 from .engine.ema import warms_up
 from .engine.labels import LabelCheck
-from .engine.launch import Runner, check_compile, compiles, uses_graphs
+from .engine.launch import Runner, check_method, compiles, uses_graphs
 from .engine.mixup import Mixup
-from .engine.teacher_forms import check_form, teacher_form
+from .engine.teacher_forms import teacher_form
 from .engine.trial import try_step
 from .evaluate import Batches, evaluate_networks
 from .methods.base import Method
@@ -75,13 +75,12 @@ class Trainer:
         callbacks: Sequence[object] = (),
         classes: Sequence[str] | None = None,
     ):
+        check_method(method, config)
         self.device = distributed.device_for(config.device, config.peer_timeout)
         form = config.memory_format
         train_loader, val_loader = adapt(train_loader, val_loader, classes, self.device, form, log_rank0)
         batch = check_loaders(train_loader, val_loader, distributed.gather)
         method.set_label_loss(config.loss, config.bce_target_thresh)
-        check_form(method, config.teacher_form)
-        check_compile(method, config)
         for name, net in method.networks().items():
             weights_file.check_savable(net, name.replace("_", " "))
         self.train_loader, self.val_loader, self.data = train_loader, val_loader, describe(train_loader)

@@ -389,7 +389,7 @@ def test_bad_options(fastkd, tmp_path, arguments, words):
         ("mean: [0.1, 0.2]", ["--config mine.yaml: mean=(0.1, 0.2): give three finite numbers"]),
         ("momentum: 2", ["--config mine.yaml: --momentum"]),
         ("method: kd\ntemperature: -1", ["--config mine.yaml: temperature"]),
-        ("opt: adamx", ["--config mine.yaml: --opt must be one of sgd", "lamb", "got 'adamx' (did you mean"]),
+        ("opt: adamx", ["--config mine.yaml: --opt 'adamx' is not known (did you mean", "one of sgd", "lamb"]),
         ("batch-size: 8\nbatch_size: 9", ["mine.yaml: batch_size is given 2 times"]),
         ("epochs: 8\nepochs: 8", ["mine.yaml: epochs is given 2 times"]),
         ("method: ce\ntemperature: 3", ["mine.yaml: method ce has no option temperature", "have it: kd"]),
@@ -407,7 +407,7 @@ def test_bad_files_of_options(fastkd, text, words):
 def test_a_bad_value_of_the_command_line_is_not_the_file_s(fastkd):
     Path("mine.yaml").write_text("opt: adamw\nlr: 0.1\n")
     _, _, err = fastkd("train", "--config", "mine.yaml", "--opt", "adamx")
-    assert err.startswith("fastkd: --opt must be one of sgd")
+    assert err.startswith("fastkd: --opt 'adamx' is not known")
 
 
 def spoil_empty(images):

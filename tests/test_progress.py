@@ -147,7 +147,7 @@ from fastkd import Trainer, TrainOptions, create_model
 from fastkd.methods import CE
 batches = [(torch.randn(4, 3, 32, 32), torch.arange(4))] * 3
 Trainer(CE(create_model("resnet8", 4)), batches, batches, TrainOptions(epochs=2, out={str(tmp_path / "run")!r}),
-        classes="abcd").fit()
+        classes=list("abcd")).fit()
 """
     lived = "import fastkd.progress as p; p.LIVE_S = 1e-9"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(lived + code)])

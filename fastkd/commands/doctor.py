@@ -8,6 +8,7 @@ import torch
 
 from ..data import dali_package
 from ..environment import has, version
+from ..errors import count_of
 from ..parser import run_parser
 from ..report import show_table
 
@@ -49,7 +50,7 @@ def _machine() -> list[list[str]]:
     """Rows for the devices, the packages, and the options that choose between them."""
     rows = [
         ["python", platform.python_version(), ""],
-        ["cpu", f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads for the networks"],
+        ["cpu", f"{os.cpu_count()} cores", f"{count_of(torch.get_num_threads(), 'thread')} for the networks"],
     ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

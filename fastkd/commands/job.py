@@ -14,10 +14,9 @@ from ..data import create_loaders
 from ..data.base import EpochLoader, describe, first_batch, input_of
 from ..data.train_size import batches_of_all_sizes
 from ..engine import TrainOptions
-from ..engine.launch import check_compile, check_graph
+from ..engine.launch import check_graph, check_method
 from ..engine.optim import APEX, apex_optimizers
 from ..engine.precision import Precision
-from ..engine.teacher_forms import check_form
 from ..engine.timm_optim import check_timm_optimizer, groups_by_layer, is_timms
 from ..engine.trial import try_step
 from ..errors import UserError, count_of
@@ -123,8 +122,7 @@ class Job:
             log_rank0("swapped-in blocks get the student's features: the teacher's own images are not for them")
         if options.layer_decay:
             groups_by_layer(trial.param_groups(options.lr), trial.student, options.layer_decay)
-        check_form(trial, options.teacher_form)
-        check_compile(trial, options)
+        check_method(trial, options)
         check_graph(options.graph, options, self.device)
         trained = dict.fromkeys(self.teachers, "teacher") if self.names.teacher_epochs else {}
         for net, role in (trained | {net: role for role, net in trial.networks().items()}).items():

@@ -132,6 +132,8 @@ def adapt(
                 f"{name} is an iterator ({kind.__name__}), which can be read only once, and every epoch reads it: give "
                 "what iter() was called on, such as the DataLoader itself"
             )
+    if classes is not None and (isinstance(classes, str) or not isinstance(classes, Iterable)):
+        raise UserError(f"classes must be a list of names, one for each label, got {classes!r}")
     follows = all(hasattr(train_loader, name) for name in PROTOCOL)
     if follows and classes is not None and tuple(classes) != tuple(train_loader.classes):
         raise UserError(f"classes={list(classes)[:5]} are not those of train_loader, {list(train_loader.classes)[:5]}")

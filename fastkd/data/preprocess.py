@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from ..errors import UserError
 from .base import resize_side
 from .decode import decode
 from .normalise import Normalise
@@ -59,5 +60,10 @@ class Preprocess:
         return transform(decode(file, self.exif, self.resize)).permute(1, 2, 0)
 
     def normalise(self, images_NHWC: Tensor) -> Tensor:
-        """uint8 [N, H, W, 3] -> what the network takes, float32 [N, 3, H, W]."""
+        """uint8 [N, H, W, 3] -> what the network takes, float32 [N, 3, H, W]. Raises UserError for other images."""
+        if images_NHWC.dtype != torch.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[3] != 3:
+            raise UserError(
+                f"normalise takes uint8 [N, H, W, 3], as read(file)[None], got {images_NHWC.dtype} "
+                f"{list(images_NHWC.shape)}"
+            )
         return Normalise(self.mean, self.std, images_NHWC.device, torch.float32)(images_NHWC)

@@ -14,6 +14,7 @@ from .optim import APEX
 from .options import TrainOptions
 from .partial_graphs import PartialGraphStep, count_paths
 from .step import Step
+from .teacher_forms import check_form
 from .timm_optim import is_timms
 
 Log = Callable[[str], None]
@@ -92,6 +93,18 @@ def compiles(method: Method, options: TrainOptions, device: torch.device, steps:
     _allow_recompiling(method)
     log(f"compiling networks and losses, which pays in {steps:,} steps; --compile off does without")
     return True
+
+
+def check_method(method: Method, options: TrainOptions) -> None:
+    """Raise UserError unless `method` can be trained with `options`. Nothing is run."""
+    for what, kind, value in (("a method", Method, method), ("TrainOptions", TrainOptions, options)):
+        if not isinstance(value, kind):
+            raise UserError(
+                f"the trainer needs {what}, got a {type(value).__name__}: "
+                "Trainer(KD(student, teacher), train_loader, val_loader, TrainOptions(epochs=10))"
+            )
+    check_form(method, options.teacher_form)
+    check_compile(method, options)
 
 
 def check_compile(method: Method, options: TrainOptions) -> None:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from numbers import Integral, Real
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 import torch
 
-from ..errors import UserError, check_number, nearest
+from ..errors import UserError, check_number
+from ..option_kinds import check_kinds
 from .timm_optim import APEX_NAMES, check_name
 
 
@@ -122,7 +122,7 @@ class TrainOptions:
     the student and the teacher."""
 
     def __post_init__(self) -> None:
-        self._check_kinds()
+        check_kinds(self)
         check_name(self.opt)
         wanted = {
             "epochs": (self.epochs >= 1, "1 or more"),
@@ -176,23 +176,6 @@ class TrainOptions:
             if self.sync_bn and value not in (usual, "off"):
                 option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
                 raise UserError(f"--sync-bn and {option} exclude each other: drop one")
-
-    def _check_kinds(self) -> None:
-        """What the command line ensures: numbers are numbers, and words are among the choices."""
-        for name, kind in get_type_hints(type(self)).items():
-            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
-            self._check_words(option, kind, value)
-            number = {int: Integral, float: Real}.get(kind)
-            if number and (isinstance(value, bool) or not isinstance(value, number)):
-                raise UserError(f"{option} must be {'a' if kind is float else 'a whole'} number, got {value!r}")
-
-    def _check_words(self, option: str, kind: Any, value: Any) -> None:
-        is_several = get_origin(kind) is tuple
-        kind = get_args(kind)[0] if is_several else kind
-        words = get_args(kind) if get_origin(kind) is Literal else ()
-        for each in value if is_several and not isinstance(value, str) else (value,):
-            if words and each not in words:
-                raise UserError(f"{option} must be one of {', '.join(words)}, got {each!r}{nearest(str(each), words)}")
 
     def _check_milestones(self) -> None:
         if not self.decay_milestones:

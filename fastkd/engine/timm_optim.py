@@ -44,8 +44,8 @@ def check_name(name: str) -> None:
     if is_timms(name) and name not in timm_names():
         known = (*OURS, *APEX_NAMES, *timm_names())
         raise UserError(
-            f"--opt must be one of {', '.join((*OURS, *APEX_NAMES))}, or of timm's {', '.join(timm_names())}, got "
-            f"{name!r}{nearest(name, known)}"
+            f"--opt {name!r} is not known{nearest(name, known)}: it is one of {', '.join((*OURS, *APEX_NAMES))}, or of "
+            f"timm's {', '.join(timm_names())}"
         )
 
 

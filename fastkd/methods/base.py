@@ -6,7 +6,7 @@ A subclass writes `losses`, and overrides the rest only as it needs. docs/method
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from ..data.base import Loader
 from ..errors import UserError, check_number
 from ..losses import UNLABELLED, BridgeLoss, KDLoss, MutualLoss
 from ..models import tapped
+from ..option_kinds import check_kinds
 from .context import NoOptions, RunContext
 from .embedding import ClassifierInput, classifier_input
 from .forwards import ForwardCache, StagedView, Taught
@@ -58,11 +59,12 @@ class Method(OptionalHooks):
     ):
         super().__init__()
         self._check_networks(student, teacher, peers)
+        self.options = options or self.Options()
+        self._check_options(self.options)
         self.student = student
         frozen = teacher if teacher is None or isinstance(teacher, FrozenTeacher) else FrozenTeacher(teacher)
         self.teacher = cast(FrozenTeacher, frozen)
         self.peers = nn.ModuleList(peers)
-        self.options = options or self.Options()
         self.staged_views: dict[nn.Module, StagedView] = {}
         self.classifiers: dict[nn.Module, ClassifierInput] = {}
         self.build()
@@ -174,6 +176,12 @@ class Method(OptionalHooks):
         out.join_all()
         return terms
 
+    def _check_options(self, options: object) -> None:
+        if not is_dataclass(options) or any(not hasattr(options, each.name) for each in fields(self.Options)):
+            name, kind = type(self).__name__, type(options).__name__
+            raise UserError(f"options of {name} are made by {name}.Options(...), got a {kind}: {options!r:.60}")
+        check_kinds(options)
+
     def _check_networks(self, student: nn.Module, teacher: nn.Module | None, peers: Sequence[nn.Module]) -> None:
         name = type(self).__name__
         if self.needs_teacher != (teacher is not None):
@@ -183,6 +191,12 @@ class Method(OptionalHooks):
         if peers and not self.needs_peers:
             raise UserError(f"{name} takes no peers, got {len(peers)}")
         learners = {"student": student} | {f"peer {number}": net for number, net in enumerate(peers, 1)}
+        for role, net in (learners | ({"teacher": teacher} if teacher is not None else {})).items():
+            if not isinstance(net, nn.Module):
+                raise UserError(
+                    f"the {role} of {name} must be a network, a torch.nn.Module, got a {type(net).__name__}: "
+                    f"{net!r:.60}; create_model(name, classes) makes one"
+                )
         for role, net in learners.items():
             if isinstance(net, FrozenTeacher) or not any(p.requires_grad for p in net.parameters()):
                 raise UserError(f"{name} trains the {role}, whose weights are frozen: give a network that can learn")

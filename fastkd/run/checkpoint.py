@@ -113,10 +113,8 @@ class Writer:
         try:
             with stream:
                 save_run(self.folder, state, self.keep)
-            place, seconds = (
-                f"step {state.get('step', 0)} of epoch {state.get('epoch', 0) + 1}",
-                time.perf_counter() - start,
-            )
+            epoch, step, seconds = state.get("epoch", 0), state.get("step", 0), time.perf_counter() - start
+            place = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
             logging.getLogger("fastkd").debug(f"saved {self.folder / 'last.pt'} after {place}: {seconds:.2f} s")
         except UserError:
             raise

@@ -110,7 +110,10 @@ def test_names_of_classes_are_found_or_given():
     plain = DataLoader(list(zip(data.images, data.target, strict=True)))
     with pytest.raises(UserError, match=r"train_loader \(DataLoader\) has no class names .*classes=\[...\]"):
         adapted(plain)
-    assert adapted(plain, classes="abcd").samples == 22
+    assert adapted(plain, classes=list("abcd")).samples == 22
+    for wrong in ("abcd", 4):
+        with pytest.raises(UserError, match="classes must be a list of names"):
+            adapted(plain, classes=wrong)
 
 
 def test_a_loader_whose_resume_is_not_exact_is_said():
@@ -170,24 +173,24 @@ def test_an_odd_batch_is_one_clear_error_before_anything_is_written(tiny_net, tm
     batch, words = ODD[name]
     good, options = [(IMAGES, TARGET)], TrainOptions(epochs=1, out=str(tmp_path / "run"), device="cpu")
     with pytest.raises(UserError, match=f"train_loader {words}"):
-        Trainer(CE(tiny_net()), [batch], good, options, classes="abcd")
+        Trainer(CE(tiny_net()), [batch], good, options, classes=list("abcd"))
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=f"val_loader {words}"):
-        Trainer(CE(tiny_net()), good, [batch], options, classes="abcd").fit()
+        Trainer(CE(tiny_net()), good, [batch], options, classes=list("abcd")).fit()
 
 
 def test_other_wrong_loaders(tiny_net, tmp_path):
     options = TrainOptions(epochs=1, out=str(tmp_path / "run"), device="cpu")
     trainer = lambda train, **more: Trainer(CE(tiny_net()), train, [(IMAGES, TARGET)], options, **more)  # noqa: E731
     with pytest.raises(UserError, match=r"train_loader is an iterator \(generator\)"):
-        trainer(iter_of := (pair for pair in [(IMAGES, TARGET)]), classes="abcd")
+        trainer(iter_of := (pair for pair in [(IMAGES, TARGET)]), classes=list("abcd"))
     assert next(iter_of, None)
     with pytest.raises(UserError, match=r"train_loader \(DataLoader\) has no length"):
         trainer(DataLoader(Stream()))
     with pytest.raises(UserError, match="labels .4. of torch.int32 .*int64"):
-        trainer([(IMAGES, TARGET.int())], classes="abcd")
+        trainer([(IMAGES, TARGET.int())], classes=list("abcd"))
     with pytest.raises(UserError, match="classes=.'a', 'b'. are not those of train_loader"):
-        adapted(adapted([(IMAGES, TARGET)], classes="abcd"), classes=["a", "b"])
+        adapted(adapted([(IMAGES, TARGET)], classes=list("abcd")), classes=["a", "b"])
     with pytest.raises(UserError, match="0 generators of its own and the checkpoint 1"):
-        adapted([(IMAGES, TARGET)], classes="abcd").load_state_dict({"epoch": 1, "generators": [torch.zeros(1)]})
+        adapted([(IMAGES, TARGET)], classes=list("abcd")).load_state_dict({"epoch": 1, "generators": [torch.zeros(1)]})
     assert not (tmp_path / "run").exists()

@@ -157,7 +157,8 @@ def train_auto_encoder(
     auto_encoder.train()
     if kept := phase.kept(auto_encoder.state_dict()):
         training.load(*kept)
-    for epoch in run.track(range(phase.epoch, options.ae_epochs), "Training the auto-encoder"):
+    title = f"Training the auto-encoder, --ae-epochs {options.ae_epochs}"
+    for epoch in run.track(range(phase.epoch, options.ae_epochs), title):
         phase.begin_epoch()
         for step, batch in enumerate(maps(phase.step), phase.step):
             phase.look(step, training.state)

@@ -1,0 +1,82 @@
+"""Wrong kinds of arguments in Python: one clear error, before anything is trained."""
+
+import pytest
+import torch
+from conftest import TinyNet
+
+from fastkd import Trainer, TrainOptions, create_model
+from fastkd.callbacks import Callbacks
+from fastkd.data.preprocess import Preprocess
+from fastkd.errors import UserError
+from fastkd.methods import CE, IAKD, KD, SOKD
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: TrainOptions(epochs="3"), "--epochs must be a whole number, got '3'"),
+        (lambda: TrainOptions(lr=True), "--lr must be a number, got True"),
+        (lambda: TrainOptions(sched="cos"), "--sched must be one of .*, got 'cos' .did you mean 'cosine'"),
+        (lambda: TrainOptions(log="csv"), r"--log must be a tuple, got 'csv': \('csv',\)"),
+        (lambda: TrainOptions(log=("cvs",)), "--log must be one of .*got 'cvs'"),
+        (lambda: TrainOptions(channels_last="no"), "--channels-last must be True or False, got 'no'"),
+    ],
+)
+def test_options_of_training(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    "kind, options, words",
+    [
+        (IAKD, {"schedule": "unifrom"}, "--schedule must be one of .*did you mean 'uniform'"),
+        (IAKD, {"gates": "stag"}, "--gates must be one of stage, block, got 'stag'"),
+        (SOKD, {"teacher_bn": "foo"}, "--teacher-bn must be one of eval, batch, got 'foo'"),
+        (KD, {"standardize": "yes"}, "--standardize must be True or False, got 'yes'"),
+    ],
+)
+def test_options_of_methods(kind, options, words):
+    nets = [create_model("resnet8", 4) for _ in range(2)]
+    with pytest.raises(UserError, match=words):
+        kind(*nets, kind.Options(**options))
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: KD(TinyNet(), "resnet20"), "the teacher of KD must be a network.* got a str: 'resnet20'"),
+        (lambda: KD({}, TinyNet()), "the student of KD must be a network.* got a dict"),
+        (
+            lambda: KD(TinyNet(), TinyNet(), {"temperature": 3}),
+            r"made by KD.Options\(...\), got a dict",
+        ),
+        (lambda: KD(TinyNet(), TinyNet(), IAKD.Options()), "made by KD.Options.* got a IAKDOptions"),
+        (lambda: Trainer(TinyNet(), [], [], TrainOptions(epochs=1)), "the trainer needs a method, got a TinyNet: "),
+        (lambda: Trainer(CE(TinyNet()), [], [], {"epochs": 1}), "the trainer needs TrainOptions, got a dict: "),
+    ],
+)
+def test_networks_and_options_of_the_wrong_class(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+def test_callbacks_that_would_never_be_called():
+    class Misspelt:
+        def on_step(self, step):
+            pass
+
+        def on_epoch_end(self, epoch):
+            pass
+
+    with pytest.raises(UserError, match="Misspelt.on_epoch_end would never be called: did you mean on_epoch"):
+        Callbacks([Misspelt()])
+    Misspelt.on_epoch = Misspelt.on_step  # an object that serves another trainer as well
+    Callbacks([Misspelt()])
+    with pytest.raises(UserError, match="callbacks must be a list of objects, got a Misspelt"):
+        Callbacks(Misspelt())
+
+
+def test_images_that_are_not_what_a_picture_is_read_as():
+    with pytest.raises(UserError, match=r"normalise takes uint8 \[N, H, W, 3\].* torch.float32 \[2, 3, 8, 8\]"):
+        Preprocess(8, 8, (0.5,) * 3, (0.5,) * 3).normalise(torch.rand(2, 3, 8, 8))
