@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import distributed, weights_file
+from .callbacks import Callbacks
 from .data.adapter import adapt
 from .data.base import (
     EpochLoader,
@@ -76,6 +77,7 @@ class Trainer:
         classes: Sequence[str] | None = None,
     ):
         check_method(method, config)
+        followers = Callbacks(callbacks)
         self.device = distributed.device_for(config.device, config.peer_timeout)
         form = config.memory_format
         train_loader, val_loader = adapt(train_loader, val_loader, classes, self.device, form, log_rank0)
@@ -91,13 +93,10 @@ class Trainer:
         about, image = known_of(method.student, train_loader, batch[0], about or {})
         for note, images in batches_of_all_sizes(train_loader, batch):
             try_step(method, images, train_loader.classes, config, self.device, titles(about), taught, note)
-        out = config.out or distributed.from_rank_zero(new_folder, "runs/run")
-        self.config = config = replace(config, out=str(out))
         compiled = compiles(method, config, self.device, config.epochs * len(train_loader), log_rank0)
         flat = uses_graphs(config, self.device)
         warm = warms_up(config.ema_decay, config.epochs * len(train_loader), log_rank0)
         self.step = Step(method, config, self.device, flat=flat, compiled=compiled, ema_warms_up=warm, log=log_rank0)
-        self.runner: Runner = self.step
         self.schedule = Schedule(config, self.step.optimizer)
         self.mixup = Mixup(config.mixup, config.cutmix, config.smoothing, len(train_loader.classes), config.seed)
         is_ours = isinstance(train_loader, EpochLoader)  # its labels are right by construction
@@ -105,7 +104,9 @@ class Trainer:
             same_bits(method)
         self.lessons = Lessons(teacher_cache, method, self.step.precision.autocast) if teacher_cache else None
         self.labels = None if is_ours else LabelCheck(len(train_loader.classes), self.device, method.ignore_index)
-        self.report = Report(config, about, self.data, image, callbacks)
+        out = config.out or distributed.from_rank_zero(new_folder, "runs/run")
+        self.config = replace(config, out=str(out))
+        self.report = Report(self.config, about, self.data, image, followers)
         self.writer = Writer(self.report.out, config.keep_checkpoints, log_rank0)
         self.watch = Watch(self.step, self.writer, log_rank0)
         self.epoch = self.done = 0  # epochs, with their evaluation, and steps of the next one
@@ -168,7 +169,7 @@ class Trainer:
             self._train_epochs()
 
     def _train_epochs(self) -> None:
-        self.runner = graphed(self.step, self.config.graph, self.device, log_rank0)
+        self.runner: Runner = graphed(self.step, self.config.graph, self.device, log_rank0)
         interval, callbacks = self.config.log_interval, self.report.callbacks
         self.bar = Bar(self.config.epochs, len(self.train_loader), self.steps, interval, callbacks)
         self.pace = Pace(self.config.checkpoint_every, self.request)

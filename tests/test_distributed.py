@@ -76,7 +76,7 @@ def test_dataloaders_of_the_user_are_shared_out(tmp_path):
         assert re.search(words, first["refused"].pop(name)), name
     assert not first["refused"]
     assert first["said"][0] == "train_loader: each of the 2 processes draws 11 images of its own in an epoch, in all 22"
-    assert first["said"][2] == "val_loader: each of the 2 processes evaluates its share of the 11 images"
+    assert first["said"][1] == "val_loader: each of the 2 processes evaluates its share of the 11 images"
     assert first["drawn"] != second["drawn"] and len(first["drawn"]) == 11
 
 

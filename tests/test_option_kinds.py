@@ -61,6 +61,13 @@ def test_networks_and_options_of_the_wrong_class(make, words):
         make()
 
 
+def test_a_refused_trainer_leaves_no_folder(tmp_path, monkeypatch, tiny_loaders):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="callbacks holds"):
+        Trainer(CE(TinyNet()), *tiny_loaders(), TrainOptions(epochs=1), callbacks=[3])
+    assert not any(tmp_path.iterdir())
+
+
 def test_callbacks_that_would_never_be_called():
     class Misspelt:
         def on_step(self, step):
