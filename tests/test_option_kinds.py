@@ -8,7 +8,7 @@ from fastkd import Trainer, TrainOptions, create_model
 from fastkd.callbacks import Callbacks
 from fastkd.data.preprocess import Preprocess
 from fastkd.errors import UserError
-from fastkd.methods import CE, IAKD, KD, SOKD
+from fastkd.methods import CE, DML, IAKD, KD, SOKD
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,7 @@ def test_options_of_methods(kind, options, words):
     "make, words",
     [
         (lambda: KD(TinyNet(), "resnet20"), "the teacher of KD must be a network.* got a str: 'resnet20'"),
+        (lambda: DML(TinyNet(), peers=TinyNet()), "peers of DML must be a list of networks, got a TinyNet"),
         (lambda: KD({}, TinyNet()), "the student of KD must be a network.* got a dict"),
         (
             lambda: KD(TinyNet(), TinyNet(), {"temperature": 3}),

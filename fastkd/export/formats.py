@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..files import sync_folder
 from ..trained import Trained
 from . import hf, int8, library, onnx, program
@@ -50,7 +50,9 @@ class Exported:
 
 
 def check_formats(trained: Trained, names: Sequence[str], out: Path) -> None:
-    """Raise UserError if a format is not for this network, a library is missing, or a file is there already."""
+    """Raise UserError if a format is not known or not for this network, a library is missing, or a file is there."""
+    if unknown := next((name for name in names if name not in FORMATS), None):
+        raise UserError(f"--format {unknown}: give some of {', '.join(FORMATS)}{nearest(unknown, FORMATS)}")
     for name in dict.fromkeys(names):
         FORMATS[name].check(trained)
         if os.path.lexists(path := out / FORMATS[name].file):
@@ -59,12 +61,13 @@ def check_formats(trained: Trained, names: Sequence[str], out: Path) -> None:
         raise UserError(f"--out {out} is a file; choose a folder")
 
 
-def export(trained: Trained, names: Sequence[str], out: Path, images: Tensor | None = None) -> list[Exported]:
+def export(trained: Trained, names: Sequence[str], out: str | Path, images: Tensor | None = None) -> list[Exported]:
     """Write the network in these formats into the folder `out`: all of them, or nothing.
 
     Each is read again and compared before it gets its name. `images`: float32 [N, 3, H, W], normalised, for int8.
     Raises UserError if a file cannot be written, or differs.
     """
+    names, out = [names] if isinstance(names, str) else names, Path(out)
     check_formats(trained, names, out)
     unfinished = out / ".export.tmp"
     try:

@@ -184,6 +184,8 @@ class Method(OptionalHooks):
 
     def _check_networks(self, student: nn.Module, teacher: nn.Module | None, peers: Sequence[nn.Module]) -> None:
         name = type(self).__name__
+        if not isinstance(peers, (list, tuple)):
+            raise UserError(f"peers of {name} must be a list of networks, got a {type(peers).__name__}: [network]")
         if self.needs_teacher != (teacher is not None):
             raise UserError(f"{name} {'needs a' if self.needs_teacher else 'takes no'} teacher")
         if self.needs_peers and not peers:

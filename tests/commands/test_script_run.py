@@ -116,6 +116,9 @@ def test_an_own_network_is_exported_in_python(tmp_path):
     torch.testing.assert_close(file.net(images), net.eval()(images))
     with pytest.raises(UserError, match="Sequential is a network of your own"):
         export(trained, ["timm"], tmp_path / "x")
+    assert export(trained, "torch-export", str(tmp_path / "y"))[0].path == tmp_path / "y" / "model.pt2"
+    with pytest.raises(UserError, match="--format onx: give some of timm, .*did you mean 'onnx'"):
+        export(trained, ["onx"], tmp_path / "z")
 
 
 def test_a_run_of_an_older_version_resumes(tmp_path):
