@@ -375,8 +375,8 @@ def test_the_processes_choose_a_decoder_together(fastkd, monkeypatch, command):
         (["eval"], ["--weights"]),
         (["eval", "--weight", "F"], ["'--weight'", "'--weights'"]),
         (["eval", "F"], ["unexpected 'F'", "--weights F"]),
-        (["eval", "--weights", "nowhere.safetensors"], ["nowhere.safetensors: there is no such file"]),
-        (["eval", "--weights", "/tmp"], ["/tmp is a folder", "/tmp/student.safetensors"]),
+        (["eval", "--weights", "nowhere.safetensors"], ["nowhere.safetensors: there is no such file or run folder"]),
+        (["eval", "--weights", "/tmp"], ["--weights /tmp holds no student.safetensors: it is no run folder"]),
         (["eval", "--weights", "nowhere.safetensors", "--model", "resnet8"], ["nowhere.safetensors"]),
     ],
 )
