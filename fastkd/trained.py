@@ -122,7 +122,9 @@ def check_file(weights: Path, option: str) -> None:
     given = f"{option}{weights}"
     if os.path.isdir(weights):
         best = weights / "best.pt"
-        hint = f"the run is not finished; {best} is its best state so far" if best.is_file() else "it is no run folder"
+        hint = "it is no run folder; name one, or a weights file"
+        if best.is_file():
+            hint = f"the run is not finished; {best} is its best state so far"
         raise UserError(f"{given} holds no {STUDENT}: {hint}")
     if not os.path.isfile(weights):
         what = "file or run folder" + (" (a tag of a library's weights needs --model NAME)" if option else "")
