@@ -127,8 +127,17 @@ def defaults(method: str) -> dict[str, Any]:
 
 
 def _start_or_resume(arguments: list[str], log: Callable[[str], None]) -> list[str]:
-    """`arguments` with `--resume` for `--resume auto` if the run in --out has begun, else without it."""
-    if typed_words(arguments, "resume") != ["auto"]:
+    """`arguments` with `--resume` for `--resume auto` if the run in --out has begun, else without it.
+
+    Raises UserError for another value, and for `--resume auto` without --out.
+    """
+    words = typed_words(arguments, "resume")
+    if words and words != ["auto"]:
+        raise UserError(
+            f"--resume takes no value but auto, got {' '.join(words)!r}: write --resume, --resume auto or --no-resume; "
+            "the folder of the run is that of --out"
+        )
+    if not words:
         return arguments
     typed = typed_options(arguments)
     out = typed.get("out") or (typed.get("config") and _read_yaml(Path(typed["config"])).get("out"))

@@ -251,7 +251,11 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
         elif types[name] is bool and words:
             raise UserError(f"{flag} takes no value, got {' '.join(words)!r}: write --{name} or --no-{name}")
         elif types[name] is not bool and not _fits(types[name], words):
-            raise _wrong(flag, types[name], words, repr(" ".join(words)) if words else "nothing")
+            if get_origin(types[name]) is tuple or not _fits(types[name], words[:1]):
+                raise _wrong(flag, types[name], words, repr(" ".join(words)) if words else "nothing")
+            remedy = "put quotes around all of it, if it is one" if types[name] is str else "drop it"
+            stray = f"{' '.join(words[1:])!r} belongs to no option{_meant(words[1], types)}"
+            raise UserError(f"{flag} takes one value, got {' '.join(words)!r}: {stray}; {remedy}")
 
 
 def _meant(word: str, known: Collection[str]) -> str:
@@ -291,5 +295,4 @@ def _wrong(option: str, kind: type, words: list[str], got: str) -> UserError:
         wanted = "numbers" if ... in choices else f"{len(choices)} numbers"
     else:
         wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "one text"}[kind]
-        hint = "; put quotes around it" if kind is str and len(words) > 1 else ""
     return UserError(f"{option} must be {wanted}, got {got}{hint}")

@@ -15,6 +15,7 @@ from .errors import UserError
 from .models import create_model, load_weights, read_state_dict
 from .models.kwargs import parse_kwargs
 
+STUDENT = "student.safetensors"  # in the folder of a finished run
 NEEDED = {
     "model": "--model NAME",
     "classes": "--classes NAME... or their number",
@@ -110,13 +111,23 @@ def what_to_give(lacking: Sequence[str]) -> str:
     return f"{', '.join(lines)}: give {' '.join(NEEDED[name] for name in lacking)}{own}"
 
 
+def weights_of(place: str) -> str:
+    """The weights file of the run folder `place`; `place` itself if it is none, such as a file or a tag."""
+    weights = os.path.join(place, STUDENT)
+    return weights if os.path.isdir(place) and os.path.isfile(weights) else place
+
+
 def check_file(weights: Path, option: str) -> None:
     """Raise UserError if `weights` is no file."""
     given = f"{option}{weights}"
     if os.path.isdir(weights):
-        raise UserError(f"{given} is a folder; name a file, such as {weights / 'student.safetensors'}")
+        best = weights / "best.pt"
+        hint = "it is no run folder; name one, or a weights file"
+        if best.is_file():
+            hint = f"the run is not finished; {best} is its best state so far"
+        raise UserError(f"{given} holds no {STUDENT}: {hint}")
     if not os.path.isfile(weights):
-        what = "file (a tag of a library's weights needs --model NAME)" if option else "file or run folder"
+        what = "file or run folder" + (" (a tag of a library's weights needs --model NAME)" if option else "")
         raise UserError(f"{given}: there is no such {what}; check the path")
 
 

@@ -70,6 +70,12 @@ def test_the_folder_of_the_run_is_evaluated_without_data(fastkd, trained, tmp_pa
     check_refused(fastkd("eval", "--weights", tmp_path / weights), elsewhere)
 
 
+def test_a_run_folder_stands_for_its_student(fastkd, trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    top1, images, out = score(fastkd, trained, weights="")
+    assert top1 > 80 and images == 8 and "--data tree" in out and "--val-fraction 0.25" in out
+
+
 def test_the_same_names_in_another_order_go_together(fastkd, trained, monkeypatch):
     """Folders are always sorted, so that only the note can have another order."""
     from fastkd import weights_file

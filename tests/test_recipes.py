@@ -298,6 +298,14 @@ def test_the_teacher_of_a_shorter_run_keeps_its_epochs_and_a_line_says_so():
     assert "teacher" not in lines[0]
 
 
+@pytest.mark.parametrize(("method", "is_said"), [("kd", True), ("dml", False), ("ce", False)])
+def test_the_teachers_epochs_are_named_only_where_there_is_a_teacher(method, is_said):
+    lines: list[str] = []
+    parse(["--method", method, "--student", "resnet8", "--epochs", "1"], lines.append)
+    assert "recipe digits, made for 12 epochs, over 1" in lines[0]
+    assert ("--teacher-epochs 12 is not changed" in lines[0]) == is_said
+
+
 @pytest.mark.parametrize("name", ["cifar100-dcm", "imagenet-dkd-resnet34-resnet18", "cifar100-240-vgg13-vgg8"])
 def test_what_is_shown_can_be_run_as_a_file(fastkd, name, tmp_path):
     status, out, _ = fastkd("recipes", "--show", name)

@@ -26,6 +26,7 @@ from ..teacher_cache import Lessons, Manifest, TeacherCache, verify
 from ..teacher_cache.cache import lost_views, without
 from ..teacher_cache.lessons import same_bits
 from .job import Job
+from .networks import refuse_without_weights
 from .train import Trainings
 
 USAGE = """\
@@ -53,6 +54,7 @@ Sizes: images x V x (2 bytes for each class, or 4 K + 2 bytes), and one byte mor
   ImageNet, --topk 10      55.1 MB     220 MB     881 MB    5.51 GB
   ImageNet, --topk 50       260 MB    1.04 GB    4.16 GB    26.0 GB
 """
+ELSEWHERE = "let fastkd train --teacher-cache DIR train it and fill the cache"
 NAMES = {"out": "teacher-cache", "precision": "teacher-cache-precision", "topk": "teacher-cache-topk"}
 
 
@@ -82,8 +84,10 @@ def fill(arguments: list[str]) -> None:
     if config.networks.teacher_epochs:
         raise UserError(
             f"--teacher-epochs {config.networks.teacher_epochs}: the teacher has yet to be trained; give "
-            "--teacher-weights FILE, or let fastkd train --teacher-cache DIR train it and fill the cache"
+            f"--teacher-weights FILE, or {ELSEWHERE}"
         )
+    if find_method(config.run.method).needs_teacher:
+        refuse_without_weights(config.networks, ELSEWHERE)
     if not config.data.views:
         raise UserError("--views V is missing: the number of augmented forms of each image, such as --views 16")
     config = replace(config, train=replace(config.train, epochs=max(config.train.epochs, config.data.views), out=""))

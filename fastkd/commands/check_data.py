@@ -38,7 +38,7 @@ class CheckOptions:
     """
 
     file_list: str = ""
-    """Write the names of the images that can be read to this file, for --file-list of `fastkd train`."""
+    """Write the names of the images that can be read to this file, for --file-list of `fastkd train` and `pack`."""
     drop_duplicates: bool = False
     """Leave images out of the list whose bytes an earlier image of it has."""
     csv: str = ""

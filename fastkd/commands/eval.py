@@ -27,7 +27,7 @@ from ..models.own_input import library_input
 from ..parser import run_parser, tokens_of, typed_options
 from ..progress import Counter
 from ..report import log_rank0, set_output, show_table
-from ..trained import network_of
+from ..trained import network_of, weights_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class EvalOptions:
     """What to evaluate."""
 
     weights: str
-    """A .safetensors or .pth file, or `pretrained` or a tag of the network's library."""
+    """A run folder (its student.safetensors), a weights file, `pretrained` or a tag of the network's library."""
     model: str = ""
     """The network's name; a student.safetensors of fastkd knows its own."""
     model_kwargs: tuple[str, ...] = ()
@@ -58,7 +58,8 @@ def run(arguments: list[str]) -> None:
     """The command: one row of scores."""
     kind = make_dataclass("Eval", [("eval", EvalOptions), ("data", DataOptions)], frozen=True)
     typed = typed_options(arguments)
-    weights = Path(typed.get("weights", ""))
+    place = weights_of(typed.get("weights", ""))
+    weights = Path(place)
     about = _about(weights, typed.get("model", ""))
     noted = noted_input(about, typed, weights)
     tokens = tokens_of(noted, kind, f"--weights {weights}")
@@ -79,16 +80,16 @@ def run(arguments: list[str]) -> None:
         log_rank0(f"--weights {weights} does not say the mean and std of its images: those of the data are taken")
     noted_kwargs = parse_kwargs(about.get("kwargs", ()), f"--weights {weights} notes the argument")
     kwargs = parse_kwargs(options.model_kwargs) or noted_kwargs
-    net = create_model(model, len(loader.classes), options.weights, image_size=size, kwargs=kwargs)
+    net = create_model(model, len(loader.classes), place, image_size=size, kwargs=kwargs)
     if note := layout_note_of(net):
-        log_rank0(f"--weights {options.weights}: {note}")
+        log_rank0(f"--weights {place}: {note}")
     net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
     with backends(device):
         with Counter(f"{model}: evaluation", loader) as count:
             scores = evaluate(net, loader, precision, count)
         rate = speed(net, loader, precision)
     if options.json:
-        known = {"model": model, "weights": str(options.weights), "data": config.data.data}
+        known = {"model": model, "weights": place, "data": config.data.data}
         _print_json({**known, **scores, "img_per_s": rate})
         return
     row = [model, f"{scores['images']:,}", f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}"]

@@ -1,6 +1,5 @@
 """`fastkd export RUN`: trained weights in the files of other programs, each read again and compared."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..evaluate import evaluate
 from ..export import Exported, check_formats, export
 from ..parser import groups, name_of, run_parser, split_words, tokens_of, typed_options
 from ..report import log_rank0, show_table
-from ..trained import Trained, load_trained
+from ..trained import Trained, load_trained, weights_of
 from ..weights_file import read_about
 from .eval import evaluation_loader, may_be_resident, noted_input
 
@@ -67,7 +66,7 @@ def run(arguments: list[str]) -> None:
     if sum(name_of(flag) == "format" for flag, _ in groups(given)) > 1:
         raise UserError("--format is there more than once: write all formats after one, as in --format timm onnx")
     typed = typed_options(given)
-    weights = _weights_of(places[0]) if len(places) == 1 else Path()
+    weights = Path(weights_of(places[0])) if len(places) == 1 else Path()
     noted = _noted(weights, typed) if len(places) == 1 and _evaluates(typed) else {}
     config: Any = run_parser(kind, given, "fastkd export RUN", tokens_of(noted, kind, str(weights)))
     if len(places) != 1:
@@ -94,17 +93,6 @@ def run(arguments: list[str]) -> None:
             f"{Path(options.out) / 'hf' / 'README.md'} is the model card: add `license:` to its first lines, and read "
             "it before you publish it; it holds the command of the run"
         )
-
-
-def _weights_of(place: str) -> Path:
-    """The weights file of a run folder, or the file itself."""
-    path = Path(place)
-    weights = path / "student.safetensors"
-    if not os.path.isdir(path) or weights.is_file():
-        return weights if os.path.isdir(path) else path
-    best = path / "best.pt"
-    hint = f"the run is not finished; {best} is its best state so far" if best.is_file() else "it is no run folder"
-    raise UserError(f"{place} holds no student.safetensors: {hint}")
 
 
 def _noted(weights: Path, typed: dict[str, str]) -> dict[str, Any]:

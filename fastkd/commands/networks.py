@@ -13,7 +13,7 @@ from ..data.classes import class_note, class_order
 from ..errors import UserError
 from ..files import sha256_of
 from ..methods.base import Method
-from ..models import create_model, layout_note_of, name_stages, new_classifier_of, reorder_classes
+from ..models import check_name, create_model, layout_note_of, name_stages, new_classifier_of, reorder_classes
 from ..models.ensemble import Ensemble
 from ..models.kwargs import parse_kwargs
 from ..models.own_input import InputSpec, own_input
@@ -169,6 +169,16 @@ def _temperature(config: Config) -> float:
     return next(iter(given.values()), 1.0)
 
 
+def refuse_without_weights(names: NetworkOptions, otherwise: str) -> None:
+    """Raise UserError if a teacher has no weights, or an unknown name. `otherwise`: what to do without weights."""
+    bare = [name for name, weights in zip(names.teacher, names.weights_of_teachers, strict=True) if not weights]
+    if bare:
+        check_name(bare[0])
+        raise UserError(
+            f"the teacher {bare[0]} has no weights: give --teacher-weights FILE (or `pretrained`), or {otherwise}"
+        )
+
+
 def check_networks(kind: type[Method], config: Config) -> None:
     """Raise UserError if the options name networks or weights that the method does not use, or lack weights."""
     names, method = config.networks, config.run.method
@@ -179,12 +189,8 @@ def check_networks(kind: type[Method], config: Config) -> None:
             f"--teacher-weights {' '.join(names.teacher_weights)}: method {method} has no teacher, all learn from "
             "scratch" + ("; name the other networks by --peers" if kind.needs_peers else "")
         )
-    bare = [name for name, weights in zip(names.teacher, names.weights_of_teachers, strict=True) if not weights]
-    if kind.needs_teacher and bare and not names.teacher_epochs:
-        raise UserError(
-            f"the teacher {bare[0]} has no weights: give --teacher-weights FILE (or `pretrained`), "
-            "or --teacher-epochs N to train it first"
-        )
+    if kind.needs_teacher and not names.teacher_epochs:
+        refuse_without_weights(names, "--teacher-epochs N to train it first")
     option = "dcm_init" if "+" in method else "init"  # in a sum, options begin with the name of their method
     if names.student_weights and (init := getattr(config.method, option, "default")) != "default":
         raise UserError(

@@ -46,6 +46,10 @@ class PackOptions:
     """Copy the image files as they are into tar shards: for many small files, and for parquet files."""
     exif: bool = False
     """Turn photos as their EXIF orientation says."""
+    file_list: str = ""
+    """Pack these images of the folder or the shards alone: a list that `fastkd check-data --file-list` has written."""
+    skip_bad: bool = False
+    """Check all images first, and leave out those that cannot be read. A list made once is faster."""
     max_pixels: int = MAX_PIXELS
     """Images that claim more pixels than this are refused before they take memory."""
     val_fraction: float = 0.0
@@ -100,8 +104,11 @@ def _pack(source: str, destination: str, options: PackOptions) -> None:
         data_dir=options.data_dir,
         val_fraction=options.val_fraction,
         split_seed=options.split_seed,
+        file_list=options.file_list,
+        skip_bad=options.skip_bad,
         exif=options.exif,
         max_pixels=options.max_pixels,
+        workers=options.workers,
     )
     classes, parts = read_source(data, log_rank0)
     check_place(destination, source, parts)

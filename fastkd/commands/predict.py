@@ -17,13 +17,14 @@ from ..distributed import device_for
 from ..errors import UserError, printable
 from ..parser import run_parser, split_words
 from ..report import show_table
-from ..trained import Trained, load_trained
+from ..trained import Trained, load_trained, weights_of
 from ..weights_file import check_input
 
 USAGE = """\
-usage: fastkd predict IMAGE... --weights FILE [OPTIONS]
+usage: fastkd predict IMAGE... --weights RUN [OPTIONS]
 
 IMAGE is a picture, or a folder: then all pictures in it, at any depth.
+RUN is a run folder, whose student.safetensors is taken, or a weights file.
 Exit status: 2 if a picture cannot be read. The others are predicted, and each bad one is a line on stderr.
 """
 BATCH = 32  # images per forward pass
@@ -34,7 +35,7 @@ class PredictOptions:
     """Which network, and what to show. Pictures are decoded, resized, cropped and normalised as in evaluation."""
 
     weights: str
-    """The student.safetensors of a run, or its best.pt. It names the network, the classes and their images."""
+    """A run folder, its student.safetensors or its best.pt. It names the network, the classes and their images."""
     top: int = 5
     """Classes to show for each picture, the most probable first."""
     json: bool = False
@@ -82,7 +83,7 @@ def run(arguments: list[str]) -> None:
     options: PredictOptions = run_parser(kind, given, "fastkd predict IMAGE...").predict
     if not places:
         raise UserError("predict needs pictures or folders: fastkd predict IMAGE... --weights FILE")
-    trained = load_trained(Path(options.weights), options.model, classes=options.classes, **options.images)
+    trained = load_trained(Path(weights_of(options.weights)), options.model, classes=options.classes, **options.images)
     rows = list(_predictions(_pictures(places), trained, options))
     if options.json:
         print(json.dumps(rows, indent=2))

@@ -227,6 +227,12 @@ def _packed_loaders(
         sets, known = small
         usual, options = (known.pad_mode, known.flip), options.sized(side, known.mean, known.std)
         return _resident_loaders(sets, options, usual, device, shard, log)
+    wanted = options.for_large_images().image_size
+    if "train" in names and side < wanted:  # in evaluation the network says the size
+        log(
+            f"data: packed images of {side} pixels are enlarged to {wanted}: give --image-size {side}, or pack them "
+            f"again with --size {wanted} or more"
+        )
     return [PackedLoader(part, options, device, shard, train=name == "train") for name, part in found.items()]
 
 

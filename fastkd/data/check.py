@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Generator, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .decode import ORIENTATION, begin_worker, inspect
+from .decode import MAX_PIXELS, ORIENTATION, begin_worker, inspect
 from .progress import with_bar
 from .scan import image_kind
 from .stored import Pictures
@@ -97,21 +97,23 @@ class _Examined(Dataset):
                 found.append(Finding(i, "unreadable", error.strerror or str(error)))
                 hashes.append(b"")
                 continue
-            found += [Finding(i, *each) for each in examine(self.pictures.name(i), data, self.side)]
+            name, limit = self.pictures.name(i), self.pictures.max_pixels
+            found += [Finding(i, *each) for each in examine(name, data, self.side, limit)]
             hashes.append(blake2b(data, digest_size=16).digest())
         return found, hashes
 
 
-def examine(name: str, data: bytes, side: int | None = None) -> list[tuple[str, str]]:
+def examine(name: str, data: bytes, side: int | None = None, max_pixels: int = MAX_PIXELS) -> list[tuple[str, str]]:
     """(kind, detail) of all that is bad or odd with an image of this name and content."""
     if not data:
         return [("empty", "")]
-    kind, reason = inspect(name, side, lambda _: data, thorough=True)
+    kind, reason = inspect(name, side, lambda _: data, max_pixels, thorough=True)
     if not reason:
         return _odd(name, kind, data)
     if image_kind(data[:16]) is None:
         return [("no picture", f"begins with {data[:8]!r}")]
-    return [("too large" if "pixels" in reason and "limit" in reason or "become" in reason else "damaged", reason)]
+    is_large = "pixels" in reason and "limit" in reason or "become" in reason or "--max-pixels" in reason
+    return [("too large" if is_large else "damaged", reason)]
 
 
 def _odd(name: str, kind: str, data: bytes) -> list[tuple[str, str]]:

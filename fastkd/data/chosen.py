@@ -65,7 +65,7 @@ def _refuse_lost(lost: set[str] | frozenset[str], path: str) -> None:
 def _without_bad(split: Split, where: str, options: "DataOptions", log: Log) -> Split:
     """The images that can be read. Raises UserError if a class loses all of its images."""
     side = options.resize_side  # of the evaluation, which enlarges most
-    found, _ = check_images(Pictures(split.files, split.places), options.workers, side)
+    found, _ = check_images(Pictures(split.files, split.places, options.max_pixels), options.workers, side)
     bad = {each.image: f"{shown(split.files[each.image])}: {each.kind}" for each in found if each.is_bad}
     if not bad:
         return split

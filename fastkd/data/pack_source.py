@@ -14,12 +14,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import UserError
+from .chosen import stored_chosen
 from .decode import MAX_PIXELS, check_resized, open_image
 from .layout import training_splits
 from .options import NAMES, DataOptions
 from .pack_format import read_manifest
 from .scan import Split
-from .shards import refuse_unknown, stored_splits
 from .stored import OwnFiles, Pictures
 
 Kind = Literal["pixels", "jpeg", "files"]
@@ -56,16 +56,17 @@ class Part:
 
 
 def read_source(options: DataOptions, log: Log) -> tuple[tuple[str, ...], dict[str, Part]]:
-    """(the names of the classes, {"train": ..., "val": ...}). A source with one of the two gives that one."""
+    """(the names of the classes, {"train": ..., "val": ...}). A source with one of the two gives that one.
+
+    Raises UserError for a source without images to pack, and for one that the options cannot divide or choose from.
+    """
     if options.data == "synthetic":
         raise UserError("data='synthetic' holds no images: nothing to pack")
     if (found := read_manifest(options.data)) is not None and found.get("kind") == "pixels":
         raise UserError(f"data={options.data!r} holds packed pixels already: pack the images that they were made from")
     if options.data in NAMES:
         return _named(options, log)
-    splits = None if options.val_fraction else stored_splits(options.data, log)
-    if splits is not None:
-        refuse_unknown(splits)
+    splits = None if options.val_fraction else stored_chosen(options, log)
     splits = splits or training_splits(options, log)
     if "" in splits:
         raise UserError(

@@ -13,6 +13,7 @@ from .checkpoint_files import FOLDER_FILES, SUFFIXES, read_state_dict
 from .classifier import classifiers_of, reorder_classes
 from .ensemble import Ensemble
 from .kwargs import Kwargs, KwargsOfFile
+from .library_names import check_torchvision_name, timm_architecture
 from .nets.mobilenet import CifarMobileNet, CifarMobileNetV2
 from .nets.resnet import DEPTHS, WIDTHS_X4, CifarResNet, CifarResNet50, WideResNet
 from .nets.shufflenet import CifarShuffleNetV1, CifarShuffleNetV2
@@ -27,6 +28,7 @@ __all__ = [
     "Ensemble",
     "PreActivation",
     "Staged",
+    "check_name",
     "classifiers_of",
     "create_model",
     "is_weights_file",
@@ -129,7 +131,7 @@ def _network(
     if not slash:
         if tag is not None:
             raise UserError(f"{tag!r} is not a file, and {name!r} has no pre-trained weights: pass a weights file")
-        return _cifar_net(name, num_classes)
+        return _cifar_net(name)(num_classes)
     if library == "timm":
         rest = rest if file is None else rest.partition(".")[0]
         return timm_model(rest, num_classes, tag, size, new_classifier, kwargs)
@@ -137,7 +139,24 @@ def _network(
         return torchvision_model(rest, num_classes, tag, size, new_classifier, kwargs)
     if library == "hf":
         return hf_model(rest, num_classes, tag, size, new_classifier)
-    raise UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision', 'hf'])}")
+    raise _unknown_library(library, name)
+
+
+def _unknown_library(library: str, name: str) -> UserError:
+    return UserError(f"unknown model library {library!r} in {name!r}{nearest(library, ['timm', 'torchvision', 'hf'])}")
+
+
+def check_name(name: str) -> None:
+    """Raise UserError if there is no network of this name. None is built, and the names of `hf/` are not looked up."""
+    library, slash, rest = name.partition("/")
+    if not slash:
+        _cifar_net(name)
+    elif library == "timm":
+        timm_architecture(rest)
+    elif library == "torchvision":
+        check_torchvision_name(rest)
+    elif library != "hf":
+        raise _unknown_library(library, name)
 
 
 def model_names() -> list[str]:
@@ -156,9 +175,10 @@ def is_weights_file(weights: str | os.PathLike) -> bool:
     return os.path.isfile(text) or any(os.path.isfile(Path(text) / name) for name in FOLDER_FILES)
 
 
-def _cifar_net(name: str, num_classes: int) -> nn.Module:
+def _cifar_net(name: str) -> Callable[[int], nn.Module]:
+    """What makes the network for a number of classes. Raises UserError for an unknown name."""
     if name in CIFAR_NETS:
-        return CIFAR_NETS[name](num_classes)
+        return CIFAR_NETS[name]
     wide = re.fullmatch(r"wrn_(\d+)_([1-9]\d*)", name)
     if wide is None:
         from torchvision import models
@@ -178,4 +198,4 @@ def _cifar_net(name: str, num_classes: int) -> nn.Module:
     if depth < 10 or (depth - 4) % 6:
         near = max(10, 4 + 6 * round((depth - 4) / 6))
         raise UserError(f"unknown model {name!r} (did you mean 'wrn_{near}_{width}'?): the depth in wrn_D_K is 6n + 4")
-    return WideResNet(depth, width, num_classes)
+    return partial(WideResNet, depth, width)

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, nearest
 from .kwargs import Kwargs, built
+from .library_names import check_torchvision_name, library_module, timm_architecture
 from .weights import HINT, copy_weights
 
 Made = TypeVar("Made")
@@ -38,10 +38,8 @@ def timm_model(
     pre-trained weights. With `new_classifier`, weights of another class count are taken too, but for the classifier.
     `kwargs`: of the network's constructor.
     """
-    timm = _library("timm")
-    architecture, _, name_tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise UserError(f"timm has no model {architecture!r}{nearest(architecture, timm.list_models())}")
+    timm = library_module("timm")
+    architecture, name_tag = timm_architecture(name), name.partition(".")[2]
     if name_tag and tag not in (None, "pretrained", name_tag):
         raise UserError(f"timm/{name} names the weights {name_tag!r}, and {tag!r} was asked for: leave one of them out")
     wanted = name_tag or tag
@@ -67,7 +65,7 @@ def timm_model(
 def _made_by_timm(
     name: str, num_classes: int, image_size: int | None, kwargs: Kwargs, pretrained: bool = False
 ) -> nn.Module:
-    create = partial(_library("timm").create_model, name, num_classes=num_classes)
+    create = partial(library_module("timm").create_model, name, num_classes=num_classes)
 
     def build(more: Kwargs, weights: bool = False) -> nn.Module:
         if image_size is not None:
@@ -99,10 +97,8 @@ def torchvision_model(
     GoogLeNet and Inception are left out: see `drop_auxiliary`.
     With `new_classifier`, weights of another class count are taken too, but for the classifier.
     """
-    models = _library("torchvision").models
-    names = models.list_models(module=models)
-    if name not in names:
-        raise UserError(f"torchvision has no classification model {name!r}{nearest(name, names)}")
+    models = library_module("torchvision").models
+    check_torchvision_name(name)
     if tag is None:
         options: dict[str, Any] = {}
         if image_size is not None and name.startswith("vit_"):
@@ -164,7 +160,7 @@ def hf_model(
     `image_size`. The result takes images and returns logits; its state dict has the keys of transformers' network.
     """
     with hidden_kernels():
-        transformers = _library("transformers", "hf", "fastkd[hf]")
+        transformers = library_module("transformers", "hf", "fastkd[hf]")
         transformers.utils.is_kernels_available()  # it remembers the answer
     auto, full = transformers.AutoModelForImageClassification, f"hf/{name}"
     if tag not in (None, "pretrained"):
@@ -245,7 +241,7 @@ def _with_names_of_now(kind: Any, config: Any, table: Mapping[str, Tensor]) -> d
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Within the block, transformers does not report keys that do not fit: our errors name them."""
-    logging = _library("transformers").utils.logging
+    logging = library_module("transformers").utils.logging
     level, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -255,16 +251,6 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if has_bar:
             logging.enable_progress_bar()
-
-
-def _library(name: str, prefix: str = "", package: str = "") -> ModuleType:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"models '{prefix or name}/...' need {name}, which cannot be imported ({error}): "
-            f"pip install {package or name}"
-        ) from error
 
 
 def _no_weights(model: str, tag: str, choices: list[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError, nearest
+from ..methods import find_method
 from .benchmark import PAIRS, benchmark_recipe
 
 TIMES = ("warmup_epochs", "decay_epochs", "decay_milestones", "ramp_epochs")  # parts of a schedule, in epochs
@@ -37,6 +38,7 @@ def read_recipe(name: str, given: Mapping[str, Any], log: Callable[[str], None])
     """The options of a recipe. `given` are the options from elsewhere, which override it.
 
     The schedule is scaled to the given `epochs`: otherwise the recipe's warm-up might be longer than a short run.
+    Raises UserError for an unknown recipe or method.
     """
     values = yaml.safe_load(recipe_text(name, str(given.get("method", ""))))
     epochs = str(given.get("epochs", ""))
@@ -50,7 +52,8 @@ def read_recipe(name: str, given: Mapping[str, Any], log: Callable[[str], None])
         scaled[time] = [number * factor for number in numbers]
         before, after = (" ".join(f"{number:.3g}" for number in each) for each in (numbers, scaled[time]))
         changes.append(f"{time} {before} -> {after}")
-    if values.get("teacher_epochs") and not {"teacher_epochs", "teacher_weights"} & given.keys():
+    trains_teacher = values.get("teacher_epochs") and not {"teacher_epochs", "teacher_weights"} & given.keys()
+    if trains_teacher and find_method(given.get("method") or values.get("method", "kd")).needs_teacher:
         changes.append(f"--teacher-epochs {values['teacher_epochs']} is not changed")
     log(f"recipe {name}, made for {values['epochs']} epochs, over {epochs}: {', '.join(changes)}")
     return values | scaled

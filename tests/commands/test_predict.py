@@ -47,6 +47,20 @@ def test_a_folder_is_all_of_its_pictures(fastkd, tmp_path, place):
     assert f" {100 * right / 40:.2f} " in evaluated
 
 
+def test_a_run_folder_stands_for_its_student(fastkd, tmp_path):
+    (tmp_path / "run").mkdir()
+    weights_of(tmp_path / "run/student.safetensors", "resnet8")
+    pictures(tmp_path / "p", 1)
+    by_folder, by_file = (
+        fastkd("predict", "p", "--weights", place, "--json") for place in ("run", "run/student.safetensors")
+    )
+    assert by_folder == by_file and by_file[0] == 0
+    (tmp_path / "run/student.safetensors").rename(tmp_path / "run/best.pt")
+    check_refused(
+        fastkd("predict", "p", "--weights", "run"), "--weights run holds no student", "run/best.pt is its best"
+    )
+
+
 def test_bad_pictures_are_named_and_the_others_predicted(fastkd, tmp_path):
     weights_of(tmp_path / "w.safetensors", "resnet8")
     pictures(tmp_path / "p", 1)

@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import tarfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shard_files import add, write_tars
 from torchvision.transforms.v2 import functional as F
 
 from fastkd.commands import pack as command
@@ -340,6 +342,70 @@ def test_a_damaged_image_is_named(truncated, tmp_path, few, workers):
         go(root, tmp_path / "p", workers=workers)
 
 
+def noted_names(folder, part="train"):
+    """The names of the images in the index of a pack."""
+    return json.loads(np.load(Path(folder) / f"{part}.npz")["names"].tobytes())
+
+
+@pytest.mark.parametrize("options", [["--size", "24"], ["--jpeg-quality", "80"], ["--keep-files"]])
+def test_skip_bad_packs_the_others(truncated, tmp_path, options, capsys):
+    words = [str(truncated.parents[2]), str(tmp_path / "p"), "--workers", "0", *options, "--skip-bad"]
+    run(words)
+    out = capsys.readouterr().out
+    assert "--skip-bad leaves out 1 of the 6 images" in out and truncated.name in out
+    assert "5 images for train, 2 images for val" in out
+    assert all(truncated.name not in name for name in noted_names(tmp_path / "p"))
+    before = content(tmp_path / "p")
+    run(words)
+    assert content(tmp_path / "p") == before
+    if options[0] == "--size":  # files that are copied are not decoded, and a damaged one would pass
+        with pytest.raises(UserError, match="holds another pack \\(parts"):
+            run(words[:-1])
+
+
+def test_a_list_chooses_what_is_packed(small, tmp_path):
+    listed = sorted(file.relative_to(small) for file in small.glob("*/*/*"))
+    left_out = next(file for file in listed if file.parts[0] == "train")
+    listed.remove(left_out)
+    (tmp_path / "good.txt").write_text("".join(f"{file}\n" for file in listed))
+    words = [str(small), str(tmp_path / "p"), "--size", "24", "--workers", "0"]
+    run([*words, "--file-list", str(tmp_path / "good.txt")])
+    assert str(left_out) not in noted_names(tmp_path / "p") and len(noted_names(tmp_path / "p")) == 5
+    with pytest.raises(UserError, match="holds another pack \\(parts"):
+        run(words)
+
+
+def test_of_shards_too_the_images_are_chosen(small, tmp_path):
+    for part in ("train", "val"):
+        write_tars(tmp_path / "tars", part, scan(str(small / part)), 1)
+    with tarfile.open(tmp_path / "tars" / "train-000.tar", "a") as tar:
+        add(tar, "ant/bad.jpg", b"\xff\xd8\xff and no more")
+        add(tar, "ant/bad.cls", b"0")
+    words = [str(tmp_path / "tars"), str(tmp_path / "p"), "--size", "24", "--workers", "0"]
+    with pytest.raises(UserError, match="bad.jpg' cannot be decoded"):
+        run(words)
+    shutil.rmtree(tmp_path / "p")
+    run([*words, "--skip-bad"])
+    names = noted_names(tmp_path / "p")
+    assert len(names) == 6 and not any("bad" in name for name in names)
+    (tmp_path / "list.txt").write_text(
+        "".join(f"{name}\n" for name in [*names[:5], *noted_names(tmp_path / "p", "val")])
+    )
+    words[1] = str(tmp_path / "by_list")
+    run([*words, "--file-list", str(tmp_path / "list.txt")])
+    assert noted_names(tmp_path / "by_list") == names[:5]
+
+
+def test_skip_bad_leaves_out_pictures_above_max_pixels(small, tmp_path, capsys):
+    Image.new("RGB", (600, 600)).save(small / "train" / "ant" / "large.png")
+    words = [str(small), str(tmp_path / "p"), "--size", "24", "--workers", "0", "--max-pixels", "300000"]
+    with pytest.raises(UserError, match="see --max-pixels.*--skip-bad"):
+        run(words)
+    shutil.rmtree(tmp_path / "p")
+    run([*words, "--skip-bad"])
+    assert "large.png: too large" in capsys.readouterr().out and len(noted_names(tmp_path / "p")) == 6
+
+
 def test_damage_is_found_by_the_check(pictures, tmp_path, capsys):
     folder = go(pictures, tmp_path / "p")
     run([str(folder), "--check"])
@@ -414,6 +480,7 @@ def test_the_command(pictures, tmp_path, capsys):
         (["x", "y", "--keep-files", "--size", "64"], "keep_files copies files as they are"),
         (["digits", "y", "--jpeg-quality", "90"], "is no set of files"),
         (["synthetic", "y"], "holds no images"),
+        (["digits", "y", "--skip-bad"], "skip_bad=True is for a folder of images"),
         (["x", "y", "--sise", "64"], "unknown option '--sise'"),
         (["/nonexistent", "y"], "no such folder"),
         (["--check"], "needs one folder"),

@@ -54,6 +54,17 @@ def images_of(loader):
     return found, targets
 
 
+@pytest.mark.parametrize(("size", "shown"), [(0, 224), (160, 160), (128, 0), (48, 0)])
+def test_squares_smaller_than_the_images_are_said_to_be_enlarged(squares, size, shown):
+    lines: list[str] = []
+    loaders(squares, size=size, log=lines.append)
+    said = [line for line in lines if "enlarged" in line]
+    wanted = (
+        f"images of 128 pixels are enlarged to {shown}: give --image-size 128, or pack them again with --size {shown}"
+    )
+    assert len(said) == bool(shown) and all(wanted in line for line in said)
+
+
 def test_a_crop_is_that_of_the_folder(pictures, squares):
     """Against the same box cut out of the picture itself: the means differ by little, and each is nearest its own."""
     folder, packed = loaders(pictures, loader="folder")[0], loaders(squares)[0]

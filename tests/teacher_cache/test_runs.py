@@ -310,7 +310,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(fastkd, photos)
     fill = ["cache-teacher", *NETS, "--data", photos, *DATA]
     check_refused(fastkd(*fill, "--views", "1"), "--out DIR is missing")
     check_refused(fastkd(*fill, *weights, "--views", "1", "--out", "c"), "the teacher has yet to be trained")
-    check_refused(fastkd(*fill, "--views", "1", "--out", "c"), "resnet8 has no weights")
+    check_refused(fastkd(*fill, "--views", "1", "--out", "c"), "resnet8 has no weights", "let fastkd train --teacher-c")
+    assert "--teacher-epochs" not in fastkd(*fill, "--views", "1", "--out", "c")[2]
     check_refused(fastkd("cache-teacher", "--info", "c"), "there is no teacher cache in c")
     check_refused(fastkd("cache-teacher", "--info", "c", "--views", "1"), "--info takes one folder")
     assert not Path("no").exists() and not Path("c").exists()
