@@ -6,20 +6,28 @@ and its train.py, which calls the task. Run it: python examples/timm_task.py
 
 import timm
 import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import LogitDistillationTask
 
 from fastkd.losses import KDLoss
 
+CROSS_ENTROPIES = torch.nn.CrossEntropyLoss, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
 
 class FusedDistillationTask(LogitDistillationTask):
-    """CE and KD in one kernel, in place of a criterion that is a plain cross-entropy.
+    """CE and KD in one kernel, in place of a criterion that is a cross-entropy, with its smoothing.
 
     Weights and temperature: those of LogitDistillationTask. Images are [B, 3, H, W], labels [B] or soft, [B, classes].
+    Raises TypeError for another criterion, such as a binary cross-entropy.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.fused = KDLoss(self.temperature, self.task_loss_weight, self.distill_loss_weight)
+        if not isinstance(self.criterion, CROSS_ENTROPIES):
+            raise TypeError(f"the fused loss takes the place of a cross-entropy, got {self.criterion}")
+        smoothing = getattr(self.criterion, "smoothing", getattr(self.criterion, "label_smoothing", 0.0))
+        weights = self.temperature, self.task_loss_weight, self.distill_loss_weight
+        self.fused = KDLoss(*weights, label_smoothing=smoothing)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """The loss and the student's logits, under timm's names."""

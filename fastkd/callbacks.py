@@ -10,7 +10,7 @@ exception in `on_step` or `on_epoch` ends the run with its own traceback, as in 
 intact: `on_epoch` comes after the state of its epoch, and a resume goes on from there.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -77,13 +77,7 @@ class Callbacks:
     """Calls those of `callbacks` that have the method, in their order, on rank 0. Raises UserError for other things."""
 
     def __init__(self, callbacks: Sequence[object] = ()):
-        if not isinstance(callbacks, (list, tuple)):
-            raise UserError(f"callbacks must be a list of objects, got a {type(callbacks).__name__}: [callback]")
-        for each in callbacks:
-            _refuse_misspelt(each)
-            if isinstance(each, type) or not any(callable(getattr(each, name, None)) for name in HOOKS):
-                what = f"the class {each.__name__}" if isinstance(each, type) else f"a {type(each).__name__}"
-                raise UserError(f"callbacks holds {what}: give objects with one of {', '.join(HOOKS)}")
+        check_callbacks(callbacks)
         self.callbacks = list(callbacks) if distributed.rank() == 0 else []
         self.follow_steps = any(hasattr(each, "on_step") for each in self.callbacks)
 
@@ -115,12 +109,16 @@ class Callbacks:
                 getattr(each, name)(data)
 
 
-def _refuse_misspelt(callback: object) -> None:
-    """Raise UserError if the object lacks a method and has one with nearly its name, which would never be called."""
-    lacking = [name for name in HOOKS if not hasattr(callback, name)]
-    for name in dir(callback):
-        near = get_close_matches(name, lacking, 1, 0.8)
-        if near and name not in HOOKS:
-            raise UserError(
-                f"callbacks: {type(callback).__name__}.{name} would never be called: did you mean {near[0]}?"
-            )
+def check_callbacks(callbacks: Sequence[object]) -> None:
+    """Raise UserError for what is no list, for objects that nothing would call, and for misspelt methods."""
+    if not isinstance(callbacks, Iterable):
+        raise UserError(f"callbacks must be a list of objects, got a {type(callbacks).__name__}: [callback]")
+    for each in callbacks:
+        if isinstance(each, type) or not any(callable(getattr(each, name, None)) for name in HOOKS):
+            what = f"the class {each.__name__}" if isinstance(each, type) else f"a {type(each).__name__}"
+            raise UserError(f"callbacks holds {what}: give objects with one of {', '.join(HOOKS)}")
+        lacking = [name for name in HOOKS if not hasattr(each, name)]
+        for name in (name for name in dir(each) if name.startswith("on_") and callable(getattr(each, name, None))):
+            if name not in HOOKS and (near := get_close_matches(name, lacking, 1, 0.8)):
+                what = f"{type(each).__name__}.{name}"
+                raise UserError(f"callbacks: {what} would never be called: did you mean {near[0]}?")

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Real
 
+ARGUMENTS: set[str] = set()  # names of options that Python has too, from option_kinds.py
+
 
 class UserError(ValueError):
     """The input is wrong. The message says what, with the values, and what to do; the command prints it as one line.
@@ -16,15 +18,11 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(message)
-        flags = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][a-z-]*\b", re.sub("`[^`]*`", "", message)))
-        if flags:
-            self.__notes__ = [f"In Python, options are arguments: {', '.join(map(_argument, flags))}"]
-
-
-def _argument(flag: str) -> str:
-    """--grad-accum is grad_accum=, --no-augment is augment=False"""
-    name = flag[2:].replace("-", "_")
-    return f"{name[3:]}=False" if name.startswith("no_") else f"{name}="
+        flags = re.findall(r"(?<![\w-])--(no-)?([a-z][a-z0-9-]*)\b", re.sub("`[^`]*`", "", message))
+        named = {(no, name.replace("-", "_")): None for no, name in flags}
+        words = [f"{name}=False" if no else f"{name}=" for no, name in named if name in ARGUMENTS]
+        if words:
+            self.__notes__ = [f"In Python, options are arguments: {', '.join(words)}"]
 
 
 def lost_worker(error: Exception) -> str:

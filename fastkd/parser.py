@@ -240,11 +240,12 @@ def _check_required(arguments: list[str], kind: type, command: str) -> None:
 def _check(arguments: list[str], kind: type, command: str) -> None:
     """Raise UserError for an unknown option or a value of the wrong type."""
     types = option_types(kind)
+    others = types.keys() - typed_options(arguments).keys()
     for flag, words in groups(arguments):
         positive = name_of(flag).removeprefix("no_")
         name = positive if types.get(positive) is bool else name_of(flag)
         if not flag:
-            raise UserError(f"unexpected {words[0]!r}{_meant(words[0], types)}; `{command} --help` lists the options")
+            raise UserError(f"unexpected {words[0]!r}{_meant(words[0], others)}; `{command} --help` lists the options")
         elif name not in types:
             hint = nearest_option(name_of(flag), types, dashes=True)
             raise UserError(f"unknown option {flag!r}{hint}; `{command} --help` lists them")
@@ -254,12 +255,12 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
             if get_origin(types[name]) is tuple or not _fits(types[name], words[:1]):
                 raise _wrong(flag, types[name], words, repr(" ".join(words)) if words else "nothing")
             remedy = "put quotes around all of it, if it is one" if types[name] is str else "drop it"
-            stray = f"{' '.join(words[1:])!r} belongs to no option{_meant(words[1], types)}"
+            stray = f"{' '.join(words[1:])!r} belongs to no option{_meant(words[1], others)}"
             raise UserError(f"{flag} takes one value, got {' '.join(words)!r}: {stray}; {remedy}")
 
 
 def _meant(word: str, known: Collection[str]) -> str:
-    """The option that a word without one is probably for, as a hint, or the empty string."""
+    """Which of the `known` options a word without one is probably for, as a hint, or the empty string."""
     flag = "weights" if "weights" in known else "config" if word.endswith((".yaml", ".yml")) else "data"
     is_meant = flag in known and (flag != "data" or os.path.exists(word))
     return f" (did you mean --{flag} {word}?)" if is_meant else ""

@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -56,7 +56,7 @@ class Report:
         about: dict[str, Any],
         data: dict[str, Any],
         image: dict[str, Any],
-        callbacks: Callbacks,
+        callbacks: Sequence[object] = (),
     ) -> None:
         self.config, self.out = config, Path(config.out)
         # `fastkd eval` reads these from the weights file.
@@ -68,7 +68,7 @@ class Report:
         self.kwargs = dict.fromkeys(alike, about.get("model_kwargs", ()))
         self.kwargs["improved_teacher"] = about.get("teacher_kwargs", ())
         self.main, self.owns_lock = distributed.rank() == 0, False
-        self.callbacks = callbacks
+        self.callbacks = Callbacks(callbacks)
         self.history: list[dict[str, Any]] = []
         self.page: Page | None = None
         if self.main:

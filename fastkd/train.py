@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import distributed, weights_file
-from .callbacks import Callbacks
+from .callbacks import check_callbacks
 from .data.adapter import adapt
 from .data.base import (
     EpochLoader,
@@ -77,7 +77,7 @@ class Trainer:
         classes: Sequence[str] | None = None,
     ):
         check_method(method, config)
-        followers = Callbacks(callbacks)
+        check_callbacks(callbacks)
         self.device = distributed.device_for(config.device, config.peer_timeout)
         form = config.memory_format
         train_loader, val_loader = adapt(train_loader, val_loader, classes, self.device, form, log_rank0)
@@ -106,7 +106,7 @@ class Trainer:
         self.labels = None if is_ours else LabelCheck(len(train_loader.classes), self.device, method.ignore_index)
         out = config.out or distributed.from_rank_zero(new_folder, "runs/run")
         self.config = replace(config, out=str(out))
-        self.report = Report(self.config, about, self.data, image, followers)
+        self.report = Report(self.config, about, self.data, image, callbacks)
         self.writer = Writer(self.report.out, config.keep_checkpoints, log_rank0)
         self.watch = Watch(self.step, self.writer, log_rank0)
         self.epoch = self.done = 0  # epochs, with their evaluation, and steps of the next one

@@ -64,7 +64,10 @@ def _raise_on_logits(heads: Sequence[Tensor], names: Sequence[str]) -> None:
         check_tensors(**{names[k] if names else "logits": head})
     shape = heads[0].shape
     if any(head.dim() != 2 or head.shape != shape for head in heads):
-        raise ValueError(_unlike([list(head.shape) for head in heads]))
+        shapes = [list(head.shape) for head in heads]
+        if labels := [head for head in heads if head.dim() == 1 and not head.is_floating_point()]:
+            raise ValueError(f"logits must be [N, C], got {shapes}: {labels[0].dtype} are labels, which come last")
+        raise ValueError(_unlike(shapes))
     _check_numbers("logits", heads)
     raise ValueError(f"logits of {shape[1]} class(es), {list(shape)}: a softmax needs 2 or more")
 
@@ -87,8 +90,6 @@ def check_target(target: Tensor, logits: Tensor) -> None:
 def _unlike(shapes: list[list[int]]) -> str:
     """Which rule logits of these shapes break, and what to do."""
     sizes = {len(shape) for shape in shapes}
-    if sorted(sizes) == [1, 2] and min(shapes, key=len)[0] in [shape[0] for shape in shapes if len(shape) == 2]:
-        return f"logits must be [N, C], got {shapes}; labels come last: loss(student logits, teacher logits, target)"
     if min(sizes) < 2:
         return f"logits must be [N, C], got {shapes}; one sample is a batch of one: logits[None]"
     if max(sizes) > 2:

@@ -52,6 +52,11 @@ def test_weights_are_bit_equal_and_each_image_is_seen_once(trained):
     assert first["top1"] == second["top1"]
 
 
+@pytest.mark.xdist_group("torchrun")
+def test_rank_0_alone_calls_the_callbacks(trained):
+    assert [each["calls"] for each in trained] == [["on_end", "on_epoch", "on_step"], []]
+
+
 def test_dataloaders_of_the_user_are_shared_out(tmp_path):
     """11 images over two processes: in evaluation each counts once; in training no two processes have the same."""
     torchrun(str(LOADERS_WORKER), str(tmp_path))

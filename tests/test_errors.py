@@ -2,7 +2,9 @@
 
 import pytest
 
+from fastkd import TrainOptions
 from fastkd.errors import UserError, count_of, nearest, printable
+from fastkd.option_kinds import check_kinds
 
 
 @pytest.mark.parametrize(
@@ -25,10 +27,12 @@ def test_what_a_terminal_cannot_show_becomes_escapes(text, encoding, shown):
     "message, arguments",
     [
         ("--opt nesterov needs --momentum above 0; --no-sync-bn, not --opt", "opt=, momentum=, sync_bn=False"),
-        ("--file-list: make one with `fastkd check-data --out`", "file_list="),
+        ("--seed and --file: make one with `fastkd check-data --out`", "seed="),
     ],
 )
 def test_a_traceback_names_the_arguments_of_options(message, arguments):
+    """Those that Python has: --file is no option, and --out is one of `fastkd check-data`."""
+    check_kinds(TrainOptions())
     error = UserError(message)
     assert str(error) == message and error.__notes__ == [f"In Python, options are arguments: {arguments}"]
 

@@ -42,12 +42,16 @@ def test_timm_task():
     nets[1].pretrained_cfg = {**nets[1].pretrained_cfg, "mean": (0.5, 0.5, 0.5)}
     targets = torch.tensor([0, 2, 1, 1]), torch.rand(4, 3).softmax(1)
     images, found = torch.randn(4, 3, 32, 32), []
+    losses = import_module("timm.loss")
+    criteria = torch.nn.CrossEntropyLoss(), losses.SoftTargetCrossEntropy(), losses.LabelSmoothingCrossEntropy(0.2)
     for kind in (fused, own):
-        for target in targets:
-            given = kind(*nets, torch.nn.CrossEntropyLoss(), temperature=2.0, task_loss_weight=0.3).train()
+        for target, criterion in zip((*targets, targets[0]), criteria, strict=True):
+            given = kind(*nets, criterion, temperature=2.0, task_loss_weight=0.3).train()
             loss = given(images, target)["loss"]
             found.append([loss, *torch.autograd.grad(loss, [*nets[0].parameters()])])
-    torch.testing.assert_close(found[:2], found[2:], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[:3], found[3:], rtol=1e-3, atol=1e-5)
+    with pytest.raises(TypeError, match="place of a cross-entropy"):
+        fused(*nets, losses.BinaryCrossEntropy())
     history = example("timm_task").main()
     assert history[-1] < 0.9 * history[0]
 

@@ -24,11 +24,14 @@ ALLOWED = {
     "fastkd/data": {"kernels", "errors", "foreign", "signals"},
     "fastkd/losses": {"kernels"},
     # data.base: as a type
-    "fastkd/methods": {"kernels", "losses", "models", "data.base", "weights_file", "distributed", "errors"},
+    "fastkd/methods": {
+        *("kernels", "losses", "models", "data.base", "weights_file", "distributed", "errors", "option_kinds"),
+    },
+    "fastkd/option_kinds.py": {"errors"},
     "fastkd/rendezvous.py": {"errors"},
     "fastkd/slurm.py": {"errors"},
     "fastkd/distributed.py": {"rendezvous", "errors", "signals", "slurm"},
-    "fastkd/engine": {*PROTOCOL, "data.augment", "kernels", "models", "distributed", "errors"},
+    "fastkd/engine": {*PROTOCOL, "data.augment", "kernels", "models", "distributed", "errors", "option_kinds"},
     "fastkd/files.py": {"errors"},
     "fastkd/weights_file.py": {"run.checkpoint", "errors", "files", "foreign", "paths", "torch_files"},
     "fastkd/teacher_cache": {*PROTOCOL, "data.base", "kernels", "files", "foreign", "distributed", "errors"},
@@ -49,6 +52,7 @@ ALLOWED = {
     "fastkd/train.py": {
         *PROTOCOL,
         *(
+            "callbacks",
             "engine",
             "data.adapter",
             "data.base",

@@ -1,8 +1,13 @@
 """Wrong kinds of arguments in Python: one clear error, before anything is trained."""
 
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 import pytest
 import torch
 from conftest import TinyNet
+from torch import nn
 
 from fastkd import Trainer, TrainOptions, create_model
 from fastkd.callbacks import Callbacks
@@ -17,7 +22,7 @@ from fastkd.methods import CE, DML, IAKD, KD, SOKD
         (lambda: TrainOptions(epochs="3"), "--epochs must be a whole number, got '3'"),
         (lambda: TrainOptions(lr=True), "--lr must be a number, got True"),
         (lambda: TrainOptions(sched="cos"), "--sched must be one of .*, got 'cos' .did you mean 'cosine'"),
-        (lambda: TrainOptions(log="csv"), r"--log must be a tuple, got 'csv': \('csv',\)"),
+        (lambda: TrainOptions(log="csv"), r"--log must be a tuple of values, got 'csv'"),
         (lambda: TrainOptions(log=("cvs",)), "--log must be one of .*got 'cvs'"),
         (lambda: TrainOptions(channels_last="no"), "--channels-last must be True or False, got 'no'"),
     ],
@@ -66,7 +71,40 @@ def test_a_refused_trainer_leaves_no_folder(tmp_path, monkeypatch, tiny_loaders)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="callbacks holds"):
         Trainer(CE(TinyNet()), *tiny_loaders(), TrainOptions(epochs=1), callbacks=[3])
+
+    def refuse(*given, **named):
+        raise UserError("no step")
+
+    monkeypatch.setattr("fastkd.train.Step", refuse)
+    with pytest.raises(UserError, match="no step"):
+        Trainer(CE(TinyNet()), *tiny_loaders(), TrainOptions(epochs=1, device="cpu"))
     assert not any(tmp_path.iterdir())
+
+
+def test_numbers_of_numpy_and_other_iterables_are_taken():
+    options = TrainOptions(sched="multistep", epochs=np.int64(90), decay_milestones=range(30, 90, 30), lr=np.float32(1))
+    assert options.drops == range(30, 90, 30)
+    assert TrainOptions(channels_last=np.bool_(True)).memory_format == torch.channels_last
+    assert len(DML(TinyNet(), peers=nn.ModuleList([TinyNet()])).peers) == 1
+
+
+def test_options_of_a_method_of_ones_own_have_any_kinds():
+    @dataclass(frozen=True)
+    class Own:
+        pair: tuple[int, str] = (1, "a")
+        none: tuple[()] = ()
+        level: Literal[1, 2] = 2
+        later: "OnlyForTypeCheckers" = 3  # noqa: F821
+
+    class Odd(CE):
+        Options = Own
+
+    assert Odd(TinyNet()).options.pair == (1, "a")
+    Own.__annotations__.pop("later")
+    with pytest.raises(UserError, match="--level must be one of 1, 2, got 3"):
+        Odd(TinyNet(), options=Own(level=3))
+    with pytest.raises(UserError, match="made by Odd.Options"):
+        Odd(TinyNet(), options=Own)
 
 
 def test_callbacks_that_would_never_be_called():
@@ -75,6 +113,9 @@ def test_callbacks_that_would_never_be_called():
             pass
 
         def on_epoch_end(self, epoch):
+            pass
+
+        def _on_end(self):
             pass
 
     with pytest.raises(UserError, match="Misspelt.on_epoch_end would never be called: did you mean on_epoch"):

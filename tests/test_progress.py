@@ -142,7 +142,6 @@ def test_in_a_real_kernel(tmp_path):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     code = f"""
 import torch
-from rich.console import Console
 from fastkd import Trainer, TrainOptions, create_model
 from fastkd.methods import CE
 batches = [(torch.randn(4, 3, 32, 32), torch.arange(4))] * 3

@@ -5,7 +5,7 @@ The engine runs a method eagerly, compiled or as a CUDA graph; the method does n
 A subclass writes `losses`, and overrides the rest only as it needs. docs/method-protocol.md is the guide.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
 
@@ -177,14 +177,15 @@ class Method(OptionalHooks):
         return terms
 
     def _check_options(self, options: object) -> None:
-        if not is_dataclass(options) or any(not hasattr(options, each.name) for each in fields(self.Options)):
+        is_made = is_dataclass(options) and not isinstance(options, type)
+        if not is_made or any(not hasattr(options, each.name) for each in fields(self.Options)):
             name, kind = type(self).__name__, type(options).__name__
             raise UserError(f"options of {name} are made by {name}.Options(...), got a {kind}: {options!r:.60}")
         check_kinds(options)
 
     def _check_networks(self, student: nn.Module, teacher: nn.Module | None, peers: Sequence[nn.Module]) -> None:
         name = type(self).__name__
-        if not isinstance(peers, (list, tuple)):
+        if not isinstance(peers, Iterable):
             raise UserError(f"peers of {name} must be a list of networks, got a {type(peers).__name__}: [network]")
         if self.needs_teacher != (teacher is not None):
             raise UserError(f"{name} {'needs a' if self.needs_teacher else 'takes no'} teacher")

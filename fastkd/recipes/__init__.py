@@ -53,7 +53,7 @@ def read_recipe(name: str, given: Mapping[str, Any], log: Callable[[str], None])
         before, after = (" ".join(f"{number:.3g}" for number in each) for each in (numbers, scaled[time]))
         changes.append(f"{time} {before} -> {after}")
     trains_teacher = values.get("teacher_epochs") and not {"teacher_epochs", "teacher_weights"} & given.keys()
-    if trains_teacher and find_method(given.get("method") or values.get("method", "kd")).needs_teacher:
+    if trains_teacher and find_method(str(given.get("method") or values.get("method", "kd"))).needs_teacher:
         changes.append(f"--teacher-epochs {values['teacher_epochs']} is not changed")
     log(f"recipe {name}, made for {values['epochs']} epochs, over {epochs}: {', '.join(changes)}")
     return values | scaled

@@ -511,10 +511,7 @@ BAD = [
     (lambda h, y: ([h[0], h[1][:, :3]], y), "over the same classes.* C differs"),
     (lambda h, y: ([h[0], h[1][:3]], y), r"of one batch, got \[\[4, 6\], \[3, 6\]\]: N differs"),
     (lambda h, y: ([z[0] for z in h], y), r"\[\[6\], \[6\]\]; one sample is a batch of one: logits\[None\]"),
-    (
-        lambda h, y: ([h[0], y], h[1]),
-        r"\[\[4, 6\], \[4\]\]; labels come last: loss\(student logits, ",
-    ),
+    (lambda h, y: ([h[0], y], h[1]), r"\[\[4, 6\], \[4\]\]: torch.int64 are labels, which come last"),
     (lambda h, y: ([z[:, :, None] for z in h], y), r"\[\[4, 6, 1\], \[4, 6, 1\]\]; flatten .*logits.flatten\(0, -2\)"),
     (lambda h, y: (h, y.int()), r"int32 \[4\]; labels are int64: target.long\(\)"),
     (lambda h, y: (h, y.byte()), r"uint8 \[4\]; labels are int64: target.long\(\)"),
