@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 
@@ -124,7 +125,13 @@ def test_wandb_works_offline_and_keeps_its_id(tiny_net, tiny_loaders, tmp_path, 
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_PROJECT", "students"), ("WANDB_SILENT", "true")):
         monkeypatch.setenv(name, value)
     init, given = wandb.init, []
-    monkeypatch.setattr(wandb, "init", lambda **options: given.append(options) or init(**options))
+
+    def noted(**options):
+        time.sleep(1.1 * len(given))  # the folder's name has the second
+        given.append(options)
+        return init(**options)
+
+    monkeypatch.setattr(wandb, "init", noted)
     number, _ = stopped_and_resumed(tiny_net, tiny_loaders, tmp_path / "run", "wandb")
     assert [each["id"] for each in given] == [None, number] and given[0]["project"] == "students"
     assert given[0]["name"] == str(tmp_path / "run") and given[0]["config"]["lr"] == 0.05
