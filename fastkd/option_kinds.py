@@ -5,6 +5,8 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy
+
 from .errors import ARGUMENTS, UserError, nearest
 
 NUMBERS: dict[Any, tuple[type, str]] = {int: (Integral, "a whole number"), float: (Real, "a number")}
@@ -13,7 +15,7 @@ NUMBERS: dict[Any, tuple[type, str]] = {int: (Integral, "a whole number"), float
 def check_kinds(options: Any) -> None:
     """Raise UserError for the first option of a dataclass that is of another kind, or none of its choices.
 
-    Numbers of numpy are numbers, and any iterable but a str is a tuple. Kinds of other kinds are not checked.
+    Numbers of numpy are numbers, and any iterable but a str is a tuple. Options of other types are not checked.
     """
     names = [each.name for each in fields(options)]
     ARGUMENTS.update(names)
@@ -31,7 +33,7 @@ def check_kinds(options: Any) -> None:
 
 
 def _check(option: str, kind: Any, value: object) -> None:
-    if kind is bool and type(value).__name__ not in ("bool", "bool_"):
+    if kind is bool and not isinstance(value, (bool, numpy.bool_)):
         raise UserError(f"{option} must be True or False, got {value!r}")
     if kind in NUMBERS and (isinstance(value, bool) or not isinstance(value, NUMBERS[kind][0])):
         raise UserError(f"{option} must be {NUMBERS[kind][1]}, got {value!r}")

@@ -56,3 +56,17 @@ class StoppedRun:
 
 def interrupt() -> None:
     raise KeyboardInterrupt
+
+
+def kill_after(patch: pytest.MonkeyPatch, saves: int) -> list[dict]:
+    """The run ends after so many states were written: the next one raises. Gives those that were written, later."""
+    save, written = checkpoint.save_run, []
+
+    def killed(folder, state, keep):
+        if len(written) == saves:
+            raise KeyboardInterrupt
+        written.append(state)
+        save(folder, state, keep)
+
+    patch.setattr(checkpoint, "save_run", killed)
+    return written

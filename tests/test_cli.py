@@ -65,7 +65,7 @@ def test_resume_takes_the_runs_own_options(fastkd, tmp_path):
     assert fastkd("train", *QUICK, "--no-baseline", "--temperature", "3", "--out", "run")[0] == 0
     status, out, _ = fastkd("train", "--out", "run", "--resume")
     assert status == 0 and "resuming run after epoch 1 of 1" in out
-    assert "run has all of its 1 epoch, nothing is left to train; --resume --extend --epochs N goes on" in out
+    assert "the run had all of its 1 epoch; --resume --extend --epochs N goes on for more" in out
     check_refused(fastkd("train", "--out", "run", "--resume", "--lr", "0.3"), "lr was 0.05, now 0.3")
     check_refused(fastkd("train", *QUICK, "--out", "run"), "--out run is not empty", "--resume")
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from stopped_run import kill_after
 
 from fastkd import Trainer, TrainOptions, create_model
 from fastkd.errors import UserError
@@ -65,19 +66,6 @@ def test_checkpoints_hold_no_teacher(tiny_net, tiny_loaders, tmp_path):
 
 
 RESET = {"reset_momentum": True, "sched": "multistep", "decay_milestones": (1.0, 2.0), "opt": "nesterov"}
-
-
-def kill_after(monkeypatch, saves):
-    """The run ends after so many states were written; the next one raises."""
-    save, count = checkpoint.save_run, []
-
-    def killed(folder, state, keep):
-        if len(count) == saves:
-            raise KeyboardInterrupt
-        count.append(state)
-        save(folder, state, keep)
-
-    monkeypatch.setattr(checkpoint, "save_run", killed)
 
 
 @pytest.mark.parametrize("saves", [1, 2, 3, 5])

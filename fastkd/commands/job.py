@@ -19,7 +19,7 @@ from ..engine.optim import APEX, apex_optimizers
 from ..engine.precision import Precision
 from ..engine.timm_optim import check_timm_optimizer, groups_by_layer, is_timms
 from ..engine.trial import try_step
-from ..errors import UserError, count_of
+from ..errors import UserError
 from ..files import sha256_of
 from ..loggers import check_loggers
 from ..methods import find_method
@@ -30,7 +30,7 @@ from ..models import load_weights
 from ..models.own_input import InputSpec, OwnInput
 from ..network_options import NetworkOptions
 from ..report import log_rank0, titles
-from ..run.checkpoint import candidates, place_of_newest
+from ..run.checkpoint import candidates
 from ..run.folder import add_missing_options, check_length, claim_folder, misfit, new_folder, write_settings
 from ..run.resume import check_newest, identity_of
 from ..teacher_cache import TeacherCache
@@ -168,11 +168,6 @@ class Job:
             add_missing_options(self.out, known)
             for folder in (*self.out.glob("teacher*"), self.out / "alone"):
                 add_missing_options(folder, defaults("ce"))
-            if place_of_newest(self.out) == (options.epochs, 0):
-                log_rank0(
-                    f"--resume: {self.out} has all of its {count_of(options.epochs, 'epoch')}, nothing is left to "
-                    "train; --resume --extend --epochs N goes on for more"
-                )
 
     def check_state(self) -> None:
         """Raise UserError if the student's newest state is not of this run. The teachers are trained by now.

@@ -1,6 +1,6 @@
 """The networks of a run, made from its options: the student, the teachers and the peers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +77,9 @@ class NetworkMaker:
         if distributed.rank() > 0:
             distributed.barrier()  # rank 0 goes first, so that pre-trained weights are downloaded once
         size = image_size or self.images.image_size
-        if weights and (noted := weights_file.read_about(Path(weights)).get("model", name)) != name:
-            log_rank0(f"{role} {name}: the weights {weights} are of {noted}, says their note")
+        noted = weights_file.read_about(Path(weights)) if weights else {}
+        if noted.get("model", name) != name:
+            log_rank0(f"{role} {name}: the weights {weights} are of {noted['model']}, says their note")
         net = create_model(
             name,
             len(self.classes),
@@ -101,15 +102,14 @@ class NetworkMaker:
                 f"classifier; these keys start fresh: {', '.join(fresh.keys)}"
             )
         elif weights:
-            self._align_classes(role, net, weights, trained)
+            self._align_classes(role, net, weights, noted.get("data", {}).get("classes", self.classes), trained)
         return net
 
-    def _align_classes(self, role: str, net: nn.Module, weights: str, trained: bool) -> None:
-        """Put the logits into the order of the data's classes, if the file notes the names of its classes.
+    def _align_classes(self, role: str, net: nn.Module, weights: str, noted: Sequence[str], trained: bool) -> None:
+        """Put the logits into the order of the data's classes. `noted`: the classes by the note of the weights.
 
         Raises UserError if a network that will not be trained has classes of other names.
         """
-        noted = weights_file.read_about(Path(weights)).get("data", {}).get("classes", self.classes)
         source = f"--{role}-weights {weights}"
         if trained and sorted(noted) != sorted(self.classes):
             if not self.ignore_class_names:

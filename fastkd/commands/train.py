@@ -19,7 +19,7 @@ from ..evaluate import evaluate, speed
 from ..methods import find_method
 from ..methods.frozen import AbsentTeacher
 from ..models import load_weights
-from ..progress import Counter
+from ..progress import Bar, Counter
 from ..report import log_rank0, set_output, show_table
 from ..run.folder import EXTENDABLE, find_finished
 from ..signals import names_the_command
@@ -51,6 +51,13 @@ def run(arguments: list[str]) -> None:
     again = distributed.command("train", *(arguments if config.train.extend else short))
     with names_the_command(again), backends(job.device, config.train.deterministic):
         Trainings(job).work()
+
+
+def hint_of_finished(bar: Bar) -> str:
+    """How a run goes on that had all of its epochs when it was resumed; else ""."""
+    if bar.first < bar.total:
+        return ""
+    return f"the run had all of its {count_of(bar.epochs, 'epoch')}; --resume --extend --epochs N goes on for more"
 
 
 def hint_of_best(history: Sequence[dict]) -> str:
@@ -110,7 +117,7 @@ class Trainings:
         for label, net in trainer.networks.items():
             self._add_row(f"{label.replace('_', ' ')}, {method}", trainer.report.models.get(label, ""), net)
         show_table(COLUMNS, self.rows, numbers=3)
-        for hint in (hint_of_teacher(self.rows), hint_of_best(trainer.history)):
+        for hint in (hint_of_finished(trainer.bar), hint_of_teacher(self.rows), hint_of_best(trainer.history)):
             if hint:
                 log_rank0(hint)
         if trainer.report.page:

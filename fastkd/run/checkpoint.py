@@ -51,8 +51,8 @@ class Writer:
     """Writes states in a thread of its own. `save` copies the state, on its device, and returns.
 
     One state is written at a time: `save` waits for the one before. Without memory for the copy, `save` returns when
-    the file is complete. What the thread could not write is raised by the
-    next `save`, or at the end of the block. `seconds` is what all of this has cost the training so far.
+    the file is complete. What the thread could not write is raised by the next `save`, or at the end of the block.
+    `seconds` is what all of this has cost the training so far.
     """
 
     def __init__(self, folder: Path, keep: int = 2, log: Callable[[str], None] = print):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopped_run import kill_after
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, WeightedRandomSampler
 
 from fastkd import Trainer, TrainOptions
 from fastkd.data.adapter import AdaptedLoader, adapt
 from fastkd.errors import UserError
 from fastkd.methods import CE, KD
-from fastkd.run import checkpoint
 
 CPU, LAST = torch.device("cpu"), torch.channels_last
 
@@ -65,19 +65,11 @@ def fit(tiny_net, loader, out, net_seed=0, **options):
 def test_a_resumed_run_of_a_dataloader_has_the_same_bits(tiny_net, tmp_path, monkeypatch, name, saves):
     """After step 2 of an epoch, before an evaluation, and in the second epoch."""
     whole = fit(tiny_net, LOADERS[name](), tmp_path / "whole")
-    save, count = checkpoint.save_run, []
-
-    def killed(folder, state, keep):
-        if len(count) == saves:
-            raise KeyboardInterrupt
-        count.append(state)
-        save(folder, state, keep)
-
-    monkeypatch.setattr(checkpoint, "save_run", killed)
+    written = kill_after(monkeypatch, saves)
     with pytest.raises(KeyboardInterrupt):
         fit(tiny_net, LOADERS[name](), tmp_path / "cut", checkpoint_every="2")
     monkeypatch.undo()
-    assert count[-1]["step"] == {1: 2, 2: 3, 5: 3}[saves]
+    assert written[-1]["step"] == {1: 2, 2: 3, 5: 3}[saves]
     resumed = fit(tiny_net, LOADERS[name](), tmp_path / "cut", 5, resume=True, checkpoint_every="2")
     wanted, got = load_file(whole.student), load_file(resumed.student)
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
