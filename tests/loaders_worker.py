@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from conftest import TinyNet
+from tiny import TinyNet
 from torch.utils.data import (
     BatchSampler,
     DataLoader,

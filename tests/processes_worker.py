@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import TinyNet
 from every_method import batch, build, freeze_statistics, prepare
+from tiny import TinyNet
 
 from fastkd import Trainer, TrainOptions, distributed
 from fastkd.data.order import evaluation_slices

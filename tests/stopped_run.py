@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyNet
+from tiny import TinyNet
 
 from fastkd import Trainer, TrainOptions
 from fastkd.data import DataOptions, create_loaders, digits

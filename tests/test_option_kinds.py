@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet
+from tiny import TinyNet
 from torch import nn
 
 from fastkd import Trainer, TrainOptions, create_model

@@ -138,11 +138,13 @@ def test_rates_are_those_of_the_papers_in_every_epoch(name):
     assert rates_of(config_of(name).train) == [(pytest.approx(rate), pytest.approx(rate)) for rate in wanted]
 
 
-def some(*methods: str):
+def some(*methods: str) -> list:
     """Pairs and methods: kd and dkd with every pair, all `methods` with one pair; the others with `-m every`."""
+    cases = []
     for name, method in itertools.product(PAIRS, methods):
         default = method in ("kd", "dkd") or name == "cifar100-240-vgg13-mobilenetv2"
-        yield pytest.param(name, method, marks=[] if default else pytest.mark.every)
+        cases.append(pytest.param(name, method, marks=[] if default else pytest.mark.every))
+    return cases
 
 
 @pytest.mark.parametrize(("name", "method"), some(*COMPANIONS))

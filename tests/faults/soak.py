@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import TinyLoader, TinyNet  # noqa: E402
+from tiny import TinyLoader, TinyNet  # noqa: E402
 
 from fastkd import Trainer, TrainOptions, distributed  # noqa: E402
 from fastkd.methods import KD  # noqa: E402

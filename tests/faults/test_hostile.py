@@ -9,6 +9,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 import torch
@@ -20,9 +21,6 @@ from fastkd.data import DataOptions, create_loaders
 from fastkd.data.image_index import read_index
 from fastkd.data.scan import scan
 from fastkd.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parent))
-import hostile  # noqa: E402
 
 HARMLESS = ("ok_", "long_names")  # files that are odd and sound
 SECONDS, MEGABYTES, CHARACTERS = 10, 2000, 1500

@@ -5,13 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kills
+import left
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import kills  # noqa: E402
-import left  # noqa: E402
 
 
 def table(script: str, *options: str) -> str:

@@ -8,14 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import kills
+import left
 import pytest
+from torchrun import TORCHRUN, processes
 
-sys.path.insert(0, str(Path(__file__).parent))
-import kills  # noqa: E402
-import left  # noqa: E402
-from torchrun import TORCHRUN, processes  # noqa: E402
-
-from fastkd.run import checkpoint  # noqa: E402
+from fastkd.run import checkpoint
 
 LOADERS = {"folder": [*kills.FOLDER, "2"], "dali": kills.DALI, "packed": kills.PACKED}
 EPOCHS = "16"  # long enough for signals to come within the training
