@@ -90,7 +90,7 @@ class Trainer:
         if teacher_cache:
             check_lessons(method, train_loader, teacher_cache, bool(config.mixup or config.cutmix))
         taught = teacher_cache.rows.example(len(batch[0])) if teacher_cache else ()
-        about, image = known_of(method.student, train_loader, batch[0], about or {})
+        about, image = known_of(method, train_loader, batch[0], about or {})
         for note, images in batches_of_all_sizes(train_loader, batch):
             try_step(method, images, train_loader.classes, config, self.device, titles(about), taught, note)
         compiled = compiles(method, config, self.device, config.epochs * len(train_loader), log_rank0)

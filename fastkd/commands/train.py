@@ -21,7 +21,7 @@ from ..methods.frozen import AbsentTeacher
 from ..models import load_weights
 from ..progress import Bar, Counter
 from ..report import log_rank0, set_output, show_table
-from ..run.folder import EXTENDABLE, find_finished
+from ..run.folder import EXTENDABLE, find_finished, has_run
 from ..signals import names_the_command
 from ..teacher_cache import TeacherCache
 from ..train import Trainer
@@ -193,7 +193,10 @@ class Trainings:
         method = find_method(config.run.method)(student, teacher, config.method, peers)
         if config.data.unlabelled:
             method.allow_unlabelled()
-        options = replace(config.train, resume=True)  # continue whatever run is in the job's folder
+        begun = distributed.from_rank_zero(
+            has_run, Path(config.train.out)
+        )  # by this start of the job or an earlier one
+        options = replace(config.train, resume=begun, extend=config.train.extend and begun)
         trainer = Trainer(method, self.job.train_loader, self.job.val_loader, options, flat(config), cache)
         trainer.fit()
         return trainer

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .base import EpochLoader, Loader, checked_pair
+from .fingerprint import of_dataset
 from .prefetch import Prefetch
 from .shares import check_train_share, val_share
 
@@ -91,6 +92,16 @@ class AdaptedLoader(SizedOnDevice):
             if step == last:
                 self.epoch = epoch + 1
             yield batch
+
+    def fingerprint(self) -> str:
+        """A hash of the images and labels, as far as the data set has them at hand; "" if it has not."""
+        return of_dataset(getattr(self.loader, "dataset", None))
+
+    @property
+    def sampler(self) -> str:
+        """The class of the sampler, such as RandomSampler; "" if there is none."""
+        sampler = getattr(self.loader, "sampler", None)
+        return type(sampler).__name__ if sampler is not None else ""
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "generators": [each.get_state() for each in self._generators()]}

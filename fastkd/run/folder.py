@@ -49,7 +49,7 @@ def claim_folder(
         path.mkdir(parents=True, exist_ok=True)
         # The temporary file of a run that was killed does not count.
         holds_something = any(not file.name.endswith((".tmp", lock.NAME)) for file in path.iterdir())
-        if holds_something and not (path / "config.yaml").exists():
+        if holds_something and not has_run(path):
             if resume:
                 raise UserError(f"--resume: {path} holds files but no run (no config.yaml); choose another --out")
             raise UserError(f"--out {path} is not empty and holds no run; choose another folder")
@@ -57,7 +57,7 @@ def claim_folder(
     except OSError as error:
         raise UserError(f"cannot use --out {path}: {error.strerror}; choose another folder") from None
     try:
-        _check_run(path, config, resume, extend, defaults)
+        _check_run(path, config, resume, log, extend, defaults)
         if not candidates(path):
             write_settings(path, config)
     except UserError:
@@ -67,9 +67,20 @@ def claim_folder(
     return is_new
 
 
-def _check_run(path: Path, config: dict, resume: bool, extend: bool, defaults: dict | None) -> None:
+def has_run(path: Path) -> bool:
+    """Whether a run has begun in this folder."""
+    return (path / "config.yaml").exists()
+
+
+def _check_run(
+    path: Path, config: dict, resume: bool, log: Callable[[str], None], extend: bool, defaults: dict | None
+) -> None:
     """Raise UserError if the folder holds a run, and it is not to go on, or would go on with other options."""
-    if not (path / "config.yaml").exists():
+    if not has_run(path):
+        if extend:
+            raise UserError(f"--extend: there is no run in {path} (no config.yaml); check the path")
+        if resume:
+            log(f"--resume: there is no run in {path} yet, so a new one starts")
         return
     if not resume:
         raise UserError(
@@ -91,7 +102,7 @@ def _check_run(path: Path, config: dict, resume: bool, extend: bool, defaults: d
 def check_length(path: Path, config: dict) -> None:
     """Raise UserError if the run in this folder has begun more epochs than `config` has."""
     now = config.get("epochs")
-    if now is None or not (path / "config.yaml").exists() or options_of(path).get("epochs") == now:
+    if now is None or not has_run(path) or options_of(path).get("epochs") == now:
         return
     epoch, step = place_of_newest(path)
     if epoch + bool(step) > now:
@@ -146,7 +157,7 @@ def changed_options(
     `defaults`: the values of options that the folder lacks.
     """
     saved = (defaults or {}) | options_of(path)
-    for name in NOTED:  # a run of an older version lacks them
+    for name in config if "method" not in saved else NOTED:  # a run of an older version lacks them
         saved.setdefault(name, config.get(name))
     for name, value in list(saved.items()):  # options that take several values now took one in older versions
         if isinstance(value, str) and isinstance(config.get(name), list):

@@ -1,23 +1,26 @@
-"""What a run knows of its student and its images."""
+"""What a run knows of its method, its student and its images."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.base import Loader, input_of
+from ..methods.base import Method
 from ..models.sizes import name_of
 
 
 def known_of(
-    student: nn.Module, loader: Loader, images: Tensor, about: Mapping[str, Any]
+    method: Method, loader: Loader, images: Tensor, about: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(`about` with what it lacks of the student and its images, what `input_of` says of the images).
+    """(`about` with what it lacks of the method, its student and its images, what `input_of` says of the images).
 
     A network of `create_model` has its name. The size is that of the loader, or else of its first `images`, if they
     are square. The normalisation is known if the loader has it.
     """
-    name, kwargs = name_of(student)
+    name, kwargs = name_of(method.student)
     known: dict[str, Any] = {"student": name, "model_kwargs": kwargs} if name and not about.get("student") else {}
     height, width = images.shape[2:]
     size = {"image_size": height} if height == width else {}
@@ -25,4 +28,22 @@ def known_of(
     image = input_of(loader, size | given)
     known |= {key: image[key] for key in ("image_size", "mean", "std") if key in image and not about.get(key)}
     known = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
-    return {**about, **known}, image
+    return {**({} if "method" in about else _described(method)), **about, **known}, image
+
+
+def _described(method: Method) -> dict[str, Any]:
+    """The method's name and its options, by the names that they have on the command line.
+
+    Those of a caller's own class have the class's name in front, as in a sum of methods. A value that JSON does not
+    have is described by its type.
+    """
+    kind = type(method)
+    name = kind.__name__.lower()
+    prefix = "" if kind.__module__.startswith("fastkd.methods.") else f"{name}_"
+    values = {f"{prefix}{each.name}": getattr(method.options, each.name) for each in fields(method.options)}
+    return {"method": name} | json.loads(json.dumps(values, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as Python's; else the name of the value's type."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else type(value).__name__

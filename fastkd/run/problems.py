@@ -36,7 +36,7 @@ def problem_of(state: State, step: Step, loader: Loader, epochs: int) -> str:
         odd_tensor(state)
         or _place_problem(state, epochs, len(loader))
         or _ranks_problem(state, step, loader)
-        or _identity_problem(state)
+        or identity_problem(state)
         or _step_problem(state, fresh | {"student": step.networks()["student"].state_dict()})
         or _optimizer_problem(state["optimizer"], step)
         or nonfinite_in(state)
@@ -116,18 +116,19 @@ def _own_problem(own: Mapping[str, Any], step: Step) -> str:
     return other_tensors(own.get("buffers"), step.own_state()["buffers"])
 
 
-def _identity_problem(state: State) -> str:
-    identity, kinds = state["identity"], {"data": dict, "images": str, "teacher": str, "options": dict}
+def identity_problem(state: State) -> str:
+    """Whether the state says what it was made from."""
+    identity, kinds = state.get("identity"), {"data": dict, "images": str, "teacher": str, "options": dict}
     if not isinstance(identity, dict):
         return "it does not say what it was made from"
     if wrong := [name for name, kind in kinds.items() if not isinstance(identity.get(name), kind)]:
         return f"it does not say what {wrong[0]} it was made from"
-    if state["teacher_form"] not in ("auto", *FORMS):
-        return f"its form of the teacher is {shown(state['teacher_form'])}"
-    return ""
+    return "" if isinstance(identity["data"].get("classes"), list) else "it does not say what classes it has"
 
 
 def _step_problem(state: State, fresh: Mapping[str, Any]) -> str:
+    if state["teacher_form"] not in ("auto", *FORMS):
+        return f"its form of the teacher is {shown(state['teacher_form'])}"
     for part in ("student", "method", "ema", "bad_steps", "scaler"):
         if problem := other_tensors(state[part], fresh[part]):
             return f"{part}: {problem}"

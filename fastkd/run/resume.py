@@ -13,12 +13,13 @@ from torch import nn
 from .. import distributed
 from ..data.base import EpochLoader, Loader, describe, position_of
 from ..environment import changes, environment
-from ..errors import UserError, shown
+from ..errors import UserError, count_of, shown
 from ..files import second_name, sync_folder
 from ..methods.frozen import AbsentTeacher
 from ..weights_file import fingerprint
 from .checkpoint import State, candidates, load
 from .folder import EXTENDABLE, FREE_TO_CHANGE, counted, extend_hint
+from .problems import identity_problem
 from .ranks import loaders_for, what_changes
 
 NOT_COMPARED = ("command", "variables", "platform", "processes")  # of the environment: `own_state` names the processes
@@ -32,6 +33,8 @@ def identity_of(teacher: nn.Module | None, loader: Loader, options: Mapping[str,
     return {
         "data": describe(loader),
         "images": getattr(loader, "fingerprint", str)(),
+        "sampler": getattr(loader, "sampler", ""),
+        "steps": len(loader),
         "teacher": "" if teacher is None or isinstance(teacher, AbsentTeacher) else fingerprint(teacher),
         "options": json.loads(json.dumps(dict(options), default=str)),
         "environment": {name: value for name, value in environment().items() if name not in NOT_COMPARED},
@@ -45,14 +48,19 @@ def check_identity(
 
     `extend`: the options of EXTENDABLE may be others.
     """
-    if before["data"] != now["data"]:
-        raise UserError(f"the run was written on other data: {counted(before['data'])}, now {counted(now['data'])}")
+    _check_data(before, now)
     for part, words in (("images", "training images (names, sizes or labels)"), ("teacher", "teacher's weights")):
         if before[part] and now[part] and before[part] != now[part]:
             raise UserError(
                 f"--resume: the {words} are not those of the run: their hash was {before[part][:12]}, now "
                 f"{now[part][:12]}; give the old ones, or begin a new run with another --out"
             )
+    samplers = before.get("sampler", ""), now["sampler"]
+    if all(samplers) and samplers[0] != samplers[1]:
+        raise UserError(
+            f"--resume: the run drew its images by a {samplers[0]}, and train_loader has a {samplers[1]}: give the "
+            "loader of before, or begin a new run with another --out"
+        )
     was, are = before["options"], now["options"]
     free = (*FREE_TO_CHANGE, "loader", *(EXTENDABLE if extend else ()))
     if changed := [name for name in was if name in are and name not in free and was[name] != are[name]]:
@@ -66,16 +74,43 @@ def check_identity(
         log(f"--resume: {change}: {digits}the result may differ")
 
 
+def _check_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise OtherRun if the number of images or the classes differ."""
+    was, are = before["data"], now["data"]
+    if was == are:
+        return
+    differ = [
+        f"class {number} was {shown(old)}, now {shown(new)}"
+        for number, (old, new) in enumerate(zip(was["classes"], are["classes"], strict=False))
+        if old != new
+    ]
+    raise OtherRun(
+        f"--resume: the run was written on other data: {counted(was)}, now {counted(are)}"
+        f"{''.join(f'; {each}' for each in differ[:1])}; give the images of before, or begin a new run with another "
+        "--out"
+    )
+
+
+def _check_steps(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise OtherRun if an epoch has another number of steps."""
+    was, are = before.get("steps"), now["steps"]
+    if isinstance(was, int) and was != are:
+        raise OtherRun(
+            f"--resume: an epoch of the run had {count_of(was, 'step')}, and train_loader has {are:,}: give the batch "
+            "size of before, or begin a new run with another --out"
+        )
+
+
 def check_newest(folder: Path, identity: Mapping[str, Any], extend: bool) -> None:
     """`check_identity` of the newest state that can be read, if there is one. Nothing is written, nothing logged."""
     for path in candidates(folder):
         with suppress(UserError):
-            before = load(path).get("identity")
-            if isinstance(before, dict):
+            state = load(path)
+            if not identity_problem(state):
                 break
     else:
         return
-    check_identity(before, identity, lambda line: None, extend)
+    check_identity(state["identity"], identity, lambda line: None, extend)
 
 
 def state_to_resume(
@@ -92,12 +127,24 @@ def state_to_resume(
     """
     own: dict[str, Any] = {}
 
+    def problem(state: State) -> str:
+        """What fits another run alone would look like damage here, and is refused first."""
+        if not identity_problem(state):
+            _check_data(state["identity"], identity)
+            if len(state.get("ranks", ())) == distributed.world_size():
+                _check_steps(state["identity"], identity)
+        return check(state)
+
     def accept(state: State) -> None:
         own.update(own_state(state, distributed.rank(), distributed.world_size(), loader, log))
         check_identity(state["identity"], identity, log, extend)
 
-    state = newest(folder, check, log, accept)
+    state = newest(folder, problem, log, accept)
     return None if state is None else (state, own)
+
+
+class OtherRun(UserError):
+    """A state is of another run. What of it does not fit this one is no damage."""
 
 
 class Found(NamedTuple):
@@ -155,6 +202,8 @@ def _examined(path: Path, check: Callable[[State], str]) -> tuple[str, State]:
     try:
         state = load(path)
         problem = check(state)
+    except OtherRun:
+        raise
     except UserError as error:
         problem, state = str(error), {}
     except Exception as error:  # a file that was made on purpose, which the checks do not foresee

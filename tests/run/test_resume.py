@@ -1,12 +1,17 @@
 """A state belongs to its teacher, its images and its options; another one is refused, and what is harmless is said."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import yaml
+from tiny import TinyNet
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from fastkd import Trainer, TrainOptions
+from fastkd.data.fingerprint import of_dataset
 from fastkd.errors import UserError
-from fastkd.methods import KD
+from fastkd.methods import CE, DKD, KD, Method
 from fastkd.run import checkpoint
 
 
@@ -54,6 +59,125 @@ def test_another_number_of_threads_is_said(fit, capsys):
     finally:
         torch.set_num_threads(threads)
     assert "threads" in capsys.readouterr().out
+
+
+IMAGES, TARGET = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 4
+NAMES = ["ant", "bee", "cat", "dog"]
+
+
+@dataclass(frozen=True)
+class OwnOptions:
+    lr: float = 1.0  # the trainer has an option of this name
+    table: object = None
+
+
+class Own(Method):
+    needs_teacher = False
+    Options = OwnOptions
+
+    def losses(self, out, target, plan):
+        return {"ce": self.hard_loss(out(self.student), target, self.options.lr)}
+
+
+def make(kind, **options):
+    torch.manual_seed(0)
+    nets = [TinyNet() for _ in range(1 + kind.needs_teacher)]
+    return kind(*nets, options=kind.Options(**options))
+
+
+def own_run(out, method, images=IMAGES, target=TARGET, classes=NAMES, more=None, **loading):
+    """A run of a script on DataLoaders, begun or resumed."""
+    loader = DataLoader(TensorDataset(images, target), **({"batch_size": 6, "shuffle": True} | loading))
+    val = DataLoader(TensorDataset(IMAGES, TARGET), batch_size=24)
+    options = TrainOptions(epochs=1, out=str(out), resume=True, report=False, device="cpu", **(more or {}))
+    return Trainer(method, loader, val, options, classes=classes).fit()
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+OTHERS = {
+    "another method": (lambda: make(DKD), {}, "method was 'kd', now 'dkd'"),
+    "no teacher": (lambda: make(CE), {}, "method was 'kd', now 'ce'"),
+    "another temperature": (lambda: make(KD, temperature=1.0), {}, "temperature was 4.0, now 1.0"),
+    "other images": (lambda: make(KD), {"images": -IMAGES}, "training images .names, sizes or labels. are not"),
+    "other labels": (lambda: make(KD), {"target": TARGET.flip(0)}, "training images .names, sizes or labels. are not"),
+    "another order": (lambda: make(KD), {"shuffle": False}, "by a RandomSampler, and train_loader has a Sequential"),
+    "another class": (lambda: make(KD), {"classes": ["ant", "bee", "cow", "dog"]}, "class 2 was 'cat', now 'cow'"),
+    "larger batches": (lambda: make(KD), {"batch_size": 12}, "an epoch of the run had 4 steps, and train_loader has 2"),
+    "smaller batches": (lambda: make(KD), {"batch_size": 4}, "an epoch of the run had 4 steps, and train_loader has 6"),
+    "more images": (
+        *(lambda: make(KD), {"images": IMAGES.repeat(2, 1, 1, 1), "target": TARGET.repeat(2)}),
+        "24 images of 4 classes, now 48 images of 4 classes",
+    ),
+}
+
+
+def leave_the_state_within_the_epoch(folder):
+    states = {checkpoint.load(path)["step"]: path for path in checkpoint.candidates(folder)}
+    state = states[2].read_bytes()
+    for path in checkpoint.candidates(folder):
+        path.unlink()
+    (folder / "last.pt").write_bytes(state)
+
+
+@pytest.mark.parametrize("is_within", [False, True])
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_another_script_gives_is_refused_and_no_file_changes(tmp_path, other, is_within):
+    """After an epoch and within one. Of other batches the state has what looks like damage."""
+    make_method, changed, words = OTHERS[other]
+    more = {"checkpoint_every": "1", "keep_checkpoints": 9}
+    own_run(tmp_path, make(KD), more=more)
+    if is_within:
+        leave_the_state_within_the_epoch(tmp_path)
+    before = files_of(tmp_path)
+    with pytest.raises(UserError, match=words):
+        own_run(tmp_path, make_method(), more=more, **changed)
+    assert files_of(tmp_path) == before
+    own_run(tmp_path, make(KD), more=more)
+
+
+def test_the_options_of_an_own_method_are_compared(tmp_path):
+    own_run(tmp_path, make(Own, table=object()))
+    options = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (options["method"], options["own_lr"], options["own_table"], options["lr"]) == ("own", 1.0, "object", 0.1)
+    own_run(tmp_path, make(Own, table=object()))
+    with pytest.raises(UserError, match=r"own_lr was 1.0, now 2.0"):
+        own_run(tmp_path, make(Own, lr=2.0))
+
+
+def test_a_new_run_is_said_and_not_extended(tmp_path, capsys):
+    with pytest.raises(UserError, match="--extend: there is no run in .*/none"):
+        own_run(tmp_path / "none", make(KD), more={"extend": True})
+    own_run(tmp_path / "none", make(KD))
+    assert "there is no run in" in (out := capsys.readouterr().out) and "a new one starts" in out
+    own_run(tmp_path / "none", make(KD))
+    assert "a new one starts" not in capsys.readouterr().out
+
+
+class Listed:
+    """A data set as torchvision's are."""
+
+    def __init__(self, **values):
+        vars(self).update(values)
+
+
+def test_what_a_data_set_has_at_hand_tells_it_from_others(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"1")
+    files = [(str(tmp_path / "a.png"), 0), (tmp_path / "b.png", 1)]
+    tensors = TensorDataset(IMAGES, TARGET)
+    alike = [
+        *(tensors, Subset(tensors, range(4)), Subset(tensors, [0, 1, 2, 4]), ConcatDataset([tensors, tensors])),
+        *(Listed(samples=files), Listed(samples=[(file, 1 - label) for file, label in files])),
+        *(Listed(targets=[1, 0]), Listed(targets=[0, 1]), Listed(data=IMAGES.numpy(), targets=[0, 1])),
+        Listed(data=torch.tensor(3)),
+    ]
+    hashes = [of_dataset(each) for each in alike]
+    assert all(hashes) and len(set(hashes)) == len(hashes) and hashes == [of_dataset(each) for each in alike]
+    odd = [None, [1, 2], Listed(data="a path", targets=["x"], samples=7), Listed(samples=[1, 2]), Subset([1, 2], [0])]
+    assert [of_dataset(each) for each in odd] == [""] * len(odd)
 
 
 @pytest.mark.parametrize("keep, files", [(1, ["last.pt"]), (3, ["last.pt", "last-1.pt", "last-2.pt"])])
