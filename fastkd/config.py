@@ -162,8 +162,20 @@ def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
         started = Path(out) / "config.yaml"
         if not os.path.isfile(started):
             raise UserError(f"--resume: there is no run in {out} (no config.yaml); check the path, or drop --resume")
+        begun = _read_yaml(started)
+        if "data" not in begun:
+            raise UserError(
+                f"--resume: a script made the run in {out}; to go on, run the script again, with "
+                f"TrainOptions(out={str(out)!r}, resume=True)"
+            )
+        method = _from(sources, "method")
+        if method and method != begun.get("method"):
+            raise UserError(
+                f"--resume: the run in {out} has --method {begun.get('method')}, got {method}; leave it out to "
+                "go on, or begin a new run: drop --resume and choose another --out"
+            )
         if not (typed.get("recipe") or path):  # so that `--out DIR --resume` is enough
-            path, sources = str(started), [(f"--config {started}", _read_yaml(started)), *sources]
+            path, sources = str(started), [(f"--config {started}", begun), *sources]
     default = "digits" if typed.get("data", DataOptions.data) == "digits" and not path else ""
     recipe = _from(sources, "recipe") or default
     if not recipe:

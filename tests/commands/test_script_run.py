@@ -54,6 +54,11 @@ def test_the_commands_of_the_readme_work(fastkd, tmp_path):
         assert status == 0 and "evaluated on 8 images of set" in out, err
 
 
+def test_the_command_does_not_go_on_with_the_run_of_a_script(fastkd):
+    train(create_model("resnet8", 4))
+    check_refused(fastkd("train", "--out", "run", "--resume"), "a script made the run in run", "TrainOptions(out='run'")
+
+
 def test_the_readme_of_an_own_network_loads_it(tmp_path, monkeypatch):
     import fastkd
 
