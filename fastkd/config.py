@@ -171,7 +171,7 @@ def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
         method = _from(sources, "method")
         if method and method != begun.get("method"):
             raise UserError(
-                f"--resume: the run in {out} has --method {begun.get('method')}, got {method}; leave it out to "
+                f"--resume: the run in {out} has --method {begun.get('method')}, got {method}; drop --method to "
                 "go on, or begin a new run: drop --resume and choose another --out"
             )
         if not (typed.get("recipe") or path):  # so that `--out DIR --resume` is enough
