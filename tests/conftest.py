@@ -10,6 +10,10 @@ from tiny import TinyLoader, TinyNet
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, line by line
 
+for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)  # of the caller's terminal: what is printed depends on them
+os.environ["TERM"] = "xterm"
+
 torch.set_num_threads(1)  # the networks here are too small for more
 
 # A process's first backward pass starts a thread for each device; a fork of it can then run none. torch.export pretends

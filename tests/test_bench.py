@@ -182,7 +182,7 @@ def test_bouts_take_turns_and_preparing_is_not_timed(monkeypatch):
     assert [name for name in order if name in calls] == [*"ab", *"ab", *"ba", *"ab"]  # the first of each warms up
     assert found == {"a": [1.0] * 3, "b": [1.0] * 3}
     slow = Work(lambda: time.sleep(0.02), lambda _: None)
-    assert wall_ms(slow) < 10 <= wall_ms(Work(lambda: None, lambda _: time.sleep(0.02)))
+    assert min(wall_ms(slow) for _ in range(5)) < 10 <= wall_ms(Work(lambda: None, lambda _: time.sleep(0.02)))
 
 
 def test_a_bout_is_many_calls_of_one():

@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 START = ROOT / "tests" / "null_device" / "run"
 STAGES = ("tests", "steps", "forms", "losses")
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "results", "runs", "*.egg-info", "__pycache__", ".*_cache")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", "results", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
+)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import damage
 import numpy as np
 import pytest
 import torch
+from forked import fork
 from PIL import Image
 
 import fastkd.data.image_index as image_index
@@ -120,7 +121,8 @@ def test_the_orientation_is_read_when_it_is_needed(folder, kept):
     assert found == [([30, 40], 13), ([40, 30], 26), ([30, 40], 26), ([40, 30], 26)]
 
 
-def test_an_index_that_is_read_at_once_is_not_kept(folder):
+def test_an_index_that_is_read_at_once_is_not_kept(folder, monkeypatch):
+    monkeypatch.setattr(image_index, "SLOW", 60.0)
     index_of(folder)
     assert os.listdir(folder) == ["train", "val"] or os.listdir(folder) == ["val", "train"]
 
@@ -186,12 +188,12 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(folder, kept
     path.unlink()
     known = [0]
     while len(known) < 20 or (known[-1] == 0 and len(known) < 400):
-        child = os.fork()
+        child = fork()
         if not child:
             monkeypatch.setattr(image_index, "header", lambda *how: time.sleep(0.005) or header(*how))
             index_of(folder, log=lambda line: None)
             os._exit(0)
-        time.sleep(random.uniform(0.005, 0.04))
+        time.sleep(random.uniform(0.005, 0.04) * (1 + len(known) / 20))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         known.append(len(load(str(path), pytest.fail)))  # a damaged one would be logged

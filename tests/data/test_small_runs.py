@@ -137,6 +137,7 @@ def test_weights_are_evaluated_on_small_images_as_they_were_trained(fastkd):
 
 def test_weights_of_a_program_are_evaluated_on_small_images_as_they_were_trained(fastkd):
     write_folder(Path("set"), 16)
+    torch.manual_seed(0)
     loaders = create_loaders(DataOptions(data="set", batch_size=4, workers=0), torch.device("cpu"))
     options = TrainOptions(epochs=1, lr=0.1, device="cpu", out="run")
     (row,) = Trainer(CE(create_model("resnet8", 2)), *loaders, options, {"student": "resnet8"}).fit().history

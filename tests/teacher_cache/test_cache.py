@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from forked import fork
 
 from fastkd.errors import UserError
 from fastkd.teacher_cache import Rows, TeacherCache, cache, files, verify
@@ -83,13 +84,14 @@ def test_a_view_is_complete_only_with_every_row(tmp_path):
 
 
 def test_killed_at_any_moment_it_goes_on_and_ends_byte_identical(full, tmp_path, monkeypatch):
-    """SIGKILL at 20 moments from the first file to the last byte of the manifest."""
+    """SIGKILL at 20 moments or more, from the first file to the last byte of the manifest."""
     monkeypatch.setattr(cache, "FLUSH_SECONDS", 0.0)
-    began = time.perf_counter()
-    run_to_the_end(tmp_path / "timed")
-    whole, kills, folder, shares = time.perf_counter() - began, 0, tmp_path / "killed", set()
-    for moment in range(20):
-        child = os.fork()
+    whole = min(timed(run_to_the_end, tmp_path / f"timed{number}") for number in range(2))
+    kills, folder, shares = 0, tmp_path / "killed", set()
+    for moment in range(100):
+        if moment >= 20 and kills >= 5 and len(shares) > 1:
+            break
+        child = fork()
         if child == 0:
             run_to_the_end(folder)
             os._exit(0)
@@ -105,6 +107,13 @@ def test_killed_at_any_moment_it_goes_on_and_ends_byte_identical(full, tmp_path,
             shutil.rmtree(folder)
     run_to_the_end(folder)
     assert content(folder) == content(full) and kills >= 5 and len(shares) > 1, (kills, shares)
+
+
+def timed(work, *given) -> float:
+    """Seconds that it takes."""
+    began = time.perf_counter()
+    work(*given)
+    return time.perf_counter() - began
 
 
 def found_all(folder) -> bool:
