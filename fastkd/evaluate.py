@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed
-from .engine.precision import Precision
+from .engine.precision import Precision, wrong_dtype
 from .errors import UserError
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -33,7 +33,7 @@ def evaluate(
     batches, stopped = 0, False
     for images, target in loader:
         with precision.autocast():
-            logits = net(images)
+            logits = _logits(net, images)
         _check_shapes(net, logits, target, getattr(loader, "classes", None))
         counts += _count(logits, target)
         batches += 1
@@ -49,6 +49,15 @@ def evaluate(
     _check_counts(images, labelled, given, promised)
     scores = {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
     return scores | {"nonfinite": int(images - finite)}
+
+
+def _logits(net: nn.Module, images: Tensor) -> Tensor:
+    try:
+        return net(images)
+    except RuntimeError as error:
+        if problem := wrong_dtype(net, images):
+            raise UserError(f"{type(net).__name__} fails in evaluation ({error}): {problem}") from error
+        raise
 
 
 def _count(logits_NC: Tensor, target_N: Tensor) -> Tensor:

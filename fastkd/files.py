@@ -163,12 +163,18 @@ def broken_seal(file: BinaryIO) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal; of a folder, that of the weights files in it; else empty."""
+    """The SHA-256 of a file's content, in hexadecimal; of a folder, that of the weights files in it; else empty.
+
+    Raises UserError if a file cannot be read.
+    """
     if os.path.isfile(path):  # False for a name that is too long
         digest = hashlib.sha256()
-        with open(path, "rb", buffering=0) as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise UserError(f"the weights file {path} cannot be read: {error.strerror}") from None
         return digest.hexdigest()
     if not os.path.isdir(path):
         return ""

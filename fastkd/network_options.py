@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import UserError, check_side
+from .models.checkpoint_files import weights_of
 from .models.ensemble import Mean
 from .models.kwargs import parse_kwargs
 
@@ -21,7 +22,8 @@ class NetworkOptions:
     teacher: tuple[str, ...] = ("timm/resnet50",)
     """The teacher: a name as for the student. Several names: the student learns from the mean of their predictions."""
     teacher_weights: tuple[str, ...] = ()
-    """The weights of each teacher: a file, a folder of transformers, `pretrained`, a tag of its library, or `none`."""
+    """The weights of each teacher: a file, a folder of a run or of transformers, `pretrained`, a tag of its library, or
+    `none`."""
     teacher_kwargs: tuple[str, ...] = ()
     """The same as --model-kwargs for the teachers. Default: what their weights note."""
     teacher_epochs: int = 0
@@ -51,8 +53,8 @@ class NetworkOptions:
     peers: tuple[str, ...] = ()
     """Networks that are trained together with the student by dml, dcm and iedml. Default: one like the student."""
     student_weights: str = ""
-    """The student's initial weights: a file, `pretrained` or a tag. Weights of another number of classes get a new
-    classifier. Default: a random initialisation."""
+    """The student's initial weights: a file, a folder, `pretrained` or a tag. Weights of another number of classes get
+    a new classifier. Default: a random initialisation."""
     student_sha256: str = ""
     """SHA-256 of the file of --student-weights. Another content is an error."""
     student_stages: tuple[str, ...] = ()
@@ -80,8 +82,9 @@ class NetworkOptions:
         parse_kwargs(self.teacher_kwargs, "--teacher-kwargs")
         if not all(self.teacher):
             raise UserError("--teacher needs a name")
-        weights = tuple("" if each == "none" else each for each in self.teacher_weights)
+        weights = tuple("" if each == "none" else weights_of(each) for each in self.teacher_weights)
         object.__setattr__(self, "teacher_weights", weights if any(weights) else ())
+        object.__setattr__(self, "student_weights", weights_of(self.student_weights))
         for name in ("teacher_weights", "teacher_ratios"):
             values, count = getattr(self, name), len(self.teacher)
             if values and len(values) != count:

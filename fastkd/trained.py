@@ -11,11 +11,12 @@ from torch import nn
 
 from . import weights_file
 from .data.preprocess import Preprocess
-from .errors import UserError
+from .errors import UserError, count_of
 from .models import create_model, load_weights, read_state_dict
+from .models.checkpoint_files import STUDENT, unfinished, weights_of
 from .models.kwargs import parse_kwargs
+from .models.weights import blaming
 
-STUDENT = "student.safetensors"  # in the folder of a finished run
 NEEDED = {
     "model": "--model NAME",
     "classes": "--classes NAME... or their number",
@@ -24,6 +25,7 @@ NEEDED = {
     "std": "--std R G B",
 }
 """What a weights file has to say, and the option for one that does not."""
+TRAIN_IT = "`fastkd train --student-weights FILE` trains a new one"
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,14 @@ def load_trained(
     classes: Sequence[str] = (),
     **images: Any,
 ) -> Trained:
-    """The network of a student.safetensors, of a best.pt in a run folder, or of a weights file of another program.
+    """The network of a run folder, of a best.pt in one, or of any weights file.
 
     `model`: its name, if the file has none, or a network that gets the weights. `classes`: the names in the order of
     the logits, or one number: that many classes, named by their numbers. `images`: image_size, mean, std, crop_pct,
     interpolation, exif. What is given comes before what the file says. Errors write `option` before the name of the
     file. Raises UserError, with the options to give, if something that is needed is not known.
     """
-    weights = Path(weights)
+    weights = Path(weights_of(os.fspath(weights)))
     check_file(weights, option)
     about = weights_file.read_about(weights)
     classes = names_of(classes) or about.get("data", {}).get("classes", [])
@@ -84,10 +86,12 @@ def load_trained(
     kwargs = parse_kwargs(about.get("kwargs", ()), f"{option}{weights} notes the argument")
     if isinstance(model, nn.Module):
         net, name = model.cpu(), type(model).__name__
-        load_weights(net, weights)
+        with blaming(option, lambda count: f"give a network of {count_of(count, 'class')}" if count else TRAIN_IT):
+            load_weights(net, weights)
     else:
         name = model or network_of(weights, option)
-        net = create_model(name, len(classes), weights, image_size=preprocess.image_size, kwargs=kwargs)
+        with blaming(option, lambda count: f"name its classes, or give --classes {count}" if count else TRAIN_IT):
+            net = create_model(name, len(classes), weights, image_size=preprocess.image_size, kwargs=kwargs)
     return Trained(weights, name, net.eval(), tuple(classes), preprocess, about, kwargs, isinstance(model, nn.Module))
 
 
@@ -111,20 +115,11 @@ def what_to_give(lacking: Sequence[str]) -> str:
     return f"{', '.join(lines)}: give {' '.join(NEEDED[name] for name in lacking)}{own}"
 
 
-def weights_of(place: str) -> str:
-    """The weights file of the run folder `place`; `place` itself if it is none, such as a file or a tag."""
-    weights = os.path.join(place, STUDENT)
-    return weights if os.path.isdir(place) and os.path.isfile(weights) else place
-
-
 def check_file(weights: Path, option: str) -> None:
     """Raise UserError if `weights` is no file."""
     given = f"{option}{weights}"
     if os.path.isdir(weights):
-        best = weights / "best.pt"
-        hint = "it is no run folder; name one, or a weights file"
-        if best.is_file():
-            hint = f"the run is not finished; {best} is its best state so far"
+        hint = unfinished(weights) or "it is no run folder; name one, or a weights file"
         raise UserError(f"{given} holds no {STUDENT}: {hint}")
     if not os.path.isfile(weights):
         what = "file or run folder" + (" (a tag of a library's weights needs --model NAME)" if option else "")
@@ -137,6 +132,7 @@ def network_of(weights: Path, option: str = "--weights ") -> str:
     check_file(weights, option)
     model = weights_file.read_about(weights).get("model")
     if not model:
+        read_state_dict(weights)  # a file that holds no weights says so
         raise UserError(f"{given} does not say {what_to_give(['model'])}")
     if not re.fullmatch(r"[\w+-][\w./+-]{0,199}", model) or ".." in model or os.path.exists(model.partition("/")[2]):
         raise UserError(

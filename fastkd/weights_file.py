@@ -120,13 +120,13 @@ def read_about(weights: Path) -> dict:
 
     Raises UserError if the note says what no note of ours says: it passes the same checks as options do.
     """
-    is_file = os.path.isfile(weights)  # False for a name that is too long, where Path.is_file raises OSError
-    if weights.suffix == ".pt" and is_file:
-        about = _about_checkpoint(weights)
-    elif weights.suffix == ".safetensors" and is_file:
-        about = _about_safetensors(weights)
-    else:
+    read = {".pt": _about_checkpoint, ".safetensors": _about_safetensors}.get(weights.suffix)
+    if read is None or not os.path.isfile(weights):  # False for a name that is too long, where Path.is_file raises
         return {}
+    try:
+        about = read(weights)
+    except OSError as error:
+        raise UserError(f"the weights file {weights} cannot be read: {error.strerror or error}") from None
     try:
         return checked_about(about)
     except ValueError as error:
@@ -158,6 +158,8 @@ def _about_checkpoint(path: Path) -> dict:
         options = read_mapping(path.parent / "config.yaml")
     except Damaged as error:
         raise UserError(f"{path} is not a torch file, or it is damaged: {error}; it was refused unread") from None
+    except OSError:
+        raise
     except Exception:  # of torch, for a file that is no checkpoint; loading the weights will tell
         return {}
     if not (isinstance(state, dict) and state.get("format") == FORMAT and isinstance(state.get("identity"), dict)):

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from refused import check_refused
+
+from fastkd import create_model
 
 TRAIN = ["train", "--method", "ce", "--image-size", "16", "-b", "8", "--student", "resnet8", "--loader", "folder"]
 TRAIN += ["--workers", "0", "--lr", "0.05"]
@@ -74,6 +77,27 @@ def test_a_run_folder_stands_for_its_student(fastkd, trained, monkeypatch):
     monkeypatch.chdir(trained)
     top1, images, out = score(fastkd, trained, weights="")
     assert top1 > 80 and images == 8 and "--data tree" in out and "--val-fraction 0.25" in out
+
+
+def test_what_a_file_without_a_note_gets_is_said(fastkd, trained, tmp_path):
+    for classes in (4, 3):
+        torch.save(create_model("resnet8", classes).state_dict(), tmp_path / f"{classes}.pth")
+    data = ["--data", trained / "tree", "--loader", "folder", "--workers", "0", "--model", "resnet8"]
+    status, out, err = fastkd("eval", "--weights", "4.pth", *data)
+    assert "4.pth does not say its image size, mean, std; it gets 224 x 224 pixels, mean 0.485 0.456" in out, err
+    sized = [*data, "--image-size", "16"]
+    status, out, err = fastkd("eval", "--weights", "4.pth", *sized)
+    assert "does not say its mean, std; it gets 16 x 16" in out and "(else give --mean, --std)" in out, err
+    status, out, err = fastkd("eval", "--weights", "4.pth", *sized, "--mean", *"000", "--std", *"111")
+    assert status == 0 and "does not say" not in out, err
+    result = fastkd("eval", "--weights", "3.pth", *sized)
+    check_refused(result, "--weights 3.pth is for 3 classes, and resnet8 for 4", "give --data of its 3 classes")
+    assert "does not say" not in result[1]
+    Path("p.jpg").write_bytes(b"no weights")
+    for more in (sized, sized[:-4]):
+        result = fastkd("eval", "--weights", "p.jpg", *more)
+        check_refused(result, "p.jpg is not a torch file")
+        assert "does not say" not in result[1]
 
 
 def test_the_same_names_in_another_order_go_together(fastkd, trained, monkeypatch):

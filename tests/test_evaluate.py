@@ -128,3 +128,10 @@ def test_an_evaluation_that_is_stopped_in_any_process_ends_in_all(tiny_net, tiny
     stop = lambda: bool(asked.append(1)) or not elsewhere  # noqa: E731
     assert evaluate(tiny_net(), tiny_loaders()[1], Precision("float32", torch.device("cpu")), stop) == {}
     assert len(asked) == (3 if elsewhere else 1)
+
+
+def test_images_of_another_number_format_are_named(tiny_net, tiny_loaders):
+    loader = tiny_loaders()[1]
+    loader.images = loader.images.double()
+    with pytest.raises(UserError, match=r"images are torch.float64 and the weights torch.float32: .* by \.float\(\)$"):
+        evaluate(tiny_net(), loader, CPU32)

@@ -2,17 +2,20 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_model
 from torch import nn
 
 from fastkd import Trainer, TrainOptions, create_model
 from fastkd.errors import UserError
+from fastkd.files import sha256_of
 from fastkd.methods import METHODS
-from fastkd.models import load_weights
+from fastkd.models import load_weights, read_state_dict
 from fastkd.weights_file import check_savable, read_about, save_network
 
 
@@ -128,3 +131,21 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path):
     assert read_about(path) == {"model": "resnet8"}
     other = create_model("resnet8", 3, path)
     assert all(map(torch.equal, net.state_dict().values(), other.state_dict().values()))
+
+
+@pytest.mark.parametrize("read", [read_about, sha256_of, read_state_dict])
+@pytest.mark.parametrize("name", ["net.safetensors", "best.pt"])
+def test_a_file_without_permission_is_not_said_to_be_missing(tmp_path, monkeypatch, name, read):
+    save_network(tmp_path / "net.safetensors", nn.Linear(2, 2), {})
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "best.pt")
+    tmp_path.chmod(0o755)
+    (tmp_path / name).chmod(0)
+    monkeypatch.chdir(tmp_path)  # another user cannot come here by a whole path
+
+    def as_somebody_else():
+        if not os.getuid():
+            os.setuid(65534)
+        read(Path(name))
+
+    done = forked(tmp_path, as_somebody_else)
+    assert done.err == f"fastkd: the weights file {name} cannot be read: Permission denied\n" and done.status == 2

@@ -18,16 +18,18 @@ from ..data.options import NAMES, WITH_FILES
 from ..distributed import device_for, gather, rank, world_size
 from ..engine.backends import backends
 from ..engine.precision import Precision
-from ..errors import UserError
+from ..errors import UserError, count_of
 from ..evaluate import evaluate, speed
 from ..foreign import read_mapping
-from ..models import create_model, layout_note_of
+from ..models import create_model, is_weights_file, layout_note_of
+from ..models.checkpoint_files import weights_of
 from ..models.kwargs import parse_kwargs
-from ..models.own_input import library_input
+from ..models.own_input import InputSpec, library_input
+from ..models.weights import blaming
 from ..parser import run_parser, tokens_of, typed_options
 from ..progress import Counter
 from ..report import log_rank0, set_output, show_table
-from ..trained import network_of, weights_of
+from ..trained import TRAIN_IT, network_of
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,18 @@ def run(arguments: list[str]) -> None:
         raise UserError(f"--weights {weights} does not say on which images to evaluate it: give --data")
     precision = Precision(options.amp_dtype, device)
     loader, size = evaluation_loader(config.data, about, weights, precision)
-    log_rank0(f"evaluated on {loader.samples:,} images of {config.data.data}")
-    if about.get("data") and not {"mean", "std"} <= {*about.get("input", {}), *typed}:
-        log_rank0(f"--weights {weights} does not say the mean and std of its images: those of the data are taken")
     noted_kwargs = parse_kwargs(about.get("kwargs", ()), f"--weights {weights} notes the argument")
     kwargs = parse_kwargs(options.model_kwargs) or noted_kwargs
-    net = create_model(model, len(loader.classes), place, image_size=size, kwargs=kwargs)
+    with blaming("--weights " if is_weights_file(place) else "", _remedy):
+        net = create_model(model, len(loader.classes), place, image_size=size, kwargs=kwargs)
+    log_rank0(f"evaluated on {loader.samples:,} images of {config.data.data}")
+    if silent := [part for part in ("image_size", "mean", "std") if part not in {*about.get("input", {}), *typed}]:
+        words, flags = (
+            ", ".join(silent).replace("_", " "),
+            ", ".join(f"--{part.replace('_', '-')}" for part in silent),
+        )
+        images = InputSpec.of(input_of(loader, vars(config.data)))
+        log_rank0(f"--weights {weights} does not say its {words}; it gets {images} (else give {flags})")
     if note := layout_note_of(net):
         log_rank0(f"--weights {place}: {note}")
     net.to(device).to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
@@ -95,6 +103,11 @@ def run(arguments: list[str]) -> None:
     row = [model, f"{scores['images']:,}", f"{scores['top1']:.2f}", f"{scores['top5']:.2f}", f"{scores['loss']:.4f}"]
     columns = ["network", "images", "top-1 %", "top-5 %", "loss", "inference img/s"]
     show_table(columns, [[*row, f"{rate:,.0f}"]], numbers=5)
+
+
+def _remedy(classes: int) -> str:
+    """What to do about weights of so many classes, if the data has another number of them."""
+    return f"give --data of its {count_of(classes, 'class')}, or {TRAIN_IT}" if classes else TRAIN_IT
 
 
 def _print_json(values: dict[str, Any]) -> None:

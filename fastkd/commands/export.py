@@ -15,9 +15,10 @@ from ..engine.precision import Precision
 from ..errors import UserError
 from ..evaluate import evaluate
 from ..export import Exported, check_formats, export
+from ..models.checkpoint_files import weights_of
 from ..parser import groups, name_of, run_parser, split_words, tokens_of, typed_options
 from ..report import log_rank0, show_table
-from ..trained import Trained, load_trained, weights_of
+from ..trained import Trained, load_trained
 from ..weights_file import read_about
 from .eval import evaluation_loader, may_be_resident, noted_input
 

@@ -13,10 +13,19 @@ from ..data.classes import class_note, class_order
 from ..errors import UserError
 from ..files import sha256_of
 from ..methods.base import Method
-from ..models import check_name, create_model, layout_note_of, name_stages, new_classifier_of, reorder_classes
+from ..models import (
+    check_name,
+    create_model,
+    is_weights_file,
+    layout_note_of,
+    name_stages,
+    new_classifier_of,
+    reorder_classes,
+)
 from ..models.ensemble import Ensemble
 from ..models.kwargs import parse_kwargs
 from ..models.own_input import InputSpec, own_input
+from ..models.weights import blaming
 from ..network_options import NetworkOptions
 from ..report import log_rank0
 from .teacher_input import check_teacher_input, teacher_input
@@ -50,9 +59,12 @@ class NetworkMaker:
     def _teacher(self, number: int, name: str, weights: str) -> nn.Module:
         """A teacher, with its own input if it takes other images than the student."""
         trained = self.options.teacher_epochs > 0
-        wanted = teacher_input(self.options, name, weights, self.images, log_rank0, is_trained=trained)
-        kwargs = kwargs_of(self.options, weights, log_rank0)
+        notes: list[str] = []  # logged once the network is there: its error comes first
+        wanted = teacher_input(self.options, name, weights, self.images, notes.append, is_trained=trained)
+        kwargs = kwargs_of(self.options, weights, notes.append)
         net = self.make("teacher", name, weights, number, trained=trained, image_size=wanted.image_size, kwargs=kwargs)
+        for note in notes:
+            log_rank0(note)
         return own_input(net, self.images, wanted)
 
     def peers(self) -> list[nn.Module]:
@@ -80,14 +92,16 @@ class NetworkMaker:
         noted = weights_file.read_about(Path(weights)) if weights else {}
         if noted.get("model", name) != name:
             log_rank0(f"{role} {name}: the weights {weights} are of {noted['model']}, says their note")
-        net = create_model(
-            name,
-            len(self.classes),
-            weights or None,
-            image_size=size,
-            new_classifier=trained,
-            kwargs=parse_kwargs(kwargs),
-        )
+        option = f"--{role}-weights " if is_weights_file(weights) else ""
+        with blaming(option, lambda classes: "--teacher-epochs N fine-tunes the teacher with a new one"):
+            net = create_model(
+                name,
+                len(self.classes),
+                weights or None,
+                image_size=size,
+                new_classifier=trained,
+                kwargs=parse_kwargs(kwargs),
+            )
         if distributed.rank() == 0:
             distributed.barrier()
         ends = {"student": self.options.student_stages, "teacher": self.options.teacher_stages}.get(role, ())

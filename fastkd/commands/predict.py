@@ -17,7 +17,7 @@ from ..distributed import device_for
 from ..errors import UserError, printable
 from ..parser import run_parser, split_words
 from ..report import show_table
-from ..trained import Trained, load_trained, weights_of
+from ..trained import Trained, load_trained
 from ..weights_file import check_input
 
 USAGE = """\
@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> None:
     options: PredictOptions = run_parser(kind, given, "fastkd predict IMAGE...").predict
     if not places:
         raise UserError("predict needs pictures or folders: fastkd predict IMAGE... --weights FILE")
-    trained = load_trained(Path(weights_of(options.weights)), options.model, classes=options.classes, **options.images)
+    trained = load_trained(Path(options.weights), options.model, classes=options.classes, **options.images)
     rows = list(_predictions(_pictures(places), trained, options))
     if options.json:
         print(json.dumps(rows, indent=2))

@@ -26,6 +26,19 @@ class Precision:
         self.autocast = partial(torch.autocast, device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
+def wrong_dtype(net: nn.Module, images: Tensor) -> str:
+    """What to do about images in whose number format `net` cannot compute, for an error; "" if they have a right one.
+
+    Autocast, if it is on, casts all floating images but those of float64.
+    """
+    wanted = next((p.dtype for p in net.parameters() if p.is_floating_point()), images.dtype)
+    casts = torch.is_autocast_enabled(images.device.type) and images.dtype != torch.float64
+    if images.dtype == wanted or casts:
+        return ""
+    how = ".float()" if wanted == torch.float32 else f".to({wanted})"
+    return f"the loader's images are {images.dtype} and the weights {wanted}: convert the images, by {how}"
+
+
 def cast_frozen(method: Method, images: Tensor, precision: Precision) -> Callable[[], None]:
     """Cast the teachers' convolutions and linear layers once to the dtype to which autocast casts them in every step.
 

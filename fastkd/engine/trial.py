@@ -26,7 +26,7 @@ from .grad_checkpointing import blocks_to_checkpoint, check_some_ran, checkpoint
 from .labels import allowed_labels, out_of_range
 from .mixup import Mixup
 from .options import TrainOptions
-from .precision import Precision
+from .precision import Precision, wrong_dtype
 
 IMAGES = 4  # enough for losses that compare the images of a batch, few enough for a network at a large size
 
@@ -186,7 +186,8 @@ def _check_logits(network: Network, images: Tensor, classes: int, when: str) -> 
         logits = network.net(images)
     except Exception as error:  # a network's code may raise anything
         what = f"{network.title} fails {when} on images of {side} pixels"
-        raise _failed(what, error, _other_size(network.net, images)) from error
+        dtype = wrong_dtype(network.net, images)
+        raise _failed(what, error, f"; {dtype}" if dtype else _other_size(network.net, images)) from error
     if not isinstance(logits, Tensor):
         raise UserError(
             f"{title} returns {_described(logits)} and not one tensor of logits; switch its extra outputs off, or wrap "

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import UserError, nearest
-from .checkpoint_files import FOLDER_FILES, SUFFIXES, read_state_dict
+from .checkpoint_files import FOLDER_FILES, SUFFIXES, UNFINISHED, read_state_dict
 from .classifier import classifiers_of, reorder_classes
 from .ensemble import Ensemble
 from .kwargs import Kwargs, KwargsOfFile
@@ -103,11 +103,11 @@ def create_model(
 
     with blaming_size(name, image_size, at_random):
         model = _network(name, num_classes, tag, image_size, file, new_classifier, kwargs)
+    note_name(model, name, kwargs)
     if file is not None:
         state = read_state_dict(file) if state is None else state
         copy_weights(model, without_auxiliary(name, state), str(file), new_classifier)
     drop_auxiliary(model)
-    note_name(model, name, kwargs)
     if image_size is not None:
         check_image_size(model, name, image_size, at_random)
     return model
@@ -167,12 +167,13 @@ def model_names() -> list[str]:
 def is_weights_file(weights: str | os.PathLike) -> bool:
     """True for a path object, a name with a separator or a known suffix, and a name of a file or a folder of weights.
 
-    A folder without weights does not hide "pretrained", or a tag, of the same name.
+    The folder of a run that is not finished counts too: its error names the best state so far. Any other folder does
+    not hide "pretrained", or a tag, of the same name.
     """
     text = os.fspath(weights)
     if not isinstance(weights, str) or os.sep in text or text.endswith(SUFFIXES):
         return True
-    return os.path.isfile(text) or any(os.path.isfile(Path(text) / name) for name in FOLDER_FILES)
+    return os.path.isfile(text) or any(os.path.isfile(Path(text) / name) for name in (*FOLDER_FILES, UNFINISHED))
 
 
 def _cifar_net(name: str) -> Callable[[int], nn.Module]:

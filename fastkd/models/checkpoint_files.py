@@ -28,7 +28,10 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")  # usual one
 # Keys under which trainers save the state dict, in the order in which they are tried. Averaged weights come last: they
 # are used only if the file has no others.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "student", "net", "params", "state_dict_ema", "model_ema")
+STUDENT = "student.safetensors"  # in the folder of a finished run
+UNFINISHED = "best.pt"  # in the folder of any run
 FOLDER_FILES = (
+    STUDENT,
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -87,9 +90,10 @@ def read_state_dict(path: str | os.PathLike) -> StateDict:
     """The state dict in a file, name -> tensor, on the CPU, in the file's dtypes.
 
     Wrapping dicts (`WRAPPERS`) are opened, also nested ones. The prefixes of DistributedDataParallel (`module.`) and
-    torch.compile (`_orig_mod.`) are removed. A folder is one of transformers: config.json beside the weights, which may
-    be in several files. Torch checkpoints are read with `weights_only`, so that no code in them runs; objects other
-    than plain data (`PLAIN_DATA`) are refused. Raises UserError if there is no readable state dict.
+    torch.compile (`_orig_mod.`) are removed. A folder is that of a finished run, or one of transformers: config.json
+    beside the weights, which may be in several files. Torch checkpoints are read with `weights_only`, so that no code
+    in them runs; objects other than plain data (`PLAIN_DATA`) are refused. Raises UserError if there is no readable
+    state dict.
     """
     path = Path(path)
     if os.path.isdir(path):  # False for a name that is too long, where Path.is_dir raises OSError
@@ -127,13 +131,11 @@ def without_prefixes(key: str) -> str:
 
 
 def _read_folder(folder: Path) -> StateDict:
-    """The weights of a folder of transformers."""
+    """The weights of a folder of a run, or of transformers."""
     found = next((folder / name for name in FOLDER_FILES if os.path.isfile(folder / name)), None)
     if found is None:
-        raise UserError(
-            f"{folder} is a directory without weights: name a file, or a folder of transformers with "
-            f"{' or '.join(FOLDER_FILES[::2])}"
-        )
+        hint = f"name a file, or a folder with {' or '.join(name for name in FOLDER_FILES if 'index' not in name)}"
+        raise UserError(f"{folder} is a directory without weights: {unfinished(folder) or hint}")
     if found.suffix != ".json":
         return read_state_dict(found)
     try:
@@ -144,6 +146,18 @@ def _read_folder(folder: Path) -> StateDict:
         if Path(shard).name != shard or shard == ".." or os.path.isdir(folder / shard):
             raise UserError(f"{found} names {shard!r:.200}: an index may name files of its own folder alone")
     return StateDict({key: value for shard in shards for key, value in read_state_dict(folder / shard).items()}, {})
+
+
+def unfinished(folder: Path) -> str:
+    """What to name in the place of the folder of a run that is not finished; "" for any other folder."""
+    best = folder / UNFINISHED
+    return f"the run is not finished; {best} is its best state so far" if os.path.isfile(best) else ""
+
+
+def weights_of(place: str) -> str:
+    """The weights file of the run folder `place`; `place` itself if it is none, such as a file or a tag."""
+    weights = os.path.join(place, STUDENT)
+    return weights if os.path.isdir(place) and os.path.isfile(weights) else place
 
 
 def _kind(path: Path) -> str:

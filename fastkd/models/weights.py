@@ -2,7 +2,8 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -12,12 +13,33 @@ from ..errors import UserError, count_of
 from .checkpoint_files import StateDict, clipped, listed, read_state_dict, without_prefixes
 from .classifier import classifier_keys, classifiers_of, count_classes
 from .layouts import candidates
+from .sizes import name_of
 
 MOST_KEYS = 50_000  # of a file whose layout is looked for, which takes 50 us a key; networks have up to 5,000
-HINT = (
-    "only the classifier differs: fine-tune it, by --student-weights, by --teacher-weights with --teacher-epochs N, "
-    "or in Python by new_classifier=True"
-)
+
+
+class Misfit(UserError):
+    """Weights that do not fit a network.
+
+    `classes`: their number of classes if the classifier alone differs, 0 if they have none; -1 if more differs.
+    """
+
+    def __init__(self, reason: str, classes: int = -1, remedy: str = ""):
+        hint = f"only the classifier differs: {remedy or 'new_classifier=True gives the network a new one'}"
+        super().__init__(f"{reason}; {hint}" if classes >= 0 else reason)
+        self.reason, self.classes = reason, classes
+
+
+@contextmanager
+def blaming(option: str, remedy: Callable[[int], str]) -> Iterator[None]:
+    """Within the block, an error about weights that do not fit begins with `option`, such as "--weights ".
+
+    `remedy(classes)`: what to do about weights of so many classes; 0: they have no classifier.
+    """
+    try:
+        yield
+    except Misfit as error:
+        raise Misfit(f"{option}{error.reason}", error.classes, remedy(error.classes)) from None
 
 
 class NewClassifier(NamedTuple):
@@ -64,7 +86,7 @@ def copy_weights(model: nn.Module, table: Mapping[str, Tensor], source: str, new
     good = good or [fit for fit in fits if new_classifier and fit.classifier]
     if not good:
         nearest = min(fits, key=lambda fit: (fit.classifier is None, fit.faults))
-        raise UserError(f"{source} {_misfit(model, nearest, new_classifier)}")
+        raise _misfit(model, nearest, source, new_classifier)
     note = good[0].classifier if good[0].complaints else None
     fresh, chosen = note.keys if note else [], good[0].table
     used = [name for name in chosen if name in wanted and name not in fresh]
@@ -96,16 +118,17 @@ def _fit(model: nn.Module, own: Mapping[str, Tensor], layout: str, table: Mappin
     return Fit(layout, table, complaints, faults, None if rest else other, rest)
 
 
-def _misfit(model: nn.Module, fit: Fit, new_classifier: bool) -> str:
+def _misfit(model: nn.Module, fit: Fit, source: str, new_classifier: bool) -> Misfit:
     """Why the nearest layout does not fit."""
     nearest = f" (nearest layout: {fit.layout})" if fit.layout else ""
-    name = type(model).__name__
+    name = name_of(model)[0] or f"this {type(model).__name__}"
     if fit.classifier and not new_classifier:
         of = f"is for {count_of(fit.classifier.classes, 'class')}" if fit.classifier.classes else "has no classifier"
         classes = count_of(count_classes(next(iter(classifiers_of(model).values()))), "class")
-        return f"{of}, and this {name} for {classes}{nearest}: {'; '.join(fit.complaints)}; {HINT}"
+        reason = f"{source} {of}, and {name} for {classes}{nearest}: {'; '.join(fit.complaints)}"
+        return Misfit(reason, fit.classifier.classes)
     words = fit.rest if new_classifier and fit.rest else fit.complaints
-    return f"does not fit this {name}{nearest}: {'; '.join(words)}"
+    return Misfit(f"{source} does not fit {name}{nearest}: {'; '.join(words)}")
 
 
 def _note(table: Mapping[str, Tensor], good: Sequence[Fit]) -> str:

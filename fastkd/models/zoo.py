@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError, nearest
 from .kwargs import Kwargs, built
 from .library_names import check_torchvision_name, library_module, timm_architecture
-from .weights import HINT, copy_weights
+from .weights import Misfit, copy_weights
 
 Made = TypeVar("Made")
 NO_KWARGS: Kwargs = {}
@@ -260,10 +260,8 @@ def _no_weights(model: str, tag: str, choices: list[str]) -> str:
 
 def _check_classes(model: str, have: int, wanted: int) -> None:
     if have != wanted:
-        raise UserError(
-            f"{model} was trained for {have} classes and {wanted} are wanted: its classifier does not fit, and partial "
-            f"loading is an error; {HINT}"
-        )
+        reason = f"{model} was trained for {have} classes and {wanted} are wanted"
+        raise Misfit(f"{reason}: its classifier does not fit, and partial loading is an error", have)
 
 
 def _transfer(trained: nn.Module, net: nn.Module, source: str) -> nn.Module:

@@ -79,6 +79,8 @@ def open_rows(path: Path, rows: int, dtype: np.dtype, mode: str = "r") -> np.mem
         found = np.load(path, mmap_mode=mode, allow_pickle=False)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise UserError(f"{path} is missing: take it from a copy, or {again}") from None
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be opened: {error.strerror}; check its permissions") from None
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: {error}; {hint}") from None
     if not isinstance(found, np.memmap) or found.shape != (rows,) or found.dtype != dtype:

@@ -92,6 +92,21 @@ def test_weights_and_ratios_are_counted():
         NetworkOptions(teacher_ratios=(1.0, 2.0))
 
 
+def test_a_run_folder_stands_for_its_student(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = create_model("resnet8", 4)
+    for folder in ("run", "half"):
+        Path(folder).mkdir()
+        save_network(Path(folder, "student.safetensors"), net, {"model": "resnet8"})
+    names = NetworkOptions(teacher=("resnet8",), teacher_weights=("run",), student_weights="run")
+    assert names.teacher_weights == ("run/student.safetensors",) and names.student_weights == "run/student.safetensors"
+    assert torch.equal(maker("abcd", teacher_weights=("run",)).teachers()[0].fc.weight, net.fc.weight)
+    assert torch.equal(create_model("resnet8", 4, "run").fc.weight, net.fc.weight)
+    Path("half/student.safetensors").rename("half/best.pt")
+    with pytest.raises(UserError, match="the run is not finished; half/best.pt is its best state so far"):
+        maker("abcd", teacher_weights=("half",)).teachers()
+
+
 @pytest.fixture
 def seven(tmp_path):
     """A file with the weights of a resnet8 of seven classes."""
@@ -109,6 +124,7 @@ def test_a_student_from_weights_of_other_classes(fastkd, few_digits, seven):
 def test_a_fine_tuned_teacher_is_reused_by_the_content_of_its_file(fastkd, few_digits, seven):
     given = [*SHORT, "--teacher", "resnet8", "--teacher-weights"]
     hint = refused(fastkd("train", *given, seven, "--teacher-epochs", "0"))
+    assert hint.startswith(f"fastkd: --teacher-weights {seven} is for 7 classes, and resnet8 for 10 classes")
     assert "[7, 64]" in hint and "--teacher-epochs N" in hint and not Path("runs").exists()
     out = ok(fastkd("train", *given, seven, "--teacher-epochs", "1", "--out", "a"))
     assert "a new classifier" in out and f"fine-tuning it from {seven}, 1 epoch" in out
@@ -131,7 +147,7 @@ def maker(classes: str, ignore: bool = False, **options) -> NetworkMaker:
 def test_weights_of_another_network_are_named_before_they_do_not_fit(tmp_path, capsys):
     file = tmp_path / "t.safetensors"
     save_network(file, create_model("resnet20", 4), {"model": "resnet20"})
-    with pytest.raises(UserError, match="does not fit this CifarResNet: unexpected 72"):
+    with pytest.raises(UserError, match=r"^--teacher-weights \S+ does not fit resnet8: unexpected 72"):
         maker("abcd", teacher_weights=(str(file),)).teachers()
     assert f"teacher resnet8: the weights {file} are of resnet20, says their note" in capsys.readouterr().out
 

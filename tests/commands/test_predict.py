@@ -97,6 +97,11 @@ def test_weights_that_give_no_numbers(fastkd, tmp_path):
         (["p.png", "--weights", "missing.safetensors"], ["there is no such file"]),
         (["p.png", "--weights", "plain.py"], ["plain.py is not a torch file"]),
         (["p.png", "--weights", "plain.safetensors", "--model", "resnet8"], ["does not say its classes"]),
+        (["p.png", "--weights", "w.safetensors", "--classes", "5"], ["--weights w.safetensors is", "give --classes 4"]),
+        (
+            ["p.png", "--weights", "w.safetensors", "--model", "vgg8"],
+            ["--weights w.safetensors does not fit vgg8: mis"],
+        ),
         (["p.png", "--weight", "w.safetensors"], ["unknown option '--weight'"]),
     ],
 )
@@ -105,7 +110,9 @@ def test_wrong_options(fastkd, tmp_path, words, message):
 
     save_file(weights_of(tmp_path / "w.safetensors", "resnet8").state_dict(), tmp_path / "plain.safetensors")
     (tmp_path / "plain.py").write_text("print(1)")
-    check_refused(fastkd("predict", *words), *message)
+    result = fastkd("predict", *words)
+    check_refused(result, *message)
+    assert "fine-tune" not in result[2] and "new_classifier" not in result[2]
 
 
 def test_timm_resizes_to_the_same_side():

@@ -177,6 +177,26 @@ def test_batches_that_cannot_be_used(tiny_net, images, target, classes, options,
         try_step(CE(tiny_net()), (images, target), classes, TrainOptions(**options), CPU)
 
 
+@pytest.mark.parametrize(
+    ("images", "weights", "options", "how"),
+    [
+        (torch.float64, torch.float32, {}, r"by \.float\(\)"),
+        (torch.float16, torch.float32, {}, r"by \.float\(\)"),
+        (torch.float64, torch.float32, {"amp_dtype": "bfloat16"}, r"by \.float\(\)"),
+        (torch.float32, torch.float64, {}, r"by \.to\(torch\.float64\)"),
+        (torch.float16, torch.float32, {"amp_dtype": "bfloat16"}, ""),
+        (torch.float64, torch.float64, {}, ""),
+    ],
+)
+def test_images_of_another_number_format(tiny_net, images, weights, options, how):
+    method, settings = CE(tiny_net().to(weights)), TrainOptions(device="cpu", **options)
+    if not how:
+        return try_step(method, (IMAGES.to(images), TARGET), CLASSES, settings, CPU)
+    words = f"the loader's images are {images} and the weights {weights}: convert the images, {how}$"
+    with pytest.raises(UserError, match=words):
+        try_step(method, (IMAGES.to(images), TARGET), CLASSES, settings, CPU)
+
+
 def test_soft_labels_and_images_without_a_label_are_no_errors(tiny_net):
     method, unlabelled = CE(tiny_net()), TARGET.masked_fill(TARGET == 3, -100)
     with pytest.raises(UserError, match="from -100 to 2 .* -100 stands for an image without one, after method.allow"):

@@ -80,5 +80,5 @@ def test_a_run_keeps_them_and_an_evaluation_reads_them_again(tmp_path, capsys, m
     assert lines == [f"--teacher-kwargs {' '.join(kwargs)}, as the weights {weights} note"]
     given = replace(names, teacher_kwargs=("drop_rate=0.2",))
     assert kwargs_of(given, str(weights), lines.append) == ("drop_rate=0.2",) and len(lines) == 1
-    with pytest.raises(UserError, match="does not fit this ResNet"):
+    with pytest.raises(UserError, match="does not fit timm/resnet10t"):
         create_model("timm/resnet10t", 10, weights)

@@ -229,7 +229,7 @@ def test_a_new_classifier_with_a_layout(tmp_path):
     torch.save({"net": table}, tmp_path / "net.pth")
     found = create_model("resnet8", 5, tmp_path / "net.pth", new_classifier=True)
     assert torch.equal(found.layer3[0].downsample[0].weight, net.layer3[0].downsample[0].weight)
-    start = r"net.pth is for 7 classes, and this CifarResNet for 5 classes \(nearest layout: .*; only the classifier"
+    start = r"net.pth is for 7 classes, and resnet8 for 5 classes \(nearest layout: .*; only the classifier"
     with pytest.raises(UserError, match=start):
         create_model("resnet8", 5, tmp_path / "net.pth")
 

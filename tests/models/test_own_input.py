@@ -3,14 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fastkd import Trainer, TrainOptions, create_model
+from fastkd.commands.teacher_input import teacher_input
 from fastkd.engine.precision import Precision
 from fastkd.engine.teacher_forms import FORMS, choose_form
 from fastkd.methods import IAKD, KD, OFD, SOKD
 from fastkd.models import load_weights, stage_shapes, staged
 from fastkd.models.own_input import AdaptInput, InputSpec, OwnInput, library_input, own_input, plain_network
-from fastkd.weights_file import read_about
+from fastkd.network_options import NetworkOptions
+from fastkd.weights_file import read_about, save_network
 
 CPU = torch.device("cpu")
 GIVEN = InputSpec(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -172,6 +175,32 @@ def test_a_file_without_a_note_is_said_to_have_none(fastkd, few_digits, tmp_path
     )
     status, out, err = fastkd(*digits("--teacher", "resnet8", "--teacher-weights", "x.pth", "--out", "b"))
     assert status == 2 and err.strip() == "fastkd: there is no weights file x.pth" and "does not say" not in out
+    (tmp_path / "p.jpg").write_bytes(b"no weights")
+    for wrong in (("resnet8", "p.jpg"), ("resnet88", "w.pth")):
+        status, out, err = fastkd(*digits("--teacher", wrong[0], "--teacher-weights", wrong[1], "--out", "b"))
+        assert status == 2 and err.count("\n") == 1 and "does not say" not in out, (out, err)
+
+
+@pytest.mark.parametrize(
+    ("noted", "options", "words"),
+    [
+        (None, {}, ["does not say which images it takes; it gets the student's"]),
+        (None, {"teacher_mean": (0.5,) * 3}, ["(size, std from the student's images; mean from --teacher-mean)"]),
+        (WANTED.as_dict(), {}, ["(size, mean, std from the note in w.safetensors)"]),
+        (WANTED.as_dict(), {"teacher_size": 40}, ["(size from --teacher-size; mean, std from the note in w.safetens"]),
+        ({"image_size": 48}, {}, ["does not say the mean, std of its images", "48 x 48 pixels", "(size from the note"]),
+        (GIVEN.as_dict(), {}, []),
+    ],
+)
+def test_it_is_said_where_the_images_of_a_teacher_come_from(tmp_path, monkeypatch, noted, options, words):
+    monkeypatch.chdir(tmp_path)
+    save_network(tmp_path / "w.safetensors", nn.Linear(2, 2), {"input": noted} if noted else {})
+    lines, names = [], NetworkOptions(teacher=("resnet8",), **options)
+    wanted = teacher_input(names, "resnet8", "w.safetensors", GIVEN, lines.append, is_trained=False)
+    assert all(word in "\n".join(lines) for word in words) and bool(lines) == bool(words), lines
+    values = GIVEN.as_dict() | (noted or {})
+    values |= {name.replace("teacher_", "").replace("size", "image_size"): value for name, value in options.items()}
+    assert wanted == InputSpec.of(values)
 
 
 @pytest.mark.parametrize(

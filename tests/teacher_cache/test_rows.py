@@ -1,12 +1,15 @@
 """What is kept of logits."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from fastkd.errors import UserError
 from fastkd.kernels import topk_of
-from fastkd.teacher_cache import Rows
+from fastkd.teacher_cache import Rows, files
 
 LOGITS = 7 * torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
 
@@ -54,3 +57,12 @@ def test_logits_that_the_format_cannot_hold_are_refused(bad):
 def test_k_is_below_the_number_of_classes(k):
     with pytest.raises(UserError, match=f"--teacher-cache-topk {k}: there are 12 classes"):
         Rows(12, "fp16", k, 4.0)
+
+
+def test_a_file_without_permission_is_not_said_to_be_damaged(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(UserError, match=r"rows.npy cannot be opened: Permission denied; check its permissions$"):
+        files.open_rows(tmp_path / "rows.npy", 5, np.dtype("f4"))
