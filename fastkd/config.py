@@ -71,7 +71,7 @@ def parse(arguments: list[str], log: Callable[[str], None] = print) -> Config:
     tokens = [token for source, values in sources[:-1] for token in tokens_of(values, kind, source)]
     tokens += _teacher_as_it_is(sources, typed_words(arguments, "teacher_weights"), log)
     try:
-        config = run_parser(kind, arguments, "fastkd train", tokens)
+        config = run_parser(kind, arguments, "fastkd train", tokens, log)
     except UserError as error:
         raise UserError(_origin(str(error), sources) + str(error)) from None
     _refuse_options_without_effect(config, sources[-1][1].keys())
