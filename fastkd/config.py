@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from .data import DataOptions
 from .engine import TrainOptions
-from .errors import UserError
+from .errors import UserError, no_folder
 from .foreign import parse_yaml, read_text
 from .methods import METHODS, find_method
 from .network_options import NetworkOptions
@@ -161,7 +161,8 @@ def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
             raise UserError("--resume needs --out FOLDER, the folder of the run to resume")
         started = Path(out) / "config.yaml"
         if not os.path.isfile(started):
-            raise UserError(f"--resume: there is no run in {out} (no config.yaml); check the path, or drop --resume")
+            reason = "no config.yaml" if os.path.isdir(out) else no_folder(out)
+            raise UserError(f"--resume: there is no run in {out} ({reason}); check the path, or drop --resume")
         if not (typed.get("recipe") or path):  # so that `--out DIR --resume` is enough
             path, sources = str(started), [(f"--config {started}", _read_yaml(started)), *sources]
     default = "digits" if typed.get("data", DataOptions.data) == "digits" and not path else ""

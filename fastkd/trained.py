@@ -18,7 +18,7 @@ from .models.kwargs import parse_kwargs
 STUDENT = "student.safetensors"  # in the folder of a finished run
 NEEDED = {
     "model": "--model NAME",
-    "classes": "--classes NAME... or their number",
+    "classes": "--classes NAME... (or their number)",
     "image_size": "--image-size N",
     "mean": "--mean R G B",
     "std": "--std R G B",
@@ -108,7 +108,7 @@ def what_to_give(lacking: Sequence[str]) -> str:
     words = {"model": "which network it is for", "classes": "its classes", "image_size": "the size of its images"}
     lines = [words.get(name, f"the {name} of its images") for name in lacking]
     own = "; for a network of your own see docs/export.md" if "model" in lacking else ""
-    return f"{', '.join(lines)}: give {' '.join(NEEDED[name] for name in lacking)}{own}"
+    return f"{', '.join(lines)}: give {', '.join(NEEDED[name] for name in lacking)}{own}"
 
 
 def weights_of(place: str) -> str:

@@ -38,7 +38,7 @@ def test_a_traceback_names_the_arguments_of_options(message, arguments):
 
 
 def test_an_error_without_options_has_no_note():
-    assert not hasattr(UserError("data='synthetic': a -- b, seed-5"), "__notes__")
+    assert not hasattr(UserError("'synthetic': a -- b, seed-5"), "__notes__")
 
 
 def test_a_noun_has_the_form_of_its_number():

@@ -173,7 +173,7 @@ def position_of(state: dict, loader: str) -> tuple[int, int]:
     before = state.get("loader")
     if before != loader:
         known = before in ("dali", "folder", "packed", "resident")  # "digits" is of older versions
-        remedy = f"resume with loader={before!r}, or begin" if known else "begin"
+        remedy = f"resume with --loader {before}, or begin" if known else "begin"
         if "packed" in (before, loader):
             remedy = "resume with the same --data, or begin"
         raise UserError(

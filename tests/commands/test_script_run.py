@@ -74,8 +74,8 @@ def own_network():
 def test_messages_name_the_options_that_are_lacking(fastkd, tmp_path):
     result = train(own_network())
     command = ["export", "run", "--format", "torch-export", "--out", "x"]
-    check_refused(fastkd(*command), "give --model NAME --mean R G B --std R G B", "docs/export.md")
-    check_refused(fastkd("predict", "a.png", "--weights", result.student), "give --model NAME --mean R G B")
+    check_refused(fastkd(*command), "give --model NAME, --mean R G B, --std R G B", "docs/export.md")
+    check_refused(fastkd("predict", "a.png", "--weights", result.student), "give --model NAME, --mean R G B, ")
     check_refused(fastkd("eval", "--weights", result.student), "give --model NAME")
     check_refused(fastkd("eval", "--weights", result.student, "--model", "resnet8"), "give --data")
     assert not (tmp_path / "x").exists()
