@@ -4,7 +4,8 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from numbers import Real
 
@@ -46,6 +47,21 @@ def as_typed(name: str, value: object) -> str:
     words = [str(each) for each in value] if isinstance(value, tuple) else [] if value is True else [str(value)]
     plain = [word if re.fullmatch(r"[\w.,:/+-]+", word) else repr(word) for word in words]
     return " ".join(["--" + name.replace("_", "-"), *plain])
+
+
+def check_path(name: str, value: object) -> None:
+    """Raise UserError unless the option `name` is a str or a Path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise UserError(f"--{name.replace('_', '-')} must be a path, got {value!r}")
+
+
+def check_classes(names: Sequence[str], what: str) -> None:
+    """Raise UserError if two classes have one name: a weights file must tell them apart. `what` has these names."""
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(
+            f"{what} name {count_of(len(twice), 'class')} more than once, such as {twice[0]!r}: give each label a name "
+            "of its own"
+        )
 
 
 def no_folder(path: object) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import weights_file
 from .data.preprocess import Preprocess
-from .errors import UserError
+from .errors import UserError, check_classes
 from .models import create_model, load_weights, read_state_dict
 from .models.kwargs import parse_kwargs
 
@@ -98,8 +98,7 @@ def names_of(classes: Sequence[str]) -> list[str]:
         if not 1 <= count <= 1_000_000:
             raise UserError(f"--classes {count}: give the names of the classes, or their number")
         return [str(number) for number in range(count)]
-    if len({*classes}) < len(classes):
-        raise UserError("--classes names a class twice")
+    check_classes(classes, "--classes")
     return list(classes)
 
 

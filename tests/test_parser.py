@@ -146,3 +146,8 @@ def test_an_option_with_two_values_gets_a_warning(arguments, line, capsys):
 def test_an_error_names_the_help_of_the_command_alone():
     with pytest.raises(UserError, match="; `fastkd predict --help` lists them$"):
         run_parser(KIND, ["--foo"], "fastkd predict IMAGE...")
+
+
+def test_a_file_in_the_place_of_a_run_is_said():
+    with pytest.raises(UserError, match=r"--resume: there is no run in .* \(it is a file, not a folder\)"):
+        parse(["--resume", "--out", __file__])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, check_classes
 from .order import IMAGE, Shard, evaluation_slices, training_slices
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def check_loaders(
     if not hasattr(val_loader, "__iter__"):
         raise UserError(f"val_loader ({type(val_loader).__name__}) lacks __iter__: give an iterable of batches")
     batch = first_batch(train_loader)
+    check_classes(train_loader.classes, "the classes of train_loader (Trainer's classes=, else those of its data set)")
     if all(gather(isinstance(val_loader, Sized) and len(val_loader) == 0)):
         raise UserError("val_loader is empty: it gives no batch (its length is 0)")
     return batch

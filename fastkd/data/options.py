@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from ..errors import ARGUMENTS, UserError, as_typed, check_side, nearest
+from ..errors import ARGUMENTS, UserError, as_typed, check_path, check_side, nearest
 from .base import IMAGENET_MEAN, IMAGENET_STD, resize_side
 from .decode import MAX_PIXELS
 from .loader_options import check_loader_options
@@ -109,6 +109,9 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         ARGUMENTS.update(vars(self))
+        for name in ("data", "data_dir", "file_list", "unlabelled"):
+            check_path(name, getattr(self, name))
+            object.__setattr__(self, name, str(getattr(self, name)))
         for name, kind in CHOICES.items():
             value, names = getattr(self, name), get_args(kind)
             if value not in names:

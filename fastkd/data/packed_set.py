@@ -30,9 +30,7 @@ def check_packed(options: "DataOptions", parts: dict[str, PackedPart], names: tu
             f"{' and '.join(missing)}: pack a source that has both, or give `fastkd pack` --val-fraction 0.1"
         )
     if options.loader in ("dali", "folder"):
-        raise UserError(
-            f"--loader {options.loader} decodes files, and {folder} holds packed pixels: take --loader auto"
-        )
+        raise UserError(f"--loader {options.loader} decodes files, and {folder} holds pixels: take --loader auto")
     refuse(options, "packed", f"{folder} holds packed pixels")
     for name, remedy in (
         ("val_fraction", "give it to `fastkd pack`"),
