@@ -1,11 +1,12 @@
 """Options: hints for unknown names, and checks whose messages come through tyro unchanged."""
 
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 
 import pytest
 
 from fastkd.config import config_type, parse
 from fastkd.errors import UserError
+from fastkd.methods import METHODS, find_method
 from fastkd.option_names import nearest_option
 from fastkd.parser import _unboxed, groups, name_of, option_types, run_parser
 
@@ -151,3 +152,12 @@ def test_an_error_names_the_help_of_the_command_alone():
 def test_a_file_in_the_place_of_a_run_is_said():
     with pytest.raises(UserError, match=r"--resume: there is no run in .* \(it is a file, not a folder\)"):
         parse(["--resume", "--out", __file__])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_negative_number_of_a_method_names_its_option(method):
+    kind = find_method(method).Options
+    for name in (option.name for option in fields(kind) if option.type is float):
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(UserError, match=f"^(--recipe digits: )?{flag} .*-3"):
+            parse(["--recipe", "digits", "--method", method, flag, "-3"], log=lambda line: None)
