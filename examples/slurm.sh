@@ -23,7 +23,7 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" "$PYTHON" -m fastkd train --data "$D
     --student timm/resnet18 --teacher timm/resnet50 --teacher-weights pretrained \
     --temperature 1 --ce-weight 0.5 --kd-weight 0.5 --epochs 100 -b 128 --lr 0.8 --warmup-epochs 5 "$@"
 status=$?
-if [ "$status" -eq 75 ]; then # stopped by a signal, and saved
+if [ "$status" -eq 75 ]; then # stopped by a signal; what was trained is saved
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -37,8 +37,8 @@ usage: fastkd COMMAND [OPTIONS]
   recipes   the papers' settings by name: fastkd recipes [--show NAME]
 
 `fastkd COMMAND --help` explains the options. Several GPUs: torchrun --nproc-per-node N -m fastkd train ..., or srun.
-Exit status: 0 done, 1 an error of the program or of another process, 2 wrong input, 75 stopped by a signal and saved:
-run it again (`fastkd train --out DIR --resume auto ...` starts a run or goes on with it).
+Exit status: 0 done, 1 an error of the program or of another process, 2 wrong input, 75 a training was stopped by a
+signal and saved, or had not begun: run it again (`fastkd train --out DIR --resume auto ...` starts or goes on).
 """
 
 COMMANDS: tuple[str, ...] = ("train", "cache-teacher", "eval", "export", "predict", "pack", "check-data", "bench")

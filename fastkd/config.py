@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from .data import DataOptions
 from .engine import TrainOptions
-from .errors import UserError
+from .errors import UserError, no_folder
 from .foreign import parse_yaml, read_text
 from .methods import METHODS, find_method
 from .network_options import NetworkOptions
@@ -71,7 +71,7 @@ def parse(arguments: list[str], log: Callable[[str], None] = print) -> Config:
     tokens = [token for source, values in sources[:-1] for token in tokens_of(values, kind, source)]
     tokens += _teacher_as_it_is(sources, typed_words(arguments, "teacher_weights"), log)
     try:
-        config = run_parser(kind, arguments, "fastkd train", tokens)
+        config = run_parser(kind, arguments, "fastkd train", tokens, log)
     except UserError as error:
         raise UserError(_origin(str(error), sources) + str(error)) from None
     _refuse_options_without_effect(config, sources[-1][1].keys())
@@ -161,7 +161,8 @@ def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
             raise UserError("--resume needs --out FOLDER, the folder of the run to resume")
         started = Path(out) / "config.yaml"
         if not os.path.isfile(started):
-            raise UserError(f"--resume: there is no run in {out} (no config.yaml); check the path, or drop --resume")
+            reason = "no config.yaml" if os.path.isdir(out) else no_folder(out)
+            raise UserError(f"--resume: there is no run in {out} ({reason}); check the path, or drop --resume")
         begun = _read_yaml(started)
         if "data" not in begun:
             raise UserError(

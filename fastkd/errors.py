@@ -1,9 +1,11 @@
 """The one exception for bad input, words for its text, and the check of a number that several options share."""
 
 import math
+import os
 import re
 import reprlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from numbers import Real
 
@@ -40,6 +42,33 @@ def lost_worker(error: Exception) -> str:
     return f"a worker process has ended: {text}{reason}; what was saved is intact; go on with fewer --workers"
 
 
+def as_typed(name: str, value: object) -> str:
+    """An option as on the command line: "--pad-mode zeros", "--mean 0.5 0.5 0.5", "--exif"."""
+    words = [str(each) for each in value] if isinstance(value, tuple) else [] if value is True else [str(value)]
+    plain = [word if re.fullmatch(r"[\w.,:/+-]+", word) else repr(word) for word in words]
+    return " ".join(["--" + name.replace("_", "-"), *plain])
+
+
+def check_path(name: str, value: object) -> None:
+    """Raise UserError unless the option `name` is a str or a Path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise UserError(f"--{name.replace('_', '-')} must be a path, got {value!r}")
+
+
+def check_classes(names: Sequence[str], what: str) -> None:
+    """Raise UserError if two classes have one name: a weights file must tell them apart. `what` has these names."""
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(
+            f"{what} name {count_of(len(twice), 'class')} more than once, such as {twice[0]!r}: give each label a name "
+            "of its own"
+        )
+
+
+def no_folder(path: object) -> str:
+    """Why a path that is no folder cannot be used as one."""
+    return "it is a file, not a folder" if os.path.exists(str(path)) else "no such folder"
+
+
 def count_of(number: int, noun: str) -> str:
     """1 epoch, 1,000 epochs, 2 classes"""
     ending = "" if number == 1 else "es" if noun.endswith(("ss", "tch")) else "s"
@@ -65,7 +94,7 @@ def check_side(name: str, side: int) -> None:
     """Raise UserError if square images of this side would fill the memory. `name` is that of the option."""
     if side > LARGEST_SIDE:
         raise UserError(
-            f"{name}={side}: images may have {LARGEST_SIDE} x {LARGEST_SIDE} pixels at most; give a smaller one"
+            f"{name} {side}: images may have {LARGEST_SIDE} x {LARGEST_SIDE} pixels at most; give a smaller one"
         )
 
 

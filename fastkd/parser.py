@@ -8,63 +8,18 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import MISSING, fields
 from functools import cache, partial
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from .errors import UserError, nearest
+from .errors import UserError, nearest, printable
+from .option_names import nearest_option
 
 T = TypeVar("T")
 
-# Names that options have in timm, torchvision's references, Hugging Face's Trainer and codes of papers. By the name
-# here, or by the first of several that the command has.
-NAMES_ELSEWHERE = {
-    (
-        "student",
-        "model",
-    ): "arch model_name_or_path net network backbone student_model student_arch model_s student_name",
-    ("student",): "model",
-    ("teacher",): "teacher_model teacher_arch teacher_name model_t teacher_model_name_or_path",
-    ("teacher_weights",): "teacher_path teacher_ckpt teacher_checkpoint teacher_pretrained path_t",
-    ("student_weights", "weights"): "student_path student_ckpt pretrained initial_checkpoint checkpoint ckpt",
-    ("format",): "formats to export_format",
-    ("top",): "topk top_k k",
-    ("method",): "distill distiller distill_method kd_method",
-    ("data",): "data_path dataset dataset_name root train_dir imagenet",
-    ("batch_size",): "bs per_device_train_batch_size train_batch_size bsz",
-    ("workers",): "j num_workers n_workers dataloader_num_workers",
-    ("image_size",): "img_size input_size size resolution crop_size train_crop_size crop",
-    ("epochs",): "num_epochs num_train_epochs max_epochs n_epochs",
-    ("lr",): "learning_rate base_lr init_lr blr",
-    ("opt",): "optim optimizer",
-    ("weight_decay",): "wd l2",
-    ("sched",): "scheduler lr_scheduler lr_scheduler_type lr_sched lr_policy lr_decay",
-    ("decay_milestones",): "milestones lr_milestones lr_steps lr_decay_epochs multi_steps",
-    ("decay_rate",): "lr_gamma lr_decay_rate step_gamma",
-    ("decay_epochs",): "lr_step_size step_size",
-    ("warmup_epochs",): "warmup lr_warmup_epochs num_warmup_epochs warmup_steps",
-    ("clip_grad",): "grad_clip max_grad_norm clip_grad_norm gradient_clip_val",
-    ("grad_accum",): "gradient_accumulation_steps accumulation_steps grad_accum_steps accumulate_grad_batches",
-    ("smoothing",): "label_smoothing label_smoothing_factor",
-    ("mixup",): "mixup_alpha",
-    ("cutmix",): "cutmix_alpha",
-    ("ema_decay",): "ema model_ema model_ema_decay",
-    ("amp_dtype",): "amp fp16 bf16 half precision mixed_precision",
-    ("compile",): "torchcompile torch_compile",
-    ("device",): "gpu gpus gpu_id cuda",
-    ("seed",): "random_seed manual_seed",
-    ("out",): "output output_dir output_path save_dir save_path save log_dir logdir work_dir exp_dir experiment",
-    ("resume",): "resume_from_checkpoint auto_resume continue",
-    ("temperature",): "temp tau kd_t kd_temperature distillation_temperature t",
-    ("kd_weight",): "kd_alpha distill_weight distillation_weight",
-    ("log",): "tensorboard tb log_tb wandb log_wandb mlflow report_to logger loggers",
-    ("log_interval",): "print_freq log_every log_steps logging_steps log_every_n_steps",
-    ("quiet",): "silent q",
-    ("val_fraction",): "val_split val_frac val_ratio train_val_split validation_split",
-    ("split_seed",): "val_seed",
-}
-ELSEWHERE = {name: ours for ours, names in NAMES_ELSEWHERE.items() for name in names.split()}
+SHORT = {"-b": "--batch-size", "-h": "--help"}
 
 
 def option_types(kind: type) -> dict[str, type]:
@@ -74,12 +29,15 @@ def option_types(kind: type) -> dict[str, type]:
 
 
 def groups(arguments: list[str]) -> list[tuple[str, list[str]]]:
-    """Each `--flag` with the words after it. Words before the first flag come first, with an empty flag."""
+    """Each flag with the words after it. Words before the first flag come first, with an empty flag.
+
+    A short flag is a dash and a letter: -8 and -.5 are values. Those of SHORT become the long ones.
+    """
     found: list[tuple[str, list[str]]] = [("", [])]
     for argument in arguments:
-        if argument.startswith("--"):
+        if re.match(r"--|-(?!inf|nan)[a-z]", argument, re.IGNORECASE):
             flag, equals, word = argument.partition("=")
-            found.append((flag, [word] if equals else []))
+            found.append((SHORT.get(flag, flag), [word] if equals else []))
         else:
             found[-1][1].append(argument)
     return found if found[0][1] else found[1:]
@@ -87,7 +45,7 @@ def groups(arguments: list[str]) -> list[tuple[str, list[str]]]:
 
 def name_of(flag: str) -> str:
     """The name of an option, `batch_size`, from `--batch-size`, `batch-size` or `batch_size`."""
-    return flag.removeprefix("--").replace("-", "_")
+    return flag.removeprefix("-").removeprefix("-").replace("-", "_")
 
 
 def typed_options(arguments: list[str]) -> dict[str, str]:
@@ -108,23 +66,13 @@ def split_words(arguments: list[str], kind: type) -> tuple[list[str], list[str]]
     types, words, options = option_types(kind), list[str](), list[str]()
     for flag, values in groups(arguments):
         kept = len(values)
-        if not flag or types.get(name_of(flag).removeprefix("no_")) is bool:
+        if not flag or types.get(_positive(flag, types)) is bool:
             kept = 0
         elif get_origin(types.get(name_of(flag))) is not tuple and name_of(flag) in types:
             kept = 1
         options += [flag, *values[:kept]] if flag else []
         words += values[kept:]
     return words, options
-
-
-def nearest_option(name: str, known: Collection[str], dashes: bool = False) -> str:
-    """`" (did you mean 'x'?)"` for an unknown option, by its meaning elsewhere or its letters, or an empty string.
-
-    `name` and `known` have underscores. With `dashes` the hint is as the command line has it: '--batch-size'.
-    """
-    shown = {choice: "--" + choice.replace("_", "-") if dashes else choice for choice in known}
-    meant = [choice for choice in ELSEWHERE.get(name.lower(), ()) if choice in known]
-    return f" (did you mean {shown[meant[0]]!r}?)" if meant else nearest(name, shown.values())
 
 
 def tokens_of(values: dict[str, Any], kind: type, source: str) -> list[str]:
@@ -156,20 +104,31 @@ def _refuse_flags(option: str, words: list[str]) -> None:
             raise UserError(f"{option} has the value {word!r:.80}, with a zero byte, which no name may hold")
 
 
-def run_parser(kind: type[T], arguments: list[str], command: str, earlier: Sequence[str] = ()) -> T:
+def _warn(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fastkd: {printable(line, getattr(sys.stderr, 'encoding', None))}", file=sys.stderr)
+
+
+def run_parser(
+    kind: type[T], arguments: list[str], command: str, earlier: Sequence[str] = (), log: Callable[[str], None] = _warn
+) -> T:
     """An instance of `kind` from the command line. `arguments` override the `earlier` tokens (from tokens_of).
 
-    Raises UserError, also for what tyro itself refuses, such as a value out of range.
+    Raises UserError, also for what tyro itself refuses, such as a value out of range. `log` gets a line for each option
+    of `arguments` that has several values.
     """
     import tyro
 
-    arguments = ["--batch-size" if argument == "-b" else argument for argument in _with_values(arguments, kind)]
+    arguments = _with_values(arguments, kind)
     parse = partial(tyro.cli, kind, prog=command, args=[*earlier, *arguments], config=(tyro.conf.OmitArgPrefixes,))
-    if "--help" in arguments or "-h" in arguments:
+    if "--help" in arguments:
         _join_lines_of_help(cast(Any, kind))
         return parse()
+    command = " ".join(word for word in command.split() if word.islower())  # without its arguments, such as RUN
     _check(arguments, kind, command)
     _check_required([*earlier, *arguments], kind, command)
+    for line in _repeated(arguments, kind):
+        log(line)
     text = io.StringIO()
     try:
         with contextlib.redirect_stderr(text):
@@ -205,7 +164,7 @@ def _with_values(arguments: list[str], kind: type) -> list[str]:
     for flag, values in groups(arguments):
         name = name_of(flag)
         if name.startswith("no_") and name.removeprefix("no_") in switches and not values:
-            words += ["--" + flag.removeprefix("--").partition("-")[2], "off"]
+            words += ["--" + name.removeprefix("no_").replace("_", "-"), "off"]
         else:
             words += [flag, *(values or ["on"] if name in switches else values)] if flag else values
     return words
@@ -228,6 +187,23 @@ def _unboxed(text: str) -> str:
     return " ".join(" ".join(lines).split())
 
 
+def _repeated(arguments: list[str], kind: type) -> Iterator[str]:
+    """A warning for each option that is given several times, with other values than the last one."""
+    given: dict[str, list[list[str]]] = {}
+    for flag, words in groups(arguments):
+        given.setdefault(_positive(flag, option_types(kind)), []).append([flag, *words])
+    for name, every in given.items():
+        if any(name_of(flag) != name_of(every[-1][0]) or words != every[-1][1:] for flag, *words in every):
+            option, last = name.replace("_", "-"), " ".join(every[-1])
+            yield f"WARNING: --{option} is given {len(every)} times; the last one counts: {last}"
+
+
+def _positive(flag: str, types: dict[str, type]) -> str:
+    """The name of the option of a flag: of `--no-report` too it is `report`."""
+    positive = name_of(flag).removeprefix("no_")
+    return positive if types.get(positive) is bool else name_of(flag)
+
+
 def _check_required(arguments: list[str], kind: type, command: str) -> None:
     """Raise UserError if an option without a default is not given."""
     given = typed_options(arguments)
@@ -242,11 +218,10 @@ def _check(arguments: list[str], kind: type, command: str) -> None:
     types = option_types(kind)
     others = types.keys() - typed_options(arguments).keys()
     for flag, words in groups(arguments):
-        positive = name_of(flag).removeprefix("no_")
-        name = positive if types.get(positive) is bool else name_of(flag)
+        name = _positive(flag, types)
         if not flag:
             raise UserError(f"unexpected {words[0]!r}{_meant(words[0], others)}; `{command} --help` lists the options")
-        elif name not in types:
+        elif name not in types or not flag.startswith("--"):
             hint = nearest_option(name_of(flag), types, dashes=True)
             raise UserError(f"unknown option {flag!r}{hint}; `{command} --help` lists them")
         elif types[name] is bool and words:

@@ -142,7 +142,8 @@ def exit_while_waiting(status: int) -> Iterator[None]:
 def _exit(status: int, number: int, frame: FrameType | None = None) -> None:
     name = signal.Signals(number).name
     if "TORCHELASTIC_RUN_ID" not in os.environ and os.environ.get("RANK", "0") == "0":  # torchrun says why itself
-        _say(f"stopped by {name}")
+        early = " at the start: nothing was trained or written; run the same command again" * (status == EXIT_AGAIN)
+        _say(f"stopped by {name}{early}")
     os._exit(status or exit_status(name))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from . import weights_file
 from .data.preprocess import Preprocess
-from .errors import UserError, count_of
+from .errors import UserError, check_classes, count_of
 from .models import create_model, load_weights, read_state_dict
 from .models.checkpoint_files import STUDENT, unfinished, weights_of
 from .models.kwargs import parse_kwargs
@@ -19,7 +19,7 @@ from .models.weights import blaming
 
 NEEDED = {
     "model": "--model NAME",
-    "classes": "--classes NAME... or their number",
+    "classes": "--classes NAME... (or their number)",
     "image_size": "--image-size N",
     "mean": "--mean R G B",
     "std": "--std R G B",
@@ -102,8 +102,7 @@ def names_of(classes: Sequence[str]) -> list[str]:
         if not 1 <= count <= 1_000_000:
             raise UserError(f"--classes {count}: give the names of the classes, or their number")
         return [str(number) for number in range(count)]
-    if len({*classes}) < len(classes):
-        raise UserError("--classes names a class twice")
+    check_classes(classes, "--classes")
     return list(classes)
 
 
@@ -112,7 +111,7 @@ def what_to_give(lacking: Sequence[str]) -> str:
     words = {"model": "which network it is for", "classes": "its classes", "image_size": "the size of its images"}
     lines = [words.get(name, f"the {name} of its images") for name in lacking]
     own = "; for a network of your own see docs/export.md" if "model" in lacking else ""
-    return f"{', '.join(lines)}: give {' '.join(NEEDED[name] for name in lacking)}{own}"
+    return f"{', '.join(lines)}: give {', '.join(NEEDED[name] for name in lacking)}{own}"
 
 
 def check_file(weights: Path, option: str) -> None:

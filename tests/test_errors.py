@@ -3,7 +3,8 @@
 import pytest
 
 from fastkd import TrainOptions
-from fastkd.errors import UserError, count_of, nearest, printable
+from fastkd.data import DataOptions
+from fastkd.errors import UserError, as_typed, count_of, nearest, printable
 from fastkd.option_kinds import check_kinds
 
 
@@ -38,7 +39,19 @@ def test_a_traceback_names_the_arguments_of_options(message, arguments):
 
 
 def test_an_error_without_options_has_no_note():
-    assert not hasattr(UserError("data='synthetic': a -- b, seed-5"), "__notes__")
+    assert not hasattr(UserError("'synthetic': a -- b, seed-5"), "__notes__")
+
+
+def test_an_option_is_shown_as_it_is_typed():
+    shown = [as_typed("pad_mode", "zeros"), as_typed("mean", (0.5, 1.0)), as_typed("exif", True), as_typed("pad", 0)]
+    assert shown == ["--pad-mode zeros", "--mean 0.5 1.0", "--exif", "--pad 0"]
+    assert as_typed("data", "my photos") == "--data 'my photos'"
+
+
+def test_a_wrong_option_of_data_names_the_argument_too():
+    with pytest.raises(UserError, match="^--batch-size 1: give at least 2") as error:
+        DataOptions(batch_size=1)
+    assert error.value.__notes__ == ["In Python, options are arguments: batch_size="]
 
 
 def test_a_noun_has_the_form_of_its_number():

@@ -6,14 +6,16 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from tiny import TinyNet
+from tiny import TinyLoader, TinyNet
 from torch import nn
 
 from fastkd import Trainer, TrainOptions, create_model
 from fastkd.callbacks import Callbacks
+from fastkd.data import DataOptions
 from fastkd.data.preprocess import Preprocess
 from fastkd.errors import UserError
 from fastkd.methods import CE, DML, IAKD, KD, SOKD
+from fastkd.trained import names_of
 
 
 @pytest.mark.parametrize(
@@ -24,12 +26,39 @@ from fastkd.methods import CE, DML, IAKD, KD, SOKD
         (lambda: TrainOptions(sched="cos"), "--sched must be one of .*, got 'cos' .did you mean 'cosine'"),
         (lambda: TrainOptions(log="csv"), r"--log must be a tuple of values, got 'csv'"),
         (lambda: TrainOptions(log=("cvs",)), "--log must be one of .*got 'cvs'"),
+        (lambda: TrainOptions(out=3), "--out must be a path, got 3"),
+        (lambda: DataOptions(data=3), "--data must be a path, got 3"),
+        (lambda: DataOptions(data_dir=None), "--data-dir must be a path, got None"),
         (lambda: TrainOptions(channels_last="no"), "--channels-last must be True or False, got 'no'"),
     ],
 )
 def test_options_of_training(make, words):
     with pytest.raises(UserError, match=words):
         make()
+
+
+def test_a_path_is_as_good_as_its_name(tmp_path):
+    assert DataOptions(data=tmp_path, file_list=tmp_path / "a") == DataOptions(str(tmp_path), file_list=f"{tmp_path}/a")
+    assert TrainOptions(out=tmp_path).out == tmp_path
+
+
+@pytest.mark.parametrize("classes", [["a", "a", "b", "c"], None])
+def test_two_classes_of_one_name_are_refused(classes, tmp_path):
+    """A weights file with them could not be read."""
+    loader = TinyLoader()
+    batches = [(loader.images[:8], loader.target[:8])]
+    train = DataSetLoader(batches) if classes is None else batches
+    with pytest.raises(UserError, match="of train_loader .* name 1 class more than once, such as 'a': give each label"):
+        Trainer(CE(TinyNet()), train, batches, TrainOptions(epochs=1, out=str(tmp_path / "run")), classes=classes)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(UserError, match="^--classes name 1 class more than once, such as 'a'"):
+        names_of(["a", "b", "a"])
+
+
+class DataSetLoader(list):
+    """Batches with the names of a data set."""
+
+    classes = ("a", "b", "a", "c")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Options: hints for unknown names, and checks whose messages come through tyro unchanged."""
 
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 
 import pytest
 
-from fastkd.config import config_type
+from fastkd.config import config_type, parse
 from fastkd.errors import UserError
-from fastkd.parser import _unboxed, name_of, nearest_option, option_types, run_parser
+from fastkd.methods import METHODS, find_method
+from fastkd.option_names import nearest_option
+from fastkd.parser import _unboxed, groups, name_of, option_types, run_parser
 
 # As typed, from the options of timm, torchvision, Hugging Face and codes of papers; "": no option is near.
 TYPED = {
@@ -106,3 +108,56 @@ def test_the_fallback_reads_both_kinds_of_box():
     plain = "+- Error ------+\n| --a is wrong |\n| ------------ |\n| see --help   |\n+--------------+"
     fine = "╭─ Error ──────╮\n│ --a is wrong │\n│ ──────────── │\n│ see --help   │\n╰──────────────╯"
     assert _unboxed(plain).replace("- ", "") == _unboxed(fine) == "Error --a is wrong see --help"
+
+
+@pytest.mark.parametrize("before", ["--resume", "--resume auto", "--flip", "--graph", "--quiet", "--no-report"])
+def test_a_short_option_is_no_value_of_the_option_before_it(before, tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    config = parse(["--out", str(tmp_path), *before.split(), "-b", "8"], log=lambda line: None)
+    assert config.data.batch_size == 8 and (config.data.flip == "on") == (before == "--flip")
+    assert config.train.resume == before.startswith("--resume")
+
+
+def test_negative_numbers_are_values_and_unknown_letters_are_options():
+    assert groups(["--mean", "-1", "-.5", "1", "-b=8"]) == [("--mean", ["-1", "-.5", "1"]), ("--batch-size", ["8"])]
+    for typed, hint in (("-j", "--workers"), ("-epochs", "--epochs")):
+        with pytest.raises(UserError, match=f"^unknown option '{typed}' .did you mean '{hint}'.*--help` lists them"):
+            parse(["--flip", typed, "4"], log=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        ("--teacher A --teacher B", "--teacher is given 2 times; the last one counts: --teacher B"),
+        ("--seed 1 --lr 1 --seed=2 --seed 2", "--seed is given 3 times; the last one counts: --seed 2"),
+        ("-b 8 --batch-size 9", "--batch-size is given 2 times; the last one counts: --batch-size 9"),
+        ("--report --no-report", "--report is given 2 times; the last one counts: --no-report"),
+        ("--no-flip --flip", "--flip is given 2 times; the last one counts: --flip on"),
+        ("--seed 1 --seed 1 --no-report --no-report", ""),
+    ],
+)
+def test_an_option_with_two_values_gets_a_warning(arguments, line, capsys):
+    lines: list[str] = []
+    parse(["--recipe", "digits", *arguments.split()], lines.append)
+    assert [each for each in lines if "given" in each] == ([f"WARNING: {line}"] if line else [])
+    run_parser(config_type("kd"), arguments.split(), "fastkd eval")  # other commands print it
+    assert capsys.readouterr().err == (f"fastkd: WARNING: {line}\n" if line else "")
+
+
+def test_an_error_names_the_help_of_the_command_alone():
+    with pytest.raises(UserError, match="; `fastkd predict --help` lists them$"):
+        run_parser(KIND, ["--foo"], "fastkd predict IMAGE...")
+
+
+def test_a_file_in_the_place_of_a_run_is_said():
+    with pytest.raises(UserError, match=r"--resume: there is no run in .* \(it is a file, not a folder\)"):
+        parse(["--resume", "--out", __file__])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_negative_number_of_a_method_names_its_option(method):
+    kind = find_method(method).Options
+    for name in (option.name for option in fields(kind) if option.type is float):
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(UserError, match=f"^(--recipe digits: )?{flag} .*-3"):
+            parse(["--recipe", "digits", "--method", method, flag, "-3"], log=lambda line: None)

@@ -61,7 +61,7 @@ NAMES = {"out": "teacher-cache", "precision": "teacher-cache-precision", "topk":
 def run(arguments: list[str]) -> None:
     """The command."""
     given = {name_of(flag): words for flag, words in groups(arguments)}
-    if not arguments or "-h" in arguments or "help" in given:
+    if not arguments or "help" in given:
         print(USAGE, end="")
         return
     for name, action in (("info", show), ("verify", check)):

@@ -34,7 +34,7 @@ def check_cached(kind: type[Method], config: Config) -> None:
             f"{option}: {_why_not(method)}; use kd, hardkd, dkd, dist or a sum of them, or drop --teacher-cache"
         )
     if config.data.data == "synthetic":
-        raise UserError(f"{option}: data='synthetic' gives an image another number in each epoch; drop --teacher-cache")
+        raise UserError(f"{option}: --data synthetic gives an image another number in each epoch; drop --teacher-cache")
     if _topk(config) > 0:
         _check_topk(kind, config)
 

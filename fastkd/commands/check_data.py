@@ -17,7 +17,7 @@ from ..data.pack_format import read_manifest
 from ..data.shards import stored_splits
 from ..data.stored import Joined, OwnFiles, Pictures, Places
 from ..data.walk import EXTENSIONS, Found, files_below, shown
-from ..errors import UserError, count_of
+from ..errors import UserError, count_of, no_folder
 from ..files import write_atomic
 from ..parser import run_parser
 from ..report import log_rank0, show_table
@@ -48,7 +48,7 @@ class CheckOptions:
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise UserError(f"workers={self.workers}: give at least 0")
+            raise UserError(f"--workers {self.workers}: give at least 0")
         if self.drop_duplicates and not self.file_list:
             raise UserError("--drop-duplicates changes the list alone: give --file-list FILE")
         for name in ("file_list", "csv"):
@@ -100,7 +100,7 @@ def _check(data: str, options: CheckOptions) -> int:
 
 def _images(data: str, found: Found) -> Images:
     if data in NAMES:
-        raise UserError(f"data={data!r} is a data set with files of its own kind: check-data reads folders and shards")
+        raise UserError(f"{data!r} is a data set with files of its own kind: check-data reads folders and shards")
     if (manifest := read_manifest(data)) is not None and manifest["kind"] == "pixels":
         raise UserError(f"{shown(data)} holds packed pixels: check them by `fastkd pack {shlex.quote(data)} --check`")
     splits = stored_splits(data, log_rank0)
@@ -115,7 +115,7 @@ def _images(data: str, found: Found) -> Images:
 
 def _of_folder(root: str, found: Found) -> Images:
     if not os.path.isdir(root):
-        raise UserError(f"data={root!r}: no such folder; give one with images at any depth, or shards")
+        raise UserError(f"{root!r}: {no_folder(root)}; give one with images at any depth, or shards")
     files = files_below(root, found)
     for note in found.notes(root):
         log_rank0(note)

@@ -19,7 +19,7 @@ from ..engine.optim import APEX, apex_optimizers
 from ..engine.precision import Precision
 from ..engine.timm_optim import check_timm_optimizer, groups_by_layer, is_timms
 from ..engine.trial import try_step
-from ..errors import UserError
+from ..errors import UserError, no_folder
 from ..files import sha256_of
 from ..loggers import check_loggers
 from ..methods import find_method
@@ -194,6 +194,8 @@ class Job:
             folder = folder / inner
         name, weights = self.names.teacher[number], self.names.weights_of_teachers[number]
         config = self.alone(name, weights, self.teacher_options(number), inner, self.names.teacher_kwargs)
+        if not os.path.isdir(folder):
+            raise UserError(f"--teacher-run {self.names.teacher_run}: {no_folder(folder)}; name the folder of a run")
         found = distributed.from_rank_zero(
             misfit,
             *(folder, flat(config), describe(self.train_loader), defaults("ce"), partial(weights_problem, teacher)),

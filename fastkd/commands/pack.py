@@ -1,5 +1,6 @@
 """`fastkd pack SRC DST`: images once decoded, or made smaller, in shards."""
 
+import os
 import shlex
 import time
 from dataclasses import dataclass, field, make_dataclass
@@ -14,7 +15,7 @@ from ..data.options import NAMES, WITH_FILES, DataOptions, default_workers
 from ..data.pack import Packing, pack
 from ..data.pack_format import check_content, read_manifest, refuse_unfinished
 from ..data.pack_source import Kind, check_place, read_source
-from ..errors import UserError, count_of
+from ..errors import UserError, count_of, no_folder
 from ..parser import run_parser
 from ..report import log_rank0
 from ..signals import names_the_command
@@ -65,13 +66,13 @@ class PackOptions:
 
     def __post_init__(self) -> None:
         if self.size != 0 and not 8 <= self.size <= 4096:
-            raise UserError(f"size={self.size}: give 8 to 4096 pixels, or 0")
+            raise UserError(f"--size {self.size}: give 8 to 4096 pixels, or 0")
         if not 0 <= self.jpeg_quality <= 100:
-            raise UserError(f"jpeg_quality={self.jpeg_quality}: give 1 to 100, or 0 for pixels")
+            raise UserError(f"--jpeg-quality {self.jpeg_quality}: give 1 to 100, or 0 for pixels")
         if self.workers < 0:
-            raise UserError(f"workers={self.workers}: give at least 0")
+            raise UserError(f"--workers {self.workers}: give at least 0")
         if self.keep_files and (self.jpeg_quality or self.size or self.exif):
-            raise UserError("keep_files copies files as they are: drop --size, --jpeg-quality and --exif")
+            raise UserError("--keep-files copies files as they are: drop --size, --jpeg-quality and --exif")
 
 
 def run(arguments: list[str]) -> None:
@@ -130,9 +131,7 @@ def _packing(source: str, options: PackOptions) -> Packing:
     known = source if source in NAMES else ""
     kind: Kind = "files" if options.keep_files else "jpeg" if options.jpeg_quality else "pixels"
     if known and kind != "pixels":
-        raise UserError(
-            f"data={known!r} is no set of files: pack it as pixels, without --jpeg-quality and --keep-files"
-        )
+        raise UserError(f"{known!r} is no set of files: pack it as pixels, without --jpeg-quality and --keep-files")
     side = 0 if kind == "files" else options.size or (_own_side(known) if known else SIZE)
     return Packing(kind, side, options.jpeg_quality, options.exif, known)
 
@@ -141,7 +140,7 @@ def _own_side(name: str) -> int:
     from ..data.small_sets import SMALL_SETS
 
     if name not in (*WITH_FILES, "digits"):
-        raise UserError(f"data={name!r} holds no images: nothing to pack")
+        raise UserError(f"{name!r} holds no images: nothing to pack")
     return SMALL_SETS[name].sides[0]
 
 
@@ -177,7 +176,8 @@ def _check(words: list[str]) -> None:
     refuse_unfinished(words[0])
     manifest = read_manifest(words[0])
     if manifest is None:
-        raise UserError(f"{words[0]!r} holds no complete pack: there is no manifest.json of fastkd in it")
+        reason = "there is no manifest.json of fastkd in it" if os.path.isdir(words[0]) else no_folder(words[0])
+        raise UserError(f"{words[0]!r} holds no complete pack: {reason}")
     check_content(words[0], manifest)
     images = sum(part["images"] for part in manifest["parts"].values())
     log_rank0(f"pack: {words[0]} is sound: {count_of(images, 'image')}, all checksums fit")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.walk import EXTENSIONS, HOW, Found, files_below, shown
+from ..data.decode import REMEDY
+from ..data.walk import EXTENSIONS, Found, files_below, shown
 from ..distributed import device_for
 from ..errors import UserError, printable
 from ..parser import run_parser, split_words
@@ -134,7 +135,7 @@ def _read(row: Row, trained: Trained) -> Tensor | None:
     try:
         return None if "error" in row else trained.preprocess.read(row["image"])
     except UserError as error:
-        row["error"] = str(error).removesuffix(HOW)
+        row["error"] = str(error).removesuffix(REMEDY)
         return None
 
 

@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, as_typed
 from ..kernels.logit_loss import UNLABELLED
 from .base import IMAGENET_MEAN, IMAGENET_STD, EpochLoader, Loader
 from .dali_start import dali_loaders, first_problem
@@ -97,14 +97,19 @@ def create_loaders(
     shard = Shard(seed, rank, world_size, dtype, options.views, paired, options.aug_repeats)
     if options.data in NAMES:
         train, val = _named_loaders(options, device, shard, log, gather)
-        return sized_loader(train, options, epochs, log), val
-    if (parts := packed_parts(options.data)) is not None:
+    elif (parts := packed_parts(options.data)) is not None:
         train, val = _packed_loaders(parts, ("train", "val"), options, device, shard, log)
-        return sized_loader(train, options, epochs, log), val
-    splits = training_splits(options, log)
-    train, val = _folder_loaders(splits, options, device, shard, log, gather)
-    train.unlabelled = splits["train"].labels.count(UNLABELLED)
-    train.fingerprint = train.fingerprint if train.name == "resident" else partial(of_split, splits["train"])
+    else:
+        splits = training_splits(options, log)
+        train, val = _folder_loaders(splits, options, device, shard, log, gather)
+        train.unlabelled = splits["train"].labels.count(UNLABELLED)
+        train.fingerprint = train.fingerprint if train.name == "resident" else partial(of_split, splits["train"])
+    if options.batch_size * world_size > train.samples:
+        processes = f" in each of {world_size} processes" if world_size > 1 else ""
+        log(
+            f"WARNING: --batch-size {options.batch_size}{processes} is more than all training images, {train.samples}: "
+            "an epoch is one step of them all; --lr is not scaled to it"
+        )
     return sized_loader(train, options, epochs, log), val
 
 
@@ -125,7 +130,7 @@ def create_eval_loader(
     out, or all images of a folder of classes. `keep_small` False: small images, of a folder or packed, are resized and
     cropped as large ones are, for a network that was trained on such.
     """
-    unlabelled = f"unlabelled={options.unlabelled!r}" * bool(options.unlabelled)
+    unlabelled = as_typed("unlabelled", options.unlabelled) if options.unlabelled else ""
     for option in (unlabelled, changes_augmentation(options), given_for_training(options)):
         if option:
             raise UserError(f"{option} is for training: images to evaluate have labels and are not augmented; drop it")
@@ -253,13 +258,13 @@ def _folder_loaders(
     if sets is not None:
         side = next(iter(sets.values())).images.shape[1]
         size = sum(each.images.numel() for each in sets.values()) / 1e6
-        log(f"data: the images of {side} pixels are kept in memory, {size:,.1f} MB (loader='folder' resizes them)")
+        log(f"data: the images of {side} pixels are kept in memory, {size:,.1f} MB (--loader folder resizes them)")
         usual: tuple[Padding, bool] = ("reflect", True)
         return _resident_loaders(sets, options.sized(side, IMAGENET_MEAN, IMAGENET_STD), usual, device, shard, log)
     options = options.for_large_images()
     loaders = None
     if options.loader == "auto" and (option := given(options, "dali")):
-        log(f"data: decoding with torchvision ({option} is for loader='folder')")
+        log(f"data: decoding with torchvision ({option} is for --loader folder)")
     elif options.loader != "folder":
         loaders = dali_loaders(splits, options, device, shard, log, gather)
     if loaders is not None:

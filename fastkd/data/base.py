@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, check_classes
 from .order import IMAGE, Shard, evaluation_slices, training_slices
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def check_loaders(
     if not hasattr(val_loader, "__iter__"):
         raise UserError(f"val_loader ({type(val_loader).__name__}) lacks __iter__: give an iterable of batches")
     batch = first_batch(train_loader)
+    check_classes(train_loader.classes, "the classes of train_loader (Trainer's classes=, else those of its data set)")
     if all(gather(isinstance(val_loader, Sized) and len(val_loader) == 0)):
         raise UserError("val_loader is empty: it gives no batch (its length is 0)")
     return batch
@@ -173,7 +174,7 @@ def position_of(state: dict, loader: str) -> tuple[int, int]:
     before = state.get("loader")
     if before != loader:
         known = before in ("dali", "folder", "packed", "resident")  # "digits" is of older versions
-        remedy = f"resume with loader={before!r}, or begin" if known else "begin"
+        remedy = f"resume with --loader {before}, or begin" if known else "begin"
         if "packed" in (before, loader):
             remedy = "resume with the same --data, or begin"
         raise UserError(

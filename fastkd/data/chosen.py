@@ -50,7 +50,7 @@ def stored_chosen(options: "DataOptions", log: Log) -> dict[str, Split] | None:
     if options.skip_bad:
         splits = {name: _without_bad(split, name or options.data, options, log) for name, split in splits.items()}
     if empty := [name for name, split in splits.items() if not split.files]:
-        raise UserError(f"data={options.data!r}: no image is left for {empty[0] or 'training'}")
+        raise UserError(f"--data {options.data!r}: no image is left for {empty[0] or 'training'}")
     return splits
 
 

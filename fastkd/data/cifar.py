@@ -107,7 +107,7 @@ def _missing(data_dir: str, name: str) -> str:
             found += f"; in {folder}: {holds(place)}"
     listed = ", ".join(f"{file} {md5}" for file, md5 in files.items())
     return (
-        f"data_dir={data_dir!r} does not hold {name} (it holds {found}): put {kind.filename} (MD5 {kind.tgz_md5}) or "
+        f"--data-dir {data_dir!r} does not hold {name} (it holds {found}): put {kind.filename} (MD5 {kind.tgz_md5}) or "
         f"{binary.archive} (MD5 {binary.md5}) there, or the whole unpacked folder {kind.base_folder} (MD5 {listed}) or "
         f"{binary.folder}; --download gets it where the network allows"
     )

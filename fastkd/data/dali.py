@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from . import DataOptions
 
 HALF = (torch.float16, torch.bfloat16)
-WAY_OUT = "; loader='folder' does without it"
+WAY_OUT = "; --loader folder does without it"
 
 
 class DaliLoader(EpochLoader):
@@ -65,7 +65,7 @@ class DaliLoader(EpochLoader):
     ):
         """sizes: (height, width) of the training images, int64 [N, 2]; None: they are read from the index."""
         if options.workers < 1:
-            raise UserError("workers=0: DALI decodes in at least one thread; give workers=1, or loader='folder'")
+            raise UserError("--workers 0: DALI decodes in at least one thread; give --workers 1, or --loader folder")
         super().__init__(split.classes, len(split.files), options.batch_size, shard, train=train)
         options = options.for_large_images()
         self.image_size, self.mean, self.std = options.image_size, options.mean, options.std
@@ -172,7 +172,7 @@ class DaliLoader(EpochLoader):
         number = self._refused(epoch, step)
         if number is None:
             reason = " ".join(message.partition("encountered:")[2].split() or message.split())[:300]
-            return f"DALI stopped ({where}): {reason}; if a file is to blame, a new run with loader='folder' names it"
+            return f"DALI stopped ({where}): {reason}; if a file is to blame, a new run with --loader folder names it"
         file = self.source.files[number]
         try:
             decode(file, max_pixels=self.options.max_pixels)

@@ -20,7 +20,7 @@ from .walk import HOW
 
 KINDS = ("jpeg", "png", "webp", "bmp")  # that DALI decodes to the pixels of Pillow; TIFF: not turned, damage not seen
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB")  # the same in Pillow's words
-REMEDY = "convert or remove it, or start a new run with loader='folder', which decodes it"
+REMEDY = "convert or remove it, or start a new run with --loader folder, which decodes it"
 AHEAD = 4  # batches that are checked while another is waited for
 
 

@@ -34,12 +34,12 @@ def dali_loaders(
     loaders, problem = _start_dali(splits, options, device, shard, sizes)
     problem = first_problem(gather(problem))
     if problem and options.loader == "dali":
-        raise UserError(f"loader='dali': {problem}; loader='folder' does without it")
+        raise UserError(f"--loader dali: {problem}; --loader folder does without it")
     if problem:
         log(f"data: decoding with torchvision ({problem})")
         return None
     if options.loader == "auto":
-        log("data: decoding with NVIDIA DALI (it is installed; loader='folder' takes torchvision)")
+        log("data: decoding with NVIDIA DALI (it is installed; --loader folder takes torchvision)")
     return loaders
 
 

@@ -30,6 +30,8 @@ from ..errors import UserError
 from ..foreign import open_file
 from .walk import HOW
 
+REMEDY = f": repair or remove it{HOW}"
+
 try:  # the same pixels as Pillow, but deprecated by torchvision 0.29: Pillow takes over once it is gone
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
@@ -125,7 +127,7 @@ def decode(
         check_resized((pixels.shape[2], pixels.shape[1]), side, max_pixels)
         return pixels
     except Exception as error:  # damaged files raise anything: struct.error, KeyError, RuntimeError, MemoryError ...
-        raise UserError(f"{file!r} cannot be decoded ({_reason(error)}): repair or remove it{HOW}") from None
+        raise UserError(f"{file!r} cannot be decoded ({_reason(error)}){REMEDY}") from None
 
 
 def inspect(
@@ -270,7 +272,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
 def _reason(error: Exception) -> str:
     """One line."""
     if isinstance(error, UnidentifiedImageError):
-        return "its header is damaged, or its format is unknown to Pillow"
+        return "it is no picture of a known format, or its header is damaged"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     reason = str(error).partition("\n")[0].partition(", could be decompression bomb")[0] or type(error).__name__

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, no_folder
 from .walk import some
 
 
@@ -45,5 +45,5 @@ def check_target(target: np.ndarray, classes: int, what: str) -> None:
 def holds(folder: str) -> str:
     """What is in a folder, for an error. Raises UserError if there is no such folder."""
     if not os.path.isdir(folder):
-        raise UserError(f"data_dir={folder!r}: no such folder; give the one that holds the files of the data set")
+        raise UserError(f"--data-dir {folder!r}: {no_folder(folder)}; give the one with the files of the data set")
     return some(sorted(os.listdir(folder))) or "nothing"

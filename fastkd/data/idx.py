@@ -70,7 +70,7 @@ def _refuse_other_set(data: bytes, name: str, what: str) -> None:
     for other, known in CONTENT_MD5.items():
         if other != name and found in known.values():
             raise UserError(
-                f"{what} is of {other}, and data={name!r}: give --data {other}, or the --data-dir of {name}"
+                f"{what} is of {other}, and --data is {name}: give --data {other}, or the --data-dir of {name}"
             )
 
 
@@ -97,7 +97,7 @@ def _bases(train: bool) -> tuple[str, str]:
 def _missing(data_dir: str, name: str, train: bool) -> str:
     listed = ", ".join(f"{base}[.gz] (MD5 uncompressed {CONTENT_MD5[name][base]})" for base in _bases(train))
     return (
-        f"data_dir={data_dir!r} does not hold the {'training' if train else 'test'} images of {name} (it holds "
+        f"--data-dir {data_dir!r} does not hold the {'training' if train else 'test'} images of {name} (it holds "
         f"{holds(data_dir)}): put {listed} there or into {SETS[name].__name__}/raw; --download gets them where the "
         "network allows"
     )

@@ -10,7 +10,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
-from ..errors import UserError, count_of, nearest
+from ..errors import UserError, count_of, nearest, no_folder
 from ..kernels.logit_loss import UNLABELLED
 from .chosen import scan_chosen, stored_chosen
 from .options import NAMES
@@ -67,7 +67,7 @@ def _stored_pair(stored: dict[str, Split], options: "DataOptions", log: Log) -> 
     for name, split in stored.items():
         if len(split.classes) < 2:
             raise UserError(
-                f"data={root!r}: all images have one label ({split.classes[0]!r}), in the shards for {name}"
+                f"--data {root!r}: all images have one label ({split.classes[0]!r}), in the shards for {name}"
             )
     if options.val_fraction:
         refuse_second_val(root, list(stored))
@@ -79,8 +79,8 @@ def _stored_pair(stored: dict[str, Split], options: "DataOptions", log: Log) -> 
     if missing := [name for name in ("train", "val") if name not in stored]:
         remedy = ", or add --val-fraction 0.1" if missing[-1] == "val" else ""
         raise UserError(
-            f"data={root!r} has no shards for {' and '.join(missing)}: let their names hold the word train or val, as "
-            f"in '{{train,val}}-{{000..099}}.tar', or put them into folders of these names{remedy}"
+            f"--data {root!r} has no shards for {' and '.join(missing)}: let their names hold the word train or val, "
+            f"as in '{{train,val}}-{{000..099}}.tar', or put them into folders of these names{remedy}"
         )
     return stored["train"], stored["val"]
 
@@ -107,7 +107,7 @@ def evaluation_split(options: "DataOptions", log: Log) -> Split:
     if "train" in parts:
         inner = "the shards alone" if stored is not None else os.path.join(root, "train")
         raise UserError(
-            f"data={root!r} has no val/ inside: give --data {inner} to evaluate the training "
+            f"--data {root!r} has no val/ inside: give --data {inner} to evaluate the training "
             "images, or --val-fraction and --split-seed as in training to evaluate what was held out"
         )
     log(f"data: {shown(root)} has no val/: its folders are taken as the classes")
@@ -122,7 +122,7 @@ def parts_of(root: str) -> list[str]:
         return list(shards)
     if not os.path.isdir(root):
         raise UserError(
-            f"data={root!r}: no such folder; give one with train/<class>/* and val/<class>/*, shards, or one of "
+            f"--data {root!r}: {no_folder(root)}; give one with train/<class>/* and val/<class>/*, shards, or one of "
             f"{', '.join(NAMES)}{nearest(root, NAMES)}"
         )
     folders = _folders_in(root)
@@ -153,7 +153,7 @@ def _refuse_missing(root: str, parts: list[str]) -> None:
     folders, missing = _folders_in(root), [name for name in ("train", "val") if name not in parts]
     holds = sorted(os.listdir(root))
     raise UserError(
-        f"data={root!r} has no {' and no '.join(name + '/' for name in missing)} inside "
+        f"--data {root!r} has no {' and no '.join(name + '/' for name in missing)} inside "
         f"(it holds {some(holds) or 'nothing'}): {_remedy(root, folders, parts)}"
     )
 

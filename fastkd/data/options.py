@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from ..errors import UserError, check_side, nearest
+from ..errors import ARGUMENTS, UserError, as_typed, check_path, check_side, nearest
 from .base import IMAGENET_MEAN, IMAGENET_STD, resize_side
 from .decode import MAX_PIXELS
 from .loader_options import check_loader_options
@@ -108,10 +108,14 @@ class DataOptions:
     """Training images per epoch of the synthetic data, over all processes; evaluation uses a tenth as many."""
 
     def __post_init__(self) -> None:
+        ARGUMENTS.update(vars(self))
+        for name in ("data", "data_dir", "file_list", "unlabelled"):
+            check_path(name, getattr(self, name))
+            object.__setattr__(self, name, str(getattr(self, name)))
         for name, kind in CHOICES.items():
             value, names = getattr(self, name), get_args(kind)
             if value not in names:
-                raise UserError(f"{name}={value!r}: choose one of {', '.join(names)}{nearest(value, names)}")
+                raise UserError(f"{as_typed(name, value)}: choose one of {', '.join(names)}{nearest(value, names)}")
         least = {
             "batch_size": 2,
             "workers": 0,
@@ -125,14 +129,14 @@ class DataOptions:
         }
         for name, low in least.items():
             if getattr(self, name) < low:
-                raise UserError(f"{name}={getattr(self, name)}: give at least {low}")
+                raise UserError(f"{as_typed(name, getattr(self, name))}: give at least {low}")
         if self.aug_repeats == 1:
-            raise UserError("aug_repeats=1: give 0 for no repeated augmentation, or at least 2")
+            raise UserError("--aug-repeats 1: give 0 for no repeated augmentation, or at least 2")
         if self.image_size != 0 and self.image_size < 8:
-            raise UserError(f"image_size={self.image_size}: give at least 8, or 0 for the data set's own")
-        check_side("image_size", self.image_size)
+            raise UserError(f"--image-size {self.image_size}: give at least 8, or 0 for the data set's own")
+        check_side("--image-size", self.image_size)
         if not 0 <= self.hw_decoder_load <= 1:
-            raise UserError(f"hw_decoder_load={self.hw_decoder_load}: give a fraction from 0 to 1")
+            raise UserError(f"--hw-decoder-load {self.hw_decoder_load}: give a fraction from 0 to 1")
         _check_split(self)
         _check_place(self)
         _check_numbers(self)
@@ -157,12 +161,13 @@ class DataOptions:
 
 def _check_split(options: DataOptions) -> None:
     if not 0 <= options.val_fraction < 1:
-        raise UserError(f"val_fraction={options.val_fraction}: give a fraction from 0 to below 1, such as 0.1")
+        raise UserError(f"--val-fraction {options.val_fraction}: give a fraction from 0 to below 1, such as 0.1")
     if options.split_seed and not options.val_fraction:
-        raise UserError(f"split_seed={options.split_seed} needs val_fraction: it chooses the images that are held out")
+        raise UserError(f"--split-seed {options.split_seed} needs --val-fraction: it chooses what is held out")
     for name in ("val_fraction", "unlabelled", "file_list", "skip_bad"):
         if options.data in NAMES and getattr(options, name):
-            raise UserError(f"{name}={getattr(options, name)!r} is for a folder of images, and data={options.data!r}")
+            option = as_typed(name, getattr(options, name))
+            raise UserError(f"{option} is for a folder of images, and --data is {options.data}")
 
 
 def _check_place(options: DataOptions) -> None:
@@ -170,61 +175,58 @@ def _check_place(options: DataOptions) -> None:
     known = " or ".join([", ".join(WITH_FILES[:-1]), WITH_FILES[-1]])
     for name, remedy in (("data_dir", f"a folder of images is --data {options.data_dir}"), ("download", "drop it")):
         if getattr(options, name) and options.data not in WITH_FILES:
-            value = getattr(options, name)
-            hint = nearest(options.data, WITH_FILES)
-            raise UserError(f"{name}={value!r} is for --data {known}, and data={options.data!r}{hint}: {remedy}")
+            option, hint = as_typed(name, getattr(options, name)), nearest(options.data, WITH_FILES)
+            raise UserError(f"{option} is for --data {known}, and --data is {options.data!r}{hint}: {remedy}")
     if options.data in WITH_FILES and not options.data_dir:
         beside = f", or --data ./{options.data} for the folder of that name" if os.path.isdir(options.data) else ""
-        raise UserError(
-            f"data={options.data!r} needs data_dir: give --data-dir DIR, the folder that holds its files{beside}"
-        )
+        raise UserError(f"--data {options.data} needs --data-dir DIR, the folder that holds its files{beside}")
     if options.data in NAMES and options.loader not in ("auto", "resident"):
         raise UserError(
-            f"loader={options.loader!r} decodes a folder of images and data={options.data!r} needs none: "
-            "leave loader at 'auto', or set data to a folder"
+            f"--loader {options.loader} decodes a folder of images, and --data {options.data} is none: "
+            "take --loader auto, or give --data a folder"
         )
     if options.data == "synthetic" and options.loader == "resident":
-        raise UserError("loader='resident' holds real images, and data='synthetic': leave loader at 'auto'")
+        raise UserError("--loader resident holds real images, and --data is synthetic: take --loader auto")
 
 
 def _check_numbers(options: DataOptions) -> None:
     for name, values in (("mean", options.mean), ("std", options.std)):
         if values and (len(values) != 3 or not all(math.isfinite(value) for value in values)):
-            raise UserError(f"{name}={values}: give three finite numbers, one for each of red, green, blue")
+            raise UserError(f"{as_typed(name, values)}: give three finite numbers, one for each of red, green, blue")
     if options.std and min(options.std) <= 0:
-        raise UserError(f"std={options.std}: give three numbers above 0")
+        raise UserError(f"{as_typed('std', options.std)}: give three numbers above 0")
 
 
 def _check_augmentation(options: DataOptions) -> None:
     """The options that contradict each other, whatever the images are."""
     kind = options.augment
     if options.data == "synthetic" and changes_augmentation(options):
-        raise UserError(f"{changes_augmentation(options)}: data='synthetic' is not augmented; drop it ({OVER_RECIPE})")
-    if kind in ("rrc", "none"):
-        if name := next((name for name in ("pad", "pad_mode") if getattr(options, name) != UNSET[name]), ""):
-            value, over = getattr(options, name), f"over a recipe: --pad {UNSET['pad']} --pad-mode {UNSET['pad_mode']}"
-            raise UserError(f"{name}={value!r} is for augment='pad-crop', and augment={kind!r}: drop it ({over})")
+        raise UserError(f"{changes_augmentation(options)}: --data synthetic is not augmented; drop it ({OVER_RECIPE})")
+    unused = [name for name in ("pad", "pad_mode") if getattr(options, name) != UNSET[name]]
+    if kind in ("rrc", "none") and unused:
+        option, over = as_typed(unused[0], getattr(options, unused[0])), "over a recipe: --pad -1 --pad-mode auto"
+        raise UserError(f"{option} is for --augment pad-crop, and --augment is {kind}: drop it ({over})")
     if kind == "none" and options.flip == "on":
-        raise UserError("flip='on' and augment='none': augment='pad-crop' with pad=0 mirrors alone")
+        raise UserError("--flip on changes nothing with --augment none: --augment pad-crop with --pad 0 mirrors alone")
     if options.loader in ("dali", "folder") and (given := needs_resident(options)):
         raise UserError(
-            f"{given} is for images in memory, and loader={options.loader!r} decodes and crops them at random "
-            f"(augment='rrc'): drop it ({OVER_RECIPE}), or leave loader at 'auto' "
+            f"{given} is for images in memory, and --loader {options.loader} decodes and crops them at random "
+            f"(--augment rrc): drop it ({OVER_RECIPE}), or take --loader auto "
             "for a folder of images of up to 64 pixels"
         )
 
 
 def changes_augmentation(options: DataOptions) -> str:
-    """The first option of the augmentation that is given, such as "pad=2"; "" if there is none."""
+    """The first option of the augmentation that is given, such as "--pad 2"; "" if there is none."""
     given = [name for name, value in UNSET.items() if getattr(options, name) != value]
-    return f"{given[0]}={getattr(options, given[0])!r}" if given else ""
+    return as_typed(given[0], getattr(options, given[0])) if given else ""
 
 
 def needs_resident(options: DataOptions) -> str:
-    """The first option that only images in memory can follow, such as "augment='none'"; "" if there is none."""
+    """The first option that only images in memory can follow, such as "--augment none"; "" if there is none."""
     if options.loader == "resident":
-        return "loader='resident'"
+        return "--loader resident"
     if options.augment == "rrc":
         return ""
     given = changes_augmentation(options)
-    return "" if given.startswith("flip=") else given
+    return "" if given.startswith("--flip") else given

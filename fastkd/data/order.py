@@ -108,7 +108,7 @@ def training_slices(
         )
     if paired and batch_size % 2:
         raise UserError(
-            f"batch_size={batch_size} and --mixup or --cutmix, which mix the images in pairs: give an even number"
+            f"--batch-size {batch_size} and --mixup or --cutmix, which mix the images in pairs: give an even number"
         )
     unit = 2 if paired else 1
     first, last = shard_bounds(samples, rank, world_size, unit)

@@ -61,16 +61,16 @@ def read_source(options: DataOptions, log: Log) -> tuple[tuple[str, ...], dict[s
     Raises UserError for a source without images to pack, and for one that the options cannot divide or choose from.
     """
     if options.data == "synthetic":
-        raise UserError("data='synthetic' holds no images: nothing to pack")
+        raise UserError("--data synthetic holds no images: nothing to pack")
     if (found := read_manifest(options.data)) is not None and found.get("kind") == "pixels":
-        raise UserError(f"data={options.data!r} holds packed pixels already: pack the images that they were made from")
+        raise UserError(f"--data {options.data!r} holds packed pixels already: pack the images they were made from")
     if options.data in NAMES:
         return _named(options, log)
     splits = None if options.val_fraction else stored_chosen(options, log)
     splits = splits or training_splits(options, log)
     if "" in splits:
         raise UserError(
-            f"data={options.data!r} does not say which images are for training: add --val-fraction 0.1, or let the "
+            f"--data {options.data!r} does not say which images are for training: add --val-fraction 0.1, or let the "
             "names of the shards hold the word train or val"
         )
     return next(iter(splits.values())).classes, {

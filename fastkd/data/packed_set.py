@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, as_typed
 from .base import IMAGENET_MEAN, IMAGENET_STD
 from .loader_options import given, refuse
 from .options import OVER_RECIPE, needs_resident
@@ -26,13 +26,11 @@ def check_packed(options: "DataOptions", parts: dict[str, PackedPart], names: tu
     folder = shown(options.data)
     if missing := [name for name in names if name not in parts]:
         raise UserError(
-            f"data={options.data!r} holds packed images for {' and '.join(parts)} and none for {' and '.join(missing)}"
-            ": pack a source that has both, or give `fastkd pack` --val-fraction 0.1"
+            f"--data {options.data!r} holds packed images for {' and '.join(parts)} and none for "
+            f"{' and '.join(missing)}: pack a source that has both, or give `fastkd pack` --val-fraction 0.1"
         )
     if options.loader in ("dali", "folder"):
-        raise UserError(
-            f"loader={options.loader!r} decodes files, and {folder} holds packed pixels: leave it at 'auto'"
-        )
+        raise UserError(f"--loader {options.loader} decodes files, and {folder} holds pixels: take --loader auto")
     refuse(options, "packed", f"{folder} holds packed pixels")
     for name, remedy in (
         ("val_fraction", "give it to `fastkd pack`"),
@@ -40,7 +38,7 @@ def check_packed(options: "DataOptions", parts: dict[str, PackedPart], names: tu
         ("exif", "give it to `fastkd pack`"),
     ):
         if value := getattr(options, name):
-            raise UserError(f"{name}={value!r} is not for packed images, and {folder} holds such: {remedy}")
+            raise UserError(f"{as_typed(name, value)} is not for packed images, and {folder} holds such: {remedy}")
 
 
 def read_small_pack(
@@ -55,7 +53,7 @@ def read_small_pack(
     other = given(options, "resident")
     if not is_small or options.image_size not in (0, side) or other:
         if asked := needs_resident(options):
-            reason = f"image_size={options.image_size}, and they have {side}" if is_small else f"they have {side}"
+            reason = f"--image-size {options.image_size}, and they have {side}" if is_small else f"they have {side}"
             reason = f"{other} is not for those" if other else reason
             if not is_small and side <= LARGEST:
                 reason = f"these were resized to {side} from other sizes when they were packed"

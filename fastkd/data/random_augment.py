@@ -34,7 +34,7 @@ def check_policy(text: str) -> None:
     """Raise UserError unless `text` is a RandAugment policy in timm's words; timm passes over what it does not know."""
     if text and not re.fullmatch(f"rand(-({SECTIONS}))*", text):
         raise UserError(
-            f"aa={text!r}: give RandAugment in timm's words, such as rand-m7-mstd0.5-inc1: rand, then any of m "
+            f"--aa {text!r}: give RandAugment in timm's words, such as rand-m7-mstd0.5-inc1: rand, then any of m "
             "(magnitude), n (operations an image), p (probability of each), mstd (deviation of the magnitude), mmax "
             "(its limit), inc1 (operations that grow with it), tweights, t3a, t3aw (choice of operations)"
         )

@@ -9,7 +9,7 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from ..errors import UserError
+from ..errors import UserError, no_folder
 from ..foreign import open_file
 from .stored import Places
 from .walk import EXTENSIONS, Found, files_below, holders, identity, look, shown, some
@@ -48,7 +48,8 @@ def scan(root: str, wanted: frozenset[str] | None = None, check: bool = True) ->
     found = Found()
     beside, classes = look(root, found)
     if beside:
-        found.skip("beside the class folders", beside[0], len(beside))
+        here = "beside the class folders" if classes else "image" if len(beside) == 1 else "images"
+        found.skip(here, beside[0], len(beside))
     if not classes:
         raise UserError(
             f"{root!r} holds no class folders{_but(found, root)}: put the images of each class into a folder of their "
@@ -78,7 +79,7 @@ def scan(root: str, wanted: frozenset[str] | None = None, check: bool = True) ->
 def scan_images(root: str) -> Split:
     """All images below a folder, without classes or labels. Raises UserError if there is none or one is unusable."""
     if not os.path.isdir(root):
-        raise UserError(f"unlabelled={root!r}: no such folder; give one with images at any depth")
+        raise UserError(f"--unlabelled {root!r}: {no_folder(root)}; give one with images at any depth")
     found = Found()
     files = files_below(root, found)
     found.refuse_wrong()

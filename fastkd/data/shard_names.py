@@ -25,7 +25,9 @@ def shards_of(data: str) -> dict[str, list[str]] | None:
         return None
     kinds = {os.path.splitext(file)[1] for file in files}
     if len(kinds) > 1:
-        raise UserError(f"data={data!r} holds {' and '.join(sorted(kinds))} files: give one kind, as in '{data}/*.tar'")
+        raise UserError(
+            f"--data {data!r} holds {' and '.join(sorted(kinds))} files: give one kind, as in '{data}/*.tar'"
+        )
     return by_part(files)
 
 
@@ -59,11 +61,11 @@ def _named(pattern: str) -> list[str]:
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         raise UserError(
-            f"data={pattern!r}: {len(missing):,} of its {len(files):,} shards are missing ({some(missing)}); "
+            f"--data {pattern!r}: {len(missing):,} of its {len(files):,} shards are missing ({some(missing)}); "
             "check the path, and the numbers in braces"
         )
     if not files:
-        raise UserError(f"data={pattern!r} matches no file: check the path")
+        raise UserError(f"--data {pattern!r} matches no file: check the path")
     return files
 
 
@@ -77,7 +79,7 @@ def expand(pattern: str) -> list[str]:
         inside, after = _between(rest[match.start() :], pattern)
         words = _words(inside, pattern)
         if len(names) * len(words) > MOST:
-            raise UserError(f"data={pattern!r} stands for more than {MOST:,} files: check the numbers in braces")
+            raise UserError(f"--data {pattern!r} stands for more than {MOST:,} files: check the numbers in braces")
         names = [name + rest[: match.start()] + word for name in names for word in words]
         rest = after
     return [name + rest for name in names]
@@ -92,7 +94,7 @@ def _between(text: str, pattern: str) -> tuple[str, str]:
             return text[1:place], text[place + 1 :]
         if depth < 0:
             break
-    raise UserError(f"data={pattern!r} has a brace without its partner: {{a,b}} and {{000..099}} stand for names")
+    raise UserError(f"--data {pattern!r} has a brace without its partner: {{a,b}} and {{000..099}} stand for names")
 
 
 def _words(inside: str, pattern: str) -> list[str]:
@@ -100,11 +102,11 @@ def _words(inside: str, pattern: str) -> list[str]:
     if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
         first, last = map(int, bounds.groups())
         if last < first or last - first >= MOST:
-            raise UserError(f"data={pattern!r}: {{{inside}}} counts from {first} to {last}: give first..last")
+            raise UserError(f"--data {pattern!r}: {{{inside}}} counts from {first} to {last}: give first..last")
         return [f"{number:0{len(bounds.group(1))}d}" for number in range(first, last + 1)]
     if "," not in inside:
         raise UserError(
-            f"data={pattern!r}: {{{inside}}} is neither first..last, as in {{000..099}}, nor a list {{a,b}}"
+            f"--data {pattern!r}: {{{inside}}} is neither first..last, as in {{000..099}}, nor a list {{a,b}}"
         )
     parts, depth = [""], 0
     for letter in inside:

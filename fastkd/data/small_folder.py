@@ -93,7 +93,7 @@ def _common_side(splits: list[Split], options: "DataOptions") -> tuple[int, str]
     if not side:
         return LARGEST + 1, "their headers are damaged"
     if options.image_size not in (0, side):
-        return side, f"image_size={options.image_size} and the images have {side}; those in memory keep their size"
+        return side, f"--image-size {options.image_size} and the images have {side}; those in memory keep their size"
     if option := given(options, "resident"):
         return side, f"{option} is not for images in memory"
     return side, ""
@@ -115,7 +115,7 @@ def _too_much(size: int, device: torch.device) -> str:
         return ""
     return (
         f"they take {size / 1e9:.2f} GB and a quarter of the free memory is {free / 4e9:.2f} GB; "
-        "loader='resident' takes it nevertheless"
+        "--loader resident takes it nevertheless"
     )
 
 

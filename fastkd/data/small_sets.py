@@ -75,12 +75,12 @@ def side_of(options: "DataOptions", name: str, log: Log = lambda line: None) -> 
     known = SMALL_SETS[name]
     if name == "digits":
         if options.image_size not in (0, *known.sides):
-            log(f"data: the digits have {known.sides[0]} pixels a side; image_size={options.image_size} is not used")
+            log(f"data: the digits have {known.sides[0]} pixels a side; --image-size {options.image_size} is not used")
         return known.sides[0]
     if options.image_size not in (0, *known.sides):
         sides = " or ".join(map(str, known.sides))
         raise UserError(
-            f"image_size={options.image_size}: the images of {known.title} have {sides} pixels a side and are not "
+            f"--image-size {options.image_size}: the images of {known.title} have {sides} pixels a side and are not "
             f"resized; give --image-size {known.sides[0]}"
         )
     return options.image_size or known.sides[0]
@@ -114,7 +114,7 @@ def augmentation_of(options: "DataOptions", side: int, pad_mode: Padding, flip: 
     width = 4 if options.pad < 0 else options.pad
     mode = pad_mode if options.pad_mode == "auto" else options.pad_mode
     if width >= side:
-        raise UserError(f"pad={width}: the images have {side} pixels a side, so give at most {side - 1}")
+        raise UserError(f"--pad {width}: the images have {side} pixels a side, so give at most {side - 1}")
     return Augmentation("pad-crop", width, mode, mirrored)
 
 
@@ -122,7 +122,7 @@ def describe_augmentation(augmentation: Augmentation, side: int) -> str:
     """A line to log."""
     crop = {
         "none": "as they are",
-        "rrc": f"random resized crops of {side} pixels (augment=rrc)",
+        "rrc": f"random resized crops of {side} pixels (--augment rrc)",
         "pad-crop": f"crops of {side} pixels after padding by {augmentation.pad} ({augmentation.pad_mode})",
     }[augmentation.kind]
     mirrored = "" if augmentation.kind == "none" else ", mirrored or not" if augmentation.flip else ", not mirrored"

@@ -39,18 +39,18 @@ class TrainSizes:
             return None
         words = text.split(":")
         if len(words) > 3 or not all(word.isascii() and word.isdigit() for word in words):
-            raise UserError(f"train_size={text!r}: give a size such as 160, or first and last such as 160:224")
+            raise UserError(f"--train-size {text}: give a size such as 160, or first and last such as 160:224")
         first, last, step = [*map(int, words), *(int(words[0]), STEP)[len(words) - 1 :]]
         if not SMALLEST <= first <= last or not step:
             raise UserError(
-                f"train_size={text!r}: sizes begin at {SMALLEST} pixels and grow, in steps of 1 or more; give such as "
+                f"--train-size {text}: sizes begin at {SMALLEST} pixels and grow, in steps of 1 or more; give such as "
                 "160:224, or 160:224:16"
             )
-        check_side("train_size", last)
+        check_side("--train-size", last)
         if first < last and (first % step or last % step):
             near = ":".join(str(max(1, round(side / step)) * step) for side in (first, last))
             raise UserError(
-                f"train_size={text!r}: a growing size goes in multiples of {step} pixels; give {near}, or the step "
+                f"--train-size {text}: a growing size goes in multiples of {step} pixels; give {near}, or the step "
                 "as a third number"
             )
         return cls(first, last, step)
@@ -76,21 +76,21 @@ def sized_loader(
         return loader
     if not loader.follows_train_size:
         raise UserError(
-            f"train_size={options.train_size!r} is for images that are cropped, and the loader is {loader.name!r}: "
+            f"--train-size {options.train_size} is for images that are cropped, and the loader is {loader.name!r}: "
             "drop it"
         )
     kind = getattr(getattr(loader, "augmentation", None), "kind", "rrc")
     if kind != "rrc":
         raise UserError(
-            f"train_size={options.train_size!r} is for random resized crops, and images in memory have "
-            f"augment={kind!r}: give --augment rrc, or drop it"
+            f"--train-size {options.train_size} is for random resized crops, and images in memory have "
+            f"--augment {kind}: give --augment rrc, or drop it"
         )
     loader.train_sizes = sizes = replace(sizes, epochs=epochs)
     views = options.views
     if views and any(sizes.size_of(epoch) != sizes.size_of(epoch % views) for epoch in range(epochs)):
         raise UserError(
-            f"train_size={options.train_size!r} and views={views}: a view comes back at another size within {epochs} "
-            f"epochs, and kept answers of the teacher would be of the first one; give views={epochs}, or one size"
+            f"--train-size {options.train_size} and --views {views}: a view comes back at another size within {epochs} "
+            f"epochs, and kept answers of the teacher would be of the first one; give --views {epochs}, or one size"
         )
     shown = ", ".join(map(str, sizes.all()))
     length = count_of(epochs, "epoch")

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from ..errors import UserError, check_number
+from ..errors import UserError, check_number, check_path
 from ..option_kinds import check_kinds
 from .timm_optim import APEX_NAMES, check_name
 
@@ -123,6 +123,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_kinds(self)
+        check_path("out", self.out)
         check_name(self.opt)
         wanted = {
             "epochs": (self.epochs >= 1, "1 or more"),

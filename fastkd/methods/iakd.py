@@ -59,7 +59,8 @@ class IAKDOptions:
     """Put a 1x1 convolution with BatchNorm before and after each teacher block whose channels differ."""
 
     def __post_init__(self) -> None:
-        KDLoss(self.temperature, 1.0, self.kd_weight)  # checks the values
+        check_number("temperature", self.temperature, above_zero=True)
+        check_number("kd_weight", self.kd_weight)
         if not self.p or not all(0 <= p <= 1 for p in self.p):
             raise UserError(f"--p must be one or more probabilities from 0 to 1, got {' '.join(map(str, self.p))}")
         check_number("finish_epochs", self.finish_epochs)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..errors import check_number
 from ..kernels import kd_loss, topk_kd_loss
-from ..losses import KDLoss
 from .base import Method, check_weights
 from .forwards import ForwardCache
 
@@ -31,7 +31,7 @@ class KDOptions:
     """Z-score each row of logits before the softmax (logit standardisation)."""
 
     def __post_init__(self) -> None:
-        KDLoss(self.temperature, self.ce_weight, self.kd_weight)  # checks the types and the ranges
+        check_number("temperature", self.temperature, above_zero=True)
         check_weights(ce_weight=self.ce_weight, kd_weight=self.kd_weight)
 
 

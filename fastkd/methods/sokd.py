@@ -63,9 +63,9 @@ class SOKDOptions:
     """Also evaluate and save the improved teacher."""
 
     def __post_init__(self) -> None:
-        self.loss()  # checks the values
-        check_number("bridge_lr", self.bridge_lr)
-        check_number("feature_weight", self.feature_weight)
+        check_number("temperature", self.temperature, above_zero=True)
+        for name in ("ce_s", "kd_sa", "ce_a", "kd_at", "kd_as", "bridge_lr", "feature_weight"):
+            check_number(name, getattr(self, name))
         if not (self.ce_s or self.kd_sa or (self.feature != "none" and self.feature_weight)):
             raise UserError("--ce-s and --kd-sa are both 0: the student learns nothing; give one of them above 0")
 

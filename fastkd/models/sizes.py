@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, count_of
 
 SIZE = 64  # pixels; shapes are probed at this size if nothing says which size the network gets
 
@@ -56,10 +56,11 @@ def check_image_size(net: nn.Module, name: str, size: int, build: Callable[[int]
     """
     note_image_size(net, size)
     patch = _patch_size(net)
-    if size % patch:
+    if rest := size % patch:
+        lost = f"{count_of(rest, 'row')} and {count_of(rest, 'column')}"
         raise UserError(
-            f"{name} cuts images into patches of {patch} x {patch} pixels, and {size} is no multiple: {size % patch} "
-            f"rows and columns would be lost; use {size - size % patch or patch} or {size + patch - size % patch}"
+            f"{name} cuts images into patches of {patch} x {patch} pixels, and {size} is no multiple: "
+            f"{lost} would be lost; use {size - size % patch or patch} or {size + patch - size % patch}"
         )
     try:
         probe(net, [net], size)

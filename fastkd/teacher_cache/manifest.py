@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, no_folder
 from ..files import write_atomic
 from ..foreign import parse_json, read_text
 from .rows import Rows
@@ -82,7 +82,9 @@ class Manifest:
         """
         path = folder / NAME
         if not os.path.isfile(path):  # False for a name that is too long, where Path.is_file raises OSError
-            if os.path.exists(folder) and (not folder.is_dir() or _holds_something(folder)):
+            if os.path.exists(folder) and not os.path.isdir(folder):
+                raise UserError(f"{folder} is no teacher cache: {no_folder(folder)}; choose another name")
+            if os.path.exists(folder) and _holds_something(folder):
                 raise UserError(f"{folder} is no teacher cache (it has no {NAME}) and not empty; choose another folder")
             return None
         try:

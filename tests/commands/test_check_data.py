@@ -187,6 +187,7 @@ def test_wrong_use(folder, tmp_path):
     for arguments, message in (
         ([], "needs a folder first"),
         ([tmp_path / "nowhere"], "no such folder"),
+        ([__file__], "it is a file, not a folder"),
         ([folder, "--csv", tmp_path / "there"], "there already"),
         ([folder, "--drop-duplicates"], "give --file-list"),
         (["digits"], "files of its own kind"),

@@ -72,6 +72,7 @@ def test_bad_pictures_are_named_and_the_others_predicted(fastkd, tmp_path):
     assert [line.split("'")[1] for line in err.splitlines()] == ["bad.png", "missing.jpg", "empty"]
     assert "'missing.jpg' does not exist: give a picture or a folder of pictures" in err
     assert all(line.startswith("fastkd: ") for line in err.splitlines()) and "--skip-bad" not in err
+    assert "'bad.png' cannot be decoded (it is no picture of a known format, or its header is damaged)\n" in err
     status, out, _ = fastkd("predict", *places, "--weights", "w.safetensors", "--json")
     assert status == 2 and ["error" in row for row in json.loads(out)] == [True, False, True, True]
 

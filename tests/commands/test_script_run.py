@@ -80,8 +80,8 @@ def own_network():
 def test_messages_name_the_options_that_are_lacking(fastkd, tmp_path):
     result = train(own_network())
     command = ["export", "run", "--format", "torch-export", "--out", "x"]
-    check_refused(fastkd(*command), "give --model NAME --mean R G B --std R G B", "docs/export.md")
-    check_refused(fastkd("predict", "a.png", "--weights", result.student), "give --model NAME --mean R G B")
+    check_refused(fastkd(*command), "give --model NAME, --mean R G B, --std R G B", "docs/export.md")
+    check_refused(fastkd("predict", "a.png", "--weights", result.student), "give --model NAME, --mean R G B, ")
     check_refused(fastkd("eval", "--weights", result.student), "give --model NAME")
     check_refused(fastkd("eval", "--weights", result.student, "--model", "resnet8"), "give --data")
     assert not (tmp_path / "x").exists()
@@ -98,8 +98,9 @@ def test_a_file_without_a_note_gets_all_by_options(fastkd, tmp_path, classes):
     status, out, err = fastkd("export", "net.pth", "--format", "torch-export", "--out", "x", *given)
     assert status == 0 and (tmp_path / "x/model.pt2").is_file(), err
     check_refused(fastkd("predict", "set/ant", "--weights", "net.pth", *given[:2]), "give --classes NAME")
-    check_refused(fastkd("predict", "p", "--weights", "net.pth", *given, "--classes", "a", "a"), "a class twice")
-    check_refused(fastkd("predict", "p", "--weights", "net.pth", *given, "--std", "0", "1", "1"), "std")
+    twice, no_std = [*given[:2], "--classes", "a", "a", *given[-10:]], given[: given.index("--std")]
+    check_refused(fastkd("predict", "p", "--weights", "net.pth", *twice), "--classes name 1 class more than once")
+    check_refused(fastkd("predict", "p", "--weights", "net.pth", *no_std, "--std", "0", "1", "1"), "std")
 
 
 def test_torchvision_reads_the_images_of_an_export(fastkd, tmp_path):

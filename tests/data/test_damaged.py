@@ -91,7 +91,7 @@ def test_both_loaders_name_the_same_damaged_files(tmp_path, count, capsys):
     found = {loader: named_one_after_another(root, loader) for loader, root in roots.items()}
     assert set(found["folder"]) == want
     others = {name: found["dali"][name] for name in set(found["dali"]) - want}
-    assert set(found["dali"]) >= want and all("loader='folder', which decodes it" in text for text in others.values())
+    assert set(found["dali"]) >= want and all("--loader folder, which decodes it" in text for text in others.values())
     kinds = Counter(name.rstrip("0123456789.jpg") for name in want)
     with capsys.disabled():
         print(

@@ -77,11 +77,11 @@ def test_a_second_val_is_refused(small):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"val_fraction": 1.0}, "val_fraction=1.0: give a fraction from 0"),
-        ({"val_fraction": float("nan")}, "val_fraction=nan"),
-        ({"split_seed": 3}, "split_seed=3 needs val_fraction"),
-        ({"val_fraction": 0.1, "data": "digits"}, "val_fraction=0.1 is for a folder"),
-        ({"unlabelled": "x", "data": "synthetic"}, "unlabelled='x' is for a folder"),
+        ({"val_fraction": 1.0}, "--val-fraction 1.0: give a fraction from 0"),
+        ({"val_fraction": float("nan")}, "--val-fraction nan"),
+        ({"split_seed": 3}, "--split-seed 3 needs --val-fraction"),
+        ({"val_fraction": 0.1, "data": "digits"}, "--val-fraction 0.1 is for a folder"),
+        ({"unlabelled": "x", "data": "synthetic"}, "--unlabelled x is for a folder"),
     ],
 )
 def test_options_that_have_no_meaning(options, message):

@@ -67,7 +67,7 @@ def test_pairs_stay_in_one_batch():
         sizes = [[stop - start for start, stop in slices] for slices in ranks]
         assert all(size == batch for row in sizes for size in row[:-1])
         assert all(2 <= row[-1] <= batch + 3 for row in sizes), (samples, batch, world, sizes)
-    with pytest.raises(UserError, match="batch_size=7 and --mixup or --cutmix, which mix the images in pairs"):
+    with pytest.raises(UserError, match="--batch-size 7 and --mixup or --cutmix, which mix the images in pairs"):
         training_slices(30, 7, 0, 1, paired=True)
 
 

@@ -135,21 +135,21 @@ def test_evaluation_follows_crop_pct_and_interpolation(pictures):
 def test_auto_takes_the_loader_that_follows_the_options(pictures):
     lines = []
     train, _ = loaders(pictures, aa="rand-m5", log=lines.append)
-    assert train.name == "folder" and any("aa='rand-m5' is for loader='folder'" in line for line in lines)
+    assert train.name == "folder" and any("--aa rand-m5 is for --loader folder" in line for line in lines)
 
 
 REFUSED = [
-    ({"aa": "rand-m7-foo"}, "aa='rand-m7-foo': give RandAugment"),
-    ({"aa": "original"}, "aa='original': give RandAugment"),
-    ({"reprob": 1.5}, "reprob=1.5: give a probability"),
-    ({"crop_pct": 95.0}, "crop_pct=95.0: give a fraction"),
-    ({"aug_repeats": -1}, "aug_repeats=-1: give at least 0"),
-    ({"aug_repeats": 1}, "aug_repeats=1: give 0 for no repeated augmentation, or at least 2"),
-    ({"aug_repeats": 3, "views": 4}, "aug_repeats=3 and views=4"),
-    ({"interpolation": "lanczos"}, "interpolation='lanczos': choose one of bilinear, bicubic"),
-    ({"aa": "rand-m7", "loader": "dali"}, "aa='rand-m7' is for loader folder, and loader='dali'.*--loader folder"),
-    ({"crop_pct": 0.9, "loader": "resident"}, "crop_pct=0.9 is for loader folder or dali or packed"),
-    ({"reprob": 0.1, "data": "digits"}, "reprob=0.1 is for loader folder, and the images of data='digits'"),
+    ({"aa": "rand-m7-foo"}, "--aa 'rand-m7-foo': give RandAugment"),
+    ({"aa": "original"}, "--aa 'original': give RandAugment"),
+    ({"reprob": 1.5}, "--reprob 1.5: give a probability"),
+    ({"crop_pct": 95.0}, "--crop-pct 95.0: give a fraction"),
+    ({"aug_repeats": -1}, "--aug-repeats -1: give at least 0"),
+    ({"aug_repeats": 1}, "--aug-repeats 1: give 0 for no repeated augmentation, or at least 2"),
+    ({"aug_repeats": 3, "views": 4}, "--aug-repeats 3 and --views 4"),
+    ({"interpolation": "lanczos"}, "--interpolation lanczos: choose one of bilinear, bicubic"),
+    ({"aa": "rand-m7", "loader": "dali"}, "--aa rand-m7 is for --loader folder, and --loader is dali.*--loader folder"),
+    ({"crop_pct": 0.9, "loader": "resident"}, "--crop-pct 0.9 is for --loader folder or dali or packed"),
+    ({"reprob": 0.1, "data": "digits"}, "--reprob 0.1 is for --loader folder, and the images of --data digits"),
 ]
 
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_followed_is_refused_before_a_run(options, words):
 
 
 def test_training_options_are_refused_for_evaluation(pictures):
-    with pytest.raises(UserError, match="aa='rand-m5' is for training"):
+    with pytest.raises(UserError, match="--aa rand-m5 is for training"):
         create_eval_loader(DataOptions(data=str(pictures), aa="rand-m5"), CPU)
 
 

@@ -70,7 +70,9 @@ def test_kinds_of_image(head, kind):
 
 def test_missing_folder(tmp_path):
     refused(tmp_path / "nowhere", "nowhere", "no such folder", "train/<class>/*")
-    refused("digit", "data='digit'", "did you mean 'digits'?")
+    refused("digit", "--data 'digit'", "did you mean 'digits'?")
+    (tmp_path / "ant.jpg").write_bytes(b"")
+    refused(tmp_path / "ant.jpg", "ant.jpg': it is a file, not a folder", "train/<class>/*")
 
 
 def test_no_train_or_val_inside(small):
@@ -84,6 +86,9 @@ def test_empty_split(small):
     shutil.rmtree(small / "val")
     (small / "val").mkdir()
     refused(small, "val' holds no class folders")
+    for number, images in enumerate(("1 image (0.jpg)", "2 images (such as ")):
+        (small / "val" / f"{number}.jpg").write_bytes(b"")
+        refused(small, f"val' holds no class folders, but {images}")
 
 
 def test_class_without_images(small):

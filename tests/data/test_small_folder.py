@@ -49,7 +49,7 @@ def test_small_images_are_kept_as_they_are_and_a_line_says_so(tiny):
     files = [tiny / "val" / name / "0.png" for name in ("ant", "bee")]
     want = np.stack([np.asarray(Image.open(file)) for file in files])
     assert torch.equal(pixels_of(val), torch.from_numpy(want))
-    assert len(said) == 2 and "20 pixels are kept in memory" in said[0] and "loader='folder'" in said[0]
+    assert len(said) == 2 and "20 pixels are kept in memory" in said[0] and "--loader folder" in said[0]
     assert "after padding by 4 (reflect), mirrored or not" in said[1]
 
 
@@ -73,7 +73,7 @@ def test_images_of_several_sizes_are_resized_and_a_line_says_why(tmp_path, sizes
     options = DataOptions(data=str(tmp_path), workers=0)
     assert small_folder.read_small_folder(splits(tmp_path), options, CPU, said.append, lambda x: [x]) is None
     assert len(said) == 1 and words in said[0]
-    with pytest.raises(UserError, match="augment='pad-crop' is for squares of one size.*" + words):
+    with pytest.raises(UserError, match="--augment pad-crop is for squares of one size.*" + words):
         loaders(tmp_path, augment="pad-crop")
 
 
@@ -88,7 +88,7 @@ def test_an_image_of_another_size_among_many_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(small_folder, "LOOKED_AT", 1)
     write_images(tmp_path / "train", ((20, 20),) * 4 + ((16, 16),))
     write_images(tmp_path / "val", ((20, 20),))
-    with pytest.raises(UserError, match=r"loader='resident' is for.*4.png has 16 x 16 pixels, another one 20 x 20"):
+    with pytest.raises(UserError, match=r"--loader resident is for.*4.png has 16 x 16 pixels, another one 20 x 20"):
         loaders(tmp_path, loader="resident")
 
 
@@ -113,9 +113,9 @@ def no_dali(monkeypatch):
 def test_another_image_size_resizes(tiny, no_dali):
     train, _, said = loaders(tiny, image_size=16)
     assert train.name == "folder" and train.image_size == 16
-    assert "image_size=16 and the images have 20" in said[0]
+    assert "--image-size 16 and the images have 20" in said[0]
     assert loaders(tiny, image_size=20)[0].name == "resident"
-    with pytest.raises(UserError, match="pad=2 is for.*image_size=16 and the images have 20"):
+    with pytest.raises(UserError, match="--pad 2 is for.*--image-size 16 and the images have 20"):
         loaders(tiny, image_size=16, pad=2)
 
 
@@ -124,7 +124,7 @@ def test_too_much_for_the_memory_is_decoded_in_every_epoch(tiny, monkeypatch):
     said = []
     options = DataOptions(data=str(tiny), workers=0)
     assert small_folder.read_small_folder(splits(tiny), options, CPU, said.append, lambda x: [x]) is None
-    assert "a quarter of the free memory" in said[0] and "loader='resident' takes it" in said[0]
+    assert "a quarter of the free memory" in said[0] and "--loader resident takes it" in said[0]
     assert loaders(tiny, loader="resident")[0].name == "resident"
 
 
@@ -197,7 +197,7 @@ def test_evaluation_keeps_small_images_or_resizes_them(tiny, no_dali):
 
 def test_a_run_of_the_folder_loader_is_told_how_to_go_on(tiny):
     train = loaders(tiny)[0]
-    with pytest.raises(UserError, match=r"by the 'folder' loader and this run uses 'resident'.*loader='folder'"):
+    with pytest.raises(UserError, match=r"by the 'folder' loader and this run uses 'resident'.*--loader folder"):
         train.load_state_dict({"loader": "folder", "epoch": 1})
     with pytest.raises(UserError, match=r"by the 'digits' loader.*differ: begin a new run"):
         train.load_state_dict({"loader": "digits", "epoch": 1})

@@ -71,9 +71,9 @@ def test_fashion_mnist_is_trained_on_resumed_and_evaluated(fastkd, fashion):
         assert status == 0 and again.split("│")[-5] == out.split("│")[-5], err  # the loss
     shutil.copy("run/student.safetensors", "alone.safetensors")
     check_refused(
-        fastkd("eval", "--weights", "run/student.safetensors", "--data", "mnist"), "data='mnist' needs data_dir"
+        fastkd("eval", "--weights", "run/student.safetensors", "--data", "mnist"), "--data mnist needs --data-dir"
     )
-    check_refused(fastkd("eval", "--weights", "alone.safetensors"), "data='fashion-mnist' needs data_dir")
+    check_refused(fastkd("eval", "--weights", "alone.safetensors"), "--data fashion-mnist needs --data-dir")
     assert fastkd("eval", "--weights", "alone.safetensors", "--data-dir", "moved")[0] == 0
 
 
@@ -102,7 +102,7 @@ def test_weights_of_other_classes_are_refused(fastkd, fashion):
     check_refused(fastkd("eval", "--weights", weights, "--data", "digits"), "only in the data: 0", "T-shirt/top")
     write_folder(Path("three"), 32, ("a", "b", "c"))
     refused = fastkd("eval", "--weights", weights, "--data", "three", "--ignore-class-names", "--loader", "resident")
-    check_refused(refused, "image_size=28 and the images have 32")
+    check_refused(refused, "--image-size 28 and the images have 32")
     write_folder(Path("small"), 28, ("a", "b", "c"))
     refused = fastkd("eval", "--weights", weights, "--data", "small", "--ignore-class-names", "--workers", "0")
     check_refused(refused, "10 classes and the data 3")
@@ -132,7 +132,7 @@ def test_weights_are_evaluated_on_small_images_as_they_were_trained(fastkd):
     assert status == 0 and "kept in memory" not in said, err
     assert fastkd("train", "--out", "kept", "--resume", "--data", "set")[0] == 0
     refused = fastkd("train", "--out", "kept", "--resume", "--data", "set", "--loader", "folder", "--epochs", "1")
-    check_refused(refused, "by the 'resident' loader", "resume with loader='resident'")
+    check_refused(refused, "by the 'resident' loader", "resume with --loader resident")
 
 
 def test_weights_of_a_program_are_evaluated_on_small_images_as_they_were_trained(fastkd):

@@ -170,6 +170,7 @@ def refused(root: Path, name: str, *words: str, **options) -> None:
 
 def test_missing_files_are_listed_with_their_md5(tmp_path):
     refused(tmp_path / "nowhere", "cifar10", "nowhere", "no such folder")
+    refused(Path(__file__), "cifar10", "--data-dir", "it is a file, not a folder")
     (tmp_path / "notes.txt").touch()
     kind = cifar.CIFAR10
     refused(tmp_path, "cifar10", "holds notes.txt", kind.filename, kind.tgz_md5, "data_batch_3", kind.train_list[2][1])
@@ -352,7 +353,7 @@ def test_a_label_out_of_range_is_named(tmp_path, monkeypatch):
 
 def test_another_set_with_files_of_the_same_names_is_refused(tmp_path, monkeypatch):
     write_idx(tmp_path, idx_parts(), monkeypatch, name="mnist")
-    refused(tmp_path, "fashion-mnist", "is of mnist, and data='fashion-mnist': give --data mnist")
+    refused(tmp_path, "fashion-mnist", "is of mnist, and --data is fashion-mnist: give --data mnist")
     monkeypatch.undo()  # the known MD5
     refused(tmp_path, "fashion-mnist", "another data set", idx.CONTENT_MD5["fashion-mnist"]["train-images-idx3-ubyte"])
 
@@ -439,9 +440,9 @@ def test_evaluation_reads_the_test_images_alone(files):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"image_size": 224}, "image_size=224: the images of CIFAR-10 have 32 pixels"),
-        ({"pad": 32}, "pad=32: the images have 32 pixels a side, so give at most 31"),
-        ({"pad": 40, "pad_mode": "zeros"}, "pad=40"),
+        ({"image_size": 224}, "--image-size 224: the images of CIFAR-10 have 32 pixels"),
+        ({"pad": 32}, "--pad 32: the images have 32 pixels a side, so give at most 31"),
+        ({"pad": 40, "pad_mode": "zeros"}, "--pad 40"),
     ],
 )
 def test_options_that_do_not_fit_the_set_are_refused(files, given, message):

@@ -143,7 +143,7 @@ def test_a_view_has_one_size(text, views, epochs, is_right):
     if is_right:
         create_loaders(options, CPU, epochs=epochs, log=lambda line: None)
         return
-    with pytest.raises(UserError, match=f"give views={epochs}"):
+    with pytest.raises(UserError, match=f"give --views {epochs}"):
         create_loaders(options, CPU, epochs=epochs, log=lambda line: None)
 
 
@@ -215,7 +215,7 @@ def test_a_yaml_file_may_leave_out_the_quotes(tmp_path, text):
     try:
         found = parse(["--config", str(tmp_path / "o.yaml")], lambda line: None).data.train_size
     except UserError as error:  # 24 is no multiple of 32
-        assert text.strip("'") == "24:32" and "train_size='24:32'" in str(error)
+        assert text.strip("'") == "24:32" and "--train-size 24:32:" in str(error)
     else:
         assert found == text.strip("'\"")
 

@@ -132,8 +132,10 @@ def test_images_of_any_tree(small):
     (small / "empty" / "x.txt").write_text("")
     with pytest.raises(UserError, match=r"holds no images, but 1 ending in .txt \(x.txt\)"):
         scan_images(str(small / "empty"))
-    with pytest.raises(UserError, match="unlabelled='nowhere': no such folder"):
+    with pytest.raises(UserError, match="--unlabelled 'nowhere': no such folder"):
         scan_images("nowhere")
+    with pytest.raises(UserError, match="--unlabelled '.*': it is a file, not a folder"):
+        scan_images(__file__)
 
 
 def test_class_names_that_look_alike_are_said(small):

@@ -182,7 +182,8 @@ def test_teacher_run_names_one(first, fastkd, few_digits, inner):
 def test_teacher_run_of_other_settings_is_refused_before_anything_is_written(first, fastkd, few_digits):
     given = [*ARGUMENTS, "--out", "runs/second", "--teacher-run"]
     check_refused(fastkd(*given, "runs/first", "--lr", "0.77"), "--teacher-run runs/first", "lr was", "now 0.77")
-    check_refused(fastkd(*given, "nowhere"), "--teacher-run nowhere", "there is no config.yaml in it")
+    check_refused(fastkd(*given, "nowhere"), "--teacher-run nowhere: no such folder")
+    check_refused(fastkd(*given, "runs/first/config.yaml"), "--teacher-run", "it is a file, not a folder")
     check_refused(fastkd(*given, "x" * 5000), "--teacher-run")
     weights_with(first / "teacher" / "student.safetensors", **NAN)
     check_refused(fastkd(*given, "runs/first"), "not finite, in fc.bias")

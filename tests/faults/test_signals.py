@@ -167,7 +167,8 @@ sys.argv = ["fastkd", "{command}"]
 main()
 """
     done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, timeout=60)
-    assert done.stderr == f"fastkd: stopped by {name}\n"
+    early = " at the start: nothing was trained or written; run the same command again" * (command == "train")
+    assert done.stderr == f"fastkd: stopped by {name}{early}\n"
     assert done.returncode == (75 if command == "train" else 128 + signal.Signals[name])
 
 

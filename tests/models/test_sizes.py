@@ -28,8 +28,10 @@ def test_a_size_that_does_not_fit(name, size, works):
 
 
 def test_patches_that_do_not_fit():
-    with pytest.raises(UserError, match="patches of 16 x 16 pixels, and 100 is no multiple: 4 rows .* use 96 or 112"):
-        create_model("timm/vit_tiny_patch16_224", 3, image_size=100)
+    for size, lost in ((100, "4 rows and 4 columns"), (97, "1 row and 1 column")):
+        words = f"patches of 16 x 16 pixels, and {size} is no multiple: {lost} would be lost; use 96 or 112"
+        with pytest.raises(UserError, match=words):
+            create_model("timm/vit_tiny_patch16_224", 3, image_size=size)
 
 
 def test_a_local_folder_of_transformers(tmp_path):

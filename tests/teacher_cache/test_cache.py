@@ -226,7 +226,7 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"x")
     with pytest.raises(UserError, match="is no teacher cache .* choose another"):
         opened(tmp_path)
-    with pytest.raises(UserError, match="is no teacher cache"):
+    with pytest.raises(UserError, match="photo.jpg is no teacher cache: it is a file, not a folder"):
         opened(tmp_path / "photo.jpg")
     assert os.listdir(tmp_path) == ["photo.jpg"]
 
