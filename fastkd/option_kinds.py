@@ -1,5 +1,6 @@
 """The kinds of options that come from Python: what the command line ensures as it reads them (parser.py)."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral, Real
@@ -15,7 +16,8 @@ NUMBERS: dict[Any, tuple[type, str]] = {int: (Integral, "a whole number"), float
 def check_kinds(options: Any) -> None:
     """Raise UserError for the first option of a dataclass that is of another kind, or none of its choices.
 
-    Numbers of numpy are numbers, and any iterable but a str is a tuple. Options of other types are not checked.
+    Numbers of numpy are numbers, paths are text, and any iterable but a str is a tuple. Options of other types are not
+    checked.
     """
     names = [each.name for each in fields(options)]
     ARGUMENTS.update(names)
@@ -35,6 +37,8 @@ def check_kinds(options: Any) -> None:
 def _check(option: str, kind: Any, value: object) -> None:
     if kind is bool and not isinstance(value, (bool, numpy.bool_)):
         raise UserError(f"{option} must be True or False, got {value!r}")
+    if kind is str and not isinstance(value, (str, os.PathLike)):
+        raise UserError(f"{option} must be text, a str, got {value!r}")
     if kind in NUMBERS and (isinstance(value, bool) or not isinstance(value, NUMBERS[kind][0])):
         raise UserError(f"{option} must be {NUMBERS[kind][1]}, got {value!r}")
     words = [str(word) for word in get_args(kind)] if get_origin(kind) is Literal else []

@@ -21,7 +21,7 @@ ALLOWED = {
     "fastkd/foreign.py": set(),
     "fastkd/torch_files.py": {"files", "foreign"},
     "fastkd/models": {"errors", "foreign", "paths", "torch_files"},
-    "fastkd/data": {"kernels", "errors", "foreign", "signals"},
+    "fastkd/data": {"kernels", "errors", "foreign", "option_kinds", "signals"},
     "fastkd/losses": {"kernels"},
     # data.base: as a type
     "fastkd/methods": {

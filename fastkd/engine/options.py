@@ -122,6 +122,8 @@ class TrainOptions:
     the student and the teacher."""
 
     def __post_init__(self) -> None:
+        if type(self.checkpoint_every) is int:  # a number of steps
+            object.__setattr__(self, "checkpoint_every", str(self.checkpoint_every))
         check_kinds(self)
         check_name(self.opt)
         wanted = {
