@@ -31,7 +31,7 @@ ALLOWED = {
     "fastkd/rendezvous.py": {"errors"},
     "fastkd/slurm.py": {"errors"},
     "fastkd/distributed.py": {"rendezvous", "errors", "signals", "slurm"},
-    "fastkd/engine": {*PROTOCOL, "data.augment", "kernels", "models", "distributed", "errors", "option_kinds"},
+    "fastkd/engine": {*PROTOCOL, "curves", "data.augment", "kernels", "models", "distributed", "errors", "option_kinds"},
     "fastkd/files.py": {"errors"},
     "fastkd/weights_file.py": {"run.checkpoint", "errors", "files", "foreign", "paths", "torch_files"},
     "fastkd/teacher_cache": {*PROTOCOL, "data.base", "kernels", "files", "foreign", "distributed", "errors"},
