@@ -26,10 +26,10 @@ from fastkd.methods import CE, DML, IAKD, KD, SOKD
         (lambda: TrainOptions(log="csv"), r"--log must be a tuple of values, got 'csv'"),
         (lambda: TrainOptions(log=("cvs",)), "--log must be one of .*got 'cvs'"),
         (lambda: TrainOptions(channels_last="no"), "--channels-last must be True or False, got 'no'"),
-        (lambda: TrainOptions(opt=torch.optim.AdamW), "--opt must be text, a str, got <class .*AdamW"),
-        (lambda: TrainOptions(device=torch.device("cpu")), "--device must be text, a str, got device"),
+        (lambda: TrainOptions(opt=torch.optim.AdamW), "--opt must be text, a str, such as 'sgd', got <class .*AdamW"),
+        (lambda: TrainOptions(device=torch.device("cpu")), "--device must be text, a str, such as 'auto', got device"),
         (lambda: TrainOptions(out=None), "--out must be text, a str, got None"),
-        (lambda: TrainOptions(checkpoint_every=2.5), "--checkpoint-every must be text, a str, got 2.5"),
+        (lambda: TrainOptions(checkpoint_every=2.5), "--checkpoint-every must be text, a str, such as '10m', got 2.5"),
     ],
 )
 def test_options_of_training(make, words):

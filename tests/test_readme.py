@@ -1,7 +1,7 @@
 """The documentation is true: snippets run, commands parse, links and named scripts exist."""
 
-import inspect
 import re
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -63,6 +63,21 @@ def test_train_lines_parse(fastkd, line):
     assert fastkd(*arguments, "--print-config")[0] == 0
 
 
+def loops() -> list[str]:
+    """The lines with which a block of code in bash calls fastkd train within a loop, as bash expands them."""
+    blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", text(page), re.S)]
+    calls = 'fastkd() { echo "$@"; }\n'
+    run = [subprocess.check_output(["bash", "-ec", calls + each], text=True) for each in blocks if "\ndone" in each]
+    return "".join(run).splitlines()
+
+
+def test_lines_in_loops_parse_and_have_folders_of_their_own(fastkd):
+    lines = [line.split() for line in loops()]
+    assert len(lines) > 3 and len({words[words.index("--out") + 1] for words in lines}) == len(lines)
+    for words in lines:
+        assert words[0] == "train" and fastkd(*words, "--print-config")[0] == 0
+
+
 def other_commands() -> list[tuple[str, ...]]:
     """(command, options ...) of the lines in blocks of code that call another command than train."""
     found = set()
@@ -97,7 +112,9 @@ def test_links_exist(page):
 
 
 def test_the_page_on_losses_has_every_option_and_says_where_the_cross_entropy_is():
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\|.*\|$", text("docs/losses.md"), re.M)]
+    rows = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\|.*\|$", text("docs/losses.md"), re.M)
+    ]
     options = {row[0]: row[1].strip("`") for row in rows if len(row) == 2}
     has_labels = {name: row[2] for row in rows if len(row) == 4 for name in re.findall(r"`(\w+)`", row[0])}
     for name in (name for name in losses.__all__ if name.endswith("Loss")):

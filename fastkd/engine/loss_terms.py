@@ -1,4 +1,4 @@
-"""What `Method.losses` returns, checked once before a run: a wrong kind would fail later, at a line that says nothing."""
+"""The check of what `Method.losses` returns, once before a run. A step would fail at a line that does not name it."""
 
 from typing import Any
 

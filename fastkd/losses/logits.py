@@ -186,8 +186,8 @@ class TopKLoss(Loss):
     """weight * T^2 * KL over k + 1 outcomes: the teacher's k most probable classes, and all others together.
 
     `values, classes = topk_of(teacher_logits, k, T)`, at the same temperature T; student_logits: [N, C], values:
-    [N, k + 1], classes: [N, k]. No cross-entropy. It lies below the whole KL, and its gradient differs only in the other
-    classes, by at most weight * T / N * (the teacher's mass outside of the k classes).
+    [N, k + 1], classes: [N, k]. No cross-entropy. It lies below the whole KL, and its gradient differs only in the
+    other classes, by at most weight * T / N * (the teacher's mass outside of the k classes).
     """
 
     temperature: float = 4.0

@@ -46,7 +46,7 @@ CPU = torch.device("cpu")
         ({"synthetic_samples": 1}, "synthetic_samples=1"),
         ({"batch_size": "8"}, "--batch-size must be a whole number, got '8'"),
         ({"batch_size": 8.5}, "--batch-size must be a whole number, got 8.5"),
-        ({"data": 3}, "--data must be text, a str, got 3"),
+        ({"data": 3}, "--data must be text, a str, such as 'digits', got 3"),
         ({"flip": True}, "--flip must be one of auto, on, off, got True"),
         ({"exif": "no"}, "--exif must be True or False, got 'no'"),
         ({"mean": 0.5}, "--mean must be a tuple of values, got 0.5"),
