@@ -5,9 +5,10 @@ class Print:  # an object with any of these three methods
     def on_epoch(self, epoch: EpochEnd): ...
     def on_end(self, end: RunEnd): ...
 
-They get data and cannot change the run. Only rank 0 calls them, between two steps, so their time is the run's. An
-exception in `on_step` or `on_epoch` ends the run with its own traceback, as in other trainers. What was saved before is
-intact: `on_epoch` comes after the state of its epoch, and a resume goes on from there.
+They get data and cannot change the run; docs/guide.md says how one stops it early. Only rank 0 calls them, between two
+steps, so their time is the run's. An exception in `on_step` or `on_epoch` ends the run with its own traceback, as in
+other trainers. What was saved before is intact: `on_epoch` comes after the state of its epoch, and a resume goes on
+from there.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

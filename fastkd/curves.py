@@ -4,6 +4,7 @@ import io
 
 NOT_TERMS = ("epoch", "lr", "img_per_s", "train_s", "data_wait_ms", "data_wait_percent", "bad_steps")
 SCORES = ("top1", "top5", "val_loss", "share")  # the name of a network or a gate may stand before them
+RESERVED = f"{', '.join(NOT_TERMS)}, or one that ends in {', '.join(SCORES)}"  # names that a loss term cannot have
 
 
 def is_loss_term(name: str) -> bool:

@@ -49,12 +49,6 @@ def as_typed(name: str, value: object) -> str:
     return " ".join(["--" + name.replace("_", "-"), *plain])
 
 
-def check_path(name: str, value: object) -> None:
-    """Raise UserError unless the option `name` is a str or a Path."""
-    if not isinstance(value, (str, os.PathLike)):
-        raise UserError(f"--{name.replace('_', '-')} must be a path, got {value!r}")
-
-
 def check_classes(names: Sequence[str], what: str) -> None:
     """Raise UserError if two classes have one name: a weights file must tell them apart. `what` has these names."""
     if twice := [name for name, times in Counter(names).items() if times > 1]:

@@ -1,5 +1,6 @@
 """The kinds of options that come from Python: what the command line ensures as it reads them (parser.py)."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral, Real
@@ -15,7 +16,7 @@ NUMBERS: dict[Any, tuple[type, str]] = {int: (Integral, "a whole number"), float
 def check_kinds(options: Any) -> None:
     """Raise UserError for the first option of a dataclass that is of another kind, or none of its choices.
 
-    Numbers of numpy are numbers, and any iterable but a str is a tuple. Options of other types are not checked.
+    Numbers of numpy are numbers, paths are text, any iterable but a str is a tuple. Other types are not checked.
     """
     names = [each.name for each in fields(options)]
     ARGUMENTS.update(names)
@@ -29,12 +30,15 @@ def check_kinds(options: Any) -> None:
         if several and (isinstance(value, str) or not isinstance(value, Iterable)):
             raise UserError(f"{option} must be a tuple of values, got {value!r}")
         for each in value if several else (value,):
-            _check(option, get_args(kind)[0] if several else kind, each)
+            _check(option, get_args(kind)[0] if several else kind, each, getattr(type(options), name, None))
 
 
-def _check(option: str, kind: Any, value: object) -> None:
+def _check(option: str, kind: Any, value: object, usual: object = None) -> None:
     if kind is bool and not isinstance(value, (bool, numpy.bool_)):
         raise UserError(f"{option} must be True or False, got {value!r}")
+    if kind is str and not isinstance(value, (str, os.PathLike)):
+        example = f", such as {usual!r}" if usual and isinstance(usual, str) else ""
+        raise UserError(f"{option} must be text, a str{example}, got {value!r}")
     if kind in NUMBERS and (isinstance(value, bool) or not isinstance(value, NUMBERS[kind][0])):
         raise UserError(f"{option} must be {NUMBERS[kind][1]}, got {value!r}")
     words = [str(word) for word in get_args(kind)] if get_origin(kind) is Literal else []

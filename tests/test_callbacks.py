@@ -1,6 +1,7 @@
 """Callbacks: what they are told, when, what their exceptions do, and that they change nothing."""
 
 import dataclasses
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from fastkd import Trainer, TrainOptions
 from fastkd.callbacks import EpochEnd, RunEnd, StepEnd
 from fastkd.engine.meter import Meter
 from fastkd.errors import UserError
+from fastkd.export import load_trained
 from fastkd.methods import KD
 from fastkd.run import checkpoint
 from fastkd.signals import Stopped
@@ -126,6 +128,29 @@ def test_a_stopped_run_says_so(tiny_net, tiny_loaders, tmp_path):
     with pytest.raises(Stopped):
         one.fit()
     assert recorder.of(RunEnd)[0].status == "stopped"
+
+
+def test_a_callback_stops_a_run_by_a_signal(tiny_net, tiny_loaders, tmp_path):
+    """As docs/guide.md says: the state is saved, best.pt can be loaded, and a resume goes on with the same bits."""
+
+    class Stops(Recorder):
+        def on_epoch(self, epoch):
+            if epoch.epoch == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    recorder = Stops()
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 7 of 12"):
+        trainer(tiny_net, tiny_loaders, tmp_path / "run", recorder, epochs=4).fit()
+    assert recorder.seen[-1].status == "stopped" and len(recorder.seen[-1].history) == 2
+    images = {"image_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+    trained = load_trained(tmp_path / "run/best.pt", tiny_net(3), **images)
+    best = checkpoint.load(tmp_path / "run/best.pt")["student"]
+    assert not trained.net.training
+    assert all(torch.equal(best[name], value) for name, value in trained.net.state_dict().items())
+    resumed = trainer(tiny_net, tiny_loaders, tmp_path / "run", epochs=4, resume=True).fit()
+    whole = trainer(tiny_net, tiny_loaders, tmp_path / "whole", epochs=4).fit()
+    wanted, got = load_file(whole.student), load_file(resumed.student)
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
 @pytest.mark.parametrize(

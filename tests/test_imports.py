@@ -21,7 +21,7 @@ ALLOWED = {
     "fastkd/foreign.py": set(),
     "fastkd/torch_files.py": {"files", "foreign"},
     "fastkd/models": {"errors", "foreign", "paths", "torch_files"},
-    "fastkd/data": {"kernels", "errors", "foreign", "signals"},
+    "fastkd/data": {"kernels", "errors", "foreign", "option_kinds", "signals"},
     "fastkd/losses": {"kernels"},
     # data.base: as a type
     "fastkd/methods": {
@@ -31,7 +31,16 @@ ALLOWED = {
     "fastkd/rendezvous.py": {"errors"},
     "fastkd/slurm.py": {"errors"},
     "fastkd/distributed.py": {"rendezvous", "errors", "signals", "slurm"},
-    "fastkd/engine": {*PROTOCOL, "data.augment", "kernels", "models", "distributed", "errors", "option_kinds"},
+    "fastkd/engine": {
+        *PROTOCOL,
+        "curves",
+        "data.augment",
+        "kernels",
+        "models",
+        "distributed",
+        "errors",
+        "option_kinds",
+    },
     "fastkd/files.py": {"errors"},
     "fastkd/weights_file.py": {"run.checkpoint", "errors", "files", "foreign", "paths", "torch_files"},
     "fastkd/teacher_cache": {*PROTOCOL, "data.base", "kernels", "files", "foreign", "distributed", "errors"},

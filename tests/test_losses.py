@@ -7,7 +7,7 @@ import torch
 from capture import Capture
 
 import fastkd.losses
-from fastkd.kernels import kd_loss, topk_of
+from fastkd.kernels import kd_loss
 from fastkd.losses import (
     AttentionTransferLoss,
     BridgeLoss,
@@ -24,6 +24,7 @@ from fastkd.losses import (
     RKDLoss,
     SPLoss,
     TopKLoss,
+    topk_of,
 )
 
 LOSSES = [name for name in fastkd.losses.__all__ if name.endswith("Loss")]

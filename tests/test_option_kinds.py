@@ -1,6 +1,7 @@
 """Wrong kinds of arguments in Python: one clear error, before anything is trained."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -26,10 +27,14 @@ from fastkd.trained import names_of
         (lambda: TrainOptions(sched="cos"), "--sched must be one of .*, got 'cos' .did you mean 'cosine'"),
         (lambda: TrainOptions(log="csv"), r"--log must be a tuple of values, got 'csv'"),
         (lambda: TrainOptions(log=("cvs",)), "--log must be one of .*got 'cvs'"),
-        (lambda: TrainOptions(out=3), "--out must be a path, got 3"),
-        (lambda: DataOptions(data=3), "--data must be a path, got 3"),
-        (lambda: DataOptions(data_dir=None), "--data-dir must be a path, got None"),
+        (lambda: TrainOptions(out=3), "--out must be text, a str.*, got 3"),
+        (lambda: DataOptions(data=3), "--data must be text, a str.*, got 3"),
+        (lambda: DataOptions(data_dir=None), "--data-dir must be text, a str.*, got None"),
         (lambda: TrainOptions(channels_last="no"), "--channels-last must be True or False, got 'no'"),
+        (lambda: TrainOptions(opt=torch.optim.AdamW), "--opt must be text, a str, such as 'sgd', got <class .*AdamW"),
+        (lambda: TrainOptions(device=torch.device("cpu")), "--device must be text, a str, such as 'auto', got device"),
+        (lambda: TrainOptions(out=None), "--out must be text, a str, got None"),
+        (lambda: TrainOptions(checkpoint_every=2.5), "--checkpoint-every must be text, a str, such as '10m', got 2.5"),
     ],
 )
 def test_options_of_training(make, words):
@@ -113,6 +118,7 @@ def test_a_refused_trainer_leaves_no_folder(tmp_path, monkeypatch, tiny_loaders)
 def test_numbers_of_numpy_and_other_iterables_are_taken():
     options = TrainOptions(sched="multistep", epochs=np.int64(90), decay_milestones=range(30, 90, 30), lr=np.float32(1))
     assert options.drops == range(30, 90, 30)
+    assert TrainOptions(checkpoint_every=500, out=Path("runs")).checkpoint_every == "500"
     assert TrainOptions(channels_last=np.bool_(True)).memory_format == torch.channels_last
     assert len(DML(TinyNet(), peers=nn.ModuleList([TinyNet()])).peers) == 1
 

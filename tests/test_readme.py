@@ -1,11 +1,15 @@
 """The documentation is true: snippets run, commands parse, links and named scripts exist."""
 
 import re
+import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+
+from fastkd import losses
+from fastkd.curves import NOT_TERMS, SCORES
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -59,6 +63,21 @@ def test_train_lines_parse(fastkd, line):
     assert fastkd(*arguments, "--print-config")[0] == 0
 
 
+def loops() -> list[str]:
+    """The lines with which a block of code in bash calls fastkd train within a loop, as bash expands them."""
+    blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", text(page), re.S)]
+    calls = 'fastkd() { echo "$@"; }\n'
+    run = [subprocess.check_output(["bash", "-ec", calls + each], text=True) for each in blocks if "\ndone" in each]
+    return "".join(run).splitlines()
+
+
+def test_lines_in_loops_parse_and_have_folders_of_their_own(fastkd):
+    lines = [line.split() for line in loops()]
+    assert len(lines) > 3 and len({words[words.index("--out") + 1] for words in lines}) == len(lines)
+    for words in lines:
+        assert words[0] == "train" and fastkd(*words, "--print-config")[0] == 0
+
+
 def other_commands() -> list[tuple[str, ...]]:
     """(command, options ...) of the lines in blocks of code that call another command than train."""
     found = set()
@@ -90,6 +109,23 @@ def test_links_exist(page):
         target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_page_on_losses_has_every_option_and_says_where_the_cross_entropy_is():
+    rows = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\|.*\|$", text("docs/losses.md"), re.M)
+    ]
+    options = {row[0]: row[1].strip("`") for row in rows if len(row) == 2}
+    has_labels = {name: row[2] for row in rows if len(row) == 4 for name in re.findall(r"`(\w+)`", row[0])}
+    for name in (name for name in losses.__all__ if name.endswith("Loss")):
+        kind = getattr(losses, name)
+        assert repr(kind()) == f"{name}({options[f'`{name}`']})"
+        assert has_labels[name].startswith("yes" if "label_smoothing" in kind.__match_args__ else "**no**")
+
+
+def test_the_page_on_methods_has_the_names_that_a_loss_term_cannot_have():
+    (reserved,) = re.findall(r"cannot be terms: (.*?)\n\n", text("docs/method-protocol.md"), re.S)
+    assert re.findall(r"`(\w+)`", reserved) == [*NOT_TERMS, *SCORES]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -3,9 +3,10 @@
 import math
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from ..errors import ARGUMENTS, UserError, as_typed, check_path, check_side, nearest
+from ..errors import UserError, as_typed, check_side, nearest
+from ..option_kinds import check_kinds
 from .base import IMAGENET_MEAN, IMAGENET_STD, resize_side
 from .decode import MAX_PIXELS
 from .loader_options import check_loader_options
@@ -17,8 +18,6 @@ PadMode = Literal["auto", "reflect", "zeros"]
 Padding = Literal["reflect", "zeros"]
 Switch = Literal["auto", "on", "off"]
 Interpolation = Literal["bilinear", "bicubic"]
-CHOICES: dict[str, Any] = {"loader": LoaderName, "augment": AugmentName, "pad_mode": PadMode, "flip": Switch}
-CHOICES["interpolation"] = Interpolation
 
 UNSET: dict[str, Any] = {"augment": "auto", "pad": -1, "pad_mode": "auto", "flip": "auto"}  # of the augmentation
 OVER_RECIPE = "over a recipe: " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in UNSET.items())
@@ -108,14 +107,11 @@ class DataOptions:
     """Training images per epoch of the synthetic data, over all processes; evaluation uses a tenth as many."""
 
     def __post_init__(self) -> None:
-        ARGUMENTS.update(vars(self))
-        for name in ("data", "data_dir", "file_list", "unlabelled"):
-            check_path(name, getattr(self, name))
+        check_kinds(self)
+        for name in ("data", "data_dir", "file_list", "unlabelled"):  # a Path is text
             object.__setattr__(self, name, str(getattr(self, name)))
-        for name, kind in CHOICES.items():
-            value, names = getattr(self, name), get_args(kind)
-            if value not in names:
-                raise UserError(f"{as_typed(name, value)}: choose one of {', '.join(names)}{nearest(value, names)}")
+        for name in ("mean", "std"):  # an array of numpy is neither true nor false
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         least = {
             "batch_size": 2,
             "workers": 0,

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from ..errors import UserError, check_number, check_path
+from ..errors import UserError, check_number
 from ..option_kinds import check_kinds
 from .timm_optim import APEX_NAMES, check_name
 
@@ -122,8 +122,9 @@ class TrainOptions:
     the student and the teacher."""
 
     def __post_init__(self) -> None:
+        if type(self.checkpoint_every) is int:  # a number of steps
+            object.__setattr__(self, "checkpoint_every", str(self.checkpoint_every))
         check_kinds(self)
-        check_path("out", self.out)
         check_name(self.opt)
         wanted = {
             "epochs": (self.epochs >= 1, "1 or more"),

@@ -24,6 +24,7 @@ from ..models.own_input import plain_network
 from .finite import check_network
 from .grad_checkpointing import blocks_to_checkpoint, check_some_ran, checkpointed
 from .labels import allowed_labels, out_of_range
+from .loss_terms import check_terms
 from .mixup import Mixup
 from .options import TrainOptions
 from .precision import Precision, wrong_dtype
@@ -153,6 +154,7 @@ def _try(
                 with torch.no_grad(), precision.autocast():
                     _check_logits(network, images, classes, "in training")
             raise _failed(f"a training step of {type(method).__name__} fails", error) from error
+        check_terms(type(method).__name__, terms, device)
         _check_gradients(method, terms, precision)
     check_some_ran(blocks)
 
@@ -215,8 +217,6 @@ def _check_gradients(method: Method, terms: dict[str, Tensor], precision: Precis
             "--amp-dtype float32"
         )
     learnt = [term for term in terms.values() if term.requires_grad]
-    if not learnt:
-        raise UserError(f"the loss of {kind} has no gradient: its networks return logits that are cut off by detach()")
     weights = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
     try:
         grads = torch.autograd.grad(learnt, [p for _, p in weights], allow_unused=True)

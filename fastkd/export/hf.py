@@ -69,7 +69,7 @@ def _write_timm(trained: Trained, path: Path) -> nn.Module:
 
 
 def _write_transformers(trained: Trained, path: Path) -> nn.Module:
-    transformers: Any = need("transformers", "--format hf", "fastkd[hf]")
+    transformers: Any = need("transformers", "--format hf", "'fastkd[hf]'")
     net: Any = trained.net
     net.config.id2label = dict(enumerate(trained.classes))
     net.config.label2id = {name: number for number, name in enumerate(trained.classes)}

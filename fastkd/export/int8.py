@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..trained import Trained
 from .program import example_of, program_of, save_program
-from .verify import need
+from .verify import EXTRA, need
 
 BATCH = 32  # images per forward pass of the calibration
 QUANTIZER = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"
@@ -25,7 +25,7 @@ QUANTIZER = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"
 
 def check(trained: Trained) -> None:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of torch 2.14
-    need("torchao", "--format int8")
+    need("torchao", "--format int8", EXTRA)
     need(QUANTIZER, "--format int8", "-U torchao")
 
 
@@ -37,8 +37,8 @@ def write(trained: Trained, path: Path, images: Tensor | None = None) -> nn.Modu
     """
     if images is None:
         raise UserError("--format int8 needs images for the ranges of its numbers: give --data")
-    steps: Any = need("torchao.quantization.pt2e.quantize_pt2e", "--format int8", "torchao")
-    kinds: Any = need(QUANTIZER, "--format int8", "torchao")
+    steps: Any = need("torchao.quantization.pt2e.quantize_pt2e", "--format int8", EXTRA)
+    kinds: Any = need(QUANTIZER, "--format int8", EXTRA)
     quantizer = kinds.X86InductorQuantizer()
     quantizer.set_global(kinds.get_default_x86_inductor_quantization_config())
     with warnings.catch_warnings():

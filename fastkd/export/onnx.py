@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..trained import Trained
 from .program import example_of, note_of
-from .verify import Reloaded, need
+from .verify import EXTRA, Reloaded, need
 
-PACKAGES = "onnx onnxscript onnxruntime"
+MODULES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def check(trained: Trained) -> None:
-    for module in PACKAGES.split():
-        need(module, "--format onnx", PACKAGES)
+    for module in MODULES:
+        need(module, "--format onnx", EXTRA)
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def write(trained: Trained, path: Path, images: Tensor | None = None) -> nn.Modu
 
 def reload(path: Path) -> nn.Module:
     """The file in onnxruntime, on the CPU."""
-    runtime: Any = need("onnxruntime", "--format onnx", PACKAGES)
+    runtime: Any = need("onnxruntime", "--format onnx", EXTRA)
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

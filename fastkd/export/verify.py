@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 
 Forward = Callable[[Tensor], Tensor]  # images float32 [N, 3, H, W] -> logits [N, classes]
+EXTRA = "'fastkd[export]'"  # for `pip install`: the packages of onnx and int8
 BATCHES = (5, 1)  # images: a network that only takes the batch that it was exported with is found
 
 
@@ -39,11 +40,11 @@ def difference(net: nn.Module, other: nn.Module, image_size: int) -> float:
     return gap / largest if largest else gap
 
 
-def need(module: str, purpose: str, package: str = "") -> ModuleType:
+def need(module: str, purpose: str, package: str) -> ModuleType:
     """The module, imported. Raises UserError, with the pip command, if it cannot be imported."""
     try:
         return import_module(module)
     except ImportError as error:
         raise UserError(
-            f"{purpose} needs {module}, which cannot be imported ({error}): pip install {package or module}"
+            f"{purpose} needs {module}, which cannot be imported ({error}): pip install {package}"
         ) from None

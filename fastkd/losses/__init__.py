@@ -7,6 +7,7 @@ wrong types TypeError.
 """
 
 from ..kernels.logit_loss import UNLABELLED
+from ..kernels.topk_loss import topk_of
 from .features import (
     AttentionTransferLoss,
     ExplorationLoss,
@@ -37,4 +38,5 @@ __all__ = [
     "RKDLoss",
     "SPLoss",
     "TopKLoss",
+    "topk_of",
 ]

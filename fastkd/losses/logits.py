@@ -185,9 +185,9 @@ class DKDLoss(Loss):
 class TopKLoss(Loss):
     """weight * T^2 * KL over k + 1 outcomes: the teacher's k most probable classes, and all others together.
 
-    student_logits: [N, C]. values [N, k + 1], classes [N, k]: from `fastkd.kernels.topk_of(teacher_logits, k, T)`, at
-    the same temperature T. No cross-entropy. It lies below the whole KL, and its gradient differs only in the other
-    classes, by at most weight * T / N * (the teacher's mass outside of the k classes).
+    `values, classes = topk_of(teacher_logits, k, T)`, at the same temperature T; student_logits: [N, C], values:
+    [N, k + 1], classes: [N, k]. No cross-entropy. It lies below the whole KL, and its gradient differs only in the
+    other classes, by at most weight * T / N * (the teacher's mass outside of the k classes).
     """
 
     temperature: float = 4.0

@@ -243,7 +243,7 @@ def test_a_missing_library_is_named(fastkd, tmp_path, monkeypatch, kind, module)
     monkeypatch.setitem(sys.modules, module, None)
     pictures(tmp_path / "set/val", 1)
     refused = fastkd("export", "w.safetensors", "--format", kind, "--out", "x", "--data", "set")
-    check_refused(refused, f"--format {kind} needs {module}", "pip install")
+    check_refused(refused, f"--format {kind} needs {module}", "pip install 'fastkd[export]'")
     assert not (tmp_path / "x").exists()
 
 

@@ -1,5 +1,6 @@
 """DataOptions and the choice of the loader."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"loader": "dalli"}, r"--loader dalli.*did you mean 'dali'"),
+        ({"loader": "dalli"}, r"--loader must be one of .*, got 'dalli'.*did you mean 'dali'"),
         ({"batch_size": 1}, "--batch-size 1: give at least 2"),
         ({"image_size": 7}, "--image-size 7: give at least 8"),
         ({"workers": -1}, "--workers -1: give at least 0"),
@@ -21,9 +22,9 @@ CPU = torch.device("cpu")
         ({"mean": (0.5, 0.5, float("nan"))}, "--mean .*finite"),
         ({"std": (1.0, 0.0, 1.0)}, "--std .*above 0"),
         ({"synthetic_classes": 1}, "--synthetic-classes 1"),
-        ({"augment": "padcrop"}, r"--augment padcrop.*did you mean 'pad-crop'"),
-        ({"pad_mode": "zero"}, r"--pad-mode zero.*did you mean 'zeros'"),
-        ({"flip": "yes"}, "--flip yes: choose one of auto, on, off"),
+        ({"augment": "padcrop"}, r"--augment must be .*, got 'padcrop'.*did you mean 'pad-crop'"),
+        ({"pad_mode": "zero"}, r"--pad-mode must be .*, got 'zero'.*did you mean 'zeros'"),
+        ({"flip": "yes"}, "--flip must be one of auto, on, off, got 'yes'"),
         ({"pad": -2}, "--pad -2: give at least -1"),
         ({"augment": "rrc", "pad": 2}, "--pad 2 is for --augment pad-crop, and --augment is rrc: drop it"),
         ({"augment": "none", "pad_mode": "zeros"}, "--pad-mode zeros is for --augment pad-crop, and --augment is none"),
@@ -46,12 +47,24 @@ CPU = torch.device("cpu")
         ({"data": "synthetic", "flip": "off"}, "--flip off: --data synthetic is not augmented"),
         ({"data": "synthetic", "loader": "resident"}, "--loader resident holds real images"),
         ({"synthetic_samples": 1}, "--synthetic-samples 1"),
+        ({"batch_size": "8"}, "--batch-size must be a whole number, got '8'"),
+        ({"batch_size": 8.5}, "--batch-size must be a whole number, got 8.5"),
+        ({"data": 3}, "--data must be text, a str, such as 'digits', got 3"),
+        ({"flip": True}, "--flip must be one of auto, on, off, got True"),
+        ({"exif": "no"}, "--exif must be True or False, got 'no'"),
+        ({"mean": 0.5}, "--mean must be a tuple of values, got 0.5"),
+        ({"std": ("1", "1", "1")}, "--std must be a number, got '1'"),
     ],
 )
 def test_a_wrong_option_is_named_with_its_value(wrong, message):
     with pytest.raises(UserError, match=message) as caught:
         DataOptions(**wrong)
     assert "\n" not in str(caught.value)
+
+
+def test_paths_and_arrays_are_taken(tmp_path):
+    options = DataOptions(data=tmp_path, batch_size=np.int64(8), mean=np.full(3, 0.5), std=[1, 1, 1])
+    assert options.mean == (0.5, 0.5, 0.5) and options.std == (1.0, 1.0, 1.0) and options.data == tmp_path
 
 
 def test_every_option_is_described():

@@ -146,7 +146,7 @@ REFUSED = [
     ({"aug_repeats": -1}, "--aug-repeats -1: give at least 0"),
     ({"aug_repeats": 1}, "--aug-repeats 1: give 0 for no repeated augmentation, or at least 2"),
     ({"aug_repeats": 3, "views": 4}, "--aug-repeats 3 and --views 4"),
-    ({"interpolation": "lanczos"}, "--interpolation lanczos: choose one of bilinear, bicubic"),
+    ({"interpolation": "lanczos"}, "--interpolation must be one of bilinear, bicubic, got 'lanczos'"),
     ({"aa": "rand-m7", "loader": "dali"}, "--aa rand-m7 is for --loader folder, and --loader is dali.*--loader folder"),
     ({"crop_pct": 0.9, "loader": "resident"}, "--crop-pct 0.9 is for --loader folder or dali or packed"),
     ({"reprob": 0.1, "data": "digits"}, "--reprob 0.1 is for --loader folder, and the images of --data digits"),

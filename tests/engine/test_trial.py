@@ -9,6 +9,7 @@ from every_method import NAMES, batch, build
 from torch import nn
 
 from fastkd import Trainer, TrainOptions
+from fastkd.curves import is_loss_term
 from fastkd.engine import trial
 from fastkd.engine.trial import try_step
 from fastkd.errors import UserError
@@ -146,6 +147,53 @@ def test_what_cannot_be_learnt(tiny_net):
     for words, net in cases.items():
         with pytest.raises(UserError, match=words):
             try_step(CE(net), (IMAGES, TARGET), CLASSES, OPTIONS, CPU)
+
+
+class Returns(CE):
+    """A method of one's own: `give(logits, teacher's logits)` is what its losses() returns."""
+
+    needs_teacher = True
+
+    def losses(self, out, target, plan):
+        return self.give(out(self.student), out(self.teacher))
+
+
+@pytest.mark.parametrize(
+    ("give", "words"),
+    [
+        (lambda z, t: None, r"losses\(\) of Returns returns a NoneType: it must return its loss terms by name, a dict"),
+        (lambda z, t: z.mean(), r"losses\(\) of Returns returns a Tensor: "),
+        (lambda z, t: {}, r"losses\(\) of Returns returns no terms: "),
+        (lambda z, t: {"ce": z.mean(), "extra": 0.5}, "the term 'extra' of Returns is a float: .*0-dimensional"),
+        (lambda z, t: {"ce": z.mean(1)}, r"the term 'ce' of Returns is a tensor \[4\] of torch.float32 on cpu: "),
+        (lambda z, t: {"ce": z.argmax()}, r"the term 'ce' of Returns is a tensor \[\] of torch.int64 on cpu: "),
+        (lambda z, t: {"ce": z.mean().to("meta")}, r"of Returns is a tensor .* on meta: .* tensors on cpu"),
+        (lambda z, t: {1: z.mean()}, "a term named 1: give it a name"),
+        (lambda z, t: {"mse": t.mean()}, r"no gradient: each of its terms \(mse\) comes from the teacher alone, or "),
+    ],
+)
+def test_what_a_method_of_ones_own_may_return(tiny_net, give, words):
+    method = Returns(tiny_net(), tiny_net())
+    method.give = give
+    with pytest.raises(UserError, match=words) as caught:
+        try_step(method, (IMAGES, TARGET), CLASSES, OPTIONS, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_term_has_no_name_of_another_column(tiny_net, tiny_loaders, tmp_path):
+    """The columns of a run that are no terms are refused as names, and no others."""
+    options = TrainOptions(epochs=1, out=str(tmp_path / "r"), device="cpu", report=False)
+    method = Returns(tiny_net(), tiny_net())
+    method.give = lambda z, t: {"lr_term": z.mean(), "top": z.square().mean()}
+    (row,) = Trainer(method, *tiny_loaders(), options).fit().history
+    assert [name for name in row if is_loss_term(name)] == ["lr_term", "top"]
+    for name in [*row, "peer1_top5", "gate1_share"]:
+        method.give = lambda z, t, name=name: {name: z.mean()}
+        if name in ("lr_term", "top"):
+            try_step(method, (IMAGES, TARGET), CLASSES, OPTIONS, CPU)
+        else:
+            with pytest.raises(UserError, match=f"losses.. of Returns has a term named '{name}': .* not .*lr, .*top1"):
+                try_step(method, (IMAGES, TARGET), CLASSES, OPTIONS, CPU)
 
 
 class OneImage(nn.Module):
