@@ -64,7 +64,7 @@ def test_a_wrong_option_is_named_with_its_value(wrong, message):
 
 def test_paths_and_arrays_are_taken(tmp_path):
     options = DataOptions(data=tmp_path, batch_size=np.int64(8), mean=np.full(3, 0.5), std=[1, 1, 1])
-    assert options.mean == (0.5, 0.5, 0.5) and options.std == (1.0, 1.0, 1.0) and options.data == tmp_path
+    assert options.mean == (0.5, 0.5, 0.5) and options.std == (1.0, 1.0, 1.0) and options.data == str(tmp_path)
 
 
 def test_every_option_is_described():
