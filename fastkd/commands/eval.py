@@ -82,11 +82,10 @@ def run(arguments: list[str]) -> None:
     with blaming("--weights " if is_weights_file(place) else "", _remedy):
         net = create_model(model, len(loader.classes), place, image_size=size, kwargs=kwargs)
     log_rank0(f"evaluated on {loader.samples:,} images of {config.data.data}")
-    if silent := [part for part in ("image_size", "mean", "std") if part not in {*about.get("input", {}), *typed}]:
-        words, flags = (
-            ", ".join(silent).replace("_", " "),
-            ", ".join(f"--{part.replace('_', '-')}" for part in silent),
-        )
+    silent = [part for part in ("image_size", "mean", "std") if part not in {*about.get("input", {}), *typed}]
+    if silent:
+        words = ", ".join(silent).replace("_", " ")
+        flags = ", ".join(f"--{part.replace('_', '-')}" for part in silent)
         images = InputSpec.of(input_of(loader, vars(config.data)))
         log_rank0(f"--weights {weights} does not say its {words}; it gets {images} (else give {flags})")
     if note := layout_note_of(net):
