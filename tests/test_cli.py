@@ -467,12 +467,14 @@ def test_bad_weights(fastkd, tmp_path):
     for name, words in {
         "short.pth": ["short.pth"],
         "other.pth": ["other.pth", "missing"],
-        "hundred.pth": ["hundred.pth", "[100, 64]", "[10, 64]", "--teacher-epochs N"],
+        "hundred.pth": ["hundred.pth", "[100, 64]", "[10, 64]"],
         "evil.pth": ["evil.pth"],
         "evil2.pth": ["evil2.pth"],
     }.items():
         check_refused(fastkd("train", *FROZEN, "--teacher-weights", name), *words)
         check_refused(fastkd("eval", "--model", "resnet20", "--weights", name, "--data", "digits"), *words)
+    remedy = "--teacher-epochs N fine-tunes"
+    check_refused(fastkd("train", *FROZEN, "--teacher-weights", "hundred.pth"), "--teacher-weights hundred", remedy)
     assert not Path("touched").exists() and not Path("runs").exists()
 
 
