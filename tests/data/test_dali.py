@@ -565,7 +565,8 @@ def test_exif_turns_as_in_the_folder_loader(tmp_path):
             data = damage.saved(damage.noisy(80, 60), kind, exif=exif)
             (root / "val" / "one" / f"{kind}{orientation}.jpg").write_bytes(data)
     options = DataOptions(data=str(root), workers=1, batch_size=16, image_size=48)
-    choices = [replace(options, loader=name, exif=exif) for name, exif in (("dali", 1), ("folder", 1), ("folder", 0))]
+    ways = (("dali", True), ("folder", True), ("folder", False))
+    choices = [replace(options, loader=name, exif=exif) for name, exif in ways]
     got, want, off = (epoch(create_loaders(choice, torch.device("cpu"))[1])[0] for choice in choices)
     assert (got - want).abs().mean((1, 2, 3)).max() < 0.03
     turned = (want - off).abs().mean((1, 2, 3)) > 0.1
