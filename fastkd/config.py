@@ -164,7 +164,7 @@ def _sources(arguments: list[str], log: Callable[[str], None]) -> Sources:
             reason = "no config.yaml" if os.path.isdir(out) else no_folder(out)
             raise UserError(f"--resume: there is no run in {out} ({reason}); check the path, or drop --resume")
         begun = _read_yaml(started)
-        if "data" not in begun:
+        if "workers" not in begun:  # an option of the command alone
             raise UserError(
                 f"--resume: a script made the run in {out}; to go on, run the script again, with "
                 f"TrainOptions(out={str(out)!r}, resume=True)"

@@ -30,13 +30,13 @@ def check_kinds(options: Any) -> None:
         if several and (isinstance(value, str) or not isinstance(value, Iterable)):
             raise UserError(f"{option} must be a tuple of values, got {value!r}")
         for each in value if several else (value,):
-            _check(option, get_args(kind)[0] if several else kind, each, getattr(type(options), name, None))
+            _check(option, get_args(kind)[0] if several else kind, each, getattr(type(options), name, "needed"))
 
 
-def _check(option: str, kind: Any, value: object, usual: object = None) -> None:
+def _check(option: str, kind: Any, value: object, usual: object) -> None:
     if kind is bool and not isinstance(value, (bool, numpy.bool_)):
         raise UserError(f"{option} must be True or False, got {value!r}")
-    if kind is str and not isinstance(value, (str, os.PathLike)):
+    if kind is str and not isinstance(value, (str, os.PathLike)) and (value is not None or usual):
         example = f", such as {usual!r}" if usual and isinstance(usual, str) else ""
         raise UserError(f"{option} must be text, a str{example}, got {value!r}")
     if kind in NUMBERS and (isinstance(value, bool) or not isinstance(value, NUMBERS[kind][0])):

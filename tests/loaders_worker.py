@@ -12,15 +12,17 @@ from torch.utils.data import (
     RandomSampler,
     Subset,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
 )
 
-from fastkd import distributed
+from fastkd import Trainer, TrainOptions, distributed
 from fastkd.data.adapter import adapt
 from fastkd.engine.precision import Precision
 from fastkd.errors import UserError
 from fastkd.evaluate import evaluate
 from fastkd.html_report.compare import compare
+from fastkd.methods import CE
 from fastkd.run.random_state import seed_all
 
 CPU = torch.device("cpu")
@@ -48,6 +50,7 @@ class Own(DataLoader):
 
 
 DATA, WEIGHTS = Images(), [1.0] * 11
+DATA_OF_ALL = DataLoader(DATA, batch_size=3)
 
 
 def val_loaders() -> dict[str, DataLoader]:
@@ -101,6 +104,21 @@ def refused(train: DataLoader, val: DataLoader) -> str:
     return ""
 
 
+def resumed(folder: str) -> list[str]:
+    """Each process has images of its own. Begun, resumed, and refused where the second process has others."""
+    said = []
+    for other in (0.0, 0.0, float(distributed.rank())):
+        data = TensorDataset(torch.full((16, 3, 8, 8), other), torch.arange(16) % 4)
+        loader = DataLoader(Subset(data, range(distributed.rank(), 16, 2)), batch_size=4, shuffle=True)
+        options = TrainOptions(epochs=1, out=f"{folder}/run", resume=True, report=False, device="cpu")
+        torch.manual_seed(0)
+        try:
+            said.append(f"{Trainer(CE(TinyNet()), loader, DATA_OF_ALL, options, classes=list('abcd')).fit().top1:.0f}")
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
 def main(folder: str) -> None:
     distributed.device_for("cpu")
     torch.set_num_threads(1)
@@ -117,6 +135,7 @@ def main(folder: str) -> None:
         "val": {name: evaluated(loader) for name, loader in val_loaders().items()},
         "refused": {name: refused(loader, shared) for name, loader in train_loaders().items()},
         "said": said,
+        "resumed": resumed(folder),
     }
     seed_all(distributed.rank())  # as the trainer does
     state["drawn"] = [int(image[0, 0, 0]) for images, _ in weighted for image in images]

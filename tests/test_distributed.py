@@ -83,6 +83,8 @@ def test_dataloaders_of_the_user_are_shared_out(tmp_path):
     assert first["said"][0] == "train_loader: each of the 2 processes draws 11 images of its own in an epoch, in all 22"
     assert first["said"][1] == "val_loader: each of the 2 processes evaluates its share of the 11 images"
     assert first["drawn"] != second["drawn"] and len(first["drawn"]) == 11
+    assert first["resumed"] == second["resumed"] and first["resumed"][0] == first["resumed"][1]
+    assert "the training images (names, sizes or labels) are not those of the run" in first["resumed"][2]
 
 
 @pytest.mark.xdist_group("torchrun")

@@ -112,7 +112,7 @@ def test_the_fallback_reads_both_kinds_of_box():
 
 @pytest.mark.parametrize("before", ["--resume", "--resume auto", "--flip", "--graph", "--quiet", "--no-report"])
 def test_a_short_option_is_no_value_of_the_option_before_it(before, tmp_path):
-    (tmp_path / "config.yaml").write_text("data: digits")
+    (tmp_path / "config.yaml").write_text("workers: 0")
     config = parse(["--out", str(tmp_path), *before.split(), "-b", "8"], log=lambda line: None)
     assert config.data.batch_size == 8 and (config.data.flip == "on") == (before == "--flip")
     assert config.train.resume == before.startswith("--resume")

@@ -193,9 +193,7 @@ class Trainings:
         method = find_method(config.run.method)(student, teacher, config.method, peers)
         if config.data.unlabelled:
             method.allow_unlabelled()
-        begun = distributed.from_rank_zero(
-            has_run, Path(config.train.out)
-        )  # by this start of the job or an earlier one
+        begun = distributed.from_rank_zero(has_run, Path(config.train.out))  # by this start or an earlier one
         options = replace(config.train, resume=begun, extend=config.train.extend and begun)
         trainer = Trainer(method, self.job.train_loader, self.job.val_loader, options, flat(config), cache)
         trainer.fit()

@@ -5,18 +5,20 @@ random numbers come from torch's, Python's or numpy's generators: the trainer se
 and the sampler's own `generator` is kept in the state. `sampler.set_epoch` is called where there is one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..errors import UserError
 from .base import EpochLoader, Loader, checked_pair
-from .fingerprint import of_dataset
+from .fingerprint import of_dataset, of_text
 from .prefetch import Prefetch
-from .shares import check_train_share, val_share
+from .shares import check_train_share, gathered, sampler_of, val_share
 
 PROTOCOL = ("__iter__", "__len__", "classes", "samples", "state_dict", "load_state_dict")
 DEEPEST = 8  # datasets within one another, such as Subset
@@ -78,7 +80,7 @@ class AdaptedLoader(SizedOnDevice):
         memory_format: torch.memory_format,
     ):
         super().__init__(loader, device, memory_format, "train_loader")
-        self.classes, self.samples, self.epoch = tuple(map(str, classes)), _samples(loader), 0
+        self.classes, self.samples, self.epoch = tuple(classes), _samples(loader), 0
         for name in ("image_size", "mean", "std"):  # of the images, for the weights file
             if hasattr(loader, name):
                 setattr(self, name, getattr(loader, name))
@@ -94,14 +96,15 @@ class AdaptedLoader(SizedOnDevice):
             yield batch
 
     def fingerprint(self) -> str:
-        """A hash of the images and labels, as far as the data set has them at hand; "" if it has not."""
-        return of_dataset(getattr(self.loader, "dataset", None))
+        """A hash of the images and labels of all processes, which each must call; "" if they are not at hand."""
+        parts = gathered(of_dataset(getattr(self.loader, "dataset", None)))
+        return parts[0] if len(set(parts)) == 1 else of_text("\0".join(parts))
 
     @property
     def sampler(self) -> str:
-        """The class of the sampler, such as RandomSampler; "" if there is none."""
-        sampler = getattr(self.loader, "sampler", None)
-        return type(sampler).__name__ if sampler is not None else ""
+        """The class of the sampler, such as RandomSampler; "" if it is not known."""
+        sampler = sampler_of(self.loader) if isinstance(self.loader, DataLoader) else None
+        return "" if sampler is None else type(sampler).__name__
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "generators": [each.get_state() for each in self._generators()]}
@@ -170,7 +173,7 @@ def _adapted(
         len(loader)
     except TypeError as error:  # a DataLoader of a data set without a length
         raise UserError(f"train_loader ({kind}) has no length ({error}): the schedule needs one") from None
-    names = classes if classes is not None else class_names(loader)
+    names = classes if classes is not None else _names_of(loader)
     if not names:
         raise UserError(
             f"train_loader ({kind}) has no class names (dataset.classes): give Trainer(..., classes=[...]), one name "
@@ -182,18 +185,33 @@ def _adapted(
             f"train_loader is a {kind} with persistent_workers: after a resume within an epoch its workers draw other "
             "random numbers; persistent_workers=False keeps a resume exact"
         )
-    return AdaptedLoader(loader, names, device, memory_format)
+    apart = told_apart(names)
+    if numbered := sorted(set(apart) - set(map(str, names))):
+        log(f"classes of one name get the number of their label: {', '.join(numbered[:4])}")
+    return AdaptedLoader(loader, apart, device, memory_format)
 
 
 def class_names(loader: object) -> tuple[str, ...]:
-    """The names of the loader or of its data set, which may be inside of others; () if there are none."""
+    """The names of the loader or of its data set, told apart; () if there are none."""
+    return told_apart(_names_of(loader))
+
+
+def _names_of(loader: object) -> Sequence[object]:
+    """Of the loader or of its data set, which may be inside of others."""
     thing: Any = loader
     for _ in range(DEEPEST):
         classes = getattr(thing, "classes", None)
         if isinstance(classes, (list, tuple)) and classes:
-            return tuple(map(str, classes))
+            return classes
         thing = getattr(thing, "dataset", None)
     return ()
+
+
+def told_apart(names: Iterable[object]) -> tuple[str, ...]:
+    """The names, with the number of the label after those that are equal: ImageNet has two classes called crane."""
+    words = [str(name) for name in names]
+    times = Counter(words)
+    return tuple(f"{word} ({label})" if times[word] > 1 else word for label, word in enumerate(words))
 
 
 def checked_batch(batch: Any, role: str) -> tuple[Tensor, Tensor]:

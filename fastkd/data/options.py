@@ -108,8 +108,8 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_kinds(self)
-        for name in ("data", "data_dir", "file_list", "unlabelled"):  # a Path is text
-            object.__setattr__(self, name, str(getattr(self, name)))
+        for name in ("data", "data_dir", "file_list", "unlabelled"):  # a Path is text, None is none
+            object.__setattr__(self, name, str(getattr(self, name) or ""))
         for name in ("mean", "std"):  # an array of numpy is neither true nor false
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         least = {

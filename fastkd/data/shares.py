@@ -60,7 +60,7 @@ def check_train_share(loader: Any, log: Callable[[str], None]) -> None:
 
 def _check_seeds(sampler: WeightedRandomSampler) -> None:
     """Raise UserError if two processes would draw the same images. The trainer's own seeds differ."""
-    states = _gathered(sampler.generator and sampler.generator.get_state().tolist())
+    states = gathered(sampler.generator and sampler.generator.get_state().tolist())
     own = [tuple(state) for state in states if state]
     if len(set(own)) < len(own):
         raise UserError(
@@ -80,7 +80,7 @@ def val_share(loader: Any, log: Callable[[str], None]) -> Any:
     if _processes() == 1 or not is_map_style:
         return loader
     numbers = _numbers(loader)
-    if numbers is None or len(set(map(tuple, _gathered(_images(loader.dataset, numbers))))) > 1:
+    if numbers is None or len(set(map(tuple, gathered(_images(loader.dataset, numbers))))) > 1:
         _check_val_images(loader)
         return loader
     log(f"val_loader: each of the {_processes()} processes evaluates its share of the {len(numbers)} images")
@@ -131,7 +131,7 @@ def _images(data: Any, numbers: Iterable) -> list[tuple[int, Any]]:
 
 def _repeated(images: list[tuple[int, Any]]) -> int:
     """How many of the images of all processes are given again."""
-    everyone = list(chain.from_iterable(_gathered(images)))
+    everyone = list(chain.from_iterable(gathered(images)))
     return len(everyone) - len(set(everyone))
 
 
@@ -149,8 +149,10 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _gathered(thing: Any) -> list[Any]:
-    """The `thing` of every process."""
+def gathered(thing: Any) -> list[Any]:
+    """The `thing` of every process, which each must call."""
+    if _processes() == 1:
+        return [thing]
     things = [None] * _processes()
     dist.all_gather_object(things, thing)
     return things

@@ -19,7 +19,7 @@ def check_terms(kind: str, terms: Any, device: torch.device) -> None:
             raise UserError(f"losses() of {kind} has a term named {name!r}: give it a name that is not {RESERVED}")
         if not isinstance(term, Tensor):
             _refuse(kind, name, f"a {type(term).__name__}", device)
-        elif term.dim() or not term.is_floating_point() or term.device.type != device.type:
+        elif term.dim() or term.device.type != device.type:
             _refuse(kind, name, f"a tensor {list(term.shape)} of {term.dtype} on {term.device}", device)
     if not any(term.requires_grad for term in terms.values()):
         raise UserError(
@@ -30,6 +30,6 @@ def check_terms(kind: str, terms: Any, device: torch.device) -> None:
 
 def _refuse(kind: str, name: str, found: str, device: torch.device) -> None:
     raise UserError(
-        f"the term {name!r} of {kind} is {found}: losses() must return 0-dimensional floating tensors on "
+        f"the term {name!r} of {kind} is {found}: losses() must return 0-dimensional tensors on "
         f"{device.type}, such as the mean over a batch"
     )

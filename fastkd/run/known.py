@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..data.base import Loader, input_of
@@ -34,16 +35,20 @@ def known_of(
 def _described(method: Method) -> dict[str, Any]:
     """The method's name and its options, by the names that they have on the command line.
 
-    Those of a caller's own class have the class's name in front, as in a sum of methods. A value that JSON does not
-    have is described by its type.
+    Those of a caller's own class have the class's name in front, as in a sum of methods. Of a value that JSON does not
+    have, the type is noted.
     """
     kind = type(method)
     name = kind.__name__.lower()
     prefix = "" if kind.__module__.startswith("fastkd.methods.") else f"{name}_"
     values = {f"{prefix}{each.name}": getattr(method.options, each.name) for each in fields(method.options)}
-    return {"method": name} | json.loads(json.dumps(values, default=_plain))
+    return {"method": name} | {option: _plain(value) for option, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy as Python's; else the name of the value's type."""
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else type(value).__name__
+    if isinstance(value, np.generic):
+        value = value.item()
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return str(value) if isinstance(value, float) else type(value).__name__

@@ -170,17 +170,25 @@ def newest(
         found, problem = _newest(folder, check, log), ""
     except UserError as error:
         found, problem = None, str(error)
-    problems = distributed.gather(problem)
-    if any(problems):
-        raise UserError(next(filter(None, problems)))
+    _raise_first(problem)
     places = distributed.gather(found and (found.path.name, found.state["epoch"], found.state["step"]))
     if any(place != places[0] for place in places):
         raise UserError(f"the processes find different states in {folder}: {places}; all must see the same folder")
     if found:
-        accept(found.state)
+        try:
+            accept(found.state)
+        except UserError as error:
+            problem = str(error)
+        _raise_first(problem)
     if found and distributed.rank() == 0:
         _tidy(folder, found.path, check, log)
     return found and found.state
+
+
+def _raise_first(problem: str) -> None:
+    """Raise UserError in all processes if one of them has a problem. Every process must call it."""
+    if problems := [each for each in distributed.gather(problem) if each]:
+        raise UserError(problems[0])
 
 
 def _newest(folder: Path, check: Callable[[State], str], log: Callable[[str], None]) -> Found | None:

@@ -1,14 +1,18 @@
 """A state belongs to its teacher, its images and its options; another one is refused, and what is harmless is said."""
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from tiny import TinyNet
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, RandomSampler, Subset, TensorDataset
 
 from fastkd import Trainer, TrainOptions
+from fastkd.data import fingerprint
+from fastkd.data.adapter import AdaptedLoader
 from fastkd.data.fingerprint import of_dataset
 from fastkd.errors import UserError
 from fastkd.methods import CE, DKD, KD, Method
@@ -143,6 +147,9 @@ def test_the_options_of_an_own_method_are_compared(tmp_path):
     options = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert (options["method"], options["own_lr"], options["own_table"], options["lr"]) == ("own", 1.0, "object", 0.1)
     own_run(tmp_path, make(Own, table=object()))
+    for number, odd in enumerate(({(1, 2): 3}, torch.zeros(2, device="meta"), math.nan, np.longdouble(1), np.int8(3))):
+        own_run(tmp_path / str(number), make(Own, table=odd))
+        own_run(tmp_path / str(number), make(Own, table=odd))
     with pytest.raises(UserError, match=r"own_lr was 1.0, now 2.0"):
         own_run(tmp_path, make(Own, lr=2.0))
 
@@ -154,6 +161,12 @@ def test_a_new_run_is_said_and_not_extended(tmp_path, capsys):
     assert "there is no run in" in (out := capsys.readouterr().out) and "a new one starts" in out
     own_run(tmp_path / "none", make(KD))
     assert "a new one starts" not in capsys.readouterr().out
+
+
+class Raises:
+    @property
+    def targets(self):
+        raise RuntimeError("not read yet")
 
 
 class Listed:
@@ -177,7 +190,28 @@ def test_what_a_data_set_has_at_hand_tells_it_from_others(tmp_path):
     hashes = [of_dataset(each) for each in alike]
     assert all(hashes) and len(set(hashes)) == len(hashes) and hashes == [of_dataset(each) for each in alike]
     odd = [None, [1, 2], Listed(data="a path", targets=["x"], samples=7), Listed(samples=[1, 2]), Subset([1, 2], [0])]
+    odd += [Listed(labels=[]), Listed(targets=IMAGES.to_sparse()), Listed(labels=np.array(["a"], object)), Raises()]
     assert [of_dataset(each) for each in odd] == [""] * len(odd)
+    arrays = [np.arange(3, dtype=">i4"), np.zeros((0, 2)), np.frombuffer(b"abcd", np.uint8), np.array(3)]
+    assert len({of_dataset(Listed(data=array)) for array in arrays} - {""}) == len(arrays)
+
+
+def test_of_large_tensors_and_arrays_evenly_spaced_rows_count(monkeypatch):
+    monkeypatch.setattr(fingerprint, "LARGEST", IMAGES.nbytes // 2)  # every third row
+    for kind in (TensorDataset, lambda data: Listed(data=data.numpy())):
+        hashes = []
+        for row in (0, 1, 3):
+            images = IMAGES.clone()
+            images[row] += 1
+            hashes.append(of_dataset(kind(images)) == of_dataset(kind(IMAGES)))
+        assert hashes == [False, True, False]
+
+
+def test_the_sampler_is_that_which_chooses_the_images():
+    data = TensorDataset(IMAGES, TARGET)
+    in_batches = DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 8, False))
+    for loader, name in ((in_batches, "RandomSampler"), (DataLoader(data), "SequentialSampler"), ([], "")):
+        assert AdaptedLoader(loader, NAMES, torch.device("cpu"), torch.contiguous_format).sampler == name
 
 
 @pytest.mark.parametrize("keep, files", [(1, ["last.pt"]), (3, ["last.pt", "last-1.pt", "last-2.pt"])])
