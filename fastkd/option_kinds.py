@@ -1,7 +1,7 @@
 """The kinds of options that come from Python: what the command line ensures as it reads them (parser.py)."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,7 +16,8 @@ NUMBERS: dict[Any, tuple[type, str]] = {int: (Integral, "a whole number"), float
 def check_kinds(options: Any) -> None:
     """Raise UserError for the first option of a dataclass that is of another kind, or none of its choices.
 
-    Numbers of numpy are numbers, paths are text, any iterable but a str is a tuple. Other types are not checked.
+    Numbers of numpy are numbers, paths are text, any iterable but a str and an iterator is a tuple. Other types are not
+    checked.
     """
     names = [each.name for each in fields(options)]
     ARGUMENTS.update(names)
@@ -27,7 +28,7 @@ def check_kinds(options: Any) -> None:
     for name in names:
         value, kind, option = getattr(options, name), kinds[name], f"--{name.replace('_', '-')}"
         several = get_origin(kind) is tuple and get_args(kind)[1:] == (...,)
-        if several and (isinstance(value, str) or not isinstance(value, Iterable)):
+        if several and (isinstance(value, (str, Iterator)) or not isinstance(value, Iterable)):
             raise UserError(f"{option} must be a tuple of values, got {value!r}")
         for each in value if several else (value,):
             _check(option, get_args(kind)[0] if several else kind, each, getattr(type(options), name, "needed"))

@@ -27,6 +27,7 @@ from fastkd.weights_file import read_about
         (lambda: TrainOptions(lr=True), "--lr must be a number, got True"),
         (lambda: TrainOptions(sched="cos"), "--sched must be one of .*, got 'cos' .did you mean 'cosine'"),
         (lambda: TrainOptions(log="csv"), r"--log must be a tuple of values, got 'csv'"),
+        (lambda: TrainOptions(decay_milestones=iter((1.0, 2.0))), "--decay-milestones must be a tuple of values"),
         (lambda: TrainOptions(log=("cvs",)), "--log must be one of .*got 'cvs'"),
         (lambda: TrainOptions(out=3), "--out must be text, a str.*, got 3"),
         (lambda: DataOptions(data=3), "--data must be text, a str.*, got 3"),

@@ -41,7 +41,7 @@ While such an encoder is trained, its states are in autoencoder/ or paraphraser/
 def readme_of(about: Mapping[str, Any]) -> str:
     """README.txt of a run with these options; those of a script have no "workers"."""
     if "workers" in about:
-        data = " --data DIR" if about["data"] == "synthetic" else ""  # else the run's own images are known
+        data = " --data DIR" if about.get("data") == "synthetic" else ""  # else the run's own images are known
         return README.format(
             repeat=" Repeat it: fastkd train --config FOLDER/config.yaml --out NEW_FOLDER",
             resume="Continue: fastkd train --out FOLDER --resume",

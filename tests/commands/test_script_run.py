@@ -59,6 +59,11 @@ def test_the_command_does_not_go_on_with_the_run_of_a_script(fastkd):
     check_refused(fastkd("train", "--out", "run", "--resume"), "a script made the run in run", "TrainOptions(out='run'")
 
 
+def test_what_a_script_says_may_have_any_names(tmp_path):
+    train(create_model("resnet8", 4), str(tmp_path), about={"workers": 4})
+    assert (tmp_path / "README.txt").is_file()
+
+
 def test_the_readme_of_an_own_network_loads_it(tmp_path, monkeypatch):
     import fastkd
 
